@@ -1,0 +1,26 @@
+.PHONY: demo test quick install lint clean
+PY = .venv/bin/python
+# Two busy cores: one thread each is faster than two that spin, and the results do not depend on the core count.
+export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= PASSIVE
+
+demo: install            ## install, then a real GRPO run on this machine
+	$(PY) -m rlalign.cli train --config-name demo
+
+test: install-test       ## every test
+	$(PY) -m pytest
+
+quick: install-test      ## the tests that start no engine
+	$(PY) -m pytest -m "not engine"
+
+install:                 ## .venv with the locked CPU requirements
+	@scripts/setup.sh cpu
+
+install-test:
+	@scripts/setup.sh test
+
+lint: install-test
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+clean:
+	rm -rf .venv runs

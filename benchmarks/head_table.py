@@ -1,0 +1,98 @@
+"""Tables and a plot from the rows of benchmarks/head.py: python benchmarks/head_table.py results/head_cpu.json"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+Row = dict[str, object]
+
+
+def groups(rows: list[Row], what: str) -> dict[tuple[int, int], list[Row]]:
+    """Rows of `what` by (tokens, vocabulary); every group comes from one interleaved run, the latest one."""
+    found: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        if row["what"] == what:
+            found.setdefault((row["n"], row["vocab"]), []).append(row)
+    return {key: [r for r in group if r["run"] == group[-1]["run"]] for key, group in sorted(found.items())}
+
+
+def score_table(rows: list[Row], what: str) -> list[str]:
+    lines = []
+    for (n, vocab), group in groups(rows, what).items():
+        measured = sorted((r for r in group if "seconds" in r), key=lambda r: r["seconds"])
+        ours = next(r for r in measured if r["path"] == "rlalign fast")
+        weight = vocab * ours["hidden"] * 2 if what == "forward_backward" else 0
+        beyond = " beyond the weight gradient" if weight else ""
+        lines += [f"### {what.replace('_', ' + ')}, {n:,} tokens x {vocab:,}, hidden {ours['hidden']:,}", "",
+                  f"| path | fp32 logits | seconds | x rlalign | extra MiB{beyond} | max / mean error | runs |",
+                  "|---|:-:|--:|--:|--:|--:|--:|"]  # fmt: skip
+        for r in measured:
+            memory, error = (r["peak_extra_bytes"] - weight) / 2**20, (r["max_error"], r["mean_error"])
+            lines.append(
+                f"| {r['path']} | {'yes' if r['fp32_output'] else 'no'} | {r['seconds']:.2f} | "
+                f"{r['seconds'] / ours['seconds']:.1f} | {memory:,.0f} | {error[0]:.1e} / {error[1]:.1e} | "
+                f"{r['repeats']} |"
+            )
+        peers = [r for r in measured if not r["path"].startswith("rlalign")]
+        for fp32, words in ((True, "with fp32 logits"), (False, "with bf16 logits")):
+            best = min((r for r in peers if r["fp32_output"] == fp32), key=lambda r: r["seconds"], default=None)
+            if best is not None:
+                share = ours["seconds"] / best["seconds"]
+                lines += ["", f"{share:.2f} times the best peer {words} ({best['path']})."]
+        lines += ["", *(f"{r['path']}: {r['status']}." for r in group if "status" in r), ""]
+    return lines
+
+
+def decode_table(rows: list[Row]) -> list[str]:
+    lines = []
+    by_shape = groups(rows, "decode")
+    for vocab in sorted({key[1] for key in by_shape}):
+        columns = {n: {r["path"]: r for r in group} for (n, v), group in by_shape.items() if v == vocab}
+        lines += [f"### Decode head, vocabulary {vocab:,}, ms a call", "", "| path | " +
+                  " | ".join(f"{n} rows" for n in columns) + " |", "|---|" + "--:|" * len(columns)]  # fmt: skip
+        for path in next(iter(columns.values())):
+            lines.append(
+                f"| {path} | " + " | ".join(f"{1e3 * c[path]['seconds']:.1f}" for c in columns.values()) + " |"
+            )
+        cast, bf16, ours = "fp32 by casting the weight each call", "bf16 head", "rlalign project"
+        for base, words in ((bf16, "project / bf16 head"), (cast, "project / cast")):
+            cells = [f"{c[ours]['seconds'] / c[base]['seconds']:.2f}" for c in columns.values()]
+            lines.append(f"| **{words}** | " + " | ".join(cells) + " |")
+        lines.append("")
+    return lines
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    for axis, what in zip(axes, ("forward", "forward_backward"), strict=True):
+        (n, vocab), group = list(groups(rows, what).items())[-1]
+        measured = sorted((r for r in group if "seconds" in r), key=lambda r: r["path"], reverse=True)
+        colors = ["#c0392b" if r["path"].startswith("rlalign") else "#7f8c8d" for r in measured]
+        axis.barh([r["path"] for r in measured], [r["seconds"] for r in measured], color=colors)
+        axis.set(title=f"{what.replace('_', ' + ')}, {n} x {vocab:,}", xlabel="seconds (log)", xscale="log")
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+
+
+def main() -> None:
+    source = Path(sys.argv[1])
+    rows = json.loads(source.read_text())["rows"]
+    text = ["# Token logprobs from hidden states: speed, memory, error", "",
+            f"{rows[-1]['device']}. Minimum of the runs, all paths of a table interleaved in one process; the machine",
+            "was shared, so compare within a table only. bf16 weights. Error in nats against float64.", "",
+            f"![seconds]({source.with_suffix('.png').name})", ""]  # fmt: skip
+    for what in ("forward", "forward_backward"):
+        text += score_table(rows, what)
+    source.with_suffix(".md").write_text("\n".join(text + decode_table(rows)))
+    plot(rows, source.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

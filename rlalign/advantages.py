@@ -1,0 +1,110 @@
+"""Advantages from rewards: group-relative (GRPO) and generalised advantage estimation (PPO).
+
+B sequences, L padded length.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+def group_relative(
+    rewards_B: Tensor | Sequence[float | None],
+    group_id_B: Tensor,
+    *,
+    normalize_std: bool = True,
+    eps: float = 1e-6,
+) -> Tensor:
+    """(reward - group mean) / (group std + eps), one advantage per sequence: [B] float32.
+
+    rewards_B: [B]; None or NaN means no reward, is left out of its group's statistics and gets advantage 0.
+    group_id_B: [B] int, equal for the samples of one prompt; any order. std is the unbiased one (n - 1), as in the
+    reference implementations. normalize_std=False leaves the difference, as Dr. GRPO proposes.
+    A group whose rewards are all equal, or with a single reward, gets exactly 0.
+    Raises ValueError on lengths that differ or an infinite reward.
+    References: GRPO arXiv 2402.03300, Dr. GRPO arXiv 2503.20783.
+    """
+    if not isinstance(rewards_B, torch.Tensor):
+        rewards_B = torch.tensor([float("nan") if r is None else float(r) for r in rewards_B], dtype=torch.float64)
+    if rewards_B.ndim != 1 or rewards_B.shape != group_id_B.shape:
+        raise ValueError(
+            f"rewards and group ids must be [B]; got {tuple(rewards_B.shape)} and {tuple(group_id_B.shape)}"
+        )
+    if rewards_B.isinf().any():
+        raise ValueError("an infinite reward has no group-relative advantage; bound the reward or mark it NaN")
+    rewards_B = rewards_B.detach().double()
+    known_B = ~rewards_B.isnan()
+    groups_G, index_B = group_id_B.to(rewards_B.device).unique(return_inverse=True)
+    value_B = rewards_B.masked_fill(~known_B, 0.0)
+
+    def per_group(x_B: Tensor) -> Tensor:
+        return x_B.new_zeros(len(groups_G)).index_add_(0, index_B, x_B)
+
+    count_G = per_group(known_B.double())
+    mean_G = per_group(value_B) / count_G.clamp(min=1.0)
+    centred_B = (value_B - mean_G[index_B]).masked_fill(~known_B, 0.0)
+    varies_B = _range_of_groups(rewards_B, known_B, index_B, len(groups_G))[index_B] > 0.0
+    if normalize_std:
+        std_G = (per_group(centred_B.square()) / (count_G - 1.0).clamp(min=1.0)).sqrt()
+        centred_B = centred_B / (std_G[index_B] + eps)
+    return torch.where(varies_B, centred_B, 0.0).float()
+
+
+def _range_of_groups(rewards_B: Tensor, known_B: Tensor, index_B: Tensor, groups: int) -> Tensor:
+    """Largest minus smallest known reward of each group: 0 detects equal rewards where a rounded mean would not."""
+    highest_G = rewards_B.new_full((groups,), -torch.inf)
+    highest_G.scatter_reduce_(0, index_B[known_B], rewards_B[known_B], "amax")
+    lowest_G = rewards_B.new_full((groups,), torch.inf).scatter_reduce_(0, index_B[known_B], rewards_B[known_B], "amin")
+    return highest_G - lowest_G
+
+
+def gae(
+    rewards_BL: Tensor, values_BL: Tensor, loss_mask_BL: Tensor, *, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation: advantages and returns, both [B, L] float32, 0 outside the mask.
+
+    rewards_BL: per token (a sequence reward sits on its last masked token). values_BL: the critic before the action.
+    Steps run from one masked token to the next one: tokens between (tool output, padding) are skipped, whatever
+    their value. The end of a sequence has value 0. returns = advantages + values, before any whitening.
+    Raises ValueError on shapes that differ or gamma, lam outside [0, 1].
+    Reference: arXiv 1506.02438.
+    """
+    if not rewards_BL.shape == values_BL.shape == loss_mask_BL.shape:
+        raise ValueError(
+            f"gae: shapes differ: rewards {tuple(rewards_BL.shape)}, values {tuple(values_BL.shape)}, "
+            f"mask {tuple(loss_mask_BL.shape)}"
+        )
+    if not (0.0 <= gamma <= 1.0 and 0.0 <= lam <= 1.0):
+        raise ValueError(f"gae: gamma and lam must lie in [0, 1], got gamma={gamma}, lam={lam}")
+    mask_BL = loss_mask_BL.bool()
+    rewards_BL = rewards_BL.detach().double().masked_fill(~mask_BL, 0.0)
+    values_BL = values_BL.detach().double().masked_fill(~mask_BL, 0.0)
+    advantages_BL = torch.zeros_like(values_BL)
+    next_value_B = values_BL.new_zeros(values_BL.shape[0])
+    running_B = torch.zeros_like(next_value_B)
+    for t in reversed(range(values_BL.shape[1])):
+        here_B = mask_BL[:, t]
+        delta_B = rewards_BL[:, t] + gamma * next_value_B - values_BL[:, t]
+        running_B = torch.where(here_B, delta_B + gamma * lam * running_B, running_B)
+        next_value_B = torch.where(here_B, values_BL[:, t], next_value_B)
+        advantages_BL[:, t] = torch.where(here_B, running_B, 0.0)
+    return advantages_BL.float(), (advantages_BL + values_BL).float()
+
+
+def whiten(advantages_BL: Tensor, loss_mask_BL: Tensor, *, eps: float = 1e-8) -> Tensor:
+    """Advantages with mean 0 and variance 1 over this batch's masked tokens; 0 outside. Unbiased variance.
+
+    Fewer than two masked tokens raise ValueError: they have no variance.
+    """
+    x_N = advantages_BL[loss_mask_BL].double()
+    if x_N.numel() < 2:
+        raise ValueError(f"whiten needs at least two masked tokens, got {x_N.numel()}")
+    white_BL = (advantages_BL.double() - x_N.mean()) * torch.rsqrt(x_N.var() + eps)
+    return white_BL.masked_fill(~loss_mask_BL, 0.0).float()

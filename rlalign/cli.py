@@ -1,0 +1,141 @@
+"""rlalign train | parity | report: the commands, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. 0: fine; 1: the check or the run failed; 2: wrong usage or configuration; 130: interrupted."""
+    # Read by the OpenMP runtime when it loads: spinning threads make two busy cores about five times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("rlalign: interrupted; what was logged so far is in the run directory", file=sys.stderr)
+        return INTERRUPTED
+    except ValueError as error:
+        print(f"rlalign: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"rlalign: {error}", file=sys.stderr)
+        return 1
+
+
+def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """The shipped Hydra configuration with overrides applied. Raises ValueError with one readable line."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    register_schema()
+    try:
+        with initialize_config_module("rlalign.configs", version_base="1.3"):
+            return hydra_compose(config_name, overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(f"configuration: {_readable(error)}") from error
+
+
+def _readable(error: Exception) -> str:
+    """The first line that says something: Hydra keeps the reason in the cause and appends search paths and advice."""
+    what = str(error).split("Config search path")[0].split("To append to your config")[0]
+    why = str(error.__cause__ or "").split("\n")[0]
+    return f"{' '.join(what.split()).rstrip('.')}{': ' if why else ''}{why}"
+
+
+def register_schema() -> None:
+    """Give Hydra the dataclasses, so that unknown keys and wrong types are refused while composing."""
+    from hydra.core.config_store import ConfigStore
+
+    from rlalign.config import RunConfig
+
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from rlalign.config import load
+    from rlalign.train import train
+
+    train(load(compose(arguments.config_name, arguments.overrides)))
+    return 0
+
+
+def _parity(arguments: argparse.Namespace) -> int:
+    from rlalign.config import load
+    from rlalign.diagnose import parity
+
+    config = load(compose(arguments.config_name, arguments.overrides))
+    result = parity.measure(config, bodies=arguments.body, prompts=arguments.prompts)
+    print(parity.table(result))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2))
+    over = parity.over_limit(result, arguments.k3_limit)
+    for line in over:
+        print(f"rlalign: {line}", file=sys.stderr)
+    return 1 if over else 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from rlalign.tracking.report import write_report
+
+    out = arguments.out or (arguments.runs[0] / "report.html" if len(arguments.runs) == 1 else Path("report.html"))
+    print(write_report(arguments.runs, out))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rlalign", description="Make the rollout engine and the trainer agree.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="run a configuration")
+    _takes_config(train, default="train")
+    train.set_defaults(run=_train)
+
+    parity = commands.add_parser(
+        "parity", help="the same tokens through both engines: {model, float32} head on each side"
+    )
+    _takes_config(parity, default="demo")
+    parity.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
+    parity.add_argument(
+        "--k3-limit",
+        type=float,
+        default=1e-3,
+        help="exit 1 when a float32/float32 pair is over it (default %(default)s)",
+    )
+    parity.add_argument(
+        "--body", action="append", choices=("bfloat16", "float32"), help="body dtype; repeatable (default both)"
+    )
+    parity.add_argument("--prompts", type=int, default=32, help="training prompts to sample from (default %(default)s)")
+    parity.set_defaults(run=_parity)
+
+    report = commands.add_parser("report", help="one HTML page from one run, or from several side by side")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    report.add_argument("--out", type=Path, help="default: RUN/report.html, or report.html for several runs")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _takes_config(parser: argparse.ArgumentParser, *, default: str) -> None:
+    parser.add_argument(
+        "--config-name", default=default, help="a configuration that ships with rlalign (default %(default)s)"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="Hydra overrides, such as algo.lr=1e-5 task=addition"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

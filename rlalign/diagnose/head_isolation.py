@@ -1,0 +1,89 @@
+"""The head alone: the same hidden states through both sides' heads, and through float64.
+
+On a small model the rounding of a bf16 body hides the head's own error; here the body cannot contribute.
+Suffixes: N tokens, D hidden, V vocabulary, B L of one row per decode batch size.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rlalign import mismatch
+from rlalign.trainer.head_mirror import HeadTransform, Tokens
+
+KEPT = ("k1", "k3", "abs_mean", "p99", "abs_max", "pearson_prob")
+# Rows decoded at once: a rollout's last sequences decode alone, and GEMM kernels change between these sizes.
+DECODE_BATCHES = (1, 4, 16)
+
+
+class HeadOwner(Protocol):
+    """A rollout engine that can be asked to project given hidden states."""
+
+    def head_logits(self, hidden_file: Path, *, batch: int) -> Path: ...
+
+
+def measure(
+    engine: HeadOwner, network: nn.Module, hidden_ND: Tensor, token_ids_N: Tensor, *, temperature: float, shared: Path
+) -> dict[str, float]:
+    """Mismatch of the two heads over N tokens at decode batches of 1, 4 and 16, in nats.
+
+    hidden_ND: what predicts token_ids_N, as `predicting` gives it; network: the mirrored transformers model.
+    Keys: k1 k3 abs_mean p99 abs_max pearson_prob between the two sides; rollout_error and trainer_error: each side's mean
+    distance from the float64 head, which equal kernels on both sides cannot hide.
+    """
+    trainer_N = _trainer_logprobs(network.get_output_embeddings(), hidden_ND, token_ids_N, temperature)
+    rollout_BL = torch.stack(_engine_logprobs(engine, hidden_ND, token_ids_N, temperature, shared))
+    trainer_BL = trainer_N.expand_as(rollout_BL)
+    measured = mismatch.compare(trainer_BL, rollout_BL, torch.ones_like(rollout_BL, dtype=torch.bool), positions=False)
+    exact_N = _float64_logprobs(network, hidden_ND, token_ids_N, temperature)
+    return {name: measured[name] for name in KEPT} | {
+        "rollout_error": float((rollout_BL - exact_N).abs().mean()),
+        "trainer_error": float((trainer_N - exact_N).abs().mean()),
+    }
+
+
+def predicting(hidden_BLD: Tensor, token_ids_BL: Tensor, loss_mask_BL: Tensor, *, limit: int) -> tuple[Tensor, Tensor]:
+    """The first `limit` sampled tokens and the hidden state before each: (hidden_ND, token_ids_N)."""
+    rows, positions = loss_mask_BL.nonzero(as_tuple=True)
+    rows, positions = rows[:limit], positions[:limit]
+    return hidden_BLD[rows, positions - 1], token_ids_BL[rows, positions]
+
+
+def _trainer_logprobs(lm_head: nn.Module, hidden_ND: Tensor, token_ids_N: Tensor, temperature: float) -> Tensor:
+    # The head's own alignment: entry t is about token t and comes from the hidden state before it.
+    hidden = torch.cat([hidden_ND, hidden_ND[-1:]])[None]
+    tokens = torch.cat([token_ids_N[:1], token_ids_N])[None].to(hidden.device)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[:, 0] = False
+    with torch.no_grad():
+        logprobs_BL, _ = lm_head(hidden, Tokens(tokens, mask, temperature), exact=True)
+    return logprobs_BL[0, 1:].cpu()
+
+
+def _engine_logprobs(
+    engine: HeadOwner, hidden_ND: Tensor, token_ids_N: Tensor, temperature: float, shared: Path
+) -> list[Tensor]:
+    with tempfile.TemporaryDirectory(prefix="rlalign-head-", dir=shared) as folder:
+        file = Path(folder) / "hidden.safetensors"
+        save_file({"hidden_ND": hidden_ND.detach().cpu().contiguous()}, file)
+        logits = [load_file(engine.head_logits(file, batch=batch))["logits_NV"] for batch in DECODE_BATCHES]
+    return [_chosen((x / temperature).log_softmax(-1, dtype=torch.float32), token_ids_N) for x in logits]
+
+
+def _float64_logprobs(network: nn.Module, hidden_ND: Tensor, token_ids_N: Tensor, temperature: float) -> Tensor:
+    lm_head = network.get_output_embeddings()
+    logits_NV = hidden_ND.detach().cpu().double() @ lm_head.weight.detach().cpu().double().t()
+    if lm_head.bias is not None:
+        logits_NV += lm_head.bias.detach().cpu().double()
+    logits_NV = HeadTransform.of(network.config.to_dict()).apply(logits_NV)
+    return _chosen((logits_NV / temperature).log_softmax(-1), token_ids_N)
+
+
+def _chosen(logprobs_NV: Tensor, token_ids_N: Tensor) -> Tensor:
+    return logprobs_NV.gather(1, token_ids_N.cpu()[:, None])[:, 0]

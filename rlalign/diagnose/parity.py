@@ -1,0 +1,152 @@
+"""rlalign parity: the same tokens through rollout engine and trainer, at identical weights, for every pair of heads.
+
+Rows are rollout head x trainer head for each body dtype. Both sides are teacher-forced at temperature 1, so the table isolates
+numerics: no sampling, no staleness. The head in isolation is measured beside it, since the body can hide the head.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from rlalign import mismatch
+from rlalign.config import RunConfig
+from rlalign.diagnose import head_isolation
+from rlalign.train import encode, load_task_of, load_tokenizer, resolve_model
+from rlalign.types import RolloutBatch, collate
+
+if TYPE_CHECKING:
+    from rlalign.rollout.engine import VLLMEngine
+
+HEADS = ("model", "float32")
+COLUMNS = {
+    "k1": "k1",
+    "k3": "k3",
+    "abs_mean": "abs_mean",
+    "p99": "p99",
+    "abs_max": "abs_max",
+    "pearson": "pearson_prob",
+}
+ERRORS = ("rollout_error", "trainer_error")  # of the head in isolation: mean distance from float64
+ISOLATED_TOKENS = 256
+
+
+def measure(config: RunConfig, *, bodies: Sequence[str] | None = None, prompts: int = 32) -> dict:
+    """Fill the table on the configured model. Returns {"model", "tokens", "rows", "head_isolated"}, JSON-able, in nats.
+
+    bodies: dtypes of the model's body, both by default. prompts: how many of the task's training prompts are sampled from.
+    """
+    model = resolve_model(config.model.path)
+    result = {"model": config.model.path, "tokens": {}, "rows": [], "head_isolated": []}
+    for body in bodies or ("bfloat16", "float32"):
+        tokens, rows, isolated = _one_body(model, config, body, prompts)
+        result["tokens"][body] = tokens
+        result["rows"] += rows
+        result["head_isolated"] += isolated
+    return result
+
+
+def over_limit(result: dict, limit: float) -> list[str]:
+    """One line for every float32/float32 pair whose k3 is over the limit (or not a number)."""
+    return [
+        f"{r['body_dtype']} body, float32 heads on both sides: k3 = {r['k3']:.3g} nats/token is over the limit {limit:.3g}"
+        for r in result["rows"]
+        if r["rollout_head"] == r["trainer_head"] == "float32" and not r["k3"] <= limit
+    ]
+
+
+def table(result: dict) -> str:
+    """Both tables as Markdown, ready to paste."""
+    lines = [f"Teacher-forced through both engines: {result['model']}, tokens {result['tokens']}", ""]
+    for title, rows, columns in (
+        ("whole model", result["rows"], tuple(COLUMNS)),
+        ("head in isolation", result["head_isolated"], (*COLUMNS, *ERRORS)),
+    ):
+        header = ["body", "rollout head", "trainer head", *columns]
+        lines += [f"**{title}** (nats per token)", "", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+        for row in rows:
+            numbers = [f"{row[c]:.9f}" if c == "pearson" else f"{row[c]:.2e}" for c in columns]
+            lines.append(
+                "| " + " | ".join([row["body_dtype"], row["rollout_head"], row["trainer_head"], *numbers]) + " |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _one_body(model: Path, config: RunConfig, body: str, prompts: int) -> tuple[int, list[dict], list[dict]]:
+    from rlalign.rollout.engine import VLLMEngine
+
+    rollout = replace(config.rollout, temperature=1.0)
+    engine = VLLMEngine(model, rollout, dtype=body, head_dtype="float32", seed=config.seed)
+    try:
+        batch = _sampled(engine, model, config, prompts)
+        network = _network(model, body)
+        rows, isolated = [], []
+        for rollout_head in HEADS:
+            engine.set_head("off" if rollout_head == "model" else engine.mode)
+            rollout_BL = _engine_scores(engine, batch)
+            for trainer_head in HEADS:
+                pair = {"body_dtype": body, "rollout_head": rollout_head, "trainer_head": trainer_head}
+                trainer_BL, hidden_BLD = _trainer_scores(network, batch, trainer_head)
+                rows.append(
+                    pair | _columns(mismatch.compare(trainer_BL, rollout_BL, batch.loss_mask_BL, positions=False))
+                )
+                hidden, ids = head_isolation.predicting(
+                    hidden_BLD, batch.token_ids_BL, batch.loss_mask_BL, limit=ISOLATED_TOKENS
+                )
+                shared = Path(config.weights.shared)
+                measured = head_isolation.measure(engine, network, hidden, ids, temperature=1.0, shared=shared)
+                isolated.append(pair | _columns(measured) | {error: measured[error] for error in ERRORS})
+        return int(batch.loss_mask_BL.sum()), rows, isolated
+    finally:
+        engine.close()
+        gc.collect()  # two engines follow each other in one process
+
+
+def _sampled(engine: VLLMEngine, model: Path, config: RunConfig, prompts: int) -> RolloutBatch:
+    tokenizer = load_tokenizer(model)
+    chosen = load_task_of(config).train_prompts(0, prompts)
+    rollouts = engine.generate(
+        [encode(tokenizer, p.text, chat=config.task.chat_template) for p in chosen],
+        prompt_ids=[p.prompt_id for p in chosen],
+        samples=config.rollout.group_size,
+        seed=config.seed,
+    )
+    return collate(rollouts, pad_token_id=tokenizer.pad_token_id, spec=engine.spec)
+
+
+def _network(model: Path, body: str) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, body)).eval()
+
+
+def _engine_scores(engine: VLLMEngine, batch: RolloutBatch) -> Tensor:
+    lengths = batch.attention_mask_BL.sum(1).tolist()
+    sequences = [ids[:n].tolist() for ids, n in zip(batch.token_ids_BL, lengths, strict=True)]
+    scores_BL = torch.zeros(batch.token_ids_BL.shape)
+    for i, scores in enumerate(engine.score(sequences)):
+        scores_BL[i, : len(scores)] = torch.tensor(scores)
+    return scores_BL
+
+
+@torch.no_grad()
+def _trainer_scores(network: nn.Module, batch: RolloutBatch, head_dtype: str) -> tuple[Tensor, Tensor]:
+    from rlalign.trainer.head_mirror import Tokens, mirror
+
+    mirror(network, head_dtype=head_dtype, chunk=0)
+    body = network.base_model(input_ids=batch.token_ids_BL, attention_mask=batch.attention_mask_BL, use_cache=False)
+    hidden_BLD = body.last_hidden_state
+    tokens = Tokens(batch.token_ids_BL, batch.loss_mask_BL, temperature=1.0)
+    logprobs_BL, _ = network.get_output_embeddings()(hidden_BLD, tokens, exact=True)
+    return logprobs_BL, hidden_BLD
+
+
+def _columns(measured: dict[str, float]) -> dict[str, float]:
+    return {name: measured[key] for name, key in COLUMNS.items()}

@@ -1,0 +1,151 @@
+"""The torch operator under token_logprobs: opaque to torch.compile, differentiable, indifferent to autocast.
+
+N tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlalign.fused_backward import Upstream, backward_tiles
+from rlalign.fused_logprobs import Problem, Tile, Transform, forward_sums, mirror
+from rlalign.head import route
+
+
+@torch.library.custom_op("rlalign::token_logprobs", mutates_args=())
+def flat_logprobs(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    target_N: Tensor,
+    temperature_N: Tensor | None,
+    soft_cap: float | None,
+    logit_scale: float,
+    vocab_size: int,
+    chunk: int | None,
+    entropy: bool,
+    exact_mirror: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprobs [N], entropy [N] or [0], log-sum-exp [N]) float32; NaN for targets outside the vocabulary."""
+    problem = _problem(hidden_ND, weight_VD, bias_V, target_N, temperature_N, soft_cap, logit_scale, vocab_size, chunk)
+    if exact_mirror:
+        return mirror(problem, rows=chunk, entropy=entropy)
+    sums = forward_sums(problem, mean=entropy)
+    entropy_N = sums.lse_N.new_empty(0) if sums.mean_N is None else sums.lse_N - sums.mean_N
+    return sums.target_N - sums.lse_N, entropy_N, sums.lse_N
+
+
+@flat_logprobs.register_fake
+def _(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    target_N: Tensor,
+    temperature_N: Tensor | None,
+    soft_cap: float | None,
+    logit_scale: float,
+    vocab_size: int,
+    chunk: int | None,
+    entropy: bool,
+    exact_mirror: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = (hidden_ND.shape[0], hidden_ND.shape[0] if entropy else 0, hidden_ND.shape[0])
+    first, second, third = (hidden_ND.new_empty(size, dtype=torch.float32) for size in sizes)
+    return first, second, third
+
+
+@torch.library.custom_op("rlalign::token_logprobs_backward", mutates_args=())
+def _flat_backward(
+    logprob_grad_N: Tensor,
+    entropy_grad_N: Tensor | None,
+    lse_N: Tensor,
+    entropy_N: Tensor,
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    target_N: Tensor,
+    temperature_N: Tensor | None,
+    soft_cap: float | None,
+    logit_scale: float,
+    vocab_size: int,
+    chunk: int | None,
+    wants: list[bool],
+) -> list[Tensor]:
+    problem = _problem(hidden_ND, weight_VD, bias_V, target_N, temperature_N, soft_cap, logit_scale, vocab_size, chunk)
+    upstream = Upstream(logprob_grad_N, entropy_grad_N, lse_N, entropy_N)
+    grads = backward_tiles(problem, upstream, weight_VD if wants[1] else None, hidden=wants[0], bias=wants[2])
+    hidden = None if grads.hidden_ND is None else grads.hidden_ND.to(hidden_ND.dtype).contiguous()
+    bias = None
+    if bias_V is not None and grads.bias_V is not None:
+        bias = torch.zeros_like(bias_V)
+        bias[:vocab_size] = grads.bias_V
+    return [lse_N.new_empty(0) if x is None else x for x in (hidden, grads.weight_VD, bias)]
+
+
+@_flat_backward.register_fake
+def _(
+    logprob_grad_N: Tensor,
+    entropy_grad_N: Tensor | None,
+    lse_N: Tensor,
+    entropy_N: Tensor,
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    target_N: Tensor,
+    temperature_N: Tensor | None,
+    soft_cap: float | None,
+    logit_scale: float,
+    vocab_size: int,
+    chunk: int | None,
+    wants: list[bool],
+) -> list[Tensor]:
+    operands = (hidden_ND, weight_VD, bias_V)
+    return [
+        x.new_empty(x.shape) if x is not None and want else lse_N.new_empty(0)
+        for x, want in zip(operands, wants, strict=True)
+    ]
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    hidden_ND, weight_VD, bias_V, target_N, temperature_N, *ctx.options = inputs
+    _, entropy_N, lse_N = output
+    ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, temperature_N, lse_N, entropy_N)
+
+
+def _backward(
+    ctx: torch.autograd.function.FunctionCtx, logprob_grad_N: Tensor, entropy_grad_N: Tensor, _: Tensor
+) -> tuple[Tensor | None, ...]:
+    hidden_ND, weight_VD, bias_V, target_N, temperature_N, lse_N, entropy_N = ctx.saved_tensors
+    soft_cap, logit_scale, vocab_size, chunk, entropy, exact_mirror = ctx.options
+    wants = list(ctx.needs_input_grad[:3])
+    grads = torch.ops.rlalign.token_logprobs_backward(
+        logprob_grad_N, entropy_grad_N if entropy else None, lse_N, entropy_N, hidden_ND, weight_VD, bias_V, target_N,
+        temperature_N, soft_cap, logit_scale, vocab_size, None if exact_mirror else chunk, wants,
+    )  # fmt: skip
+    return *(grad if want else None for grad, want in zip(grads, wants, strict=True)), *[None] * 8
+
+
+flat_logprobs.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _problem(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    target_N: Tensor,
+    temperature_N: Tensor | None,
+    soft_cap: float | None,
+    logit_scale: float,
+    vocab_size: int,
+    chunk: int | None,
+) -> Problem:
+    return Problem(
+        hidden_ND=hidden_ND,
+        weight_VD=weight_VD[:vocab_size],
+        bias_V=None if bias_V is None else bias_V[:vocab_size],
+        target_N=target_N,
+        transform=Transform(soft_cap, logit_scale, temperature_N),
+        tile=Tile.of(hidden_ND.device, chunk),
+        route=route(hidden_ND, weight_VD),
+    )

@@ -1,0 +1,292 @@
+"""One step of GRPO, written out: sample, reward, score, compare, correct, train, publish.
+
+The four parties are Protocols, declared here by their consumer; `rlalign.train` puts the real ones together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from rlalign import advantages, corrections, losses, mismatch
+from rlalign.config import AlgoConfig, GateAction, MismatchConfig, RunConfig
+from rlalign.types import Correction, LogprobSpec, Rollout, RolloutBatch, TrainBatch, collate
+
+if TYPE_CHECKING:
+    from rlalign.weights import PublishReport
+
+
+class Prompt(Protocol):
+    """What the loop reads of a prompt."""
+
+    prompt_id: int
+    text: str
+
+
+class RolloutEngine(Protocol):
+    """Samples completions and says under which convention and version."""
+
+    spec: LogprobSpec
+    policy_version: int
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, prompt_ids: Sequence[int], samples: int, seed: int
+    ) -> list[Rollout]: ...
+
+
+class Trainer(Protocol):
+    """Scores and trains the policy."""
+
+    version: int
+    world_size: int
+
+    def score(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]: ...
+    def score_reference(self, batch: RolloutBatch) -> Tensor | None: ...
+    def forward_backward(
+        self, batch: TrainBatch, loss_function: Callable[[Tensor, TrainBatch], tuple[Tensor, dict[str, float]]]
+    ) -> dict[str, float]: ...
+    def optim_step(self) -> dict[str, float]: ...
+    def named_weights(self) -> Iterable[tuple[str, Tensor]]: ...
+
+
+class Task(Protocol):
+    """Prompts and verifiable rewards."""
+
+    def train_prompts(self, step: int, count: int) -> Sequence[Prompt]: ...
+    def eval_prompts(self) -> Sequence[Prompt]: ...
+    def reward(self, prompt: Prompt, completion: str) -> float: ...
+
+
+class Publisher(Protocol):
+    """Moves weights to the rollout engine; returns when every rank has proved it computes with them."""
+
+    def __call__(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> PublishReport: ...
+
+
+class MismatchLimitError(RuntimeError):
+    """The lag-0 mismatch passed its limit: training on these ratios would follow an error, not the reward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parties:
+    """Everyone a step talks to."""
+
+    engine: RolloutEngine
+    trainer: Trainer
+    task: Task
+    publish: Publisher
+    encode: Callable[[str], list[int]]
+    pad_token_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a step produced: metrics by their logged names, and the per-token tensors behind them."""
+
+    metrics: dict[str, float]
+    batch: RolloutBatch
+    old_logprobs_BL: Tensor
+    advantages_BL: Tensor
+    rewards_B: Tensor
+    texts: list[str]
+    warnings: list[str] = field(default_factory=list)
+
+
+def train_step(step: int, parties: Parties, config: RunConfig) -> StepResult:
+    """Run step `step` (from 0). Raises MismatchLimitError before anything was trained when the gate is set to stop."""
+    metrics: dict[str, float] = {}
+    clock = partial(_timed, metrics)
+    began = time.perf_counter()
+
+    with clock("rollout"):
+        prompts = parties.task.train_prompts(step, config.rollout.prompts_per_step)
+        rollouts = parties.engine.generate(
+            [parties.encode(p.text) for p in prompts],
+            prompt_ids=[p.prompt_id for p in prompts],
+            samples=config.rollout.group_size,
+            seed=config.seed * 1_000_003 + step,
+        )
+        batch = collate(rollouts, pad_token_id=parties.pad_token_id, spec=parties.engine.spec)
+    metrics |= rollout_metrics(rollouts, metrics["time/rollout_s"])
+
+    with clock("reward"):
+        rewards_B = torch.tensor([parties.task.reward(prompts[r.group_id], r.text) for r in rollouts])
+    metrics |= reward_metrics(rewards_B, batch.group_id_B)
+
+    with clock("score"):
+        old_BL, entropy_BL = parties.trainer.score(batch)
+        ref_BL = parties.trainer.score_reference(batch)
+        measured = mismatch.compare(old_BL, batch.rollout_logprobs_BL, batch.loss_mask_BL, positions=False)
+        metrics |= mismatch_metrics(measured, lag=lag_of(batch, parties.trainer.version))
+        metrics["train/entropy"] = float(entropy_BL[batch.loss_mask_BL].mean())
+    warnings = gate(measured, config.mismatch, step=step)
+
+    with clock("train"):
+        correction = correct(old_BL, batch, config.algo)
+        metrics |= correction_metrics(correction, batch)
+        advantages_BL = advantages.group_relative(rewards_B, batch.group_id_B, normalize_std=config.algo.normalize_std)[
+            :, None
+        ].expand_as(old_BL)
+        metrics |= update(parties.trainer, batch, old_BL, ref_BL, advantages_BL, correction, config.algo)
+
+    with clock("publish"):
+        report = parties.publish(parties.trainer.named_weights(), parties.trainer.version)
+    metrics |= publish_metrics(report)
+    metrics["time/step_s"] = time.perf_counter() - began
+    return StepResult(
+        metrics=metrics,
+        batch=batch,
+        old_logprobs_BL=old_BL,
+        advantages_BL=advantages_BL,
+        rewards_B=rewards_B,
+        texts=[r.text for r in rollouts],
+        warnings=warnings,
+    )
+
+
+def update(
+    trainer: Trainer,
+    batch: RolloutBatch,
+    old_BL: Tensor,
+    ref_BL: Tensor | None,
+    advantages_BL: Tensor,
+    correction: Correction,
+    algo: AlgoConfig,
+) -> dict[str, float]:
+    """One optimizer step per minibatch; metrics are token means over the kept tokens of all minibatches."""
+    size = len(batch) // algo.minibatches
+    loss_function = partial(_loss, algo=algo)
+    sums: dict[str, float] = {}
+    last: dict[str, float] = {}
+    for start in range(0, len(batch), size):
+        rows = slice(start, start + size)
+        keep = correction.keep[rows]
+        minibatch = TrainBatch(
+            rollouts=batch.rows(rows),
+            old_logprobs_BL=old_BL[rows],
+            advantages_BL=advantages_BL[rows],
+            correction=Correction(weights=correction.weights[rows], keep=keep),
+            num_tokens=int(keep.sum()) * trainer.world_size,
+            ref_logprobs_BL=None if ref_BL is None else ref_BL[rows],
+        )
+        if minibatch.num_tokens == 0:
+            raise RuntimeError(
+                "the correction rejected every token of a minibatch: nothing is left to train on; loosen its bounds"
+            )
+        for name, value in trainer.forward_backward(minibatch, loss_function).items():
+            sums[name] = sums.get(name, 0.0) + value / algo.minibatches
+        last = trainer.optim_step()
+    return {f"train/{name}": value for name, value in (sums | last).items()}
+
+
+def correct(old_BL: Tensor, batch: RolloutBatch, algo: AlgoConfig) -> Correction:
+    """The configured correction, or weights of one on every token whose logprobs are finite."""
+    given = (old_BL, batch.rollout_logprobs_BL, batch.loss_mask_BL)
+    if algo.correction is None:
+        return corrections.identity(*given)
+    c = algo.correction
+    return corrections.correct(*given, level=c.level, mode=c.mode, low=c.low, high=c.high)
+
+
+def gate(measured: dict[str, float], config: MismatchConfig, *, step: int) -> list[str]:
+    """Compare k3 with its limit. Returns warnings, or raises MismatchLimitError, as configured. NaN passes no limit."""
+    k3 = measured["k3"]
+    if k3 <= config.k3_limit:
+        return []
+    message = (
+        f"step {step}: mismatch k3 = {k3:.3g} nats/token is over mismatch.k3_limit = {config.k3_limit:.3g} "
+        f"(mean |log_ratio| {measured['abs_mean']:.3g}, max {measured['abs_max']:.3g}, {measured['nonfinite']:.0f} not finite). "
+        "Usual causes: a head in another dtype on one side, weights that did not arrive, another temperature or tokenizer. "
+        "`rlalign parity` on this checkpoint tells the first from the rest."
+    )
+    if config.action is GateAction.stop:
+        raise MismatchLimitError(message)
+    return [message]
+
+
+def rollout_metrics(rollouts: Sequence[Rollout], seconds: float) -> dict[str, float]:
+    """Sampled tokens, speed, lengths; a completion cut off by max_tokens counts as truncated."""
+    lengths = [sum(r.loss_mask) for r in rollouts]
+    return {
+        "rollout/tokens": float(sum(lengths)),
+        "rollout/tokens_per_s": sum(lengths) / seconds,
+        "rollout/length_mean": sum(lengths) / len(lengths),
+        "rollout/truncated_frac": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+        "rollout/policy_version": float(max(r.policy_version for r in rollouts)),
+    }
+
+
+def reward_metrics(rewards_B: Tensor, group_id_B: Tensor) -> dict[str, float]:
+    """Mean and spread of the rewards, and the share of groups without any spread: those teach nothing."""
+    groups = [rewards_B[group_id_B == g] for g in group_id_B.unique()]
+    return {
+        "reward/mean": float(rewards_B.mean()),
+        "reward/std": float(rewards_B.std(correction=0)),
+        "reward/frac_zero_std_groups": sum(bool((g == g[0]).all()) for g in groups) / len(groups),
+    }
+
+
+def lag_of(batch: RolloutBatch, version: int) -> int:
+    """Versions between the one that sampled this batch and the trainer's. A synchronous step has one lag, normally 0."""
+    lags = (version - batch.policy_version_B).unique().tolist()
+    if len(lags) != 1 or lags[0] < 0:
+        raise RuntimeError(
+            f"a synchronous step got rollouts {lags} versions behind trainer version {version}; expected one lag, not negative: "
+            "the engine was not stamped with what was published"
+        )
+    return lags[0]
+
+
+def mismatch_metrics(measured: dict[str, float], *, lag: int) -> dict[str, float]:
+    """Under the lag they were measured at: only lag 0 is engine mismatch."""
+    shared = {"mismatch/nonfinite": measured["nonfinite"]}
+    return shared | {f"mismatch/lag{lag}/{name}": v for name, v in measured.items() if name != "nonfinite"}
+
+
+def correction_metrics(correction: Correction, batch: RolloutBatch) -> dict[str, float]:
+    """Share of tokens kept and the mean weight of those."""
+    kept = correction.keep.sum()
+    return {
+        "correction/kept_frac": float(kept / batch.loss_mask_BL.sum()),
+        "correction/weight_mean": float(correction.weights.sum() / kept) if kept else float("nan"),
+    }
+
+
+def publish_metrics(report: PublishReport) -> dict[str, float]:
+    """What was moved, and what had to be repaired on the way."""
+    return {
+        "publish/version": float(report.version),
+        "publish/seconds": report.seconds,
+        "publish/bytes": float(report.bytes),
+        "publish/tensors": float(report.tensors),
+        "publish/repaired": float(report.repaired),
+        "publish/rebuilds": float(report.rebuilds),
+    }
+
+
+def _loss(logprobs_BL: Tensor, batch: TrainBatch, *, algo: AlgoConfig) -> tuple[Tensor, dict[str, float]]:
+    return losses.grpo_loss(
+        logprobs_BL,
+        batch.old_logprobs_BL.to(logprobs_BL.device),
+        batch.advantages_BL.to(logprobs_BL.device),
+        batch.correction,
+        num_tokens=batch.num_tokens,
+        clip_low=algo.clip_low,
+        clip_high=algo.clip_high,
+        ref_logprobs_BL=batch.ref_logprobs_BL,
+        kl_coef=algo.kl_coef,
+    )
+
+
+@contextmanager
+def _timed(metrics: dict[str, float], phase: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    metrics[f"time/{phase}_s"] = time.perf_counter() - began

@@ -1,0 +1,226 @@
+"""From evidence to causes: why the two engines may disagree, most likely first, with the command that would confirm it.
+
+A cause's score is 1 where the run itself proves it (two head dtypes), below 1 where the metrics only look like it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+
+@dataclass(frozen=True)
+class Cause:
+    """name: short. why: the evidence, with its numbers. command: what to run. score: in (0, 1], the order."""
+
+    name: str
+    why: str
+    command: str
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What a run knows of its own set-up; None where nothing was recorded.
+
+    rollout_head, trainer_head: head dtypes. processed: the engine's logprobs carry temperature and truncation.
+    truncated: top-p, top-k or min-p in the sampling. prefix_cache_reset: done with the last publish.
+    publish_verified: fingerprints matched on every rank. retokenized: sequences whose text encodes to other ids.
+    k3_by_rank: engine rank -> k3. floor_k3: the noise floor's k3. learning_rate: of the last step.
+    """
+
+    rollout_head: str | None = None
+    trainer_head: str | None = None
+    processed: bool | None = None
+    rollout_temperature: float | None = None
+    trainer_temperature: float | None = None
+    truncated: bool | None = None
+    prefix_cache_reset: bool | None = None
+    publish_verified: bool | None = None
+    retokenized: int | None = None
+    k3_by_rank: Mapping[int, float] | None = None
+    floor_k3: float | None = None
+    learning_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Trend of a metric over steps: the ratio of its late to its early median, and Mann-Kendall's z of a rise."""
+
+    ratio: float
+    z: float
+
+    @property
+    def rising(self) -> bool:
+        """A rise of over 20 % that chance gives less than once in a thousand runs."""
+        return self.ratio > 1.2 and self.z > 3.1
+
+
+def drift(values: Sequence[float]) -> Drift:
+    """Trend of `values`, one per step; at least 9 finite ones or ValueError. Reference: Mann 1945, Kendall 1975."""
+    finite = [v for v in values if math.isfinite(v)]
+    n = len(finite)
+    if n < 9:
+        raise ValueError(f"drift needs at least 9 finite values, got {n}")
+    third = n // 3
+    early, late = median(finite[:third]), median(finite[-third:])
+    score = sum((b > a) - (b < a) for i, a in enumerate(finite) for b in finite[i + 1 :])
+    spread = math.sqrt(n * (n - 1) * (2 * n + 5) / 18.0)
+    return Drift(
+        ratio=late / early if early > 0.0 else math.inf if late > 0.0 else 1.0, z=(score - (score > 0)) / spread
+    )
+
+
+def frozen_run_verdict(k3_history: Sequence[float]) -> Cause | None:
+    """The self-test at learning rate 0: mismatch must stay flat; None when it does, weight sync as suspect when not."""
+    trend = drift(k3_history)
+    if not trend.rising:
+        return None
+    return Cause(
+        "weight sync",
+        f"k3 grew {trend.ratio:.3g}-fold (z = {trend.z:.1f}) at learning rate 0: the policy did not move, so "
+        "publishing changed what the engine computes",
+        "rlalign doctor",
+        1.0,
+    )
+
+
+_RECENT = 200  # steps that Mann-Kendall's quadratic sum reads
+
+
+def likely_causes(
+    metrics: Mapping[str, float], evidence: Evidence, *, k3_history: Sequence[float] = ()
+) -> tuple[Cause, ...]:
+    """Causes with any support, highest score first. `metrics` uses logged keys (mismatch/lag0/...).
+
+    Never empty: with no sign of a fault, plain numerical difference is named, and how to measure its floor.
+    """
+    found = [
+        _head(evidence),
+        _semantics(evidence),
+        _temperature(metrics, evidence),
+        _truncation(metrics, evidence),
+        _stale_weights(evidence, k3_history[-_RECENT:]),
+        _prefix_cache(metrics, evidence),
+        _tokenisation(metrics, evidence),
+        _one_rank(evidence),
+        _numerics(metrics, evidence),
+    ]
+    return tuple(sorted((c for c in found if c is not None), key=lambda c: -c.score))
+
+
+def _lag0(metrics: Mapping[str, float], name: str) -> float:
+    """A lag-0 metric, or NaN, with which every comparison below is False."""
+    return metrics.get(f"mismatch/lag0/{name}", math.nan)
+
+
+def _head(evidence: Evidence) -> Cause | None:
+    rollout, trainer = evidence.rollout_head, evidence.trainer_head
+    if rollout is None or trainer is None or rollout == trainer:
+        return None
+    why = f"the rollout head computes in {rollout}, the trainer's in {trainer}"
+    return Cause("one-sided head", why, "rlalign parity", 1.0)
+
+
+def _semantics(evidence: Evidence) -> Cause | None:
+    if evidence.processed is not False:
+        return None
+    shaped = evidence.truncated or (evidence.rollout_temperature or 1.0) != 1.0
+    why = "the engine returns raw logprobs" + (", while sampling is shaped" if shaped else "")
+    return Cause("raw against processed logprobs", why, "rlalign doctor", 1.0 if shaped else 0.3)
+
+
+def _temperature(metrics: Mapping[str, float], evidence: Evidence) -> Cause | None:
+    rollout, trainer = evidence.rollout_temperature, evidence.trainer_temperature
+    if rollout is not None and trainer is not None:
+        if rollout == trainer:
+            return None
+        why = f"sampled at {rollout:g}, scored at {trainer:g}"
+        return Cause("temperature", why, "rlalign doctor", 1.0)
+    if _lag0(metrics, "p50") > 0.05 and _lag0(metrics, "pearson_prob") > 0.95:
+        why = f"half of all tokens differ by over {_lag0(metrics, 'p50'):.2g} nats, yet probabilities correlate"
+        return Cause("temperature", why, "rlalign doctor", 0.5)
+    return None
+
+
+def _truncation(metrics: Mapping[str, float], evidence: Evidence) -> Cause | None:
+    if evidence.truncated is False:
+        return None
+    highest, k1 = _lag0(metrics, "log_ratio_max"), _lag0(metrics, "k1")
+    one_sided = k1 > 0.01 and highest < 0.1 * k1
+    if evidence.truncated and evidence.processed is not False:
+        why = "sampling renormalises over top-p, top-k or min-p; the trainer scores the whole vocabulary"
+        return Cause("truncation", why, "rlalign doctor", 1.0 if one_sided else 0.9)
+    if one_sided:
+        why = f"the trainer is never above the engine (largest log-ratio {highest:.2g}, k1 {k1:.2g})"
+        return Cause("truncation", why, "rlalign doctor", 0.7)
+    return None
+
+
+def _stale_weights(evidence: Evidence, k3_history: Sequence[float]) -> Cause | None:
+    if evidence.publish_verified is False:
+        return Cause("stale weights", "the last publish was not verified on every rank", "rlalign doctor", 1.0)
+    if sum(math.isfinite(v) for v in k3_history) < 9:
+        return None
+    trend = drift(k3_history)
+    if not trend.rising:
+        return None
+    if evidence.learning_rate == 0.0:
+        return frozen_run_verdict(k3_history)
+    why = f"lag-0 k3 grew {trend.ratio:.3g}-fold over the run (z = {trend.z:.1f}): part of the weights may not arrive"
+    return Cause("stale weights", why, "rlalign train algo.lr=0 (mismatch must stay flat)", 0.6)
+
+
+def _prefix_cache(metrics: Mapping[str, float], evidence: Evidence) -> Cause | None:
+    if evidence.prefix_cache_reset is False:
+        why = "the prefix cache was not reset with the last publish: keys and values of older weights are attended"
+        return Cause("prefix cache after sync", why, "rlalign doctor", 0.95)
+    if evidence.prefix_cache_reset:
+        return None
+    first, last = (metrics.get(f"mismatch/position{d}/k3", math.nan) for d in (0, 9))
+    if first > 3.0 * last:
+        why = f"k3 is {first:.2g} in the first tenth of the answers and {last:.2g} in the last"
+        return Cause("prefix cache after sync", why, "rlalign parity --noise-floor", 0.4)
+    return None
+
+
+def _tokenisation(metrics: Mapping[str, float], evidence: Evidence) -> Cause | None:
+    if evidence.retokenized:
+        why = f"{evidence.retokenized} sequences encode to other token ids than were sampled"
+        return Cause("tokenisation round trip", why, "rlalign doctor", 1.0)
+    if evidence.retokenized == 0:
+        return None
+    p50, over, worst = _lag0(metrics, "p50"), _lag0(metrics, "over_1"), _lag0(metrics, "abs_max")
+    if p50 < 0.02 and 0.0 < over < 0.02 and worst > 3.0:
+        why = f"{over:.2%} of tokens are off by over 1 nat (worst {worst:.1f}) while half are within {p50:.2g}"
+        return Cause("tokenisation round trip", why, "rlalign mismatch on the step's token file", 0.5)
+    return None
+
+
+def _one_rank(evidence: Evidence) -> Cause | None:
+    if evidence.k3_by_rank is None or len(evidence.k3_by_rank) < 2:
+        return None
+    worst = max(evidence.k3_by_rank, key=evidence.k3_by_rank.__getitem__)
+    rest = median(v for rank, v in evidence.k3_by_rank.items() if rank != worst)
+    if not evidence.k3_by_rank[worst] > 4.0 * rest:
+        return None
+    why = f"rank {worst} has k3 {evidence.k3_by_rank[worst]:.2g}, the others {rest:.2g}"
+    return Cause("one engine rank differs", why, "rlalign doctor", 0.9)
+
+
+def _numerics(metrics: Mapping[str, float], evidence: Evidence) -> Cause:
+    k3, floor = _lag0(metrics, "k3"), evidence.floor_k3
+    if floor is None:
+        why = "kernels, batching and precision differ; without a measured floor this cannot be told from a fault"
+        return Cause("numerical difference", why, "rlalign parity --noise-floor", 0.2)
+    if k3 <= 2.0 * floor:
+        why = f"k3 {k3:.2g} is within twice the engine's own noise floor {floor:.2g}"
+        return Cause("noise floor", why, "rlalign parity --noise-floor", 0.8)
+    why = (
+        f"k3 {k3:.2g} is {k3 / floor:.3g} times the noise floor {floor:.2g}"
+        if floor > 0.0
+        else "the floor is exactly 0"
+    )
+    return Cause("numerical difference", why, "rlalign parity", 0.1)

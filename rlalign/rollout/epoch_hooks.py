@@ -1,0 +1,56 @@
+"""Hooks on every route by which vLLM changes weights; each bumps the epoch that the head cache is keyed on.
+
+1. every worker RPC except the quiet ones: sleep/wake, reset_weights, extensions, RPCs that do not exist yet;
+2. access to `model_runner` through the worker wrapper: callables sent by `collective_rpc` bypass the name lookup of 1;
+3. the vocabulary-parallel weight loader: `load_weights` on the model;
+4. the layerwise reload's copy into kernel tensors (private name; vllm RFC #54477 plans to change it: then 1 still covers
+   reloads that arrive as RPCs, and the fingerprint the rest).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+
+from rlalign.head_cache import Epoch
+
+# RPCs that never write weights (the step loop's, and ours that only read), or that bump the epoch themselves (rlalign_load).
+QUIET_RPCS = frozenset(
+    {"execute_model", "sample_tokens", "execute_dummy_batch", "take_draft_token_ids", "check_health"}
+    | {"rlalign_status", "rlalign_acknowledge", "rlalign_head_logits", "rlalign_set_head", "rlalign_load"}
+)
+
+
+def install() -> None:
+    """Patch the four places. Called once per process by the plugin, before any model is built."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+    from vllm.model_executor.model_loader.reload import layerwise
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    WorkerWrapperBase.__getattr__ = _bump_on_lookup(WorkerWrapperBase.__getattr__)
+    VocabParallelEmbedding.weight_loader = _bump_after(VocabParallelEmbedding.weight_loader)
+    layerwise._copy_and_restore_kernel_tensors = _bump_after(layerwise._copy_and_restore_kernel_tensors)
+
+
+def _bump_after(function: Callable) -> Callable:
+    @wraps(function)
+    def bumping(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        finally:
+            Epoch.bump()  # also after a failure: part of the weights may have been written
+
+    return bumping
+
+
+def _bump_on_lookup(lookup: Callable) -> Callable:
+    @wraps(lookup)
+    def bumping(wrapper: object, name: str) -> object:
+        found = lookup(wrapper, name)
+        if name == "model_runner":
+            Epoch.bump()
+        if name in QUIET_RPCS or name.startswith("_") or not callable(found):
+            return found
+        return _bump_after(found)
+
+    return bumping

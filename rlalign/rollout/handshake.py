@@ -1,0 +1,76 @@
+"""Proof that every rollout rank runs the head this run asked for. A missing or different answer stops the run.
+
+vLLM logs a plugin that fails to import and carries on without it, and leaves plugins out that VLLM_PLUGINS does not name. So
+the driver looks before it starts an engine, asks every rank afterwards, and checks again that the head really was called.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+
+import rlalign
+from rlalign.rollout.head_plugin import SLOT
+
+GROUP, NAME = "vllm.general_plugins", "rlalign"
+LAYER = "rlalign.rollout.head_layer.AlignedLogitsProcessor"
+
+
+def preflight() -> None:
+    """Before an engine starts: can vLLM find and import the plugin at all? Raises RuntimeError saying what prevents it."""
+    found = entry_points(group=GROUP, name=NAME)
+    if not found:
+        raise RuntimeError(
+            f"no entry point {NAME!r} in {GROUP!r}: vLLM will not load rlalign's head. "
+            "Install the package in this environment (pip install -e . in a checkout)."
+        )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and NAME not in allowed.split(","):
+        raise RuntimeError(
+            f"VLLM_PLUGINS={allowed!r} leaves out {NAME!r}, so vLLM would start with its own head. Add it, or unset VLLM_PLUGINS."
+        )
+    try:
+        next(iter(found)).load()
+    except Exception as error:  # any failure here is one that vLLM would only log
+        raise RuntimeError(
+            f"rlalign's vLLM plugin cannot be imported ({type(error).__name__}: {error}); vLLM would log this and start without it."
+        ) from error
+
+
+def require(statuses: Sequence[dict], *, mode: str, ranks: int) -> None:
+    """Check the answers of `rlalign_status` against what the run needs. Raises RuntimeError naming the rank and the reason.
+
+    mode: "off", "native" or "cached"; ranks: how many workers must have answered.
+    """
+    if len(statuses) != ranks:
+        raise RuntimeError(f"{len(statuses)} of {ranks} rollout ranks answered the handshake")
+    for status in statuses:
+        reason = _wrong(status, mode)
+        if reason:
+            raise RuntimeError(f"rollout rank {status['rank']}: {reason}")
+
+
+def require_called(statuses: Sequence[dict]) -> None:
+    """After the first generation: the patched head must have been executed on every rank."""
+    for status in statuses:
+        if status["calls"] == 0:
+            raise RuntimeError(
+                f"rollout rank {status['rank']} generated tokens without calling {LAYER}._apply_head: its model bypasses "
+                "vLLM's LogitsProcessor, so rlalign does not control its head"
+            )
+
+
+def _wrong(status: dict, mode: str) -> str | None:
+    if status["class"] != LAYER:
+        if status["slot_holder"] not in (None, LAYER):
+            return f"another plugin holds vLLM's {SLOT} slot ({status['slot_holder']}); only one of the two can run"
+        return (
+            f"its model was built with {status['class']}: the rlalign plugin did not register in that process "
+            f"(VLLM_PLUGINS={status['vllm_plugins']!r}; look for 'Failed to load plugin' in its log)"
+        )
+    if status["rlalign"] != rlalign.__version__:
+        return f"it runs rlalign {status['rlalign']}, the driver {rlalign.__version__}; install the same version everywhere"
+    if status["mode"] != mode:
+        return f"its head runs in mode {status['mode']!r}, this run needs {mode!r}"
+    return None

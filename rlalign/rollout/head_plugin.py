@@ -1,0 +1,28 @@
+"""Entry point of the vLLM plugin (group `vllm.general_plugins`).
+
+vLLM calls `register()` in every process that builds a model. It only logs a plugin whose import fails and starts without it,
+so nothing here may be trusted to have run: the engine proves it on every rank afterwards (`rlalign.rollout.handshake`).
+This module therefore imports nothing heavy, and a layer that finds no rlalign settings behaves exactly like vLLM's own.
+"""
+
+from __future__ import annotations
+
+SETTINGS_KEY = "rlalign"  # in vLLM's additional_config: {"rlalign": {"head_dtype": "float32", "mode": "auto"}}
+SLOT = "LogitsProcessor"  # vLLM's layer from hidden states to logits, not its sampling plug-ins of the same name
+
+
+def register() -> None:
+    """Put our layer in vLLM's slot for LogitsProcessor and install the epoch hooks. Idempotent.
+
+    A slot that another plugin holds is left alone: the handshake names the holder and stops runs that need ours.
+    """
+    from vllm.model_executor.custom_op import op_registry_oot
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    from rlalign.rollout import epoch_hooks
+    from rlalign.rollout.head_layer import AlignedLogitsProcessor
+
+    if SLOT in op_registry_oot:
+        return
+    LogitsProcessor.register_oot(AlignedLogitsProcessor)
+    epoch_hooks.install()

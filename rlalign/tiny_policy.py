@@ -1,0 +1,213 @@
+"""make_tiny_policy(): a Qwen3 policy small enough for one CPU thread, taught arithmetic until it is sometimes right.
+
+RL needs a policy that solves a part of its task. This one is an ordinary Hugging Face folder (bf16 safetensors, a
+byte-level BPE tokenizer) that transformers and vLLM load, trained from nothing in seconds on the train split of a task.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlalign.byte_tokenizer import byte_tokenizer
+from rlalign.tasks import load_task
+from rlalign.tiny_training import accuracy, teach
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+    Progress = Callable[[str], None]
+
+RECIPE_VERSION = 1  # raised whenever this file makes another policy from the same recipe
+RECORD = "tiny_policy.json"
+
+
+def _two_digit_addition() -> dict[str, object]:
+    return {
+        "min_terms": 2,
+        "max_terms": 2,
+        "min_digits": 2,
+        "max_digits": 2,
+        "operators": ["+"],
+        "allow_parentheses": False,
+        "prompt_field": "expression",
+        "template": "{prompt} =",
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinyRecipe:
+    """Everything that decides which policy comes out: two equal recipes give the same folder.
+
+    task, task_params, train_size, eval_size, seed: as in `load_task`; only the train split is trained on.
+    stop_at: expected accuracy on held-out prompts, sampled at temperature 1, at which training ends.
+    accept_from: the least one accepted once max_steps are done.
+    label_smoothing: keeps the policy less sure than it could be (greedy about 0.8 where sampling gets 0.4), which is
+    what RL then has to earn.
+    """
+
+    tied: bool = False
+    task: str = "basic_arithmetic"
+    task_params: dict[str, object] = field(default_factory=_two_digit_addition)
+    train_size: int = 4096
+    eval_size: int = 256
+    seed: int = 0
+    hidden_size: int = 128
+    intermediate_size: int = 256
+    layers: int = 2
+    heads: int = 4
+    head_dim: int = 32
+    initializer_range: float = 0.12  # 0.02, the usual one, learns several times slower at this width
+    context: int = 512
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    label_smoothing: float = 0.15
+    warmup_steps: int = 50
+    max_steps: int = 600
+    check_every: int = 20
+    stop_at: float = 0.38
+    accept_from: float = 0.25
+
+    @property
+    def folder(self) -> str:
+        """The cache folder's name, which carries a hash of every field and of the transformers release."""
+        release = ".".join(version("transformers").split(".")[:2])
+        key = json.dumps([RECIPE_VERSION, release, asdict(self)], sort_keys=True)
+        return f"tiny-qwen3-{'tied' if self.tied else 'untied'}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
+def cached_policy(kind: str, *, report: Progress = lambda _: None) -> Path:
+    """The folder of the default policy, "untied" or "tied", in this user's cache. Raises ValueError on another kind."""
+    if kind not in ("untied", "tied"):
+        raise ValueError(f"unknown tiny policy {kind!r}; choose untied or tied")
+    return make_tiny_policy(cache_root(), TinyRecipe(tied=kind == "tied"), progress=report)
+
+
+def cache_root() -> Path:
+    """Where policies are kept unless a caller says otherwise: under $RLALIGN_CACHE, or ~/.cache/rlalign."""
+    return Path(os.environ.get("RLALIGN_CACHE") or Path.home() / ".cache" / "rlalign") / "policies"
+
+
+def make_tiny_policy(out_root: Path, recipe: TinyRecipe, *, progress: Progress = lambda _: None) -> Path:
+    """The folder of the policy that `recipe` describes; trained if `out_root` does not hold it yet.
+
+    The folder appears whole or not at all: it is written beside its place and renamed. What it scored lies in its
+    tiny_policy.json. Raises RuntimeError when max_steps do not reach accept_from, ValueError on a bad task.
+    """
+    folder = out_root / recipe.folder
+    if _is_finished(folder, recipe):
+        progress(f"tiny policy: {folder} is there already")
+        return folder
+    out_root.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{recipe.folder}-", dir=out_root))
+    unfinished.chmod(0o755)  # mkdtemp's 0o700 would stay with the finished folder
+    try:
+        _build(unfinished, recipe, progress)
+        if folder.exists() and not _is_finished(folder, recipe):
+            shutil.rmtree(folder)  # torn by something else than this function
+        try:
+            os.rename(unfinished, folder)
+        except OSError:
+            if not _is_finished(folder, recipe):  # else another process was faster, with the same policy
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _is_finished(folder: Path, recipe: TinyRecipe) -> bool:
+    """The record is written last: with it, everything is there."""
+    record = folder / RECORD
+    needed = [folder / "config.json", folder / "model.safetensors", folder / "tokenizer.json"]
+    if not all(path.is_file() for path in (record, *needed)):
+        return False
+    return json.loads(record.read_text())["recipe"] == asdict(recipe)
+
+
+def _build(folder: Path, recipe: TinyRecipe, progress: Progress) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    task = load_task(
+        recipe.task, recipe.task_params, train_size=recipe.train_size, eval_size=recipe.eval_size, seed=recipe.seed
+    )
+    tokenizer = byte_tokenizer(recipe.context)
+    with _one_seeded_thread(recipe.seed), _no_progress_bars():
+        begin = time.monotonic()
+        model = _new_model(recipe, tokenizer)
+        steps = teach(model, tokenizer, task, recipe, progress)
+        seconds = time.monotonic() - begin
+        model.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        sampled = accuracy(saved, tokenizer, task, greedy=False)
+        greedy = accuracy(saved, tokenizer, task, greedy=True)
+    size = sum(parameter.numel() for parameter in saved.parameters())
+    progress(
+        f"tiny policy: {size / 1e6:.2f} M parameters, {steps} steps in {seconds:.1f} s; held-out accuracy "
+        f"{sampled:.2f} sampled, {greedy:.2f} greedy"
+    )
+    record = {"recipe": asdict(recipe), "steps": steps, "seconds": seconds, "sampled": sampled, "greedy": greedy}
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+
+@contextmanager
+def _one_seeded_thread(seed: int) -> Iterator[None]:
+    """One thread makes the result a function of the recipe; the caller's thread count and generator are put back."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """transformers draws a bar per file it writes or reads; ours is the only progress worth a line."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _new_model(recipe: TinyRecipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=math.ceil(len(tokenizer) / 64) * 64,  # engines pad to 64: nothing is left to pad
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        head_dim=recipe.head_dim,
+        max_position_embeddings=recipe.context,
+        tie_word_embeddings=recipe.tied,
+        initializer_range=recipe.initializer_range,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return Qwen3ForCausalLM(config)

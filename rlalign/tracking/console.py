@@ -1,0 +1,159 @@
+"""What a run says while it works: one live line on a terminal, plain lines in a log file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
+
+LOG_LINES = 20  # about as many step lines as a log file gets, whatever the number of steps
+
+
+class Progress:
+    """Stages before the first step, then steps: number, reward, k3, tokens/s, time left. A context manager.
+
+    every: steps between lines where the output is not a terminal; by default about 20 lines a run.
+    """
+
+    def __init__(self, steps: int, *, console: Console | None = None, every: int | None = None) -> None:
+        self.steps, self.console = steps, console or Console()
+        self.every = every or max(1, steps // LOG_LINES)
+        self._stage, self._stage_began, self._live = "", time.monotonic(), self.console.is_terminal
+        self._first_step_began = 0.0
+        self._bar = Bar(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[line]}", style="cyan"),
+            _TimeLeft(),
+            console=self.console,
+            disable=not self._live,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=None, line="")
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._end_stage()
+        self._bar.stop()
+
+    def stage(self, text: str, done: int | None = None, total: int | None = None) -> None:
+        """Say what is being done before the steps begin; `done` of `total` moves the bar without a new line."""
+        if text != self._stage:
+            self._end_stage()
+            self._stage, self._stage_began = text, time.monotonic()
+            if not self._live:
+                self._say(f"{text} ...")
+        self._bar.update(self._task, description=_plain(text), completed=done or 0, total=total)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show step `step` (from 0) with its metrics."""
+        if self._first_step_began == 0.0:
+            self._first_step_began = time.monotonic() - metrics.get("time/step_s", 0.0)
+            self._end_stage()
+        number, line = step + 1, metrics_line(metrics)
+        self._bar.update(
+            self._task, description=f"step {number}/{self.steps}", completed=number, total=self.steps, line=line
+        )
+        if not self._live and (number % self.every == 0 or number in (1, self.steps)):
+            self._say(f"step {number}/{self.steps}  {line}  ETA {clock(self._left(number))}")
+
+    def final_table(self, summary: Mapping[str, object], report: Path) -> None:
+        """The numbers of the run and where its report is."""
+        self.console.print(summary_table(summary))
+        self.console.print(f"report: {report}", soft_wrap=True, markup=False, highlight=False)
+
+    def _left(self, number: int) -> float:
+        return (time.monotonic() - self._first_step_began) / number * (self.steps - number)
+
+    def _end_stage(self) -> None:
+        if self._stage and self._live:
+            self._say(f"{self._stage}: {time.monotonic() - self._stage_began:.1f} s")
+        self._stage = ""
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class _TimeLeft(ProgressColumn):
+    """Time left from the steps' own pace; empty while no total is known."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"ETA {clock(task.time_remaining)}" if task.time_remaining is not None and task.total else "")
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss, or h:mm:ss from an hour on."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+def metrics_line(metrics: Mapping[str, float]) -> str:
+    """Reward, k3 and speed of one step; what was not measured is a dash."""
+    reward, k3 = metrics.get("reward/mean"), metrics.get("mismatch/lag0/k3")
+    speed, accuracy = metrics.get("rollout/tokens_per_s"), metrics.get("eval/accuracy")
+    parts = [
+        f"reward {_number(reward, '.3f')}",
+        f"k3 {_number(k3, '.1e')}",
+        f"{_number(speed, ',.0f')} tokens/s",
+    ]
+    return "  ".join([*parts, f"eval {accuracy:.3f}"] if accuracy is not None else parts)
+
+
+def summary_table(summary: Mapping[str, object]) -> Table:
+    """First and last reward and accuracy, the mismatch, the head, the publishes, the speed."""
+    lag0 = _child(_child(summary, "mismatch"), "lag0")
+    head, engine = _child(summary, "head"), _child(summary, "engine")
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    first_last = {
+        "reward": ("reward_first", "reward_last"),
+        "held-out accuracy": ("eval_first", "eval_last"),
+    }
+    for name, (first, last) in first_last.items():
+        table.add_row(name, f"{_number(summary.get(first), '.3f')} -> {_number(summary.get(last), '.3f')}")
+    table.add_row(
+        "mismatch, lag 0",
+        f"k3 {_number(lag0.get('k3'), '.1e')} (median over steps), "
+        f"|log_ratio| mean {_number(lag0.get('abs_mean'), '.1e')}, worst {_number(lag0.get('abs_max'), '.1e')} nats",
+    )
+    table.add_row("head", f"{head.get('dtype', '-')}, mode {head.get('mode', '-')}, {head.get('ranks', '-')} rank(s)")
+    table.add_row("engine", f"{engine.get('name', '-')} {engine.get('version', '-')}")
+    table.add_row(
+        "publishes",
+        f"{_number(summary.get('publishes'), ',.0f')} verified, "
+        f"{_number(summary.get('rebuilds'), ',.0f')} head rebuilds",
+    )
+    table.add_row(
+        "speed",
+        f"{_number(summary.get('steps'), ',.0f')} steps, {_number(summary.get('tokens'), ',.0f')} tokens in "
+        f"{_number(summary.get('seconds'), ',.1f')} s: {_number(summary.get('tokens_per_s'), ',.0f')} tokens/s",
+    )
+    return table
+
+
+def _number(value: object, spec: str) -> str:
+    return format(value, spec) if isinstance(value, int | float) else "-"
+
+
+def _child(mapping: Mapping[str, object], key: str) -> Mapping[str, object]:
+    value = mapping.get(key)
+    return value if isinstance(value, Mapping) else {}

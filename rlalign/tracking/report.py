@@ -1,0 +1,256 @@
+"""One self-contained HTML page from one run, or from several side by side with the first as the baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlalign.tracking import report_plots as plots
+from rlalign.tracking import report_tables as tables
+from rlalign.tracking.files import write_atomic
+from rlalign.tracking.record import RunRecord, read_run
+from rlalign.tracking.report_page import chip, details, esc, figure, grid, page, prose, section
+from rlalign.tracking.report_plots import Line
+from rlalign.tracking.report_tokens import TokenView, view_tokens
+from rlalign.tracking.report_verdict import comparison, k3_limit, problems, sentences
+from rlalign.tracking.summary import PHASES
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A run on the page: its record, its name as HTML (with a letter and its colour when there are several)."""
+
+    record: RunRecord
+    plain: str
+    html: str
+    color: str
+
+
+def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
+    """Write the page atomically and return its path. Runs in any state are reported, unfinished ones as what they are.
+
+    Raises ValueError for a directory that is not a run, a damaged file, or more runs than there are colours.
+    """
+    if not 1 <= len(run_dirs) <= len(plots.RUN_COLORS):
+        raise ValueError(f"a report shows 1 to {len(plots.RUN_COLORS)} runs; got {len(run_dirs)}")
+    runs = _named([read_run(Path(directory)) for directory in run_dirs])
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    title = " against ".join(run.plain for run in runs)
+    write_atomic(out, page(f"{title} - rlalign report", _body(runs, title)))
+    return out
+
+
+def _named(records: Sequence[RunRecord]) -> list[Shown]:
+    if len(records) == 1:
+        return [Shown(records[0], records[0].name, "", plots.RUN_COLORS[0])]
+    plain = [f"{letter} {record.name}" for letter, record in zip("ABCDEF", records, strict=False)]
+    colors = plots.RUN_COLORS[: len(records)]
+    return [Shown(r, p, f"{chip(c)}{esc(p)}", c) for r, p, c in zip(records, plain, colors, strict=True)]
+
+
+def _body(runs: Sequence[Shown], title: str) -> str:
+    views = [view_tokens(run.record.token_files) for run in runs]
+    return "".join(
+        (
+            _header(runs, title),
+            _verdict(runs),
+            tables.cards(runs[0].record) if len(runs) == 1 else "",
+            _numbers(runs),
+            _learning(runs),
+            _mismatch(runs),
+            _head_alone(runs),
+            _tokens(runs, views),
+            _worst(runs, views),
+            _heads(runs),
+            _weights(runs),
+            _time(runs),
+            section("Events", _each(runs, [tables.event_table(run.record) for run in runs])),
+            _configuration(runs),
+        )
+    )
+
+
+def _header(runs: Sequence[Shown], title: str) -> str:
+    badges = "".join(f'<span class="badge {esc(r.record.status)}">{esc(r.record.status)}</span>' for r in runs)
+    first = runs[0].record
+    versions = first.environment.get("versions", {})
+    used = ", ".join(f"{n} {versions[n]}" for n in ("rlalign", "vllm", "torch", "deepspeed") if versions.get(n))
+    where = f"{first.environment.get('cpu', '')}, {first.environment.get('cores_usable', '?')} cores"
+    gpus = first.environment.get("gpus") or []
+    where += f", {len(gpus)} x {gpus[0]}" if gpus else ""
+    meta = f"{esc(first.started.replace('T', ' ').replace('+00:00', ' UTC'))} &middot; {esc(where)}<br>{esc(used)}"
+    return f'<div class="over">rlalign run report</div><h1>{esc(title)} {badges}</h1><p class="meta">{meta}</p>'
+
+
+def _verdict(runs: Sequence[Shown]) -> str:
+    found = [f"{run.plain}: {p}" if len(runs) > 1 else p for run in runs for p in problems(run.record)]
+    if len(runs) == 2:
+        different = tables.config_differences([run.record for run in runs])
+        said = comparison(runs[0].record, runs[1].record, (runs[0].plain, runs[1].plain), different)
+    elif len(runs) == 1:
+        said = sentences(runs[0].record)
+    else:
+        said = "\n".join(f"{run.plain}: {sentences(run.record)}" for run in runs)
+    said = "<br>".join(prose(line) for line in said.split("\n"))
+    if not found:
+        return f'<div class="verdict"><b>OK.</b> {said}</div>'
+    listed = "".join(f"<li>{prose(problem)}</li>" for problem in found)
+    count = "1 problem." if len(found) == 1 else f"{len(found)} problems."
+    return f'<div class="verdict problem"><b>{count}</b><ul>{listed}</ul>{said}</div>'
+
+
+def _numbers(runs: Sequence[Shown]) -> str:
+    body = tables.numbers_table([r.record for r in runs], [r.html or "value" for r in runs])
+    if len(runs) == 1:
+        return details("All numbers of the run", body)
+    return section("Side by side", body, f"Differences are against {esc(runs[0].plain)}; &times; is a factor.")
+
+
+def _lines(
+    runs: Sequence[Shown], key: str, *, style: str = "-", smooth: bool = False, markers: bool = False
+) -> list[Line]:
+    lines = []
+    for run in runs:
+        steps, values = run.record.series(key)
+        if steps:
+            lines.append(Line(steps=steps, values=values, color=run.color, style=style, smooth=smooth, markers=markers))
+    return lines
+
+
+def _legend(runs: Sequence[Shown]) -> str:
+    return "".join(f'<span class="item">{run.html}</span>' for run in runs) if len(runs) > 1 else ""
+
+
+def _learning(runs: Sequence[Shown]) -> str:
+    charts = []
+    if lines := _lines(runs, "reward/mean", smooth=True):
+        svg = plots.line_chart(lines, name="reward")
+        charts.append(figure(svg, "Mean reward", "thin: each step; bold: running mean over a tenth", _legend(runs)))
+    if lines := _lines(runs, "eval/accuracy", markers=True):
+        svg = plots.line_chart(lines, name="accuracy")
+        charts.append(figure(svg, "Held-out accuracy", "mean reward on prompts never trained on", _legend(runs)))
+    return section("Learning", grid(charts) if charts else "")
+
+
+QUANTILES = (
+    ("abs_mean", "-", "solid", "mean"),
+    ("p99", "--", "dashed", "p99"),
+    ("abs_max", ":", "dotted", "worst token"),
+)
+
+
+def _spread(runs: Sequence[Shown], prefix: str, name: str) -> str:
+    """Mean, p99 and worst |log_ratio| in one chart."""
+    lines = [line for key, style, _, _ in QUANTILES for line in _lines(runs, f"{prefix}/{key}", style=style)]
+    if not lines:
+        return ""
+    styles = "".join(
+        f'<span class="item"><span class="dash" style="border-top-style:{css}"></span>{label}</span>'
+        for _, _, css, label in QUANTILES
+    )
+    svg = plots.line_chart(lines, log=True, name=name)
+    return figure(svg, "|log_ratio| per token", "nats, log scale", styles, _legend(runs))
+
+
+def _mismatch(runs: Sequence[Shown]) -> str:
+    charts = []
+    if lines := _lines(runs, "mismatch/lag0/k3"):
+        limits = {limit for run in runs if (limit := k3_limit(run.record)) is not None}
+        limit = limits.pop() if len(limits) == 1 else None
+        svg = plots.line_chart(lines, log=True, limit=limit, name="k3")
+        charts.append(figure(svg, "k3 at lag 0", "nats per token, log scale", _legend(runs)))
+    charts.append(_spread(runs, "mismatch/lag0", "log-ratio"))
+    lead = (
+        "Same weights, same tokens: log_ratio is the trainer's log-probability minus the rollout engine's. "
+        "A red cross marks a step whose value is not finite; zeros are drawn on the lower edge."
+    )
+    return section("Mismatch at lag 0", grid(charts) if any(charts) else "", lead)
+
+
+def _head_alone(runs: Sequence[Shown]) -> str:
+    charts = []
+    if lines := _lines(runs, "head_isolated/k3", markers=True):
+        svg = plots.line_chart(lines, log=True, name="head-k3")
+        charts.append(figure(svg, "k3 of the heads", "nats per token, log scale", _legend(runs)))
+    charts.append(_spread(runs, "head_isolated", "head-log-ratio"))
+    lead = "Both heads on the same hidden states: what remains is the projection alone, without the two bodies."
+    return section("The head in isolation", grid(charts) if any(charts) else "", lead)
+
+
+def _tokens(runs: Sequence[Shown], views: Sequence[TokenView | None]) -> str:
+    """One histogram per run, all over the same decades."""
+    positive = [view.abs_log_ratio[view.abs_log_ratio > 0] for view in views if view]
+    positive = [values for values in positive if values.size]
+    if not any(views):
+        return ""
+    high = max((float(v[-1]) for v in positive), default=1.0)
+    low = max(min((float(v[0]) for v in positive), default=high / 10), high * 1e-12)
+    charts = []
+    for run, view in zip(runs, views, strict=True):
+        if view is None:
+            continue
+        name = f"histogram-{run.color}"
+        svg = plots.histogram(view.abs_log_ratio, color=run.color, low=low, high=high, name=name)
+        note = f"{view.abs_log_ratio.size:,} tokens of {len(view.steps)} step(s)"
+        note += f"; {view.nonfinite:,} more are not finite and not drawn" if view.nonfinite else ""
+        charts.append(figure(svg, run.html or "|log_ratio| of sampled tokens", note))
+    shown = [(view, run.html or "nats") for run, view in zip(runs, views, strict=True) if view]
+    numbers = tables.quantile_table(*zip(*shown, strict=True))
+    body = grid([*charts, numbers]) if len(charts) == 1 else grid(charts) + numbers
+    lead = "From the token files. Both axes are logarithmic; the pale bar holds the tokens that are exactly equal."
+    return section("Distribution of |log_ratio|", body, lead)
+
+
+def _worst(runs: Sequence[Shown], views: Sequence[TokenView | None]) -> str:
+    bodies = [tables.worst_table(view) if view and view.worst else "" for view in views]
+    lead = "Largest |log_ratio| in the token files, log-probabilities in nats. \u2423 is a space, \u23ce a line break."
+    return section("Worst tokens", _each(runs, bodies), lead)
+
+
+def _heads(runs: Sequence[Shown]) -> str:
+    lead = "What each rank of the rollout engine answered; ranks that agree share a column."
+    return section("Heads", _each(runs, [tables.head_table(run.record) for run in runs]), lead)
+
+
+def _weights(runs: Sequence[Shown]) -> str:
+    bodies = []
+    for run in runs:
+        s, body = run.record.summary, tables.publish_table(run.record)
+        typical = f"median {s['publish_seconds']:.3f} s, " if s["publish_seconds"] is not None else ""
+        note = f"{typical}{s['repaired'] or 0:,.0f} tensors repaired"
+        label = f'{s["publishes"]:,} publishes <span class="note">{note}</span>'
+        bodies.append(details(label, body) if body else "")
+    return section("Publishes", _each(runs, bodies), "Every tensor is verified on every rank before a version counts.")
+
+
+def _time(runs: Sequence[Shown]) -> str:
+    charts, data = [], []
+    for run in runs:
+        rows = [row for row in run.record.metrics.rows if any(f"time/{p}_s" in row for p in PHASES)]
+        data.append(
+            ([row["step"] for row in rows], {p: [row.get(f"time/{p}_s") or 0.0 for row in rows] for p in PHASES})
+        )
+    totals = [sum(column) for _, phases in data for column in zip(*phases.values(), strict=True)]
+    if not totals:
+        return ""
+    legend = "".join(f'<span class="item">{chip(plots.PHASE_COLORS[p])}{p}</span>' for p in PHASES)
+    for run, (steps, phases) in zip(runs, data, strict=True):
+        if steps:
+            svg = plots.stacked(steps, phases, top=max(totals), name=f"phases-{run.color}")
+            charts.append(figure(svg, run.html or "Seconds per step", "", legend))
+    return section("Where the time goes", grid(charts))
+
+
+def _configuration(runs: Sequence[Shown]) -> str:
+    records = [run.record for run in runs]
+    body = tables.difference_table(records, [run.html for run in runs]) if len(runs) > 1 else ""
+    return section("Configuration", body + "".join(tables.config_details(run.record, esc(run.plain)) for run in runs))
+
+
+def _each(runs: Sequence[Shown], bodies: Sequence[str]) -> str:
+    """The parts of all runs under one heading, each with its run's name when there are several."""
+    return "".join(
+        f"<p><b>{run.html}</b></p>{body}" if run.html else body for run, body in zip(runs, bodies, strict=True) if body
+    )

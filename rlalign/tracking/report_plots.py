@@ -1,0 +1,257 @@
+"""The report's charts as inline SVG. No text of a run (names, tokens) enters a chart: captions are HTML."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from rlalign.tracking.report_page import short
+
+WIDTH, HEIGHT = 430, 220  # points = SVG units; the page scales a chart to its column
+POINTS = 300  # a line has at most this many points; more steps are averaged, with a band from smallest to largest
+RUN_COLORS = ("#0b62a8", "#c8501e", "#2a8c5a", "#8a4fbf", "#a07a14", "#444b57")
+PHASE_COLORS = {
+    "rollout": "#0b62a8",
+    "reward": "#e0a32e",
+    "score": "#5fa8d3",
+    "train": "#c8501e",
+    "publish": "#2a8c5a",
+}
+LIMIT_COLOR, INK, QUIET, GRID = "#b3261e", "#1f2430", "#5d6675", "#e6e8ec"
+STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",  # widest of the likely fonts, so text laid out with it fits in any other
+    "font.size": 10.5,
+    "axes.edgecolor": "#b9bec8",
+    "axes.labelcolor": QUIET,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "text.color": INK,
+    "lines.solid_capstyle": "round",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One metric of one run. style: matplotlib's dash pattern; smooth: draw it thin under its running mean."""
+
+    steps: Sequence[float]
+    values: Sequence[float]
+    color: str
+    style: str = "-"
+    smooth: bool = False
+    markers: bool = False
+
+
+def line_chart(lines: Sequence[Line], *, log: bool = False, limit: float | None = None, name: str) -> str:
+    """Metrics over steps; steps whose value is not finite get a cross at the bottom.
+
+    log: a log axis of at least one decade, zeros drawn under the smallest value. limit: a line values must stay under.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _canvas(HEIGHT)
+        floor = _floor(lines) if log else None
+        for line in lines:
+            _draw(axes, line, floor)
+        if log:
+            axes.set_yscale("log")
+        if limit is not None:
+            axes.axhline(limit, color=LIMIT_COLOR, linewidth=1.1, linestyle=(0, (4, 3)))
+            axes.annotate(
+                f"limit {short(limit)}",
+                (1, limit),
+                (0, -4),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                ha="right",
+                va="top",
+                color=LIMIT_COLOR,
+            )
+            axes.set_ylim(top=max(axes.get_ylim()[1], limit * (3 if log else 1.1)))
+        if log:
+            _decades(axes)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+        axes.set_xlabel("step")
+        return _svg(figure, name)
+
+
+def histogram(values: np.ndarray, *, color: str, low: float, high: float, name: str) -> str:
+    """Tokens per |log_ratio| on two log axes, exact zeros as a bar of their own, median and p99 marked.
+
+    values: sorted, finite, >= 0. low, high: the decades shown, equal for all runs of a page; values outside are in the
+    first and last bin.
+    """
+    first, last = int(np.floor(np.log10(low))), int(np.ceil(np.log10(high)))
+    last = max(last, first + 1)
+    edges = np.logspace(first, last, (last - first) * 6 + 1)
+    counts, _ = np.histogram(np.clip(values[values > 0], edges[0], edges[-1]), edges)
+    zeros = int((values == 0).sum())
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _canvas(HEIGHT)
+        axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=color, alpha=0.85, linewidth=0)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        left = edges[0]
+        if zeros:
+            left = edges[0] / 10**0.75
+            axes.bar(left * 10**0.15, zeros, left * (10**0.55 - 10**0.15), align="edge", color=color, alpha=0.45)
+        axes.set_xlim(left, edges[-1])
+        axes.set_ylim(0.7, max(counts.max(initial=1), zeros) * 12)
+        axes.xaxis.set_major_locator(LogLocator(10, numticks=9))
+        ticks = [10.0**d for d in range(first, last + 1, max(1, (last - first) // 7))]
+        labels = [short(t) for t in ticks]
+        if zeros:
+            ticks, labels = [left * 10**0.35, *ticks[1:]], ["0", *labels[1:]]
+        axes.set_xticks(ticks, labels)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(10, numticks=6))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+        _mark(axes, _quantile(values, 0.5), "median", 0.985, left, edges[-1])
+        _mark(axes, _quantile(values, 0.99), "p99", 0.89, left, edges[-1])
+        axes.set_xlabel("|log_ratio| in nats")
+        axes.set_ylabel("tokens")
+        return _svg(figure, name)
+
+
+def stacked(steps: Sequence[float], phases: dict[str, Sequence[float]], *, top: float, name: str) -> str:
+    """Seconds per step, phases on top of each other. top: the y limit, equal for all runs of a page."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _canvas(HEIGHT - 30)
+        grouped = [_groups(np.asarray(steps), np.asarray(values, dtype=float)) for values in phases.values()]
+        x = grouped[0][0]
+        width = (x[1] - x[0]) if len(x) > 1 else 1.0
+        base = np.zeros(len(x))
+        for phase, (_, mean, _, _) in zip(phases, grouped, strict=True):
+            axes.bar(x, mean, width * 0.86, bottom=base, color=PHASE_COLORS[phase], linewidth=0)
+            base = base + np.nan_to_num(mean)
+        axes.set_ylim(0, top * 1.05)
+        axes.set_xlim(x[0] - width * 0.6, x[-1] + width * 0.6)
+        axes.grid(axis="x", visible=False)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+        axes.set_xlabel("step")
+        axes.set_ylabel("seconds")
+        return _svg(figure, name)
+
+
+def _canvas(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03)
+    return figure, figure.add_subplot()
+
+
+def _draw(axes: Axes, line: Line, floor: float | None) -> None:
+    steps, values = np.asarray(line.steps, dtype=float), np.asarray(line.values, dtype=float)
+    bad = ~np.isfinite(values)
+    shown = np.where(bad, np.nan, values)
+    if floor is not None:
+        shown = np.where(shown <= 0, floor, shown)
+    x, mean, low, high = _groups(steps, shown)
+    if len(x) < len(steps):
+        axes.fill_between(x, low, high, color=line.color, alpha=0.15, linewidth=0)
+    marker = "o" if line.markers or len(x) == 1 else None
+    if line.smooth and len(x) >= 10:
+        axes.plot(x, mean, color=line.color, linewidth=0.9, alpha=0.35)
+        axes.plot(x, _running_mean(mean), color=line.color, linewidth=2.0, linestyle=line.style)
+    else:
+        axes.plot(x, mean, color=line.color, linewidth=1.6, linestyle=line.style, marker=marker, markersize=4.5)
+    if bad.any():
+        axes.plot(
+            steps[bad],
+            np.full(bad.sum(), 0.03),
+            "x",
+            color=LIMIT_COLOR,
+            markersize=5,
+            transform=axes.get_xaxis_transform(),
+            clip_on=False,
+        )
+
+
+def _groups(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """At most POINTS points: step, mean, smallest and largest finite value of neighbouring steps; NaN where all are."""
+    size = max(1, int(np.ceil(len(steps) / POINTS)))
+    parts = [values[i : i + size][np.isfinite(values[i : i + size])] for i in range(0, len(steps), size)]
+    at = np.array([steps[i : i + size].mean() for i in range(0, len(steps), size)])
+    stats = [(p.mean(), p.min(), p.max()) if p.size else (np.nan,) * 3 for p in parts]
+    mean, low, high = np.array(stats).T
+    return at, mean, low, high
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """Centred mean over a tenth of the points, shrinking at the ends; NaN is left out."""
+    half = max(1, len(values) // 20)
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return np.array([w[np.isfinite(w)].mean() if np.isfinite(w).any() else np.nan for w in windows])
+
+
+def _floor(lines: Sequence[Line]) -> float:
+    """Where zeros are drawn: half a decade under the smallest positive value."""
+    values = np.concatenate([np.asarray(line.values, dtype=float) for line in lines] or [np.zeros(0)])
+    positive = values[np.isfinite(values) & (values > 0)]
+    return float(positive.min()) / 3 if positive.size else 1e-12
+
+
+def _decades(axes: Axes) -> None:
+    """Ticks of a log axis: decades, or 1-2-5 where few decades are shown; less than one would magnify noise."""
+    low, high = axes.get_ylim()
+    if high / low < 10:
+        middle = (low * high) ** 0.5
+        low, high = middle / 10**0.5, middle * 10**0.5
+        axes.set_ylim(low, high)
+    subs = (1, 2, 5) if high / low < 150 else (1,)
+    axes.yaxis.set_major_locator(LogLocator(10, subs=subs, numticks=7))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: short(v)))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _quantile(ordered: np.ndarray, q: float) -> float:
+    return float(np.quantile(ordered, q)) if ordered.size else 0.0
+
+
+def _mark(axes: Axes, value: float, label: str, height: float, left: float, right: float) -> None:
+    """A vertical line with its number on the side that has room."""
+    at = max(value, left)
+    axes.axvline(at, color=INK, linewidth=1.1, linestyle=(0, (2, 2)))
+    late = np.log10(at / left) > 0.6 * np.log10(right / left)
+    axes.annotate(
+        f"{label} {short(value)}",
+        (at, height),
+        (-4 if late else 4, 0),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        ha="right" if late else "left",
+        va="top",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+    )
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """The figure as an SVG element for an HTML page: no prologue, no addresses, ids unique by `name`, reproducible."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # group names repeat between charts; nothing refers to them
+    return re.sub(
+        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img" aria-hidden="true">', svg, count=1
+    )

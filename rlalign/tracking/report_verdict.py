@@ -1,0 +1,123 @@
+"""What the page says first: two sentences made from the numbers, and every problem the numbers show."""
+
+from __future__ import annotations
+
+from rlalign.tracking.record import RunRecord
+from rlalign.tracking.report_page import short
+
+ENDINGS = {
+    "running": "is still running",
+    "failed": "failed",
+    "interrupted": "was interrupted",
+    "killed": "was killed",
+}
+IDENTITY = ("class", "mode", "rlalign", "vllm", "policy_version")  # what must be the same on every rank
+
+
+def problems(run: RunRecord) -> list[str]:
+    """Everything in a run that a reader has to know before believing its curves; empty when there is nothing."""
+    found, lag0 = [], run.summary["mismatch"]["lag0"]
+    if run.status != "finished":
+        found.append(f"The run {ENDINGS.get(run.status, run.status)}" + (f": {run.message}" if run.message else "."))
+    if run.metrics.torn is not None:
+        found.append(
+            "The last line of metrics.jsonl is torn: the process was killed while it wrote. It is left out here."
+        )
+    if lag0["k3"] is None:
+        found.append("The mismatch at lag 0 was never measured, so nothing here says whether the ratios are right.")
+    limit, (steps, values) = k3_limit(run), run.series("mismatch/lag0/k3")
+    # Written so that NaN is over every limit.
+    over = [] if limit is None else [step for step, value in zip(steps, values, strict=True) if not value <= limit]
+    if over:
+        found.append(
+            f"k3 was over its limit {short(limit)} on {len(over)} of {len(steps)} steps (first: step {over[0]}, "
+            f"largest finite value: {short(lag0['k3_max'] or 0.0)})."
+        )
+    if run.summary["mismatch"]["nonfinite"]:
+        found.append(f"{run.summary['mismatch']['nonfinite']:,.0f} sampled tokens had no finite log-ratio.")
+    found += [f"{name} {verb}" for name, verb in _learning(run)]
+    return found + _head_problems(run)
+
+
+def _learning(run: RunRecord) -> list[tuple[str, str]]:
+    s, found = run.summary, []
+    if run.status == "finished" and s["steps"] > 1:
+        for name, first, last in (
+            ("Reward", "reward_first", "reward_last"),
+            ("Held-out accuracy", "eval_first", "eval_last"),
+        ):
+            if s[first] is not None and s[last] <= s[first]:
+                found.append((name, f"did not rise: {s[first]:.3f} at the start, {s[last]:.3f} at the end."))
+    return found
+
+
+def _head_problems(run: RunRecord) -> list[str]:
+    found = []
+    for key in IDENTITY:
+        answers = sorted({str(status[key]) for status in run.head_status if key in status})
+        if len(answers) > 1:
+            found.append(f"The ranks do not have the same head: {key} is {' and '.join(answers)}.")
+    wanted, got = run.config.get("head_dtype"), run.summary.get("head", {}).get("dtype")
+    if wanted and got and wanted != got:
+        found.append(f"The configuration asks for a {wanted} head; the engine reports {got}.")
+    if run.status == "finished" and not run.head_status:
+        found.append("No rank reported its head, so it is not known which head computed these numbers.")
+    return found
+
+
+def sentences(run: RunRecord) -> str:
+    """Two sentences: what was learned, and how well the two engines agree."""
+    s = run.summary
+    lag0, limit = s["mismatch"]["lag0"], k3_limit(run)
+    learned = f"Over {s['steps']:,} steps"
+    if s["reward_first"] is None:
+        learned += " no reward was logged"
+    else:
+        learned += f" the mean reward went from {s['reward_first']:.3f} to {s['reward_last']:.3f}"
+    if s["eval_first"] is not None:
+        learned += f" and held-out accuracy from {s['eval_first']:.3f} to {s['eval_last']:.3f}"
+    if lag0["k3"] is None:
+        return f"{learned}."
+    agree = f"Rollout engine and trainer differ by k3 = {short(lag0['k3'])} nats per token at lag 0 (median over steps"
+    agree += f"; worst step {short(lag0['k3_max'])}" + (f", limit {short(limit)})" if limit is not None else ")")
+    agree += f", with {s['publishes']:,} publishes verified" if s["publishes"] else ""
+    return f"{learned}. {agree}."
+
+
+def comparison(a: RunRecord, b: RunRecord, names: tuple[str, str], different: list[str]) -> str:
+    """Two sentences about a pair: what is different, and what that did to mismatch and reward."""
+    listed = ", ".join(different[:4]) + (f" and {len(different) - 4} more" if len(different) > 4 else "")
+    first = f"{names[0]} and {names[1]} have the same configuration" if not different else f"They differ in {listed}"
+    parts = []
+    key = "head_isolated" if a.summary["head_isolated"]["k3"] and b.summary["head_isolated"]["k3"] else "lag0"
+    for what, of in {"head_isolated": "the heads in isolation", "lag0": "rollout engine and trainer"}.items():
+        pair = [
+            (r.summary["head_isolated"] if what == "head_isolated" else r.summary["mismatch"]["lag0"]) for r in (a, b)
+        ]
+        x, y = pair[0]["k3"], pair[1]["k3"]
+        if x is not None and y is not None and (what == "lag0" or key == "head_isolated"):
+            parts.append(f"k3 of {of} is {short(x)} in {names[0]} and {short(y)} in {names[1]}{_times(x, y, names)}")
+    gains = [gain(r) for r in (a, b)]
+    if None not in gains:
+        parts.append(f"the reward changed by {gains[0]:+.3f} and {gains[1]:+.3f}")
+    return f"{first}. " + ("; ".join(parts) + "." if parts else "")
+
+
+def gain(run: RunRecord) -> float | None:
+    """Reward of the last tenth minus reward of the first tenth."""
+    first, last = run.summary["reward_first"], run.summary["reward_last"]
+    return None if first is None else last - first
+
+
+def k3_limit(run: RunRecord) -> float | None:
+    """The gate's limit, where the configuration has one."""
+    limit = run.config.get("mismatch", {}).get("k3_limit") if isinstance(run.config.get("mismatch"), dict) else None
+    return float(limit) if isinstance(limit, int | float) else None
+
+
+def _times(x: float, y: float, names: tuple[str, str]) -> str:
+    if min(x, y) <= 0 or x == y:
+        return ""
+    ratio, lower = max(x, y) / min(x, y), names[0] if x < y else names[1]
+    text = f"{ratio:,.1f}" if ratio < 10 else f"{ratio:,.0f}" if ratio < 1e6 else f"{ratio:.1e}"
+    return f", {text} times lower in {lower}"

@@ -1,0 +1,111 @@
+"""The trainer's lm_head, mirrored: the same projection as the rollout engine's, in place, on the same weight.
+
+Only the `forward` of the existing lm_head module changes. The module call stays, so that ZeRO hooks still gather its weight; the
+weight stays, so that tied embeddings keep their dtype and their tie.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+
+from rlalign import head, logprobs
+
+
+@dataclass(slots=True)
+class HeadStatus:
+    """What the trainer's head is and did: the trainer's side of the handshake."""
+
+    name: str
+    mode: str  # "off" or "mirrored"
+    dtype: str
+    tied: bool
+    calls: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HeadTransform:
+    """What the model does to its logits after the projection; vLLM applies the cap first, then the scale."""
+
+    soft_cap: float | None = None
+    logit_scale: float = 1.0
+
+    @classmethod
+    def of(cls, config: dict[str, object]) -> HeadTransform:
+        """From a Hugging Face config: Gemma's final_logit_softcapping, Cohere's logit_scale, Granite's logits_scaling."""
+        scale = float(config.get("logit_scale") or 1.0)
+        if config.get("logits_scaling"):
+            scale = 1.0 / float(config["logits_scaling"])
+        return cls(soft_cap=config.get("final_logit_softcapping"), logit_scale=scale)
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """In the dtype of the logits, as transformers does it."""
+        if self.soft_cap is not None:
+            logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
+        return logits if self.logit_scale == 1.0 else logits * self.logit_scale
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What the head is asked about: ids_BL int64; mask_BL bool, the tokens to score; temperature divides the logits."""
+
+    ids_BL: Tensor
+    mask_BL: Tensor
+    temperature: float
+
+
+def mirror(model: nn.Module, *, head_dtype: str, chunk: int) -> HeadStatus:
+    """Replace the forward of `model`'s lm_head; returns its live status.
+
+    Given `Tokens` too, the head returns their float32 logprobs and entropies, both [B, L] (nats; entry t is about token t; 0.0
+    where not asked) without building [tokens, vocabulary]; without, it returns logits as any lm_head does.
+    head_dtype "model" keeps the projection in the body's dtype, as transformers would. Raises ValueError without an lm_head.
+    """
+    lm_head = model.get_output_embeddings()
+    if not isinstance(lm_head, nn.Linear):
+        raise ValueError(
+            f"{type(model).__name__} has no nn.Linear output embedding (found {type(lm_head).__name__}); "
+            "the head mirror covers causal language models with a plain lm_head"
+        )
+    lm_head.__dict__.pop("forward", None)  # an earlier mirror: start again from the class's own forward
+    transform = HeadTransform.of(model.config.to_dict())
+    status = HeadStatus(
+        name=next(name for name, module in model.named_modules() if module is lm_head),
+        mode="mirrored" if head_dtype == "float32" else "off",
+        dtype=head_dtype if head_dtype == "float32" else str(lm_head.weight.dtype).removeprefix("torch."),
+        tied=lm_head.weight is model.get_input_embeddings().weight,
+    )
+    plain_forward = lm_head.forward
+
+    def forward(
+        self: nn.Linear, hidden: Tensor, tokens: Tokens | None = None, *, exact: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        status.calls += 1
+        if tokens is None:
+            return head.project(hidden, self.weight, self.bias) if head_dtype == "float32" else plain_forward(hidden)
+        if head_dtype == "model":
+            return logprobs.from_logits(
+                transform.apply(plain_forward(hidden)),
+                tokens.ids_BL,
+                temperature=tokens.temperature,
+                mask=tokens.mask_BL,
+            )
+        return logprobs.token_logprobs(
+            hidden,
+            self.weight,
+            tokens.ids_BL,
+            bias=self.bias,
+            temperature=tokens.temperature,
+            soft_cap=transform.soft_cap,
+            logit_scale=transform.logit_scale,
+            chunk=chunk or None,
+            entropy=True,
+            mode="exact_mirror" if exact else "fast",
+            mask=tokens.mask_BL,
+        )
+
+    lm_head.forward = MethodType(forward, lm_head)
+    return status

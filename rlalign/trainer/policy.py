@@ -1,0 +1,215 @@
+"""Policy: the trained model in a DeepSpeed engine. Four verbs: score, forward_backward, optim_step, named_weights."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import deepspeed
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from rlalign.config import AlgoConfig, TrainerConfig
+from rlalign.trainer.head_mirror import HeadStatus, Tokens, mirror
+from rlalign.types import RolloutBatch, TrainBatch
+
+LossFunction = Callable[[Tensor, TrainBatch], tuple[Tensor, dict[str, float]]]
+
+
+class Policy:
+    """The policy being trained. `version` counts completed optimizer steps; the initial weights are version 0."""
+
+    def __init__(
+        self,
+        model: Path,
+        config: TrainerConfig,
+        algo: AlgoConfig,
+        *,
+        dtype: str,
+        head_dtype: str,
+        temperature: float,
+        seed: int,
+    ) -> None:
+        """Load a Hugging Face folder and hand it to DeepSpeed.
+
+        dtype: the body's; bfloat16 trains with an fp32 master copy. temperature: divides the logits, as in the rollouts.
+        """
+        torch.manual_seed(seed)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        _init_distributed()
+        self.temperature = temperature
+        self._config = config
+        network = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+        network.config.use_cache = False
+        self.reference = _frozen_copy(network, head_dtype, config) if algo.kl_coef > 0 else None
+        self.head: HeadStatus = mirror(network, head_dtype=head_dtype, chunk=config.logprob_chunk)
+        optimizer = torch.optim.AdamW(
+            network.parameters(), lr=algo.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1.0, (step + 1) / algo.warmup_steps) if algo.warmup_steps else 1.0
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=network, optimizer=optimizer, lr_scheduler=schedule, config=_deepspeed_config(config, dtype)
+        )
+        self.version = 0
+
+    @property
+    def network(self) -> torch.nn.Module:
+        """The transformers model inside the engine."""
+        return self._engine.module
+
+    @property
+    def world_size(self) -> int:
+        """Data-parallel ranks."""
+        return self._engine.world_size
+
+    @torch.no_grad()
+    def score(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
+        """Logprobs and entropies [B, L] float32 on CPU of the sampled tokens under the current weights; 0.0 elsewhere."""
+        self.network.eval()
+        scored = [self._score(self.network, rows, exact=True) for rows in self._micro_batches(batch)]
+        return torch.cat([logprobs.cpu() for logprobs, _ in scored]), torch.cat(
+            [entropy.cpu() for _, entropy in scored]
+        )
+
+    @torch.no_grad()
+    def score_reference(self, batch: RolloutBatch) -> Tensor | None:
+        """[B, L] float32 logprobs under the initial weights; None when no KL penalty was asked for."""
+        if self.reference is None:
+            return None
+        return torch.cat(
+            [self._score(self.reference, rows, exact=True)[0].cpu() for rows in self._micro_batches(batch)]
+        )
+
+    @torch.no_grad()
+    def hidden_states(self, batch: RolloutBatch) -> Tensor:
+        """[B, L, D] in the body's dtype: what the lm_head is given."""
+        self.network.eval()
+        return self._hidden(self.network, batch)
+
+    def forward_backward(self, batch: TrainBatch, loss_function: LossFunction) -> dict[str, float]:
+        """Accumulate the gradient of one optimizer step. Returns the sum over micro-batches of each of the loss's metrics.
+
+        The loss must be normalised by `batch.num_tokens`, the count over all ranks; micro-batches then simply add up.
+        Raises RuntimeError for a loss that is not finite, before any gradient reaches the optimizer.
+        """
+        self.network.train()
+        size = self._config.micro_batch_size
+        totals: dict[str, float] = {}
+        for start in range(0, len(batch.rollouts), size):
+            rows = rows_of(batch, slice(start, start + size))
+            logprobs_BL, _ = self._score(self.network, rows.rollouts, exact=False)
+            loss, metrics = loss_function(logprobs_BL, rows)
+            if not torch.isfinite(loss):
+                raise RuntimeError(_describe_bad_loss(loss, logprobs_BL, rows, start))
+            self._engine.set_gradient_accumulation_boundary(start + size >= len(batch.rollouts))
+            self._engine.backward(loss * self.world_size)  # DeepSpeed averages over ranks; num_tokens is global already
+            for name, value in metrics.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        return totals
+
+    def optim_step(self) -> dict[str, float]:
+        """Apply the accumulated gradient; the policy's version grows by one."""
+        lr = self._engine.get_lr()[0]
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        self.version += 1
+        return {"grad_norm": float("nan") if norm is None else float(norm), "lr": float(lr)}
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Hugging Face names and full tensors, a tied weight once: what the rollout engine must load."""
+        yield from self.network.named_parameters()
+
+    def save(self, directory: Path) -> None:
+        """Write an ordinary Hugging Face folder."""
+        self.network.save_pretrained(directory)
+
+    def close(self) -> None:
+        """Release DeepSpeed's buffers and what it remembers of the process group, which an embedded vLLM may still hold."""
+        self._engine.destroy()
+        # Otherwise the next Policy of this process is given a group that vLLM has destroyed meanwhile (DeepSpeed 0.19.8).
+        deepspeed.utils.groups._release_process_group_references()
+
+    def _micro_batches(self, batch: RolloutBatch) -> Iterator[RolloutBatch]:
+        size = self._config.micro_batch_size
+        return (batch.rows(slice(start, start + size)) for start in range(0, len(batch), size))
+
+    def _hidden(self, network: torch.nn.Module, batch: RolloutBatch) -> Tensor:
+        device = self._engine.device
+        body = network.base_model(
+            input_ids=batch.token_ids_BL.to(device), attention_mask=batch.attention_mask_BL.to(device), use_cache=False
+        )
+        return body.last_hidden_state
+
+    def _score(self, network: torch.nn.Module, batch: RolloutBatch, *, exact: bool) -> tuple[Tensor, Tensor]:
+        device = self._engine.device
+        tokens = Tokens(batch.token_ids_BL.to(device), batch.loss_mask_BL.to(device), self.temperature)
+        return network.get_output_embeddings()(self._hidden(network, batch), tokens, exact=exact)
+
+
+def rows_of(batch: TrainBatch, index: slice) -> TrainBatch:
+    """The sequences in `index`; the denominator stays that of the whole step."""
+    from dataclasses import replace
+
+    from rlalign.types import Correction
+
+    return replace(
+        batch,
+        rollouts=batch.rollouts.rows(index),
+        old_logprobs_BL=batch.old_logprobs_BL[index],
+        advantages_BL=batch.advantages_BL[index],
+        correction=Correction(weights=batch.correction.weights[index], keep=batch.correction.keep[index]),
+        ref_logprobs_BL=None if batch.ref_logprobs_BL is None else batch.ref_logprobs_BL[index],
+    )
+
+
+def _frozen_copy(network: torch.nn.Module, head_dtype: str, config: TrainerConfig) -> torch.nn.Module:
+    import copy
+
+    reference = copy.deepcopy(network).requires_grad_(False).eval()
+    mirror(reference, head_dtype=head_dtype, chunk=config.logprob_chunk)
+    return reference
+
+
+def _deepspeed_config(config: TrainerConfig, dtype: str) -> dict[str, object]:
+    return {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": 1,  # boundaries are set by hand: the number of micro-batches follows the data
+        "gradient_clipping": config.grad_clip,
+        "zero_optimization": {"stage": config.zero_stage},
+        "zero_allow_untested_optimizer": True,  # torch.optim.AdamW: DeepSpeed's own would compile a C++ kernel for a minute
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "steps_per_print": 2**31 - 1,
+    }
+
+
+def _init_distributed() -> None:
+    """Join the process group of the launcher, of an embedded vLLM, or make one of a single rank when there is neither."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+            False  # compiles for a minute and is no faster than gloo here
+        )
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+def _describe_bad_loss(loss: Tensor, logprobs_BL: Tensor, batch: TrainBatch, first_row: int) -> str:
+    bad = (~torch.isfinite(logprobs_BL) & batch.correction.keep.to(logprobs_BL.device)).nonzero()
+    where = "the logprobs are finite: look at rewards, advantages and correction weights"
+    if len(bad):
+        row, position = bad[0].tolist()
+        token = int(batch.rollouts.token_ids_BL[row, position])
+        where = f"{len(bad)} logprobs are not, the first at sequence {first_row + row}, position {position}, token id {token}"
+    return f"the loss is {loss.item()}; {where}. No gradient was applied and no weights were published."

@@ -1,0 +1,210 @@
+"""The nouns that travel between the rooms.
+
+Every per-token array is aligned to `token_ids`: entry t is about token t; entry 0 is never in a mask.
+Suffixes: B sequences, L padded length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogprobSpec:
+    """What a log-probability means. Numbers with different specs are different quantities and are never compared.
+
+    temperature: divides the logits (vLLM's convention, not a multiplication by 1/T).
+    top_p, top_k, min_p: truncation of the sampling distribution; 1.0, 0 and 0.0 mean none.
+    processed: True when temperature and truncation are in the number (vLLM `processed_logprobs`).
+    head_dtype: "float32", or "model" for logits in the dtype of the model's body.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    processed: bool = True
+    head_dtype: str = "float32"
+
+    @property
+    def truncated(self) -> bool:
+        """True when the engine renormalised over a kept set of tokens that a trainer cannot see."""
+        return self.processed and (self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0)
+
+    def untruncated(self) -> LogprobSpec:
+        """The same convention over the whole vocabulary: what a trainer computes from its own logits."""
+        return replace(self, top_p=1.0, top_k=0, min_p=0.0, processed=True)
+
+    def require_equal(self, other: LogprobSpec, *, what: str) -> None:
+        """Raise ValueError naming every field in which the two conventions differ."""
+        different = [f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]
+        if different:
+            detail = ", ".join(f"{n}: {getattr(self, n)!r} against {getattr(other, n)!r}" for n in different)
+            raise ValueError(
+                f"{what}: log-probabilities with different conventions cannot be compared ({detail}). "
+                "Sample with processed logprobs, without top-p/top-k/min-p, at the trainer's temperature and head dtype."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One sampled sequence in wire form: plain lists, picklable, JSON-able.
+
+    token_ids: prompt followed by sampled tokens, length L.
+    loss_mask: True on sampled tokens only.
+    rollout_logprobs: nats, as the engine sampled them; 0.0 where loss_mask is False.
+    version_spans: (start, end, policy_version) over sampled positions of token_ids, end exclusive, in order.
+    """
+
+    token_ids: list[int]
+    loss_mask: list[bool]
+    rollout_logprobs: list[float]
+    prompt_id: int
+    group_id: int
+    finish_reason: str
+    version_spans: list[tuple[int, int, int]]
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        n = len(self.token_ids)
+        if len(self.loss_mask) != n or len(self.rollout_logprobs) != n:
+            raise ValueError(
+                f"rollout of prompt {self.prompt_id}: token_ids, loss_mask and rollout_logprobs must have one entry per "
+                f"token; got {n}, {len(self.loss_mask)}, {len(self.rollout_logprobs)}"
+            )
+        if n and self.loss_mask[0]:
+            raise ValueError(
+                f"rollout of prompt {self.prompt_id}: token 0 has no context, so it cannot be in loss_mask"
+            )
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the first sampled one."""
+        return self.loss_mask.index(True) if True in self.loss_mask else len(self.token_ids)
+
+    @property
+    def policy_version(self) -> int:
+        """The oldest version that sampled a token of this sequence: lag is counted from it."""
+        return min(version for _, _, version in self.version_spans)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutBatch:
+    """Padded rollouts. Right padding; immutable; shapes and dtypes checked, values (NaN, -inf) are counted later.
+
+    token_ids_BL int64, attention_mask_BL bool, loss_mask_BL bool, rollout_logprobs_BL float32 (nats under `spec`),
+    prompt_id_B, group_id_B, policy_version_B int64.
+    """
+
+    token_ids_BL: Tensor
+    attention_mask_BL: Tensor
+    loss_mask_BL: Tensor
+    rollout_logprobs_BL: Tensor
+    prompt_id_B: Tensor
+    group_id_B: Tensor
+    policy_version_B: Tensor
+    spec: LogprobSpec
+
+    def __post_init__(self) -> None:
+        import torch
+
+        shape = self.token_ids_BL.shape
+        wanted = {
+            "token_ids_BL": (shape, torch.int64),
+            "attention_mask_BL": (shape, torch.bool),
+            "loss_mask_BL": (shape, torch.bool),
+            "rollout_logprobs_BL": (shape, torch.float32),
+            "prompt_id_B": (shape[:1], torch.int64),
+            "group_id_B": (shape[:1], torch.int64),
+            "policy_version_B": (shape[:1], torch.int64),
+        }
+        for name, (want_shape, want_dtype) in wanted.items():
+            got = getattr(self, name)
+            if got.shape != want_shape or got.dtype != want_dtype:
+                raise ValueError(
+                    f"RolloutBatch.{name}: expected {tuple(want_shape)} {want_dtype}, got {tuple(got.shape)} {got.dtype}"
+                )
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(f"RolloutBatch needs at least one sequence and one token; got shape {tuple(shape)}")
+        if bool(self.loss_mask_BL[:, 0].any()):
+            raise ValueError("RolloutBatch.loss_mask_BL marks token 0, which has no context to be predicted from")
+
+    def rows(self, index: slice) -> RolloutBatch:
+        """The sequences in `index`, with the same padding."""
+        tensors = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "spec"}
+        return RolloutBatch(**tensors, spec=self.spec)
+
+    def __len__(self) -> int:
+        return self.token_ids_BL.shape[0]
+
+
+def collate(rollouts: Sequence[Rollout], *, pad_token_id: int, spec: LogprobSpec) -> RolloutBatch:
+    """Pad rollouts on the right to the longest one. Raises ValueError on an empty list."""
+    import torch
+
+    if not rollouts:
+        raise ValueError("collate: no rollouts; the engine returned an empty batch")
+    length = max(len(r.token_ids) for r in rollouts)
+    token_ids = torch.full((len(rollouts), length), pad_token_id, dtype=torch.int64)
+    attention = torch.zeros(len(rollouts), length, dtype=torch.bool)
+    loss_mask = torch.zeros(len(rollouts), length, dtype=torch.bool)
+    logprobs = torch.zeros(len(rollouts), length, dtype=torch.float32)
+    for i, r in enumerate(rollouts):
+        n = len(r.token_ids)
+        token_ids[i, :n] = torch.tensor(r.token_ids, dtype=torch.int64)
+        attention[i, :n] = True
+        loss_mask[i, :n] = torch.tensor(r.loss_mask, dtype=torch.bool)
+        logprobs[i, :n] = torch.tensor(r.rollout_logprobs, dtype=torch.float32)
+    return RolloutBatch(
+        token_ids_BL=token_ids,
+        attention_mask_BL=attention,
+        loss_mask_BL=loss_mask,
+        rollout_logprobs_BL=logprobs,
+        prompt_id_B=torch.tensor([r.prompt_id for r in rollouts]),
+        group_id_B=torch.tensor([r.group_id for r in rollouts]),
+        policy_version_B=torch.tensor([r.policy_version for r in rollouts]),
+        spec=spec,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Correction:
+    """What the loss does about the mismatch. Rejected tokens leave the denominator through `keep`; weights never encode it.
+
+    weights: [B, L] float32, detached; finite everywhere, 0.0 where not kept.
+    keep: [B, L] bool, a subset of the loss mask.
+    """
+
+    weights: Tensor
+    keep: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardScore:
+    """Rewards of a batch. raw and calibrated: [B] float32; calibration_id is "identity" where nothing was fitted."""
+
+    raw: Tensor
+    calibrated: Tensor
+    calibration_id: str = "identity"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainBatch:
+    """All that a policy loss reads.
+
+    old_logprobs_BL, ref_logprobs_BL: [B, L] float32; advantages_BL: [B, L] float32;
+    num_tokens: kept tokens of the whole optimizer step over all ranks, the loss denominator.
+    """
+
+    rollouts: RolloutBatch
+    old_logprobs_BL: Tensor
+    advantages_BL: Tensor
+    correction: Correction
+    num_tokens: int
+    ref_logprobs_BL: Tensor | None = None

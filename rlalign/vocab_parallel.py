@@ -1,0 +1,116 @@
+"""Token logprobs when every rank of a process group holds a slice of the vocabulary (tensor-parallel lm_head).
+
+Each rank reduces its own columns; one all-gather of four numbers per token merges them, in rank order, so all ranks
+hold identical results. In the backward pass hidden gradients are summed over the group; each rank keeps its weight's.
+
+N tokens, D hidden, V rows of this rank's weight, R ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rlalign.fused_backward import Upstream, backward_tiles
+from rlalign.fused_logprobs import Problem, Sums, Tile, Transform, forward_sums
+from rlalign.head import route
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True, slots=True)
+class VocabShard:
+    """The slice of the vocabulary this rank's weight holds: ids start, start + 1, ...; `total` ids over all ranks.
+
+    group: None is the default group.
+    """
+
+    start: int
+    total: int
+    group: ProcessGroup | None = None
+
+
+def sharded_logprobs(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    target_N: Tensor,
+    transform: Transform,
+    shard: VocabShard,
+    vocab_size: int,
+    chunk: int | None,
+    entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    """(logprobs [N], entropy [N] or [0]) float32, equal on all ranks; hidden states and targets must be too.
+
+    vocab_size: real vocabulary over all ranks; rows beyond it are padding. A collective: every rank must call it.
+    """
+    real_rows = min(max(vocab_size - shard.start, 0), weight_VD.shape[0])
+    problem = Problem(
+        hidden_ND=hidden_ND.detach(),
+        weight_VD=weight_VD.detach()[:real_rows],
+        bias_V=None if bias_V is None else bias_V.detach()[:real_rows],
+        target_N=target_N - shard.start,
+        transform=transform,
+        tile=Tile.of(hidden_ND.device, chunk),
+        route=route(hidden_ND, weight_VD),
+    )
+    return _Sharded.apply(hidden_ND, weight_VD, bias_V, problem, shard.group, entropy)
+
+
+class _Sharded(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        problem: Problem,
+        group: ProcessGroup | None,
+        entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        merged = _merge(forward_sums(problem, mean=entropy), group)
+        entropy_N = merged.lse_N.new_empty(0) if merged.mean_N is None else merged.lse_N - merged.mean_N
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, merged.lse_N, entropy_N)
+        ctx.problem, ctx.group, ctx.entropy = problem, group, entropy
+        return merged.target_N - merged.lse_N, entropy_N
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, logprob_grad_N: Tensor, entropy_grad_N: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        hidden_ND, weight_VD, bias_V, lse_N, entropy_N = ctx.saved_tensors
+        hidden, weight, bias = ctx.needs_input_grad[:3]
+        upstream = Upstream(logprob_grad_N, entropy_grad_N if ctx.entropy else None, lse_N, entropy_N)
+        grads = backward_tiles(ctx.problem, upstream, weight_VD if weight else None, hidden=hidden, bias=bias)
+        hidden_grad_ND = None
+        if grads.hidden_ND is not None:
+            hidden_grad_ND = grads.hidden_ND.contiguous()
+            dist.all_reduce(hidden_grad_ND, group=ctx.group)
+            hidden_grad_ND = hidden_grad_ND.to(hidden_ND.dtype)
+        bias_grad_V = None
+        if bias_V is not None and grads.bias_V is not None:
+            bias_grad_V = torch.zeros_like(bias_V)
+            bias_grad_V[: len(grads.bias_V)] = grads.bias_V
+        return hidden_grad_ND, grads.weight_VD, bias_grad_V, None, None, None
+
+
+def _merge(local: Sums, group: ProcessGroup | None) -> Sums:
+    """Sums over all ranks' columns from each rank's own: one all-gather of [4, N]."""
+    mine = local.target_N.isfinite()
+    mean_N = torch.zeros_like(local.lse_N) if local.mean_N is None else local.mean_N
+    packed_4N = torch.stack((local.lse_N, mean_N, torch.where(mine, local.target_N, 0.0), mine.float()))
+    gathered = [torch.empty_like(packed_4N) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, packed_4N, group=group)
+    lse_RN, mean_RN, target_RN, mine_RN = torch.stack(gathered, dim=1)
+    lse_N = lse_RN.logsumexp(0)
+    # a rank whose rows are all padding has lse -inf and no mean
+    share_RN = (lse_RN - lse_N).exp()
+    mean_N = torch.where(share_RN > 0, share_RN * mean_RN, 0.0).sum(0)
+    target_N = torch.where(mine_RN.sum(0) == 1, target_RN.sum(0), float("nan"))
+    return Sums(lse_N, target_N, None if local.mean_N is None else mean_N)

@@ -1,0 +1,72 @@
+"""Real vLLM engines in this process (2 s each) over small random models. One engine per kind for the whole session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from rlalign.byte_tokenizer import byte_tokenizer
+from rlalign.config import RolloutConfig
+
+ROLLOUT = RolloutConfig(max_tokens=12, max_model_len=256, max_num_seqs=32, enforce_eager=True)
+PROMPTS = [[1, 40, 41, 42], [1, 60], [1, 70, 71]]
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if Path(item.fspath).parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.engine)
+
+
+def build_model(folder: Path, *, tied: bool, seed: int = 0, logit_scale: float = 6.0) -> Path:
+    """A random Qwen3 with realistic logits: an untied head is scaled up, since random ones give logits near zero."""
+    torch.manual_seed(seed)
+    tokenizer = byte_tokenizer(256)
+    config = Qwen3Config(
+        vocab_size=288, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=256, tie_word_embeddings=tied,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config)
+    if not tied:
+        model.lm_head.weight.data.mul_(logit_scale)
+    model.bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def untied(tmp_path_factory) -> Path:
+    return build_model(tmp_path_factory.mktemp("untied"), tied=False)
+
+
+@pytest.fixture(scope="session")
+def tied(tmp_path_factory) -> Path:
+    return build_model(tmp_path_factory.mktemp("tied"), tied=True)
+
+
+def start(folder: Path, *, dtype: str = "bfloat16", head_dtype: str = "float32", rollout: RolloutConfig = ROLLOUT):
+    from rlalign.rollout.engine import VLLMEngine
+
+    return VLLMEngine(folder, rollout, dtype=dtype, head_dtype=head_dtype, seed=0)
+
+
+def perturbed(folder: Path, *, seed: int, dtype: torch.dtype = torch.bfloat16, size: float = 0.02) -> Qwen3ForCausalLM:
+    """The model after a made-up optimizer step that moves every weight."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(dtype) * size)
+    return model
+
+
+def sample(engine, seed: int = 3, samples: int = 4):
+    return engine.generate(PROMPTS, prompt_ids=range(len(PROMPTS)), samples=samples, seed=seed)
+
+
+def logprobs_of(rollouts) -> list[list[float]]:
+    return [r.rollout_logprobs for r in rollouts]

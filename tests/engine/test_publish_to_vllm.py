@@ -1,0 +1,195 @@
+"""Weights into the real engine: what was published is what it computes with, and every failure is noticed and survivable."""
+
+import pytest
+import torch
+
+from rlalign.weights import publish
+from tests.engine.conftest import ROLLOUT, logprobs_of, perturbed, sample, start
+
+KINDS = [
+    ("untied", "bfloat16", "float32"),
+    ("tied", "bfloat16", "float32"),
+    ("tied", "bfloat16", "model"),
+    ("tied", "float32", "float32"),
+]
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: "-".join(kind))
+def kind(request):
+    tie, dtype, head_dtype = request.param
+    return request.getfixturevalue(tie), dtype, head_dtype
+
+
+def test_after_two_publishes_the_engine_equals_a_fresh_one_exactly(kind, tmp_path):
+    folder, dtype, head_dtype = kind
+    engine = start(folder, dtype=dtype, head_dtype=head_dtype)
+    before = logprobs_of(sample(engine))
+    for version in (1, 2):
+        model = perturbed(folder, seed=version, dtype=getattr(torch, dtype))
+        report = publish(model.named_parameters(), version, receiver=engine, shared=tmp_path)
+        assert report.tensors == len(list(model.named_parameters()))
+        assert report.repaired == (1 if "tied-" in str(folder.name) or folder.name.startswith("tied") else 0)
+    after = sample(engine)
+    engine.close()
+    assert {span for r in after for span in r.version_spans} == {(r.prompt_length, len(r.token_ids), 2) for r in after}
+
+    model.save_pretrained(tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    (tmp_path / "checkpoint" / "tokenizer_config.json").write_bytes((folder / "tokenizer_config.json").read_bytes())
+    fresh = start(tmp_path / "checkpoint", dtype=dtype, head_dtype=head_dtype)
+    assert [r.token_ids for r in sample(fresh)] == [r.token_ids for r in after]
+    assert logprobs_of(sample(fresh)) == logprobs_of(after)
+    assert logprobs_of(after) != before
+    fresh.close()
+
+
+def test_vllm_leaves_a_tied_head_stale_and_publish_repairs_it(tied, tmp_path):
+    """vLLM 0.32 on CPU: `reload_weights` re-packs embed_tokens only, and its own lm_head keeps multiplying by the old weight."""
+    from rlalign.rollout import readback
+
+    engine = start(tied, head_dtype="model")
+    worker = engine._llm.llm_engine.model_executor.driver_worker.worker
+    model = perturbed(tied, seed=1)
+    worker.reload_weights(weights_iterator=iter([(n, p.data) for n, p in model.named_parameters()]))
+    lm_head = worker.get_model().lm_head
+    assert torch.equal(lm_head.weight[:288], model.lm_head.weight), "the parameter itself was updated"
+    assert readback.head_is_stale(lm_head, offset=0), "vLLM now refreshes the packed head: the repair can go"
+    stale = logprobs_of(sample(engine))
+
+    report = publish(model.named_parameters(), 1, receiver=engine, shared=tmp_path)
+    assert report.repaired == 1 and not readback.head_is_stale(lm_head, offset=0)
+    repaired = sample(engine)
+    scored = engine.score([r.token_ids for r in repaired])
+    with torch.no_grad():
+        for rollout, scores in zip(repaired, scores_of(model, repaired), strict=True):
+            error = max(
+                abs(a - b) for a, b, m in zip(rollout.rollout_logprobs, scores, rollout.loss_mask, strict=True) if m
+            )
+            assert error < 0.05
+    assert len(scored) == len(repaired) and stale != logprobs_of(repaired)
+    engine.close()
+
+
+def scores_of(model, rollouts):
+    for rollout in rollouts:
+        logits = model(torch.tensor([rollout.token_ids])).logits[0].float().log_softmax(-1)
+        yield [0.0] + [float(logits[t - 1, token]) for t, token in enumerate(rollout.token_ids) if t]
+
+
+@pytest.fixture(scope="module")
+def engine(untied):
+    engine = start(untied)
+    yield engine
+    engine.close()
+
+
+def test_a_weight_that_did_not_land_is_named_and_the_engine_recovers(engine, untied, tmp_path, monkeypatch):
+    """One layer keeps its old weight: only reading back through the kernel can see it, since the parameter is packed away."""
+    from rlalign.rollout.worker import WorkerExtension
+
+    stale = "model.layers.1.mlp.up_proj.weight"
+    old = dict(perturbed(untied, seed=0, size=0.0).named_parameters())[stale].data
+    worker = engine._llm.llm_engine.model_executor.driver_worker.worker
+    reload_weights = type(worker).reload_weights
+
+    def forgetful(self, weights_iterator):
+        reload_weights(self, weights_iterator=((n, old if n == stale else t) for n, t in weights_iterator))
+
+    model = perturbed(untied, seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(worker), "reload_weights", forgetful)
+        with pytest.raises(RuntimeError, match=f"rank 0: {stale}: the engine computes with something else"):
+            publish(model.named_parameters(), 1, receiver=engine, shared=tmp_path)
+    with pytest.raises(RuntimeError, match="refuses to run: publishing policy version 1 failed"):
+        sample(engine)
+    assert engine.policy_version == 0
+    publish(model.named_parameters(), 1, receiver=engine, shared=tmp_path)
+    assert sample(engine)[0].policy_version == 1
+    assert issubclass(type(worker), WorkerExtension)
+
+
+def test_a_reload_that_dies_in_the_middle_leaves_a_known_state(engine, untied, tmp_path, monkeypatch):
+    worker = engine._llm.llm_engine.model_executor.driver_worker.worker
+    reload_weights = type(worker).reload_weights
+
+    def dying(self, weights_iterator):
+        def first_three():
+            for i, pair in enumerate(weights_iterator):
+                if i == 3:
+                    raise OSError("shared memory went away")
+                yield pair
+
+        reload_weights(self, weights_iterator=first_three())
+
+    model = perturbed(untied, seed=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(worker), "reload_weights", dying)
+        with pytest.raises(OSError, match="shared memory went away"):
+            publish(model.named_parameters(), 2, receiver=engine, shared=tmp_path)
+    with pytest.raises(RuntimeError, match="publishing policy version 2 did not finish"):
+        sample(engine)
+    assert list(tmp_path.iterdir()) == []
+    publish(model.named_parameters(), 2, receiver=engine, shared=tmp_path)
+    rollouts = sample(engine)
+    with torch.no_grad():
+        for rollout, scores in zip(rollouts, scores_of(model, rollouts), strict=True):
+            assert (
+                max(
+                    abs(a - b) for a, b, m in zip(rollout.rollout_logprobs, scores, rollout.loss_mask, strict=True) if m
+                )
+                < 0.1
+            )
+
+
+def test_an_unknown_weight_is_refused(engine, untied, tmp_path):
+    model = perturbed(untied, seed=3)
+    weights = [*model.named_parameters(), ("model.layers.0.adapter.weight", torch.ones(2, 2))]
+    with pytest.raises(Exception, match="adapter"):
+        publish(weights, 3, receiver=engine, shared=tmp_path)
+    publish(model.named_parameters(), 3, receiver=engine, shared=tmp_path)
+
+
+def test_a_partial_publish_updates_only_what_it_names(engine, untied, tmp_path):
+    publish(perturbed(untied, seed=4).named_parameters(), 4, receiver=engine, shared=tmp_path)
+    model = perturbed(untied, seed=4)
+    model.lm_head.weight.data.mul_(1.5)
+    report = publish([("lm_head.weight", model.lm_head.weight)], 5, receiver=engine, shared=tmp_path)
+    assert report.tensors == 1
+    rollouts = sample(engine)
+    with torch.no_grad():
+        for rollout, scores in zip(rollouts, scores_of(model, rollouts), strict=True):
+            assert (
+                max(
+                    abs(a - b) for a, b, m in zip(rollout.rollout_logprobs, scores, rollout.loss_mask, strict=True) if m
+                )
+                < 0.15
+            )
+
+
+def test_the_prefix_cache_does_not_survive_a_publish(untied, tmp_path):
+    from dataclasses import replace
+
+    prompt = [1, *range(10, 160)]
+
+    def first_logprob(engine):
+        return engine.generate([prompt], prompt_ids=[0], samples=2, seed=0)[0].rollout_logprobs
+
+    engine = start(untied, rollout=replace(ROLLOUT, prefix_caching=True))
+    first_logprob(engine)  # fills the cache with the old weights
+    model = perturbed(untied, seed=6)
+    publish(model.named_parameters(), 1, receiver=engine, shared=tmp_path)
+    cached = first_logprob(engine)
+    engine.close()
+    plain = start(untied, rollout=replace(ROLLOUT, prefix_caching=False))
+    publish(model.named_parameters(), 1, receiver=plain, shared=tmp_path)
+    assert first_logprob(plain) == cached
+    plain.close()
+
+
+def test_a_full_shared_folder_is_a_clear_error(engine, tmp_path, monkeypatch):
+    import shutil
+    from collections import namedtuple
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("U", "total used free")(1, 1, 1000))
+    with pytest.raises(ValueError, match="MiB of weights do not fit"):
+        publish([("lm_head.weight", torch.ones(1000, 1000))], 9, receiver=engine, shared=tmp_path)

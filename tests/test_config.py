@@ -1,0 +1,66 @@
+"""Every shipped configuration composes; bad ones are refused with one line that says what to do."""
+
+from pathlib import Path
+
+import pytest
+
+from rlalign.cli import compose
+from rlalign.config import Dtype, HeadDtype, load, to_plain
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+GROUPS = sorted(f"{p.parent.name}={p.stem}" for p in CONFIGS.glob("*/*.yaml"))
+MINIMAL = ["model.path=x", "task.name=y"]
+
+
+@pytest.mark.parametrize("option", GROUPS)
+def test_every_group_option_composes(option):
+    load(compose("train", [option, *MINIMAL]))
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in CONFIGS.glob("*.yaml") if p.stem != "train"))
+def test_every_complete_configuration_composes_as_it_is(name):
+    load(compose(name, []))
+
+
+def test_overrides_reach_the_dataclasses_with_their_types():
+    config = load(compose("demo", ["algo.lr=1e-5", "rollout.group_size=4", "model.dtype=float32", "head_dtype=model"]))
+    assert (config.algo.lr, config.rollout.group_size) == (1e-5, 4)
+    assert (config.model.dtype, config.head_dtype) == (Dtype.float32, HeadDtype.model)
+
+
+def test_a_configuration_survives_its_own_plain_form():
+    config = load(compose("demo", ["algo=tis"]))
+    assert load(to_plain(config)) == config
+    assert config.algo.correction.high == 2.0
+    assert config.output_dir == "runs/demo"
+
+
+BAD = {
+    "algo.lrr=1": "Key 'lrr' not in 'AlgoConfig'",
+    "algo.lr=abc": "'abc' of type 'str' could not be converted to Float",
+    "algo=nope": "Could not find 'algo/nope'",
+    "head_dtype=float16": "expected one of",
+    "rollout.top_p=0.9": "truncated sampler renormalises",
+    "rollout.temperature=0": "must be positive",
+    "rollout.group_size=1": "at least 2 samples",
+    "rollout.max_tokens=64": "leaves no room for a prompt",
+    "rollout.head_mode=magic": "auto, native or cached",
+    "algo.minibatches=7": "does not divide",
+    "algo.lr=-1": "cannot be negative",
+    "trainer.zero_stage=3": "0, 1 or 2",
+    "tracking.wandb=maybe": "auto, online, offline or disabled",
+    "steps=0": "must be positive",
+    "task.train_size=8": "more than task.train_size",
+}
+
+
+@pytest.mark.parametrize(("override", "message"), BAD.items(), ids=BAD)
+def test_bad_values_give_one_readable_line(override, message):
+    with pytest.raises(ValueError, match="configuration: ") as error:
+        load(compose("demo", [override]))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_values_are_named():
+    with pytest.raises(ValueError, match=r"missing mandatory value: path"):
+        load(compose("train", []))

@@ -1,0 +1,116 @@
+"""The import contract of the house: levels, one home per heavy package, and a light `import rlalign`."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "rlalign"
+# Modules by level; a folder stands for everything inside. A module may import its own level (level 1 and 4) or lower ones.
+LEVELS = {
+    0: {"types", "config", "install_check"},
+    1: {
+        "head", "head_cache", "logprobs", "logprobs_op", "fused_logprobs", "vocab_parallel", "mismatch", "mismatch_stats",
+        "mismatch_distribution", "mismatch_reduce", "mismatch_summary", "mismatch_breakdown", "corrections", "presets",
+        "surrogate", "advantages", "losses", "monitor", "reward.calibration", "reward.adaptive", "reward.metrics",
+    },
+    2: {"weights", "tracking", "tasks", "task_rows", "tiny_policy", "byte_tokenizer", "reward"},
+    3: {"rollout", "trainer"},
+    4: {"loop", "train", "cli", "diagnose"},
+}  # fmt: skip
+HOMES = {
+    "vllm": ("rollout", "diagnose", "tracking.environment"),
+    "deepspeed": ("trainer", "tracking.environment"),
+    "wandb": ("tracking",),
+    "hydra": ("cli",),
+    "omegaconf": ("config", "cli"),
+    "reasoning_gym": ("tasks", "task_rows"),
+}
+MODULES = sorted(p for p in ROOT.rglob("*.py") if p.name != "__init__.py")
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def level_of(module: str) -> int:
+    parts = module.split(".")
+    for depth in range(len(parts), 0, -1):
+        for level, members in LEVELS.items():
+            if ".".join(parts[:depth]) in members:
+                return level
+    raise AssertionError(f"rlalign.{module} is in no level: place it in LEVELS")
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names imported anywhere in the file, inside functions too, but not under TYPE_CHECKING."""
+    found = set()
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def known(target: str) -> str | None:
+    """The rlalign module that an imported name belongs to, or None for the package itself and names inside it."""
+    parts = target.split(".")[1:]
+    for depth in range(len(parts), 0, -1):
+        if (ROOT.joinpath(*parts[:depth]).with_suffix(".py")).exists():
+            return ".".join(parts[:depth])
+        if (ROOT.joinpath(*parts[:depth]) / "__init__.py").exists():
+            return ".".join(parts[:depth])
+    return None
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_arrows_point_down(path):
+    module = name_of(path)
+    for target in imports(path):
+        other = known(target) if target.split(".")[0] == "rlalign" else None
+        if other is None or other.split(".")[0] == module.split(".")[0]:
+            continue
+        assert level_of(other) <= level_of(module), f"{module} (level {level_of(module)}) imports {other}"
+        rooms = {module.split(".")[0], other.split(".")[0]}
+        assert rooms != {"trainer", "rollout"}, f"{module} imports {other}: trainer and rollout meet only in the loop"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_heavy_packages_stay_in_their_rooms(path):
+    module = name_of(path)
+    for package in {target.split(".")[0] for target in imports(path)} & HOMES.keys():
+        homes = HOMES[package]
+        assert any(module == h or module.startswith(f"{h}.") for h in homes), (
+            f"{module} imports {package}, whose home is {homes}"
+        )
+
+
+def test_corrections_never_see_rewards():
+    for module in ("mismatch", "corrections"):
+        assert not any("reward" in target for target in imports(ROOT / f"{module}.py"))
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = "import sys, rlalign, rlalign.types, rlalign.cli; print([m for m in ('torch', 'vllm', 'hydra', 'numpy') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_the_plugin_entry_point_is_light():
+    """vLLM only logs a plugin whose import fails: the less it imports, the less can fail."""
+    code = "import sys, rlalign.rollout.head_plugin; print('torch' in sys.modules, 'vllm' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False False"

@@ -18,8 +18,8 @@ from head import machine
 from torch import Tensor
 
 from rlalign import head
-from rlalign.head import Route
 from rlalign.logprobs import token_logprobs
+from rlalign.products import Route, logits_of, stored_for
 
 Logits = Callable[[Tensor, Tensor], Tensor]
 
@@ -33,7 +33,7 @@ def operands(n: int, d: int, v: int, largest: float, device: str) -> tuple[Tenso
 
 
 def by_route(route: Route) -> Logits:
-    return lambda h, w: head.logits_of(head.stored_for(h, route), head.stored_for(w, route), route)
+    return lambda h, w: logits_of(stored_for(h, route), stored_for(w, route), route)
 
 
 def routes(hidden_ND: Tensor, weight_VD: Tensor) -> dict[str, Logits]:

@@ -78,7 +78,9 @@ def _parity(arguments: argparse.Namespace) -> int:
     from rlalign.diagnose import parity
 
     config = load(compose(arguments.config_name, arguments.overrides))
-    result = parity.measure(config, bodies=arguments.body, prompts=arguments.prompts)
+    result = parity.measure(
+        config, bodies=arguments.body, prompts=arguments.prompts, with_noise_floor=arguments.noise_floor
+    )
     print(parity.table(result))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2))
@@ -119,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         "--body", action="append", choices=("bfloat16", "float32"), help="body dtype; repeatable (default both)"
     )
     parity.add_argument("--prompts", type=int, default=32, help="training prompts to sample from (default %(default)s)")
+    parity.add_argument("--noise-floor", action="store_true", help="also measure the rollout engine against itself")
     parity.set_defaults(run=_parity)
 
     report = commands.add_parser("report", help="one HTML page from one run, or from several side by side")

@@ -50,6 +50,9 @@ class RolloutConfig:
     max_tokens: int = 512  # sampled tokens of one completion
     max_model_len: int = 2048  # prompt + completion, tokens
     max_num_seqs: int = 128  # sequences the engine decodes at once
+    max_num_batched_tokens: int = (
+        0  # tokens of one engine step; 0: vLLM's choice. Below max_model_len prefills are chunked
+    )
     tensor_parallel_size: int = 1
     gpu_memory_utilization: float = 0.4  # the trainer shares the device
     cpu_kv_cache_gib: int = 1
@@ -149,10 +152,28 @@ class AlgoConfig:
 
 
 @dataclass(kw_only=True)
+class RuleConfig:
+    """One rule of the monitor; see rlalign.monitor.Rule."""
+
+    metric: str = "???"  # a logged key, such as mismatch/lag0/p99 or mismatch/excess/k3
+    limit: float = "???"  # type: ignore[assignment]
+    above: bool = True  # alert over the limit; False: under it
+    window: int = 5  # steps whose median is judged
+    release: float | None = None  # where the alert ends; the limit itself when not given
+    action: str = "warn"  # log | warn | stop | checkpoint+stop
+
+    def __post_init__(self) -> None:
+        actions = ("log", "warn", "stop", "checkpoint+stop")
+        _require(self.action in actions, f"mismatch.rules: action={self.action!r}: choose one of {', '.join(actions)}")
+
+
+@dataclass(kw_only=True)
 class MismatchConfig:
-    k3_limit: float = 1e-2  # nats per token, lag 0
+    k3_limit: float = 1e-2  # nats per token; checked on every batch before it is trained on
     action: GateAction = GateAction.stop
     head_every: int = 10  # steps between measurements of the head in isolation; 0: never
+    floor: str = ""  # file of `rlalign parity --noise-floor --json FILE`: logs mismatch/excess/* beyond it
+    rules: list[RuleConfig] = field(default_factory=list)  # of the monitor over steps; empty: its defaults
 
     def __post_init__(self) -> None:
         _positive(self, "mismatch", "k3_limit")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlalign.fused_logprobs import Problem, padded, token_tiles
-from rlalign.head import Route, backward_route, matmul, stored_for
+from rlalign.products import Route, backward_route, matmul, stored_for
 
 # MKL's bf16 product is a fifth faster on inner lengths of 1024 than on longer ones (AMX).
 _INNER = 1024

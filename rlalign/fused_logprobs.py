@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from rlalign.head import Route, logits_of, stored_for
+from rlalign.products import Route, logits_of, stored_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # Rows a multiple of 4096 bytes apart collide in the caches: without the padding the products take a third longer (AMX).
 _PAD = 32
+# What a token outside the kept set adds to its logit: probability exactly 0, as with -inf, but 0 * BARRED is not NaN.
+BARRED = -1e30
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +63,14 @@ class Transform:
 
     def slope_(self, x_TS: Tensor, rows: slice) -> Tensor | None:
         """d(transformed) / d(projection) given the transformed logits, which it overwrites; None when it is 1."""
-        if self == Transform():
+        if self.soft_cap is None and self.logit_scale == 1.0 and self.temperature_N is None:
             return None
         scale_T1 = torch.full((1, 1), self.logit_scale, device=x_TS.device)
         if self.temperature_N is not None:
             scale_T1 = scale_T1 / self.temperature_N[rows].unsqueeze(1)
         if self.soft_cap is None:
             return scale_T1
-        tanh_TS = x_TS.div_(scale_T1 * self.soft_cap)
+        tanh_TS = x_TS.div_(scale_T1 * self.soft_cap).clamp_(-1.0, 1.0)
         return tanh_TS.square_().neg_().add_(1.0).mul_(scale_T1)
 
 
@@ -82,7 +84,10 @@ class Sums(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Operands of one call. target_N counts from this weight's first row; ids outside belong to another shard."""
+    """Operands of one call. target_N counts from this weight's first row; ids outside belong to another shard.
+
+    kept_NK: counted likewise, the ids the softmax runs over, others filled up with negative numbers; None means all.
+    """
 
     hidden_ND: Tensor
     weight_VD: Tensor
@@ -91,6 +96,7 @@ class Problem:
     transform: Transform
     tile: Tile
     route: Route
+    kept_NK: Tensor | None = None
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """(columns, their weight in the route's storage); no block is a single column."""
@@ -105,7 +111,14 @@ class Problem:
         x_TS = logits_of(stored_for(self.hidden_ND[rows], self.route), weight_SD, self.route, out=out_TS)
         if self.bias_V is not None:
             x_TS.add_(self.bias_V[columns].float())
-        return self.transform.apply_(x_TS, rows)
+        self.transform.apply_(x_TS, rows)
+        if self.kept_NK is not None:
+            width = columns.stop - columns.start
+            column_TK = self.kept_NK[rows] - columns.start
+            column_TK = torch.where((column_TK >= 0) & (column_TK < width), column_TK, width)
+            barred = torch.full((len(x_TS), width + 1), BARRED, device=x_TS.device)
+            x_TS.add_(barred.scatter_(1, column_TK, 0.0)[:, :width])
+        return x_TS
 
     def target_columns(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
         """([T, 1] column of each target inside these columns, [T] whether it is one of them; others are clamped)."""
@@ -137,7 +150,8 @@ def forward_sums(problem: Problem, *, mean: bool) -> Sums:
         temperature_N = problem.transform.temperature_N
         transform = replace(problem.transform, temperature_N=None if temperature_N is None else temperature_N[again])
         hidden_ND, target_N = problem.hidden_ND[again], problem.target_N[again]
-        rows = replace(problem, hidden_ND=hidden_ND, target_N=target_N, transform=transform)
+        kept_NK = None if problem.kept_NK is None else problem.kept_NK[again]
+        rows = replace(problem, hidden_ND=hidden_ND, target_N=target_N, kept_NK=kept_NK, transform=transform)
         for whole, part in zip(sums, _sums(rows, mean=mean, running_max=True), strict=True):
             if whole is not None:
                 whole[again] = part

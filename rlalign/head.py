@@ -9,40 +9,12 @@ N tokens, D hidden, V vocabulary; M, K, J: rows, inner and columns of a bare pro
 
 from __future__ import annotations
 
-import ctypes
-import logging
-from contextlib import contextmanager
-from enum import StrEnum
-from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-logger = logging.getLogger(__name__)
+from rlalign.products import Route, backward_route, cpu_bf16_route, logits_of, matmul, stored_for
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112  # cblas enums
-
-
-class Route(StrEnum):
-    """How float32 logits are made.
-
-    CUDA_OUT_DTYPE: 16-bit operands, `torch.mm(out_dtype=float32)` (CUDA and ROCm, torch >= 2.10).
-    MKL_BF16: bf16 operands, float32 result, no copy (`cblas_gemm_bf16bf16f32` of torch's own library).
-    ONEDNN_BF16: float32 copies of bf16 values multiplied by oneDNN's bf16 math; the products are exact.
-    STRICT_FP32: float32 copies and an IEEE float32 product. Bits may change with the number of rows.
-    The two bf16 routes give the same bits, whatever the number of rows and the slice of the vocabulary.
-    """
-
-    CUDA_OUT_DTYPE = "cuda_out_dtype"
-    MKL_BF16 = "mkl_bf16"
-    ONEDNN_BF16 = "onednn_bf16"
-    STRICT_FP32 = "strict_fp32"
 
 
 def route(hidden_ND: Tensor, weight_VD: Tensor, *, weight_is_bf16_valued: bool = False) -> Route:
@@ -53,7 +25,7 @@ def route(hidden_ND: Tensor, weight_VD: Tensor, *, weight_is_bf16_valued: bool =
     bf16_weight = dtypes[1] == torch.bfloat16 or (dtypes[1] == torch.float32 and weight_is_bf16_valued)
     if hidden_ND.device.type != "cpu" or dtypes[0] != torch.bfloat16 or not bf16_weight:
         return Route.STRICT_FP32
-    best = _cpu_bf16_route(hidden_ND.shape[-1], torch.get_num_threads())
+    best = cpu_bf16_route(hidden_ND.shape[-1], torch.get_num_threads())
     if best is Route.MKL_BF16 and dtypes[1] == torch.float32:
         return Route.ONEDNN_BF16
     return best
@@ -104,132 +76,6 @@ def check_operands(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) 
             raise ValueError(f"head: {name} is on {tensor.device}, the hidden states are on {hidden_ND.device}")
 
 
-def stored_for(x: Tensor, route: Route) -> Tensor:
-    """`x` in the storage `matmul` wants for this route: as it is, or a float32 copy."""
-    return x if route in (Route.MKL_BF16, Route.CUDA_OUT_DTYPE) else x.float()
-
-
-def matmul(a_MK: Tensor, b_KJ: Tensor, route: Route, *, out: Tensor | None = None, accumulate: bool = False) -> Tensor:
-    """a @ b in float32, plus `out` when accumulating. Operands as `stored_for` gives them, transposed or not."""
-    if out is None:
-        out = torch.empty(a_MK.shape[0], b_KJ.shape[1], dtype=torch.float32, device=a_MK.device)
-    if route is Route.MKL_BF16:
-        return _mkl_bf16(a_MK, b_KJ, out, accumulate)
-    if route is Route.CUDA_OUT_DTYPE:
-        with torch.autocast("cuda", enabled=False):
-            if accumulate:
-                return torch.addmm(out, a_MK, b_KJ, out_dtype=torch.float32, out=out)
-            return torch.mm(a_MK, b_KJ, out_dtype=torch.float32, out=out)
-    with _fp32_matmul("bf16" if route is Route.ONEDNN_BF16 else "ieee", a_MK.device):
-        return torch.addmm(out, a_MK, b_KJ, out=out) if accumulate else torch.mm(a_MK, b_KJ, out=out)
-
-
-@contextmanager
-def _fp32_matmul(precision: str, device: torch.device) -> Iterator[None]:
-    # The switch is process-wide: a float32 product in another thread meanwhile would see it too.
-    switch = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
-    before = switch.fp32_precision
-    switch.fp32_precision = precision
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        switch.fp32_precision = before
-
-
-@lru_cache(maxsize=1)
-def _mkl_symbol() -> ctypes._CFuncPtr | None:
-    """`cblas_gemm_bf16bf16f32` of torch's CPU library, or None for a build without it (ARM, macOS, Windows)."""
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    if not library.exists() or not hasattr(ctypes.CDLL(str(library)), "cblas_gemm_bf16bf16f32"):
-        return None
-    function = ctypes.CDLL(str(library)).cblas_gemm_bf16bf16f32
-    integer, pointer = ctypes.c_int, ctypes.c_void_p
-    size = [integer] * 6
-    function.argtypes = [*size, ctypes.c_float, pointer, integer, pointer, integer, ctypes.c_float, pointer, integer]
-    function.restype = None
-    return function
-
-
-def _mkl_bf16(a_MK: Tensor, b_KJ: Tensor, out_MJ: Tensor, accumulate: bool) -> Tensor:
-    (a, a_trans, lda), (b, b_trans, ldb) = _blas_layout(a_MK), _blas_layout(b_KJ)
-    m, k, j = *a_MK.shape, b_KJ.shape[1]
-    beta = 1.0 if accumulate else 0.0
-    _mkl_symbol()(
-        _ROW_MAJOR, a_trans, b_trans, m, j, k, 1.0, a.data_ptr(), lda, b.data_ptr(), ldb,
-        beta, out_MJ.data_ptr(), out_MJ.stride(0),
-    )  # fmt: skip
-    return out_MJ
-
-
-def _blas_layout(x: Tensor) -> tuple[Tensor, int, int]:
-    """(tensor to keep alive, transposition, leading dimension) of a row- or column-major matrix, else of its copy."""
-    if x.stride(1) == 1 and x.stride(0) >= x.shape[1]:
-        return x, _NO_TRANS, x.stride(0)
-    if x.stride(0) == 1 and x.stride(1) >= x.shape[0]:
-        return x, _TRANS, x.stride(1)
-    x = x.contiguous()
-    return x, _NO_TRANS, x.shape[1]
-
-
-def logits_of(hidden_ND: Tensor, weight_VD: Tensor, route: Route, *, out: Tensor | None = None) -> Tensor:
-    """hidden @ weight.T with the bits every other number of rows would give. Operands as `stored_for` gives them.
-
-    One row, or a tiny product, makes both bf16 libraries change kernels (and bits): zero rows are added to those.
-    """
-    n, v = hidden_ND.shape[0], weight_VD.shape[0]
-    rows, columns = max(n, 2, 257 // max(v, 2) + 1), max(v, 2)
-    if route not in (Route.MKL_BF16, Route.ONEDNN_BF16) or (rows, columns) == (n, v):
-        return matmul(hidden_ND, weight_VD.t(), route, out=out)
-    hidden = torch.nn.functional.pad(hidden_ND, (0, 0, 0, rows - n))
-    weight = torch.nn.functional.pad(weight_VD, (0, 0, 0, columns - v)) if columns > v else weight_VD
-    logits_NV = matmul(hidden, weight.t(), route)[:n, :v]
-    return logits_NV.contiguous() if out is None else out.copy_(logits_NV)
-
-
-@lru_cache(maxsize=64)
-def _cpu_bf16_route(hidden_size: int, num_threads: int) -> Route:
-    """The first bf16 route that this host carries out exactly and independently of the batch; else STRICT_FP32.
-
-    MKL is taken only where its bits equal oneDNN's, so that a float32 copy of a weight and the weight itself agree.
-    """
-    if _is_exact_and_invariant(Route.ONEDNN_BF16, hidden_size):
-        if _mkl_symbol() is None or not _is_exact_and_invariant(Route.MKL_BF16, hidden_size):
-            return Route.ONEDNN_BF16
-        hidden_ND, weight_VD = _probe(hidden_size)
-        onednn = logits_of(hidden_ND.float(), weight_VD.float(), Route.ONEDNN_BF16)
-        same_bits = torch.equal(onednn, logits_of(hidden_ND, weight_VD, Route.MKL_BF16))
-        return Route.MKL_BF16 if same_bits else Route.ONEDNN_BF16
-    logger.warning(
-        "head: this host's bf16 products (hidden size %d, %d threads) are inexact or change with the number of rows; "
-        "taking strict float32 products, whose last bits depend on the number of rows",
-        hidden_size,
-        num_threads,
-    )
-    return Route.STRICT_FP32
-
-
-def _probe(hidden_size: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    hidden_ND = torch.randn(130, hidden_size, generator=generator).bfloat16()
-    return hidden_ND, torch.randn(2048, hidden_size, generator=generator).bfloat16()
-
-
-def _is_exact_and_invariant(route: Route, hidden_size: int) -> bool:
-    """Self-test: within 2^-20 * sum |h||w| of float64 (bf16 rounding: 2^-9), same bits for any rows and slice."""
-    with torch.inference_mode():
-        hidden_ND, weight_VD = _probe(hidden_size)
-        h, w = stored_for(hidden_ND, route), stored_for(weight_VD, route)
-        whole_NV = logits_of(h, w, route)
-        exact_NV = hidden_ND[:8].double() @ weight_VD.double().t()
-        size_NV = hidden_ND[:8].double().abs() @ weight_VD.double().abs().t()
-        if bool(((whole_NV[:8] - exact_NV).abs() > 2.0**-20 * size_NV).any()):
-            return False
-        rows = all(torch.equal(logits_of(h[:n], w, route), whole_NV[:n]) for n in (1, 2, 5, 16, 64, 129))
-        slices = all(torch.equal(logits_of(h[:n], w[96:609], route), whole_NV[:n, 96:609]) for n in (1, 64, 130))
-        return rows and slices
-
-
 @torch.library.custom_op("rlalign::project", mutates_args=())
 def _project(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, weight_is_bf16_valued: bool) -> Tensor:
     if hidden_ND.shape[0] == 0:
@@ -266,11 +112,6 @@ def _(
         torch.empty_like(x, memory_format=torch.contiguous_format) if want else x.new_empty(0)
         for x, want in zip((hidden_ND, weight_VD), wants, strict=True)
     ]
-
-
-def backward_route(forward: Route, dtype: torch.dtype) -> Route:
-    """The route of the gradient products: the forward's, but float16 takes float32 (p * g underflows float16)."""
-    return Route.STRICT_FP32 if dtype == torch.float16 else forward
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:

@@ -40,13 +40,13 @@ def token_logprobs(
     entropy: bool = False,
     mode: Mode = "fast",
     mask: Tensor | None = None,
+    kept: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     shard: VocabShard | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each token present, [B, L] float32 in nats; with `entropy` also the entropy before each token.
 
-    Logits are `head.project`, then soft cap, logit scale and division by the temperature, as vLLM orders them: equal to
-    its `processed_logprobs` without truncation.
+    Logits are `head.project`, then soft cap, logit scale and division by the temperature, in vLLM's order.
 
     hidden [B, L, D], weight [V, D], bias [V]: float32, bfloat16 or float16; token_ids [B, L] int64.
     temperature: one number, or [B] or [B, L] float32 (entry t for token t). vocab_size: real vocabulary where the
@@ -54,6 +54,8 @@ def token_logprobs(
     mask [B, L] bool: score these tokens only; the others are 0.0, cost nothing and get no gradient (on a GPU their
     count is read back once). cu_seqlens [S + 1] int: boundaries of the sequences packed into a batch of one; the first
     token of each has no context and is 0.0, like everything after the last boundary.
+    kept [B, L, K] int64: the ids each token was sampled from (top-p, top-k, min-p), filled up with -1; probabilities
+    are renormalised over them, as the engine's are.
     shard: this rank's slice of a weight split over a process group; weight and bias are the slice, vocab_size and token
     ids are global. Every rank calls with equal hidden states.
 
@@ -67,32 +69,33 @@ def token_logprobs(
     vocab_rows = weight_VD.shape[0] if shard is None else shard.total
     _check_metadata(hidden_BLD, token_ids_BL, temperature, soft_cap, logit_scale, chunk)
     _check_vocabulary(mode, vocab_rows, vocab_size, shard)
+    _check_kept(kept, token_ids_BL)
     scored_BL = _scored(token_ids_BL, mask, cu_seqlens)
     real = vocab_size or vocab_rows
     if hidden_BLD.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_values(hidden_BLD, token_ids_BL, bias, temperature, scored_BL, real)
-    rows = _shift(hidden_BLD, token_ids_BL, _temperature(temperature, token_ids_BL), scored_BL)
+        _check_values(hidden_BLD, token_ids_BL, bias, temperature, scored_BL, kept, real)
+    rows = _shift(hidden_BLD, token_ids_BL, _temperature(temperature, token_ids_BL), kept, scored_BL)
     if shard is None:
         results = flat_logprobs(
-            rows.hidden_ND, weight_VD, bias, rows.target_N, rows.temperature_N, soft_cap, logit_scale, real, chunk,
-            entropy, mode == "exact_mirror",
+            rows.hidden_ND, weight_VD, bias, rows.target_N, rows.temperature_N, rows.kept_NK, soft_cap, logit_scale,
+            real, chunk, entropy, mode == "exact_mirror",
         )  # fmt: skip
     else:
         transform = Transform(soft_cap, logit_scale, rows.temperature_N)
-        results = sharded_logprobs(
-            rows.hidden_ND, weight_VD, bias, rows.target_N, transform, shard, real, chunk, entropy
-        )
+        options = (rows.target_N, transform, rows.kept_NK, shard, real, chunk, entropy)
+        results = sharded_logprobs(rows.hidden_ND, weight_VD, bias, *options)
     logprobs_BL = rows.aligned(results[0], token_ids_BL.shape)
     return (logprobs_BL, rows.aligned(results[1], token_ids_BL.shape)) if entropy else logprobs_BL
 
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """What is scored, flat: token N, the hidden state before it, its temperature; index_N into B * L, None for all."""
+    """What is scored, flat: tokens, the hidden states before them, their options; index_N into B * L, None for all."""
 
     hidden_ND: Tensor
     target_N: Tensor
     temperature_N: Tensor | None
+    kept_NK: Tensor | None
     index_N: Tensor | None
 
     def aligned(self, value_N: Tensor, shape: torch.Size) -> Tensor:
@@ -102,17 +105,21 @@ class _Rows:
         return value_N.new_zeros(shape.numel()).index_put((self.index_N,), value_N).view(shape)
 
 
-def _shift(hidden_BLD: Tensor, token_ids_BL: Tensor, temperature_BL: Tensor | None, scored_BL: Tensor | None) -> _Rows:
+def _shift(
+    hidden_BLD: Tensor,
+    token_ids_BL: Tensor,
+    temperature_BL: Tensor | None,
+    kept_BLK: Tensor | None,
+    scored_BL: Tensor | None,
+) -> _Rows:
     """Pair every scored token t with the hidden state at t - 1."""
-    size = hidden_BLD.shape[-1]
     if scored_BL is None:
-        temperature_N = None if temperature_BL is None else temperature_BL[:, 1:].reshape(-1)
-        return _Rows(hidden_BLD[:, :-1].reshape(-1, size), token_ids_BL[:, 1:].reshape(-1), temperature_N, None)
+        at_token = [None if x is None else x[:, 1:].flatten(0, 1) for x in (token_ids_BL, temperature_BL, kept_BLK)]
+        return _Rows(hidden_BLD[:, :-1].flatten(0, 1), *at_token, index_N=None)
     scored_BL[:, 0] = False  # on CPU this was an error already; elsewhere nothing has looked at the values
-    index_N = scored_BL.reshape(-1).nonzero().squeeze(1)
-    temperature_N = None if temperature_BL is None else temperature_BL.reshape(-1)[index_N]
-    hidden_ND = hidden_BLD.reshape(-1, size).index_select(0, index_N - 1)
-    return _Rows(hidden_ND, token_ids_BL.reshape(-1)[index_N], temperature_N, index_N)
+    index_N = scored_BL.flatten().nonzero().squeeze(1)
+    at_token = [None if x is None else x.flatten(0, 1)[index_N] for x in (token_ids_BL, temperature_BL, kept_BLK)]
+    return _Rows(hidden_BLD.flatten(0, 1).index_select(0, index_N - 1), *at_token, index_N=index_N)
 
 
 def _scored(token_ids_BL: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
@@ -195,12 +202,23 @@ def _check_vocabulary(mode: Mode, vocab_rows: int, vocab_size: int | None, shard
         raise ValueError(f"token_logprobs: vocab_size must be in 1..{vocab_rows}, got {vocab_size}")
 
 
+def _check_kept(kept_BLK: Tensor | None, token_ids_BL: Tensor) -> None:
+    if kept_BLK is None:
+        return
+    if kept_BLK.dim() != 3 or kept_BLK.shape[:2] != token_ids_BL.shape or kept_BLK.dtype != torch.int64:
+        raise ValueError(
+            f"token_logprobs: kept must be int64 {[*token_ids_BL.shape, 'K']}, got {kept_BLK.dtype} "
+            f"{tuple(kept_BLK.shape)}"
+        )
+
+
 def _check_values(
     hidden_BLD: Tensor,
     token_ids_BL: Tensor,
     bias: Tensor | None,
     temperature: float | Tensor,
     scored_BL: Tensor | None,
+    kept_BLK: Tensor | None,
     vocab_size: int,
 ) -> None:
     """What only the values tell; for tensors in host memory."""
@@ -217,6 +235,11 @@ def _check_values(
         raise ValueError(
             f"token_logprobs: token_ids[{b}, {t}] = {int(token_ids_BL[b, t])} is outside the vocabulary of "
             f"{vocab_size}; mask padding out, or check that the tokenizer belongs to this model"
+        )
+    if kept_BLK is not None and bool((scored_BL & ~(kept_BLK == token_ids_BL.unsqueeze(-1)).any(-1)).any()):
+        raise ValueError(
+            "token_logprobs: a scored token is not in its own kept set, so it could not have been sampled: the sets "
+            "belong to other tokens, or are not aligned to token_ids"
         )
     broken = ~hidden_BLD.detach().isfinite().all(-1)
     broken = scored_BL[:, 1:] & broken[:, :-1]

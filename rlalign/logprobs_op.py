@@ -20,6 +20,7 @@ def flat_logprobs(
     bias_V: Tensor | None,
     target_N: Tensor,
     temperature_N: Tensor | None,
+    kept_NK: Tensor | None,
     soft_cap: float | None,
     logit_scale: float,
     vocab_size: int,
@@ -28,7 +29,9 @@ def flat_logprobs(
     exact_mirror: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs [N], entropy [N] or [0], log-sum-exp [N]) float32; NaN for targets outside the vocabulary."""
-    problem = _problem(hidden_ND, weight_VD, bias_V, target_N, temperature_N, soft_cap, logit_scale, vocab_size, chunk)
+    problem = _problem(
+        hidden_ND, weight_VD, bias_V, target_N, temperature_N, kept_NK, soft_cap, logit_scale, vocab_size, chunk
+    )
     if exact_mirror:
         return mirror(problem, rows=chunk, entropy=entropy)
     sums = forward_sums(problem, mean=entropy)
@@ -43,6 +46,7 @@ def _(
     bias_V: Tensor | None,
     target_N: Tensor,
     temperature_N: Tensor | None,
+    kept_NK: Tensor | None,
     soft_cap: float | None,
     logit_scale: float,
     vocab_size: int,
@@ -66,13 +70,16 @@ def _flat_backward(
     bias_V: Tensor | None,
     target_N: Tensor,
     temperature_N: Tensor | None,
+    kept_NK: Tensor | None,
     soft_cap: float | None,
     logit_scale: float,
     vocab_size: int,
     chunk: int | None,
     wants: list[bool],
 ) -> list[Tensor]:
-    problem = _problem(hidden_ND, weight_VD, bias_V, target_N, temperature_N, soft_cap, logit_scale, vocab_size, chunk)
+    problem = _problem(
+        hidden_ND, weight_VD, bias_V, target_N, temperature_N, kept_NK, soft_cap, logit_scale, vocab_size, chunk
+    )
     upstream = Upstream(logprob_grad_N, entropy_grad_N, lse_N, entropy_N)
     grads = backward_tiles(problem, upstream, weight_VD if wants[1] else None, hidden=wants[0], bias=wants[2])
     hidden = None if grads.hidden_ND is None else grads.hidden_ND.to(hidden_ND.dtype).contiguous()
@@ -94,6 +101,7 @@ def _(
     bias_V: Tensor | None,
     target_N: Tensor,
     temperature_N: Tensor | None,
+    kept_NK: Tensor | None,
     soft_cap: float | None,
     logit_scale: float,
     vocab_size: int,
@@ -108,22 +116,22 @@ def _(
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    hidden_ND, weight_VD, bias_V, target_N, temperature_N, *ctx.options = inputs
+    hidden_ND, weight_VD, bias_V, target_N, temperature_N, kept_NK, *ctx.options = inputs
     _, entropy_N, lse_N = output
-    ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, temperature_N, lse_N, entropy_N)
+    ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, temperature_N, kept_NK, lse_N, entropy_N)
 
 
 def _backward(
     ctx: torch.autograd.function.FunctionCtx, logprob_grad_N: Tensor, entropy_grad_N: Tensor, _: Tensor
 ) -> tuple[Tensor | None, ...]:
-    hidden_ND, weight_VD, bias_V, target_N, temperature_N, lse_N, entropy_N = ctx.saved_tensors
+    hidden_ND, weight_VD, bias_V, target_N, temperature_N, kept_NK, lse_N, entropy_N = ctx.saved_tensors
     soft_cap, logit_scale, vocab_size, chunk, entropy, exact_mirror = ctx.options
     wants = list(ctx.needs_input_grad[:3])
     grads = torch.ops.rlalign.token_logprobs_backward(
         logprob_grad_N, entropy_grad_N if entropy else None, lse_N, entropy_N, hidden_ND, weight_VD, bias_V, target_N,
-        temperature_N, soft_cap, logit_scale, vocab_size, None if exact_mirror else chunk, wants,
+        temperature_N, kept_NK, soft_cap, logit_scale, vocab_size, None if exact_mirror else chunk, wants,
     )  # fmt: skip
-    return *(grad if want else None for grad, want in zip(grads, wants, strict=True)), *[None] * 8
+    return *(grad if want else None for grad, want in zip(grads, wants, strict=True)), *[None] * 9
 
 
 flat_logprobs.register_autograd(_backward, setup_context=_setup_context)
@@ -135,6 +143,7 @@ def _problem(
     bias_V: Tensor | None,
     target_N: Tensor,
     temperature_N: Tensor | None,
+    kept_NK: Tensor | None,
     soft_cap: float | None,
     logit_scale: float,
     vocab_size: int,
@@ -148,4 +157,5 @@ def _problem(
         transform=Transform(soft_cap, logit_scale, temperature_N),
         tile=Tile.of(hidden_ND.device, chunk),
         route=route(hidden_ND, weight_VD),
+        kept_NK=kept_NK,
     )

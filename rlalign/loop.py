@@ -6,7 +6,7 @@ The four parties are Protocols, declared here by their consumer; `rlalign.train`
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,7 +45,6 @@ class Trainer(Protocol):
     """Scores and trains the policy."""
 
     version: int
-    world_size: int
 
     def score(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]: ...
     def score_reference(self, batch: RolloutBatch) -> Tensor | None: ...
@@ -70,10 +69,6 @@ class Publisher(Protocol):
     def __call__(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> PublishReport: ...
 
 
-class MismatchLimitError(RuntimeError):
-    """The lag-0 mismatch passed its limit: training on these ratios would follow an error, not the reward."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Parties:
     """Everyone a step talks to."""
@@ -84,6 +79,7 @@ class Parties:
     publish: Publisher
     encode: Callable[[str], list[int]]
     pad_token_id: int
+    floor: Mapping[str, float] | None = None  # the engine's noise floor: name -> nats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +93,17 @@ class StepResult:
     rewards_B: Tensor
     texts: list[str]
     warnings: list[str] = field(default_factory=list)
+
+
+class MismatchLimitError(RuntimeError):
+    """The mismatch passed its limit: training on these ratios would follow an error, not the reward.
+
+    result: the step that showed it, scored and not trained on; None when a rule over several steps stopped the run.
+    """
+
+    def __init__(self, message: str, result: StepResult | None = None) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 def train_step(step: int, parties: Parties, config: RunConfig) -> StepResult:
@@ -118,62 +125,55 @@ def train_step(step: int, parties: Parties, config: RunConfig) -> StepResult:
 
     with clock("reward"):
         rewards_B = torch.tensor([parties.task.reward(prompts[r.group_id], r.text) for r in rollouts])
+        advantages_B = advantages.group_relative(rewards_B, batch.group_id_B, normalize_std=config.algo.normalize_std)
     metrics |= reward_metrics(rewards_B, batch.group_id_B)
 
     with clock("score"):
         old_BL, entropy_BL = parties.trainer.score(batch)
         ref_BL = parties.trainer.score_reference(batch)
         measured = mismatch.compare(old_BL, batch.rollout_logprobs_BL, batch.loss_mask_BL, positions=False)
-        metrics |= mismatch_metrics(measured, lag=lag_of(batch, parties.trainer.version))
+        metrics |= mismatch_metrics(measured, lag_of(batch, parties.trainer.version), parties.floor)
         metrics["train/entropy"] = float(entropy_BL[batch.loss_mask_BL].mean())
-    warnings = gate(measured, config.mismatch, step=step)
+
+    result = StepResult(
+        metrics=metrics,
+        batch=batch,
+        old_logprobs_BL=old_BL,
+        advantages_BL=advantages_B[:, None].expand_as(old_BL),
+        rewards_B=rewards_B,
+        texts=[r.text for r in rollouts],
+    )
+    result.warnings.extend(gate(result, measured, config.mismatch, step=step))
 
     with clock("train"):
         correction = correct(old_BL, batch, config.algo)
-        metrics |= correction_metrics(correction, batch)
-        advantages_BL = advantages.group_relative(rewards_B, batch.group_id_B, normalize_std=config.algo.normalize_std)[
-            :, None
-        ].expand_as(old_BL)
-        metrics |= update(parties.trainer, batch, old_BL, ref_BL, advantages_BL, correction, config.algo)
+        metrics |= correction_metrics(correction, old_BL, batch)
+        metrics |= update(parties.trainer, result, ref_BL, correction, config.algo)
 
     with clock("publish"):
         report = parties.publish(parties.trainer.named_weights(), parties.trainer.version)
     metrics |= publish_metrics(report)
     metrics["time/step_s"] = time.perf_counter() - began
-    return StepResult(
-        metrics=metrics,
-        batch=batch,
-        old_logprobs_BL=old_BL,
-        advantages_BL=advantages_BL,
-        rewards_B=rewards_B,
-        texts=[r.text for r in rollouts],
-        warnings=warnings,
-    )
+    return result
 
 
 def update(
-    trainer: Trainer,
-    batch: RolloutBatch,
-    old_BL: Tensor,
-    ref_BL: Tensor | None,
-    advantages_BL: Tensor,
-    correction: Correction,
-    algo: AlgoConfig,
+    trainer: Trainer, scored: StepResult, ref_BL: Tensor | None, correction: Correction, algo: AlgoConfig
 ) -> dict[str, float]:
     """One optimizer step per minibatch; metrics are token means over the kept tokens of all minibatches."""
-    size = len(batch) // algo.minibatches
+    size = len(scored.batch) // algo.minibatches
     loss_function = partial(_loss, algo=algo)
     sums: dict[str, float] = {}
     last: dict[str, float] = {}
-    for start in range(0, len(batch), size):
+    for start in range(0, len(scored.batch), size):
         rows = slice(start, start + size)
         keep = correction.keep[rows]
         minibatch = TrainBatch(
-            rollouts=batch.rows(rows),
-            old_logprobs_BL=old_BL[rows],
-            advantages_BL=advantages_BL[rows],
+            rollouts=scored.batch.rows(rows),
+            old_logprobs_BL=scored.old_logprobs_BL[rows],
+            advantages_BL=scored.advantages_BL[rows],
             correction=Correction(weights=correction.weights[rows], keep=keep),
-            num_tokens=int(keep.sum()) * trainer.world_size,
+            num_tokens=int(keep.sum()),
             ref_logprobs_BL=None if ref_BL is None else ref_BL[rows],
         )
         if minibatch.num_tokens == 0:
@@ -195,7 +195,7 @@ def correct(old_BL: Tensor, batch: RolloutBatch, algo: AlgoConfig) -> Correction
     return corrections.correct(*given, level=c.level, mode=c.mode, low=c.low, high=c.high)
 
 
-def gate(measured: dict[str, float], config: MismatchConfig, *, step: int) -> list[str]:
+def gate(scored: StepResult, measured: dict[str, float], config: MismatchConfig, *, step: int) -> list[str]:
     """Compare k3 with its limit. Returns warnings, or raises MismatchLimitError, as configured. NaN passes no limit."""
     k3 = measured["k3"]
     if k3 <= config.k3_limit:
@@ -207,7 +207,7 @@ def gate(measured: dict[str, float], config: MismatchConfig, *, step: int) -> li
         "`rlalign parity` on this checkpoint tells the first from the rest."
     )
     if config.action is GateAction.stop:
-        raise MismatchLimitError(message)
+        raise MismatchLimitError(message, scored)
     return [message]
 
 
@@ -244,18 +244,19 @@ def lag_of(batch: RolloutBatch, version: int) -> int:
     return lags[0]
 
 
-def mismatch_metrics(measured: dict[str, float], *, lag: int) -> dict[str, float]:
-    """Under the lag they were measured at: only lag 0 is engine mismatch."""
-    shared = {"mismatch/nonfinite": measured["nonfinite"]}
-    return shared | {f"mismatch/lag{lag}/{name}": v for name, v in measured.items() if name != "nonfinite"}
+def mismatch_metrics(measured: dict[str, float], lag: int, floor: Mapping[str, float] | None) -> dict[str, float]:
+    """Under the lag they were measured at: only lag 0 is engine mismatch, and only that has a noise floor to exceed."""
+    found = {f"lag{lag}/{name}": value for name, value in measured.items() if name != "nonfinite"}
+    if floor is not None and lag == 0:
+        found |= mismatch.excess(found, floor)
+    return {f"mismatch/{name}": value for name, value in found.items()} | {"mismatch/nonfinite": measured["nonfinite"]}
 
 
-def correction_metrics(correction: Correction, batch: RolloutBatch) -> dict[str, float]:
-    """Share of tokens kept and the mean weight of those."""
-    kept = correction.keep.sum()
-    return {
-        "correction/kept_frac": float(kept / batch.loss_mask_BL.sum()),
-        "correction/weight_mean": float(correction.weights.sum() / kept) if kept else float("nan"),
+def correction_metrics(correction: Correction, old_BL: Tensor, batch: RolloutBatch) -> dict[str, float]:
+    """What the correction did, apart from the raw metrics: share kept, weights, effective sample size."""
+    found = corrections.describe(correction, old_BL, batch.rollout_logprobs_BL, batch.loss_mask_BL)
+    return {f"correction/{name}": value for name, value in found.items()} | {
+        "correction/kept_frac": 1.0 - found["masked_share"]
     }
 
 

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlalign import assemble, observe
 from rlalign.config import RunConfig, to_plain
-from rlalign.loop import Parties, StepResult, train_step
+from rlalign.loop import MismatchLimitError, Parties, train_step
+from rlalign.watch import Watch, self_test
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rlalign.rollout.engine import VLLMEngine
-    from rlalign.tasks import Task
     from rlalign.tracking.console import Progress
     from rlalign.tracking.run import Run
     from rlalign.trainer.policy import Policy
-
-EVAL_SEED = 2**20  # far from the steps' own seeds
-HEAD_TOKENS = 256  # tokens of a step on which the heads are compared in isolation
 
 
 def train(config: RunConfig) -> dict:
     """Run the configuration to its end and return the summary, which is also in the run directory.
 
     The directory holds everything up to the last whole step, however the run ends. Raises ValueError for input that cannot
-    be used, RuntimeError when the two engines break their contract, MismatchLimitError when the gate stops the run.
+    be used, RuntimeError when the two engines break their contract, MismatchLimitError when a mismatch limit stops the run.
     """
     from rlalign.tracking.console import Progress
     from rlalign.tracking.report import write_report
@@ -54,218 +53,105 @@ def train(config: RunConfig) -> dict:
 
 
 def _run(config: RunConfig, run: Run, progress: Progress) -> dict:
-    model = resolve_model(config.model.path, progress)
-    tokenizer = load_tokenizer(model)
-    task = load_task_of(config)
+    model = assemble.resolve_model(config.model.path, progress.stage)
+    tokenizer = assemble.load_tokenizer(model)
+    task = assemble.load_task_of(config)
     progress.stage("starting vLLM")
-    engine = _start_engine(model, config)
+    engine = assemble.start_engine(model, config)
     try:
+        run.log_head_status(engine.status())
         progress.stage("starting DeepSpeed")
-        policy = _start_policy(model, config)
+        policy = assemble.start_policy(model, config)
         try:
-            return _steps(config, run, progress, engine, policy, task, tokenizer)
+            parties = _parties(config, engine, policy, task, tokenizer)
+            return _Session(config, run, progress, engine, policy, parties, tokenizer).steps()
         finally:
             policy.close()
     finally:
         engine.close()
 
 
-def _steps(
-    config: RunConfig,
-    run: Run,
-    progress: Progress,
-    engine: VLLMEngine,
-    policy: Policy,
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-) -> dict:
-    from rlalign.tracking.summary import summarize
+def _parties(
+    config: RunConfig, engine: VLLMEngine, policy: Policy, task: assemble.Task, tokenizer: PreTrainedTokenizerBase
+) -> Parties:
+    from rlalign.diagnose import noise_floor
     from rlalign.weights import publish
 
-    parties = Parties(
+    floor = noise_floor.read(Path(config.mismatch.floor), config.model.dtype.value) if config.mismatch.floor else None
+    return Parties(
         engine=engine,
         trainer=policy,
         task=task,
         publish=partial(publish, receiver=engine, shared=Path(config.weights.shared)),
-        encode=partial(encode, tokenizer, chat=config.task.chat_template),
+        encode=partial(assemble.encode, tokenizer, chat=config.task.chat_template),
         pad_token_id=tokenizer.pad_token_id,
+        floor=floor,
     )
-    parties.publish(policy.named_weights(), policy.version)  # both sides loaded the same folder: now it is proved
-    rows, samples = [], config.tracking.eval_samples
-    for step in range(config.steps):
-        accuracy = (
-            {"eval/accuracy": evaluate(parties, samples=samples)} if step % config.tracking.eval_every == 0 else {}
-        )
-        result = train_step(step, parties, config)
+
+
+@dataclass
+class _Session:
+    """The steps of one run, with everyone in place."""
+
+    config: RunConfig
+    run: Run
+    progress: Progress
+    engine: VLLMEngine
+    policy: Policy
+    parties: Parties
+    tokenizer: PreTrainedTokenizerBase
+
+    def steps(self) -> dict:
+        """All of them, then the summary."""
+        from rlalign.tracking.record import read_metrics
+        from rlalign.tracking.summary import summarize
+
+        self.parties.publish(
+            self.policy.named_weights(), self.policy.version
+        )  # both loaded one folder: now it is proved
+        watch = self._watch()
+        for step in range(self.config.steps):
+            metrics = self._step(step)
+            self.progress.step(step, metrics)
+            watch.step(step, metrics)
+        rows = read_metrics(self.run.directory / "metrics.jsonl").rows
+        summary = summarize(rows) | observe.participants(self.config, self.engine, self.policy)
+        verdict = self_test(rows, self.config.algo.lr)
+        summary |= {"self_test": verdict} if verdict else {}
+        self.run.log_head_status(self.engine.status())
+        self.run.finish(summary)
+        return summary
+
+    def _step(self, step: int) -> dict[str, float]:
+        config, last = self.config, step == self.config.steps - 1
+        samples = config.tracking.eval_samples
+        evaluate = step % config.tracking.eval_every == 0
+        before = {"eval/accuracy": observe.evaluate(self.parties, samples=samples)} if evaluate else {}
+        try:
+            result = train_step(step, self.parties, config)
+        except MismatchLimitError as stop:  # what stopped the run is what must not be lost
+            observe.log_step(self.run, step, before | stop.result.metrics, stop.result, self.tokenizer, tokens=True)
+            raise
         for warning in result.warnings:
-            run.event("mismatch", warning)
-        metrics = accuracy | result.metrics
+            self.run.event("mismatch", warning)
+        metrics = before | result.metrics
         if config.mismatch.head_every and step % config.mismatch.head_every == 0:
-            metrics |= head_in_isolation(engine, policy, result, config)
-        if step == config.steps - 1:
-            # The final weights; every earlier row evaluates those before its step.
-            metrics["eval/accuracy"] = evaluate(parties, samples=samples)
-        rows.append({"step": step, **metrics})
-        _record(run, step, metrics, result, config, tokenizer)
-        progress.step(step, metrics)
-    summary = summarize(rows) | _who(config, engine, policy)
-    run.log_head_status(engine.status())
-    run.finish(summary)
-    return summary
-
-
-def evaluate(parties: Parties, *, samples: int) -> float:
-    """Mean reward on the held-out prompts, `samples` completions each, sampled as in training and always with the same seeds."""
-    prompts = parties.task.eval_prompts()
-    rollouts = parties.engine.generate(
-        [parties.encode(p.text) for p in prompts],
-        prompt_ids=[p.prompt_id for p in prompts],
-        samples=samples,
-        seed=EVAL_SEED,
-    )
-    return sum(parties.task.reward(prompts[r.group_id], r.text) for r in rollouts) / len(rollouts)
-
-
-def head_in_isolation(engine: VLLMEngine, policy: Policy, result: StepResult, config: RunConfig) -> dict[str, float]:
-    """The two heads on the same hidden states of this step's tokens, under the weights that both sides hold now."""
-    from rlalign.diagnose.head_isolation import measure, predicting
-
-    batch = result.batch.rows(slice(0, config.trainer.micro_batch_size * 4))
-    hidden, tokens = predicting(policy.hidden_states(batch), batch.token_ids_BL, batch.loss_mask_BL, limit=HEAD_TOKENS)
-    measured = measure(
-        engine,
-        policy.network,
-        hidden,
-        tokens,
-        temperature=config.rollout.temperature,
-        shared=Path(config.weights.shared),
-    )
-    return {f"head_isolated/{name}": value for name, value in measured.items()}
-
-
-def resolve_model(path: str, progress: Progress | None = None) -> Path:
-    """The folder of a model: a local Hugging Face folder, or the tiny policy named tiny:untied or tiny:tied."""
-    if path.startswith("tiny:"):
-        from rlalign.tiny_policy import cached_policy
-
-        return cached_policy(path.removeprefix("tiny:"), report=progress.stage if progress else print)
-    folder = Path(path).expanduser()
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"model.path={path!r} is not a Hugging Face folder (no config.json there). Give a local folder with config.json, "
-            "weights and tokenizer, or tiny:untied / tiny:tied for the built-in demo policy."
+            metrics |= observe.head_in_isolation(self.engine, self.policy, result, config)
+        if last:  # of the final weights; every earlier row evaluates those before its step
+            metrics["eval/accuracy"] = observe.evaluate(self.parties, samples=samples)
+        every = config.tracking.tokens_every
+        observe.log_step(
+            self.run, step, metrics, result, self.tokenizer, tokens=bool(every) and (step % every == 0 or last)
         )
-    return folder
+        return metrics
 
-
-def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer. Raises ValueError when its ids do not fit the model's vocabulary."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    size = AutoConfig.from_pretrained(model).vocab_size
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= size:
-        raise ValueError(
-            f"{model}: the tokenizer has token ids up to {largest}, the model only {size} rows of embeddings; "
-            "tokenizer and checkpoint do not belong together"
+    def _watch(self) -> Watch:
+        return Watch(
+            self.config,
+            spec=self.engine.spec,
+            trainer_head=self.policy.head.dtype if self.policy.head.mode == "mirrored" else "model",
+            floor=self.parties.floor,
+            log=self.run,
+            say=self.progress.stage,
+            checkpoint=self.policy.save,
         )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token_id is None:
-        raise ValueError(f"{model}: the tokenizer has neither a pad nor an eos token; rollouts cannot end")
-    return tokenizer
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool) -> list[int]:
-    """Token ids of a prompt, in the tokenizer's chat template when asked."""
-    if not chat:
-        return tokenizer.encode(text)
-    message = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
-
-
-def load_task_of(config: RunConfig) -> Task:
-    """The configured task."""
-    from rlalign.tasks import load_task
-
-    c = config.task
-    return load_task(c.name, dict(c.params), train_size=c.train_size, eval_size=c.eval_size, seed=c.seed)
-
-
-def _start_engine(model: Path, config: RunConfig) -> VLLMEngine:
-    from rlalign.rollout.engine import VLLMEngine
-
-    return VLLMEngine(
-        model, config.rollout, dtype=config.model.dtype.value, head_dtype=config.head_dtype.value, seed=config.seed
-    )
-
-
-def _start_policy(model: Path, config: RunConfig) -> Policy:
-    from rlalign.trainer.policy import Policy
-
-    return Policy(
-        model,
-        config.trainer,
-        config.algo,
-        dtype=config.model.dtype.value,
-        head_dtype=config.head_dtype.value,
-        temperature=config.rollout.temperature,
-        seed=config.seed,
-    )
-
-
-def _record(
-    run: Run,
-    step: int,
-    metrics: dict[str, float],
-    result: StepResult,
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    run.log(step, metrics)
-    every = config.tracking.tokens_every
-    if every and (step % every == 0 or step == config.steps - 1):
-        columns = token_columns(step, result, tokenizer)
-        run.log_tokens(step, columns)
-        run.log_histogram(step, "mismatch/log_ratio", columns["log_ratio"])
-
-
-def token_columns(step: int, result: StepResult, tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
-    """One row per sampled token of the step, as the token files store them."""
-    batch = result.batch
-    rows, positions = batch.loss_mask_BL.nonzero(as_tuple=True)
-    at = (rows, positions)
-    token_ids = batch.token_ids_BL[at].tolist()
-    rollout, old = batch.rollout_logprobs_BL[at], result.old_logprobs_BL[at]
-    return {
-        "step": [step] * len(token_ids),
-        "sequence": rows.tolist(),
-        "position": positions.tolist(),
-        "token_id": token_ids,
-        "token": tokenizer.convert_ids_to_tokens(token_ids),
-        "rollout_logprob": rollout.tolist(),
-        "old_logprob": old.tolist(),
-        "log_ratio": (old - rollout).tolist(),
-        "policy_version": batch.policy_version_B[rows].tolist(),
-        "prompt_id": batch.prompt_id_B[rows].tolist(),
-        "group_id": batch.group_id_B[rows].tolist(),
-        "reward": result.rewards_B[rows].tolist(),
-        "advantage": result.advantages_BL[at].tolist(),
-        "loss_mask": [True] * len(token_ids),
-    }
-
-
-def _who(config: RunConfig, engine: VLLMEngine, policy: Policy) -> dict:
-    statuses = engine.status()
-    return {
-        "engine": {"name": "vllm", "version": engine.version},
-        "head": {
-            "mode": engine.mode,
-            "dtype": config.head_dtype.value,
-            "ranks": len(statuses),
-            "calls": sum(s["calls"] for s in statuses),
-            "trainer": {"mode": policy.head.mode, "dtype": policy.head.dtype, "calls": policy.head.calls},
-        },
-        "policy_version": policy.version,
-    }

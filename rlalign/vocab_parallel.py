@@ -41,6 +41,7 @@ def sharded_logprobs(
     bias_V: Tensor | None,
     target_N: Tensor,
     transform: Transform,
+    kept_NK: Tensor | None,
     shard: VocabShard,
     vocab_size: int,
     chunk: int | None,
@@ -59,6 +60,7 @@ def sharded_logprobs(
         transform=transform,
         tile=Tile.of(hidden_ND.device, chunk),
         route=route(hidden_ND, weight_VD),
+        kept_NK=None if kept_NK is None else torch.where(kept_NK < 0, -1, kept_NK - shard.start),
     )
     return _Sharded.apply(hidden_ND, weight_VD, bias_V, problem, shard.group, entropy)
 

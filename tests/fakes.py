@@ -90,7 +90,6 @@ class FakeTrainer:
 
     events: list
     version: int = 0
-    world_size: int = 1
     weight: torch.Tensor = field(default_factory=lambda: torch.zeros(1, requires_grad=True))
 
     def _logprobs(self, batch):

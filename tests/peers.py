@@ -1,8 +1,8 @@
 """Other stacks' released packages, imported as they are, with only their transport left out.
 
 verl and TRL are installed without their dependencies. What their modules import for moving data (ray, tensordict,
-codetiming, pandas, datasets) is replaced, while they load and only where it is not installed, by modules whose names
-resolve to placeholders; calling one fails. No formula under test touches them.
+codetiming, orjson, pandas, datasets) is replaced, while they load and only where it is not installed, by modules whose
+names resolve to placeholders; calling one fails. No formula under test touches them.
 """
 
 import ast
@@ -15,7 +15,7 @@ import textwrap
 import types
 from contextlib import contextmanager
 
-TRANSPORT = ("ray", "tensordict", "codetiming", "pandas", "datasets")
+TRANSPORT = ("ray", "tensordict", "codetiming", "orjson", "pandas", "datasets")
 
 
 class _Placeholder:

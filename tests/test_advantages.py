@@ -56,7 +56,7 @@ def test_gae_equals_the_definition_on_the_masked_steps(seed, gamma, lam):
     advantages, returns = gae(rewards.where(mask, garbage), values.where(mask, garbage), mask, gamma=gamma, lam=lam)
     assert not advantages[~mask].any() and not returns[~mask].any()
     for b in range(3):
-        r, v = rewards[b][mask[b]].double().tolist(), values[b][mask[b]].double().tolist() + [0.0]
+        r, v = rewards[b][mask[b]].double().tolist(), [*values[b][mask[b]].double().tolist(), 0.0]
         delta = [r[t] + gamma * v[t + 1] - v[t] for t in range(len(r))]
         expected = [sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, len(r))) for t in range(len(r))]
         assert advantages[b][mask[b]].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)

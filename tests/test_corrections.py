@@ -203,3 +203,24 @@ def test_rejections_that_mean_nothing_are_refused():
     with pytest.raises(ValueError, match="estimator must be one of"):
         reject(*batch(3), estimator="kl", aggregate="mean", high=1.0)
     assert corrections.AGGREGATES == ("token", "sum", "mean", "max")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_veto_reads_token_ratios_at_every_level(level):
+    """A product far below the veto without one bad token stays; one bad token in a harmless product leaves."""
+    rollout = torch.zeros(2, 4)
+    old = torch.tensor([[-5.0, -5.0, -5.0, -5.0], [-10.0, 10.0, 0.0, 0.0]])
+    c = correct(old, rollout, torch.ones(2, 4, dtype=torch.bool), level=level, mode="clip", high=2.0, veto=1e-4)
+    assert c.keep[0].all() and not c.keep[1].any()
+
+
+@pytest.mark.parametrize("level, weight", [("sequence", 4.0), ("geometric", 2.0), ("segment", 2.0)])
+def test_a_broken_token_is_in_neither_the_sum_nor_the_count_of_its_sequence(level, weight):
+    rollout = torch.tensor([[0.0, math.nan, 0.0]])
+    old = torch.full((1, 3), math.log(2.0))
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    c = correct(old, rollout, mask, level=level, mode="truncate", high=math.inf)
+    assert c.weights[0].tolist() == pytest.approx([weight, 0.0, weight])
+    assert c.keep.tolist() == [[True, False, True]]
+    mean = reject(old, rollout, mask, estimator="k1", aggregate="mean", low=-0.7, high=0.0)
+    assert torch.equal(mean.keep, c.keep)

@@ -51,7 +51,7 @@ def test_veto():
 
 
 def test_opsm():
-    """mean(rollout - old) = log(10/9)/2 = 0.0527 in every row; only a negative advantage is masked, and only over delta."""
+    """mean(rollout - old) = log(10/9)/2 = 0.0527 in every row; masked only for A < 0, and only over delta."""
     given = ratios([[0.9, 1.0]] * 3)
     advantages = torch.tensor([[1.0, 1.0], [0.0, 0.0], [-1.0, -1.0]])
     assert weights(presets.opsm(*given, advantages, delta=0.05)) == [[1.0] * 2, [1.0] * 2, [None] * 2]

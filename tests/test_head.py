@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlalign import head
-from rlalign.head import Route
+from rlalign.products import Route, logits_of, stored_for
 
 
 def operands(n: int, d: int, v: int, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -69,10 +69,7 @@ def test_every_bf16_route_of_this_host_gives_the_same_bits() -> None:
     hidden, weight, _ = operands(65, 320, 1500)
     if head.route(hidden, weight) is not Route.MKL_BF16:
         pytest.skip("one bf16 route only on this host; head.route says so")
-    one, two = (
-        head.logits_of(head.stored_for(hidden, r), head.stored_for(weight, r), r)
-        for r in (Route.MKL_BF16, Route.ONEDNN_BF16)
-    )
+    one, two = (logits_of(stored_for(hidden, r), stored_for(weight, r), r) for r in (Route.MKL_BF16, Route.ONEDNN_BF16))
     assert torch.equal(one, two)
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from rlalign import head
 from rlalign.logprobs import token_logprobs
+from rlalign.products import Route
 
 BOUND = {torch.float32: 2e-5, torch.bfloat16: 6e-3, torch.float16: 2e-3}
 
@@ -53,7 +54,7 @@ def make(
     )
 
 
-def formula(case: Case, *, temperature=1.0, soft_cap=None, logit_scale=1.0, vocab_size=None):
+def formula(case: Case, *, temperature=1.0, soft_cap=None, logit_scale=1.0, vocab_size=None, kept=None):
     """The definition, with everything in memory: logits, soft cap, scale, temperature, log-softmax, gather, shift."""
     logits = case.hidden @ case.weight.t()
     if case.bias is not None:
@@ -64,10 +65,29 @@ def formula(case: Case, *, temperature=1.0, soft_cap=None, logit_scale=1.0, voca
     if isinstance(temperature, torch.Tensor):
         after = temperature[:, None].expand(case.token_ids.shape) if temperature.dim() == 1 else temperature
         temperature = torch.cat((after[:, 1:], after[:, :1]), 1).unsqueeze(-1)  # of the token that comes next
-    all_logprobs = (logits * logit_scale / temperature).log_softmax(-1)
+    logits = logits * logit_scale / temperature
+    if kept is not None:
+        logits = logits.masked_fill(~allowed(kept, logits), -1e300)  # finite, so that 0 * log 0 is 0 in the entropy
+    all_logprobs = logits.log_softmax(-1)
     chosen = all_logprobs[:, :-1].gather(-1, case.token_ids[:, 1:, None])[..., 0]
     entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)[:, :-1]
     return tuple(torch.nn.functional.pad(x, (1, 0)) for x in (chosen, entropy))
+
+
+def allowed(kept: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """[B, L, V] whether the token after this position may be v."""
+    found = torch.zeros(*kept.shape[:2], logits.shape[-1] + 1, dtype=torch.bool)
+    found.scatter_(-1, torch.where(kept < 0, logits.shape[-1], kept), True)
+    return torch.cat((found[:, 1:, :-1], found[:, :1, :-1]), 1)
+
+
+def draw_kept(case: Case, size: int) -> torch.Tensor:
+    """A ragged kept set for each token, holding the token itself."""
+    g = torch.Generator().manual_seed(7)
+    kept = torch.randint(0, 60, (*case.token_ids.shape, size), generator=g)
+    kept[torch.rand(kept.shape, generator=g) < 0.4] = -1
+    kept[..., size // 2] = case.token_ids
+    return kept
 
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -172,7 +192,7 @@ def test_exact_mirror_has_the_bits_of_the_engines_decode_step(
     batch: int, temperature: float, soft_cap: float | None, logit_scale: float
 ) -> None:
     case = make(1, 129, 256, 3000, dtype=torch.bfloat16, scale=0.3)
-    if head.route(case.hidden, case.weight) is head.Route.STRICT_FP32:
+    if head.route(case.hidden, case.weight) is Route.STRICT_FP32:
         pytest.skip("this host has no batch-invariant bf16 product; head.route says so")
     mirrored = token_logprobs(
         case.hidden, case.weight, case.token_ids, mode="exact_mirror", chunk=50, temperature=temperature,
@@ -195,3 +215,39 @@ def test_entropy_and_mode_leave_the_logprobs_alone() -> None:
         alone = token_logprobs(case.hidden, case.weight, case.token_ids, mode=mode)
         together, _ = token_logprobs(case.hidden, case.weight, case.token_ids, mode=mode, entropy=True)
         assert torch.equal(alone, together)
+
+
+@pytest.mark.parametrize("mode", ["fast", "exact_mirror"])
+@pytest.mark.parametrize("options", [{}, {"soft_cap": 5.0, "temperature": 0.7, "logit_scale": 2.0}])
+@pytest.mark.parametrize("size", [1, 20])
+def test_kept_sets_renormalise(mode: str, options: dict[str, float], size: int) -> None:
+    case = make(v=4200, bias=True)
+    kept = draw_kept(case, size)
+    double = case.double()
+    got = token_logprobs(
+        case.hidden, case.weight, case.token_ids, bias=case.bias, kept=kept, mode=mode, chunk=7, entropy=True, **options
+    )
+    want = formula(double, kept=kept, **options)
+    upstream = [torch.randn(3, 12, generator=torch.Generator().manual_seed(i)) for i in (0, 1)]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-5)
+    grads = torch.autograd.grad(got, case.leaves(), upstream)
+    exact = torch.autograd.grad(want, double.leaves(), [u.double() for u in upstream])
+    for a, b in zip(grads, exact, strict=True):
+        assert a.isfinite().all() and (a.double() - b).norm() <= 2e-5 * b.norm() + 1e-4
+
+
+def test_kept_sets_have_the_bits_of_the_engines_masked_softmax() -> None:
+    case = make(2, 10, 64, 3000, dtype=torch.bfloat16)
+    kept = draw_kept(case, 30)
+    got = token_logprobs(case.hidden, case.weight, case.token_ids, kept=kept, mode="exact_mirror")
+    logits = head.project(case.hidden, case.weight)
+    masked = logits.masked_fill(~allowed(kept, logits), -float("inf")).log_softmax(-1, dtype=torch.float32)
+    assert torch.equal(got[:, 1:], masked[:, :-1].gather(-1, case.token_ids[:, 1:, None])[..., 0])
+
+
+def test_kept_everything_is_no_truncation() -> None:
+    case = make()
+    everything = torch.arange(90).expand(3, 12, 90)
+    plain = token_logprobs(case.hidden, case.weight, case.token_ids)
+    assert torch.equal(token_logprobs(case.hidden, case.weight, case.token_ids, kept=everything), plain)

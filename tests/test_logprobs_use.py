@@ -148,6 +148,8 @@ BAD = {
     "mask must be bool": lambda h, w, i: (h, w, i, {"mask": torch.ones(3, 10)}),
     "mask holds token 0": lambda h, w, i: (h, w, i, {"mask": torch.ones(3, 10, dtype=torch.bool)}),
     "keeps no token": lambda h, w, i: (h, w, i, {"mask": torch.zeros(3, 10, dtype=torch.bool)}),
+    "kept must be int64": lambda h, w, i: (h, w, i, {"kept": i}),
+    "not in its own kept set": lambda h, w, i: (h, w, i, {"kept": (i[..., None] + 1) % V}),
     "batch of one": lambda h, w, i: (h, w, i, {"cu_seqlens": torch.tensor([0, 5, 10])}),
     r"token_ids\[0, 1\] = 300 is outside": lambda h, w, i: (h, w, i.fill_(V), {}),
     r"token_ids\[0, 1\] = -100 is outside": lambda h, w, i: (h, w, i.fill_(-100), {}),
@@ -162,7 +164,7 @@ def test_bad_input_is_named_before_any_product(message: str, monkeypatch: pytest
     def no_product(*_: object, **__: object) -> None:
         raise AssertionError("a product ran on bad input")
 
-    monkeypatch.setattr("rlalign.head.matmul", no_product)
+    monkeypatch.setattr("rlalign.products.matmul", no_product)
     hidden, weight, ids, options = BAD[message](*make())
     with pytest.raises(ValueError, match=message):
         token_logprobs(hidden, weight, ids, **options)

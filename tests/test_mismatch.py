@@ -36,7 +36,8 @@ def test_equal_policies_have_no_mismatch(seed):
     old, _, mask = batch(seed)
     m = mismatch.compare(old, old, mask)
     zero = ("k1", "k2", "k3", "k3_swapped", "reverse_kl", "js_k3", "abs_mean", "abs_max", "p50", "p999", "over_0.1",
-            "prob_abs_mean", "chi2_token", "chi2_seq_product", "chi2_seq_geometric", "log_ppl_abs_diff", "different")  # fmt: skip
+            "prob_abs_mean", "chi2_token", "chi2_seq_product", "chi2_seq_geometric", "log_ppl_abs_diff",
+            "different")  # fmt: skip
     one = (
         "ess",
         "ratio_mean",
@@ -110,7 +111,8 @@ def reference(old, rollout, mask):
         "k1": -r.mean(), "k2": (r**2).mean() / 2, "k3": (np.exp(r) - 1 - r).mean(),
         "k3_swapped": (np.exp(-r) - 1 + r).mean(), "reverse_kl": (np.exp(r) * r - np.exp(r) + 1).mean(),
         "js_k3": (np.exp(P - mix) - (P - mix) - 1).mean() / 2 + (np.exp(Q - mix) - (Q - mix) - 1).mean() / 2,
-        "abs_mean": np.abs(r).mean(), "abs_std": np.abs(r).std(), "abs_max": np.abs(r).max(), "abs_trimmed": trimmed.mean(),
+        "abs_mean": np.abs(r).mean(), "abs_std": np.abs(r).std(), "abs_max": np.abs(r).max(),
+        "abs_trimmed": trimmed.mean(),
         "p50": np.quantile(np.abs(r), 0.5), "p99": np.quantile(np.abs(r), 0.99), "p999": np.quantile(np.abs(r), 0.999),
         "k3_median": np.median(np.exp(r) - 1 - r), "k1_median": -np.median(r), "over_0.1": (np.abs(r) > 0.1).mean(),
         "prob_abs_mean": np.abs(np.exp(P) - np.exp(Q)).mean(), "prob_abs_std": np.abs(np.exp(P) - np.exp(Q)).std(),

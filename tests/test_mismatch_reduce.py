@@ -13,8 +13,8 @@ from rlalign import corrections, mismatch
 from rlalign.mismatch_distribution import Distribution
 
 QUANTILE = ("p50", "p90", "p99", "p999")
-SKETCHED = (*QUANTILE, *(f"{n}_{s}" for n in ("k1", "k2", "k3", "prob_abs", "ratio", "mult_error") for s in ("median", "trimmed")),
-            "abs_trimmed")  # fmt: skip
+WITH_COMPANIONS = ("k1", "k2", "k3", "prob_abs", "ratio", "mult_error")
+SKETCHED = (*QUANTILE, "abs_trimmed", *(f"{n}_{s}" for n in WITH_COMPANIONS for s in ("median", "trimmed")))
 
 
 def data():

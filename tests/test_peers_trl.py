@@ -34,8 +34,8 @@ def importance_ratio(trainer_class, old, rollout, mask, mode, high, low=None):
         vllm_importance_sampling_clip_max=high, vllm_importance_sampling_clip_min=low,
     )  # fmt: skip
     names = {
-        "self": trainer, "old_per_token_logps": old, "sampling_per_token_logps": rollout, "completion_mask": mask.long(),
-        "tool_mask": None, "torch": torch, "math": math,
+        "self": trainer, "old_per_token_logps": old, "sampling_per_token_logps": rollout,
+        "completion_mask": mask.long(), "tool_mask": None, "torch": torch, "math": math,
     }  # fmt: skip
     code = statement(trainer_class._generate_and_score_completions, "vllm_importance_sampling_correction", _WEIGHTS)
     exec(code, names)
@@ -47,9 +47,11 @@ _WEIGHTS = 1  # the first such statement decides whether to score at all
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
-@pytest.mark.parametrize("low, high", [(None, 1.3), (0.8, 1.3)])
-def test_the_four_vllm_modes(trainer_class, seed, mode, low, high):
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_the_four_vllm_modes(trainer_class, seed, mode, two_sided):
     old, rollout, mask = batch(seed)
+    low, high = (0.8, 1.3) if mode.startswith("token") else (0.35, 1.5)
+    low = low if two_sided else None
     theirs = importance_ratio(trainer_class, old, rollout, mask, mode, high, low).expand_as(old)
     level, kind = mode.split("_")
     ours_mode = "mask" if kind == "mask" else "truncate" if low is None else "clip"
@@ -95,7 +97,9 @@ def test_logged_metrics(trainer_class):
     assert ours["abs_max"] == pytest.approx(theirs["sampling/sampling_logp_difference/max"], rel=1e-5)
     for name in ("min", "mean", "max"):
         assert after[f"weight_{name}"] == pytest.approx(theirs[f"sampling/importance_sampling_ratio/{name}"], rel=1e-5)
-    assert theirs["sampling/importance_sampling_ratio/max"] <= 1.3 + 1e-6 < ours["ratio_max"]  # theirs hides what it cut
+    assert (
+        theirs["sampling/importance_sampling_ratio/max"] <= 1.3 + 1e-6 < ours["ratio_max"]
+    )  # theirs hides what it cut
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -119,11 +123,14 @@ LOSSES = {
 
 def their_loss(trainer_class, kind, level, current, old, adv, weights, mask, ref, beta):
     """GRPOTrainer._compute_loss on given log-probabilities: the model call is the only part replaced."""
-    one = SimpleNamespace(gather=lambda x: x.reshape(-1), num_processes=1, reduce=lambda x, reduction: x, sync_gradients=True)
+    one = SimpleNamespace(
+        gather=lambda x: x.reshape(-1), num_processes=1, reduce=lambda x, reduction: x, sync_gradients=True
+    )
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *a, **k: (current, torch.zeros_like(current.detach()), None),
-        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, importance_sampling_level=level,
-        beta=beta, args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
+        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
+        importance_sampling_level=level, beta=beta,
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
         loss_type="grpo" if kind == "gspo" else kind, epsilon_low=0.2, epsilon_high=1.2 if kind == "cispo" else 0.2,
         use_vllm=True, vllm_importance_sampling_correction=True, current_gradient_accumulation_steps=1,
         max_completion_length=40, accelerator=one, model=SimpleNamespace(training=True), _metrics={"train": Metrics()},
@@ -149,7 +156,8 @@ def test_losses_and_their_gradients(trainer_class, kind, beta):
     current = (old + 0.3 * torch.randn(old.shape, generator=g)).requires_grad_()
     ref = old + 0.1 * torch.randn(old.shape, generator=g)
     adv = torch.randn(len(old), generator=g)
-    c = presets.tis(old, rollout, mask, high=1.1)
+    # GSPO's two gradient forms agree where a sequence's tokens share their weight
+    c = presets.seq_tis(old, rollout, mask) if kind == "gspo" else presets.tis(old, rollout, mask, high=1.1)
     theirs = their_loss(trainer_class, kind, level, current, old, adv, c.weights, mask, ref, beta)
     (their_gradient,) = torch.autograd.grad(theirs, current)
     kl = {"ref_logprobs_BL": ref, "kl_coef": beta} if beta else {}
@@ -158,3 +166,18 @@ def test_losses_and_their_gradients(trainer_class, kind, beta):
     (gradient,) = torch.autograd.grad(loss, current)
     assert loss.item() == pytest.approx(theirs.item(), rel=2e-5)
     torch.testing.assert_close(gradient, their_gradient, rtol=2e-5, atol=1e-8)
+
+
+def test_gspo_gradients_differ_where_weights_vary_inside_a_sequence(trainer_class):
+    """Theirs spreads each token's weight over the sequence; ours (GSPO-token, as verl) keeps it on its token."""
+    old, rollout, mask = batch(4)
+    current = (old + 0.1).requires_grad_()
+    adv = torch.ones(len(old))
+    c = presets.tis(old, rollout, mask, high=1.1)
+    theirs = their_loss(trainer_class, "gspo", "sequence", current, old, adv, c.weights, mask, old, 0.0)
+    (their_gradient,) = torch.autograd.grad(theirs, current)
+    loss, _ = losses.gspo_loss(current, old, adv[:, None].expand_as(old), c, num_sequences=len(mask), clip_high=0.2)
+    (gradient,) = torch.autograd.grad(loss, current)
+    assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
+    torch.testing.assert_close(gradient.sum(-1), their_gradient.sum(-1), rtol=1e-5, atol=1e-8)
+    assert their_gradient[0][mask[0]].std() < 1e-7 < gradient[0][mask[0]].std()

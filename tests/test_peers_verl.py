@@ -7,9 +7,9 @@ import math
 
 import pytest
 import torch
-from tests.peers import without_transport
 
 from rlalign import advantages, corrections, losses, mismatch, presets
+from tests.peers import without_transport
 
 pytestmark = pytest.mark.engine  # importing verl takes seconds
 
@@ -33,8 +33,9 @@ def batch(seed=0, B=6, L=30, noise=0.15):
 
 
 SAME = {
-    "training_ppl": "ppl_old", "training_log_ppl": "log_ppl_old", "kl": "k1", "k3_kl": "k3", "rollout_ppl": "ppl_rollout",
-    "rollout_log_ppl": "log_ppl_rollout", "log_ppl_diff": "log_ppl_diff", "log_ppl_abs_diff": "log_ppl_abs_diff",
+    "training_ppl": "ppl_old", "training_log_ppl": "log_ppl_old", "kl": "k1", "k3_kl": "k3",
+    "rollout_ppl": "ppl_rollout", "rollout_log_ppl": "log_ppl_rollout",
+    "log_ppl_diff": "log_ppl_diff", "log_ppl_abs_diff": "log_ppl_abs_diff",
     "log_ppl_diff_max": "log_ppl_diff_max", "log_ppl_diff_min": "log_ppl_diff_min", "ppl_ratio": "ppl_ratio",
     "chi2_token": "chi2_token", "chi2_seq": "chi2_seq_product",
 }  # fmt: skip
@@ -81,7 +82,7 @@ def test_truncated_weights(verl, level, normalize):
     if level == "sequence" and normalize:  # theirs has the mean over sequences, ours over tokens: one factor apart
         factor = theirs[mask] / ours.weights[mask]
         torch.testing.assert_close(factor, factor[:1].expand_as(factor))
-        assert not factor[0] == pytest.approx(1.0, abs=1e-4)
+        assert factor[0] != pytest.approx(1.0, abs=1e-4)
     else:
         torch.testing.assert_close(ours.weights, theirs, rtol=2e-5, atol=1e-7)
 
@@ -92,7 +93,9 @@ def test_icepop_weights_agree_and_the_mask_does_not(verl):
     ours = presets.icepop(old, rollout, mask, low=0.5, high=2.0)
     torch.testing.assert_close(ours.weights, theirs, rtol=2e-5, atol=1e-7)
     described = corrections.describe(ours, old, rollout, mask)
-    assert described["masked_share"] == pytest.approx(metrics["rollout_is_oob_ratio"]) and described["masked_share"] > 0.1
+    assert (
+        described["masked_share"] == pytest.approx(metrics["rollout_is_oob_ratio"]) and described["masked_share"] > 0.1
+    )
     assert described["ess"] == pytest.approx(metrics["rollout_is_eff_sample_size"], rel=1e-5)
 
 
@@ -109,11 +112,13 @@ LIMITS = {"token": (0.9, 1.15), "sum": (0.5, 1.5), "mean": (0.98, 1.01), "max": 
 @pytest.mark.parametrize("seed", range(3))
 def test_rejections(verl, option, seed):
     old, rollout, mask = batch(seed)
-    assert verl["corr"].SUPPORTED_ROLLOUT_RS_OPTIONS == REJECT.keys()
+    assert REJECT.keys() == verl["corr"].SUPPORTED_ROLLOUT_RS_OPTIONS
     estimator, aggregate = REJECT[option]
     if estimator == "k1":
         low, high = LIMITS[aggregate]
-        theirs, metrics = verl["corr"].compute_rollout_rejection_mask(old - rollout, mask.float(), option, f"{low}_{high}")
+        theirs, metrics = verl["corr"].compute_rollout_rejection_mask(
+            old - rollout, mask.float(), option, f"{low}_{high}"
+        )
         low, high = math.log(low), math.log(high)
     else:
         low, high = None, {"token": 0.01, "sum": 0.2, "mean": 0.0115, "max": 0.06}[aggregate]
@@ -140,10 +145,13 @@ def test_every_rejection_option_rejects_something_and_keeps_something(verl):
 
 
 def actor(verl, **settings):
-    info = {"dp_size": 1, "batch_num_tokens": None, "global_batch_size": None, "loss_scale_factor": settings.pop("scale", None)}
-    return verl["ActorConfig"](
-        strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, global_batch_info=info, **settings
-    )
+    info = {
+        "dp_size": 1,
+        "batch_num_tokens": None,
+        "global_batch_size": None,
+        "loss_scale_factor": settings.pop("scale", None),
+    }
+    return verl["ActorConfig"](strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, global_batch_info=info, **settings)
 
 
 def policy_inputs(seed=4):
@@ -164,7 +172,8 @@ def loss_cases(verl):
                              lambda a, c: losses.grpo_loss(*a, num_tokens=c[n])),
         "grpo, published": (algos.compute_policy_loss_vanilla, {"clip_ratio_c": 1e9}, "seq-mean-token-mean", 0.2,
                             lambda a, c: losses.grpo_sequence_loss(*a, num_sequences=c[s])),
-        "dr. grpo": (algos.compute_policy_loss_vanilla, {"clip_ratio_c": 1e9, "scale": 64}, "seq-mean-token-sum-norm", 0.2,
+        "dr. grpo": (algos.compute_policy_loss_vanilla, {"clip_ratio_c": 1e9, "scale": 64},
+                     "seq-mean-token-sum-norm", 0.2,
                      lambda a, c: losses.dr_grpo_loss(*a, num_sequences=c[s], max_tokens=64)),
         "ppo, dual clip": (algos.compute_policy_loss_vanilla, {"clip_ratio_c": 1.5}, "token-mean", 0.2,
                            lambda a, c: losses.ppo_loss(*a, num_tokens=c[n], dual_clip=1.5)),
@@ -202,7 +211,9 @@ def test_dppo_tv_mask_and_gradient(verl):
     adv = torch.randn(len(old), 1, generator=torch.Generator().manual_seed(3)).expand_as(old)
     current = old.clone().requires_grad_()
     config = actor(verl, clip_ratio=0.1, clip_ratio_low=0.1, clip_ratio_high=0.1, clip_ratio_c=2.0)
-    theirs, metrics = verl["algos"].compute_policy_loss_dppo_tv(rollout, current, adv, mask.float(), "token-mean", config)
+    theirs, metrics = verl["algos"].compute_policy_loss_dppo_tv(
+        rollout, current, adv, mask.float(), "token-mean", config
+    )
     (their_gradient,) = torch.autograd.grad(theirs, current)
     c = presets.dppo_tv(old, rollout, mask, adv, low=0.1, high=0.1, truncate=2.0)
     loss, _ = losses.cispo_loss(current, old, adv, c, num_tokens=int(mask.sum()))

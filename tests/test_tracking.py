@@ -21,7 +21,12 @@ from rlalign.tracking.run import Run
 from rlalign.tracking.summary import summarize
 from rlalign.tracking.tokens import SCHEMA, read_tokens
 
-CONFIG = {"head_dtype": "float32", "algo": {"lr": 1e-4, "betas": [0.9, 0.99]}, "path": Path("models/tiny"), "clip": None}
+CONFIG = {
+    "head_dtype": "float32",
+    "algo": {"lr": 1e-4, "betas": [0.9, 0.99]},
+    "path": Path("models/tiny"),
+    "clip": None,
+}
 
 
 def start(directory: Path, **kwargs: bool) -> Run:
@@ -90,7 +95,9 @@ def test_a_torn_last_line_is_reported_and_the_rows_before_it_are_kept(tmp_path):
         assert [row["step"] for row in metrics.rows] == [0, 1] and metrics.torn == torn
 
 
-@pytest.mark.parametrize("text", ['{"step": 0}\n{"st\n{"step": 2}\n', '{"step": 0}\n{"st\n', '{"step": 0}\n[1]\n', '{"a": 1}\n'])
+@pytest.mark.parametrize(
+    "text", ['{"step": 0}\n{"st\n{"step": 2}\n', '{"step": 0}\n{"st\n', '{"step": 0}\n[1]\n', '{"a": 1}\n']
+)
 def test_any_other_damage_is_an_error_that_names_the_line(tmp_path, text):
     path = tmp_path / "metrics.jsonl"
     path.write_text(text)

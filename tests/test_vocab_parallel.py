@@ -17,6 +17,7 @@ V, D = 210, 24  # the weight has 210 rows, of which 150 (or so) are real
 CASES = [
     {"entropy": True},
     {"entropy": True, "soft_cap": 4.0, "logit_scale": 0.5, "temperature": 0.7, "vocab_size": 150},
+    {"entropy": True, "kept": True, "temperature": 0.7},
     {"entropy": True, "vocab_size": 90, "chunk": 3},  # the second rank holds padding only
 ]
 
@@ -31,6 +32,9 @@ def make(dtype: torch.dtype, vocab_size: int) -> tuple[torch.Tensor, ...]:
 
 def scored(hidden, weight, bias, ids, options, shard=None) -> tuple[torch.Tensor, ...]:
     """logprobs, entropy, and the gradients of an uneven loss for hidden, weight, bias."""
+    if "kept" in options:  # sets that lie on one rank, on both, and around the border
+        steps = torch.tensor([0, 1, 2, 40, -1000])
+        options = options | {"kept": (ids[..., None] + steps).clamp(-1, V - 1)}
     logprobs, entropy = token_logprobs(hidden, weight, ids, bias=bias, shard=shard, **options)
     ramp = torch.linspace(-1, 2, 18).view(2, 9)
     grads = torch.autograd.grad((ramp * logprobs + ramp.flip(1) * entropy).sum(), (hidden, weight, bias))

@@ -202,7 +202,11 @@ def _labellings(tokens: Tokens) -> list[Labelling]:
     if tokens.entropy_N is not None:
         usable_N = tokens.mask_N & np.isfinite(tokens.entropy_N)
         decile_N = deciles(torch.from_numpy(tokens.entropy_N)[None], torch.from_numpy(usable_N)[None])[0].numpy()
-        found.append(Labelling("entropy decile", np.where(usable_N, decile_N, 10).astype(np.int8), (*map(str, range(10)), "unknown")))
+        found.append(
+            Labelling(
+                "entropy decile", np.where(usable_N, decile_N, 10).astype(np.int8), (*map(str, range(10)), "unknown")
+            )
+        )
     if tokens.version_N is not None and tokens.step_N is not None:
         steps, index_N = np.unique(tokens.step_N, return_inverse=True)
         newest_S = np.full(len(steps), -1, np.int32)

@@ -124,7 +124,10 @@ def _match(path: Path, names: list[str], wanted: dict[str, str]) -> dict[str, st
 def _first_row_names(path: Path) -> list[str]:
     with path.open("rb") as file:
         line = file.readline()
-    row = json.loads(line or b"{}")
+    try:
+        row = json.loads(line or b"{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line 1 is not JSON: {error}") from error
     if not isinstance(row, dict) or not row:
         raise ValueError(f"{path}: the first line must be a JSON object with the token columns")
     return list(row)
@@ -136,11 +139,12 @@ def _parquet_blocks(path: Path, names: list[str]) -> Iterator[pa.RecordBatch]:
 
 def _json_blocks(path: Path, names: list[str]) -> Iterator[pa.Table]:
     with path.open("rb") as file:
+        first = json.loads(file.readline())
+        file.seek(0)
+        schema = pa.schema([(name, _json_type(first.get(name))) for name in names])
         while lines := file.readlines(BLOCK_BYTES):
             text = b"".join(lines)
             read = pj.ReadOptions(use_threads=False, block_size=len(text) + 1)
-            first = json.loads(lines[0])
-            schema = pa.schema([(n, _json_type(first.get(n))) for n in names])
             parse = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
             try:
                 yield pj.read_json(io.BytesIO(text), read_options=read, parse_options=parse)

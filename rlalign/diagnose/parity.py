@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from rlalign import mismatch
 from rlalign.config import RunConfig
-from rlalign.diagnose import head_isolation
-from rlalign.train import encode, load_task_of, load_tokenizer, resolve_model
+from rlalign.diagnose import head_isolation, noise_floor
+from rlalign.assemble import encode, load_task_of, load_tokenizer, resolve_model
 from rlalign.types import RolloutBatch, collate
 
 if TYPE_CHECKING:
@@ -37,18 +37,20 @@ ERRORS = ("rollout_error", "trainer_error")  # of the head in isolation: mean di
 ISOLATED_TOKENS = 256
 
 
-def measure(config: RunConfig, *, bodies: Sequence[str] | None = None, prompts: int = 32) -> dict:
+def measure(
+    config: RunConfig, *, bodies: Sequence[str] | None = None, prompts: int = 32, with_noise_floor: bool = False
+) -> dict:
     """Fill the table on the configured model. Returns {"model", "tokens", "rows", "head_isolated"}, JSON-able, in nats.
 
     bodies: dtypes of the model's body, both by default. prompts: how many of the task's training prompts are sampled from.
+    with_noise_floor: adds {"noise_floor": {body: {source: ...}}}, the engine against itself (see `noise_floor.measure`).
     """
     model = resolve_model(config.model.path)
     result = {"model": config.model.path, "tokens": {}, "rows": [], "head_isolated": []}
+    if with_noise_floor:
+        result["noise_floor"] = {}
     for body in bodies or ("bfloat16", "float32"):
-        tokens, rows, isolated = _one_body(model, config, body, prompts)
-        result["tokens"][body] = tokens
-        result["rows"] += rows
-        result["head_isolated"] += isolated
+        _one_body(model, config, body, prompts, result)
     return result
 
 
@@ -76,37 +78,44 @@ def table(result: dict) -> str:
                 "| " + " | ".join([row["body_dtype"], row["rollout_head"], row["trainer_head"], *numbers]) + " |"
             )
         lines.append("")
+    if "noise_floor" in result:
+        lines.append(noise_floor.markdown(result["noise_floor"]))
     return "\n".join(lines)
 
 
-def _one_body(model: Path, config: RunConfig, body: str, prompts: int) -> tuple[int, list[dict], list[dict]]:
+def _one_body(model: Path, config: RunConfig, body: str, prompts: int, result: dict) -> None:
     from rlalign.rollout.engine import VLLMEngine
 
     rollout = replace(config.rollout, temperature=1.0)
     engine = VLLMEngine(model, rollout, dtype=body, head_dtype="float32", seed=config.seed)
     try:
         batch = _sampled(engine, model, config, prompts)
+        result["tokens"][body] = int(batch.loss_mask_BL.sum())
         network = _network(model, body)
-        rows, isolated = [], []
         for rollout_head in HEADS:
             engine.set_head("off" if rollout_head == "model" else engine.mode)
-            rollout_BL = _engine_scores(engine, batch)
+            rollout_BL = noise_floor.scores(engine, batch)
             for trainer_head in HEADS:
                 pair = {"body_dtype": body, "rollout_head": rollout_head, "trainer_head": trainer_head}
                 trainer_BL, hidden_BLD = _trainer_scores(network, batch, trainer_head)
-                rows.append(
-                    pair | _columns(mismatch.compare(trainer_BL, rollout_BL, batch.loss_mask_BL, positions=False))
-                )
-                hidden, ids = head_isolation.predicting(
-                    hidden_BLD, batch.token_ids_BL, batch.loss_mask_BL, limit=ISOLATED_TOKENS
-                )
-                shared = Path(config.weights.shared)
-                measured = head_isolation.measure(engine, network, hidden, ids, temperature=1.0, shared=shared)
-                isolated.append(pair | _columns(measured) | {error: measured[error] for error in ERRORS})
-        return int(batch.loss_mask_BL.sum()), rows, isolated
+                measured = mismatch.compare(trainer_BL, rollout_BL, batch.loss_mask_BL, positions=False)
+                result["rows"].append(pair | _columns(measured))
+                isolated = _isolated(engine, network, hidden_BLD, batch, config)
+                result["head_isolated"].append(pair | isolated)
+        if "noise_floor" in result:
+            result["noise_floor"][body] = noise_floor.measure(engine, model, config, batch, body=body)
     finally:
         engine.close()
         gc.collect()  # two engines follow each other in one process
+
+
+def _isolated(
+    engine: VLLMEngine, network: nn.Module, hidden_BLD: Tensor, batch: RolloutBatch, config: RunConfig
+) -> dict[str, float]:
+    hidden, ids = head_isolation.predicting(hidden_BLD, batch.token_ids_BL, batch.loss_mask_BL, limit=ISOLATED_TOKENS)
+    shared = Path(config.weights.shared)
+    measured = head_isolation.measure(engine, network, hidden, ids, temperature=1.0, shared=shared)
+    return _columns(measured) | {error: measured[error] for error in ERRORS}
 
 
 def _sampled(engine: VLLMEngine, model: Path, config: RunConfig, prompts: int) -> RolloutBatch:
@@ -127,15 +136,6 @@ def _network(model: Path, body: str) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, body)).eval()
 
 
-def _engine_scores(engine: VLLMEngine, batch: RolloutBatch) -> Tensor:
-    lengths = batch.attention_mask_BL.sum(1).tolist()
-    sequences = [ids[:n].tolist() for ids, n in zip(batch.token_ids_BL, lengths, strict=True)]
-    scores_BL = torch.zeros(batch.token_ids_BL.shape)
-    for i, scores in enumerate(engine.score(sequences)):
-        scores_BL[i, : len(scores)] = torch.tensor(scores)
-    return scores_BL
-
-
 @torch.no_grad()
 def _trainer_scores(network: nn.Module, batch: RolloutBatch, head_dtype: str) -> tuple[Tensor, Tensor]:
     from rlalign.trainer.head_mirror import Tokens, mirror
@@ -149,4 +149,4 @@ def _trainer_scores(network: nn.Module, batch: RolloutBatch, head_dtype: str) ->
 
 
 def _columns(measured: dict[str, float]) -> dict[str, float]:
-    return {name: measured[key] for name, key in COLUMNS.items()}
+    return {name: measured[key] + 0.0 for name, key in COLUMNS.items()}  # + 0.0: no minus sign before a zero

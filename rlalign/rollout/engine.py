@@ -94,6 +94,19 @@ class VLLMEngine:
             for o, sequence in zip(outputs, sequences, strict=True)
         ]
 
+    def next_logprobs(self, prefixes: Sequence[Sequence[int]], tokens: Sequence[int]) -> tuple[list[float], int]:
+        """Logprob of each token as the next one after its prefix, by decoding (nats, temperature 1).
+
+        The second number is how many prefix tokens came from the prefix cache.
+        """
+        from vllm import SamplingParams
+
+        self._refuse_if_in_doubt()
+        params = [SamplingParams(max_tokens=1, temperature=1.0, logprobs=1, logprob_token_ids=[t]) for t in tokens]
+        outputs = self._llm.generate([{"prompt_token_ids": list(p)} for p in prefixes], params, use_tqdm=False)
+        logprobs = [o.outputs[0].logprobs[0][token].logprob for o, token in zip(outputs, tokens, strict=True)]
+        return logprobs, sum(o.num_cached_tokens or 0 for o in outputs)
+
     # --- the receiving side of weights.publish ---
 
     def suspend(self, reason: str) -> None:
@@ -202,6 +215,7 @@ def _start(model: Path, config: RolloutConfig, *, dtype: str, head_dtype: str, s
         seed=seed,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens or None,
         tensor_parallel_size=config.tensor_parallel_size,
         gpu_memory_utilization=config.gpu_memory_utilization,
         enforce_eager=config.enforce_eager,

@@ -240,6 +240,8 @@ def _time(runs: Sequence[Shown]) -> str:
         if steps:
             svg = plots.stacked(steps, phases, top=max(totals), name=f"phases-{run.color}")
             charts.append(figure(svg, run.html or "Seconds per step", "", legend))
+    if len(charts) == 1:
+        charts.append(tables.phase_table(data[0][1]))
     return section("Where the time goes", grid(charts))
 
 

@@ -67,11 +67,9 @@ def line_chart(lines: Sequence[Line], *, log: bool = False, limit: float | None 
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = _canvas(HEIGHT)
-        floor = _floor(lines) if log else None
+        floor = _log_axis(axes, lines, limit) if log else None
         for line in lines:
             _draw(axes, line, floor)
-        if log:
-            axes.set_yscale("log")
         if limit is not None:
             axes.axhline(limit, color=LIMIT_COLOR, linewidth=1.1, linestyle=(0, (4, 3)))
             axes.annotate(
@@ -84,9 +82,6 @@ def line_chart(lines: Sequence[Line], *, log: bool = False, limit: float | None 
                 va="top",
                 color=LIMIT_COLOR,
             )
-            axes.set_ylim(top=max(axes.get_ylim()[1], limit * (3 if log else 1.1)))
-        if log:
-            _decades(axes)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         axes.set_xlabel("step")
         return _svg(figure, name)
@@ -105,15 +100,15 @@ def histogram(values: np.ndarray, *, color: str, low: float, high: float, name: 
     zeros = int((values == 0).sum())
     with matplotlib.rc_context(STYLE):
         figure, axes = _canvas(HEIGHT)
-        axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=color, alpha=0.85, linewidth=0)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.set_ylim(0.7, max(counts.max(initial=1), zeros) * 12)
+        axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=color, alpha=0.85, linewidth=0)
         left = edges[0]
         if zeros:
             left = edges[0] / 10**0.75
             axes.bar(left * 10**0.15, zeros, left * (10**0.55 - 10**0.15), align="edge", color=color, alpha=0.45)
         axes.set_xlim(left, edges[-1])
-        axes.set_ylim(0.7, max(counts.max(initial=1), zeros) * 12)
         axes.xaxis.set_major_locator(LogLocator(10, numticks=9))
         ticks = [10.0**d for d in range(first, last + 1, max(1, (last - first) // 7))]
         labels = [short(t) for t in ticks]
@@ -201,24 +196,24 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
     return np.array([w[np.isfinite(w)].mean() if np.isfinite(w).any() else np.nan for w in windows])
 
 
-def _floor(lines: Sequence[Line]) -> float:
-    """Where zeros are drawn: half a decade under the smallest positive value."""
-    values = np.concatenate([np.asarray(line.values, dtype=float) for line in lines] or [np.zeros(0)])
-    positive = values[np.isfinite(values) & (values > 0)]
-    return float(positive.min()) / 3 if positive.size else 1e-12
+def _log_axis(axes: Axes, lines: Sequence[Line], limit: float | None) -> float:
+    """A log axis around the positive values and the limit; returns where zeros are drawn, at its lower edge.
 
-
-def _decades(axes: Axes) -> None:
-    """Ticks of a log axis: decades, or 1-2-5 where few decades are shown; less than one would magnify noise."""
-    low, high = axes.get_ylim()
-    if high / low < 10:
-        middle = (low * high) ** 0.5
-        low, high = middle / 10**0.5, middle * 10**0.5
-        axes.set_ylim(low, high)
-    subs = (1, 2, 5) if high / low < 150 else (1,)
-    axes.yaxis.set_major_locator(LogLocator(10, subs=subs, numticks=7))
+    At least one decade, because less would magnify noise. Ticks at decades, or at 1-2-5 where few decades are shown.
+    """
+    values = np.concatenate([np.asarray(line.values, dtype=float) for line in lines])
+    shown = [*values[np.isfinite(values) & (values > 0)], *([limit] if limit else [])] or [1e-12]
+    low, high = np.log10(min(shown)) - 0.15, np.log10(max(shown)) + 0.15
+    if (values <= 0).any():
+        low -= 0.35
+    spare = max(0.0, 1.0 - (high - low)) / 2
+    low, high = max(low - spare, -320.0), high + spare
+    axes.set_yscale("log")
+    axes.set_ylim(10**low, 10**high)
+    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high - low < 2.2 else (1,), numticks=7))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: short(v)))
     axes.yaxis.set_minor_locator(NullLocator())
+    return 10 ** (low + 0.1)
 
 
 def _quantile(ordered: np.ndarray, q: float) -> float:
@@ -251,7 +246,8 @@ def _svg(figure: Figure, name: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # group names repeat between charts; nothing refers to them
+    used = set(re.findall(r'(?:href="|url\()#(\w+)', svg))  # names of groups and lines repeat between charts: drop them
+    svg = re.sub(r'\sid="([^"]*)"', lambda m: m[0] if m[1] in used else "", svg)
     return re.sub(
         r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img" aria-hidden="true">', svg, count=1
     )

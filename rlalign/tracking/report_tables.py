@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 
@@ -211,6 +212,13 @@ def publish_table(run: RunRecord) -> str:
     ]
     head = ["after step", "version", "seconds", "bytes", "tensors verified", "repaired", "head rebuilds"]
     return table(head, rows, cls="numbers") if rows else ""
+
+
+def phase_table(phases: dict[str, Sequence[float]]) -> str:
+    """Seconds per phase and their share of the sum."""
+    total = sum(map(sum, phases.values())) or 1.0
+    rows = [[esc(p), num(median(v), ".3f"), num(sum(v), ",.1f"), num(sum(v) / total, ".0%")] for p, v in phases.items()]
+    return table(["phase", "median s", "total s", "share"], rows, cls="numbers")
 
 
 def worst_table(view: TokenView) -> str:

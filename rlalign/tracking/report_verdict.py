@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rlalign.tracking.record import RunRecord
 from rlalign.tracking.report_page import short
 
@@ -29,9 +31,11 @@ def problems(run: RunRecord) -> list[str]:
     # Written so that NaN is over every limit.
     over = [] if limit is None else [step for step, value in zip(steps, values, strict=True) if not value <= limit]
     if over:
+        lost = sum(not math.isfinite(value) for value in values)
+        missing = f", {lost} not finite" if lost else ""
         found.append(
             f"k3 was over its limit {short(limit)} on {len(over)} of {len(steps)} steps (first: step {over[0]}, "
-            f"largest finite value: {short(lag0['k3_max'] or 0.0)})."
+            f"largest finite value: {short(lag0['k3_max'] or 0.0)}{missing})."
         )
     if run.summary["mismatch"]["nonfinite"]:
         found.append(f"{run.summary['mismatch']['nonfinite']:,.0f} sampled tokens had no finite log-ratio.")
@@ -119,5 +123,4 @@ def _times(x: float, y: float, names: tuple[str, str]) -> str:
     if min(x, y) <= 0 or x == y:
         return ""
     ratio, lower = max(x, y) / min(x, y), names[0] if x < y else names[1]
-    text = f"{ratio:,.1f}" if ratio < 10 else f"{ratio:,.0f}" if ratio < 1e6 else f"{ratio:.1e}"
-    return f", {text} times lower in {lower}"
+    return f", {short(float(f'{ratio:.2g}'))} times lower in {lower}"

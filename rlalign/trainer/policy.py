@@ -41,6 +41,11 @@ class Policy:
         if config.threads:
             torch.set_num_threads(config.threads)
         _init_distributed()
+        if torch.distributed.get_world_size() > 1:
+            raise RuntimeError(
+                f"{torch.distributed.get_world_size()} trainer ranks were launched; this release trains on one rank only, "
+                "since the loss denominator is counted on it. Start one process."
+            )
         self.temperature = temperature
         self._config = config
         network = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
@@ -62,11 +67,6 @@ class Policy:
     def network(self) -> torch.nn.Module:
         """The transformers model inside the engine."""
         return self._engine.module
-
-    @property
-    def world_size(self) -> int:
-        """Data-parallel ranks."""
-        return self._engine.world_size
 
     @torch.no_grad()
     def score(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ class Policy:
     def forward_backward(self, batch: TrainBatch, loss_function: LossFunction) -> dict[str, float]:
         """Accumulate the gradient of one optimizer step. Returns the sum over micro-batches of each of the loss's metrics.
 
-        The loss must be normalised by `batch.num_tokens`, the count over all ranks; micro-batches then simply add up.
+        The loss must be normalised by `batch.num_tokens`, the count over the whole step; micro-batches then simply add up.
         Raises RuntimeError for a loss that is not finite, before any gradient reaches the optimizer.
         """
         self.network.train()
@@ -108,7 +108,7 @@ class Policy:
             if not torch.isfinite(loss):
                 raise RuntimeError(_describe_bad_loss(loss, logprobs_BL, rows, start))
             self._engine.set_gradient_accumulation_boundary(start + size >= len(batch.rollouts))
-            self._engine.backward(loss * self.world_size)  # DeepSpeed averages over ranks; num_tokens is global already
+            self._engine.backward(loss)
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         return totals

@@ -100,10 +100,9 @@ def test_one_setting_switches_both_heads_and_the_report_shows_the_difference(tmp
     folder = build_model(tmp_path / "checkpoint", tied=False, logit_scale=8.0)
     errors = {}
     for head_dtype in ("float32", "model"):
-        summary = small_run(
-            folder, tmp_path / head_dtype, f"head_dtype={head_dtype}", "mismatch.head_every=1", f"name={head_dtype}"
-        )
-        errors[head_dtype] = summary["head_isolated"]
+        options = (f"head_dtype={head_dtype}", "mismatch.head_every=1", f"name={head_dtype}")
+        small_run(folder, tmp_path / head_dtype, *options)
+        errors[head_dtype] = rows_of(tmp_path / head_dtype)[-1]
     assert errors["float32"]["head_isolated/abs_mean"] <= errors["model"]["head_isolated/abs_mean"]
     assert errors["float32"]["head_isolated/rollout_error"] < 1e-3 * errors["model"]["head_isolated/rollout_error"]
     page = write_report([tmp_path / "float32", tmp_path / "model"], tmp_path / "ab.html").read_text()
@@ -123,6 +122,28 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(tmp_path, untie
         small_run(untied, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
     assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_gate_that_stops_keeps_what_stopped_it(tmp_path, untied, lively):
+    from rlalign.loop import MismatchLimitError
+
+    with pytest.raises(MismatchLimitError, match="step 0: mismatch k3"):
+        small_run(untied, tmp_path / "run", "mismatch.k3_limit=1e-12", "tracking.tokens_every=0")
+    (row,) = rows_of(tmp_path / "run")
+    assert row["mismatch/lag0/k3"] > 1e-12 and "train/lr" not in row
+    assert (tmp_path / "run" / "tokens" / "step-000000.parquet").exists()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+def test_a_frozen_run_stays_flat(tmp_path, tied, lively):
+    summary = small_run(tied, tmp_path / "run", "algo.lr=0", "algo=tis", steps=10)
+    assert summary["self_test"] == {"flat": True, "steps": 10}
+
+
+def test_kl_to_the_initial_policy_starts_at_zero_and_grows(tmp_path, untied, lively):
+    small_run(untied, tmp_path / "run", "algo.kl_coef=0.1", "algo.lr=1e-3", "algo.minibatches=2", steps=3)
+    kl = [row["train/ref_k3"] for row in rows_of(tmp_path / "run")]
+    assert kl[-1] > 1e-6 and kl[0] < kl[-1]
 
 
 def test_unusable_input_is_refused_before_an_engine_starts(tmp_path, untied):

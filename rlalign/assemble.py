@@ -1,0 +1,94 @@
+"""The real parties of a run: where the model, the tokenizer, the task, the engine and the policy come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlalign.config import RunConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedTokenizerBase
+
+    from rlalign.rollout.engine import VLLMEngine
+    from rlalign.tasks import Task
+    from rlalign.trainer.policy import Policy
+
+
+def resolve_model(path: str, say: Callable[[str], None] = print) -> Path:
+    """The folder of a model: a local Hugging Face folder, or the tiny policy named tiny:untied or tiny:tied.
+
+    Raises ValueError for anything else.
+    """
+    if path.startswith("tiny:"):
+        from rlalign.tiny_policy import cached_policy
+
+        return cached_policy(path.removeprefix("tiny:"), report=say)
+    folder = Path(path).expanduser()
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"model.path={path!r} is not a Hugging Face folder (no config.json there). Give a local folder with config.json, "
+            "weights and tokenizer, or tiny:untied / tiny:tied for the built-in demo policy."
+        )
+    return folder
+
+
+def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer. Raises ValueError when its ids do not fit the model's vocabulary."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    size = AutoConfig.from_pretrained(model).vocab_size
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= size:
+        raise ValueError(
+            f"{model}: the tokenizer has token ids up to {largest}, the model only {size} rows of embeddings; "
+            "tokenizer and checkpoint do not belong together"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"{model}: the tokenizer has neither a pad nor an eos token; rollouts cannot end")
+    return tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool) -> list[int]:
+    """Token ids of a prompt, in the tokenizer's chat template when asked."""
+    if not chat:
+        return tokenizer.encode(text)
+    message = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+
+
+def load_task_of(config: RunConfig) -> Task:
+    """The configured task."""
+    from rlalign.tasks import load_task
+
+    c = config.task
+    return load_task(c.name, dict(c.params), train_size=c.train_size, eval_size=c.eval_size, seed=c.seed)
+
+
+def start_engine(model: Path, config: RunConfig) -> VLLMEngine:
+    """vLLM with the run's head, proved on every rank."""
+    from rlalign.rollout.engine import VLLMEngine
+
+    return VLLMEngine(
+        model, config.rollout, dtype=config.model.dtype.value, head_dtype=config.head_dtype.value, seed=config.seed
+    )
+
+
+def start_policy(model: Path, config: RunConfig) -> Policy:
+    """The model in DeepSpeed, with the mirrored head."""
+    from rlalign.trainer.policy import Policy
+
+    return Policy(
+        model,
+        config.trainer,
+        config.algo,
+        dtype=config.model.dtype.value,
+        head_dtype=config.head_dtype.value,
+        temperature=config.rollout.temperature,
+        seed=config.seed,
+    )

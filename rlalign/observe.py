@@ -1,0 +1,106 @@
+"""What a run writes down beside its step metrics: held-out accuracy, the head in isolation, tokens, and who took part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlalign.config import RunConfig
+from rlalign.loop import Parties, StepResult
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rlalign.rollout.engine import VLLMEngine
+    from rlalign.tracking.run import Run
+    from rlalign.trainer.policy import Policy
+
+EVAL_SEED = 2**20  # far from the steps' own seeds
+HEAD_TOKENS = 256  # tokens of a step on which the heads are compared in isolation
+
+
+def evaluate(parties: Parties, *, samples: int) -> float:
+    """Mean reward on the held-out prompts, `samples` completions each, sampled as in training and always with the same seeds."""
+    prompts = parties.task.eval_prompts()
+    rollouts = parties.engine.generate(
+        [parties.encode(p.text) for p in prompts],
+        prompt_ids=[p.prompt_id for p in prompts],
+        samples=samples,
+        seed=EVAL_SEED,
+    )
+    return sum(parties.task.reward(prompts[r.group_id], r.text) for r in rollouts) / len(rollouts)
+
+
+def head_in_isolation(engine: VLLMEngine, policy: Policy, result: StepResult, config: RunConfig) -> dict[str, float]:
+    """The two heads on the same hidden states of this step's tokens, under the weights that both sides hold now."""
+    from rlalign.diagnose.head_isolation import measure, predicting
+
+    batch = result.batch.rows(slice(0, config.trainer.micro_batch_size * 4))
+    hidden, tokens = predicting(policy.hidden_states(batch), batch.token_ids_BL, batch.loss_mask_BL, limit=HEAD_TOKENS)
+    measured = measure(
+        engine,
+        policy.network,
+        hidden,
+        tokens,
+        temperature=config.rollout.temperature,
+        shared=Path(config.weights.shared),
+    )
+    return {f"head_isolated/{name}": value for name, value in measured.items()}
+
+
+def log_step(
+    run: Run,
+    step: int,
+    metrics: dict[str, float],
+    result: StepResult,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tokens: bool,
+) -> None:
+    """One line of metrics, and with `tokens` one row per sampled token and the histogram of their log_ratio."""
+    run.log(step, metrics)
+    if tokens:
+        columns = token_columns(step, result, tokenizer)
+        run.log_tokens(step, columns)
+        run.log_histogram(step, "mismatch/log_ratio", columns["log_ratio"])
+
+
+def token_columns(step: int, result: StepResult, tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
+    """One row per sampled token of the step, as the token files store them."""
+    batch = result.batch
+    rows, positions = batch.loss_mask_BL.nonzero(as_tuple=True)
+    at = (rows, positions)
+    token_ids = batch.token_ids_BL[at].tolist()
+    rollout, old = batch.rollout_logprobs_BL[at], result.old_logprobs_BL[at]
+    return {
+        "step": [step] * len(token_ids),
+        "sequence": rows.tolist(),
+        "position": positions.tolist(),
+        "token_id": token_ids,
+        "token": tokenizer.convert_ids_to_tokens(token_ids),
+        "rollout_logprob": rollout.tolist(),
+        "old_logprob": old.tolist(),
+        "log_ratio": (old - rollout).tolist(),
+        "policy_version": batch.policy_version_B[rows].tolist(),
+        "prompt_id": batch.prompt_id_B[rows].tolist(),
+        "group_id": batch.group_id_B[rows].tolist(),
+        "reward": result.rewards_B[rows].tolist(),
+        "advantage": result.advantages_BL[at].tolist(),
+        "loss_mask": [True] * len(token_ids),
+    }
+
+
+def participants(config: RunConfig, engine: VLLMEngine, policy: Policy) -> dict:
+    """Engine, heads and final version, for the summary."""
+    statuses = engine.status()
+    return {
+        "engine": {"name": "vllm", "version": engine.version},
+        "head": {
+            "mode": engine.mode,
+            "dtype": config.head_dtype.value,
+            "ranks": len(statuses),
+            "calls": sum(s["calls"] for s in statuses),
+            "trainer": {"mode": policy.head.mode, "dtype": policy.head.dtype, "calls": policy.head.calls},
+        },
+        "policy_version": policy.version,
+    }

@@ -1,0 +1,105 @@
+"""The monitor inside a run: rules from the configuration, evidence from the run itself, and the action carried out.
+
+`rlalign.monitor` decides; this file knows where the numbers come from and what stopping means here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from rlalign.config import GateAction, RunConfig
+from rlalign.loop import MismatchLimitError
+from rlalign.monitor import DEFAULT_RULES, Action, Alert, Monitor, Rule
+from rlalign.monitor_causes import Evidence, frozen_run_verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from rlalign.types import LogprobSpec
+
+STOPS = (Action.stop, Action.checkpoint_stop)
+LEAST_STEPS = 9  # of the self-test at learning rate 0: fewer say nothing about a trend
+
+
+class EventLog(Protocol):
+    """Where alerts are written down."""
+
+    def event(self, kind: str, message: str) -> None: ...
+
+
+class Watch:
+    """Feeds each step's metrics to the monitor and does what its alerts ask for."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        spec: LogprobSpec,
+        trainer_head: str,
+        floor: Mapping[str, float] | None,
+        log: EventLog,
+        say: Callable[[str], None],
+        checkpoint: Callable[[Path], None],
+    ) -> None:
+        """checkpoint: saves the policy into a folder, for the action checkpoint+stop. floor: from `rlalign parity`."""
+        self._monitor = Monitor(rules_of(config))
+        self._log, self._say, self._checkpoint = log, say, checkpoint
+        self._folder = Path(config.output_dir) / "checkpoint-alert"
+        self._evidence = {
+            "rollout_head": spec.head_dtype,
+            "trainer_head": trainer_head,
+            "processed": spec.processed,
+            "rollout_temperature": spec.temperature,
+            "trainer_temperature": config.rollout.temperature,
+            "truncated": spec.truncated,
+            "floor_k3": None if floor is None else floor["k3"],
+        }
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Raises MismatchLimitError when a rule asks to stop, after a checkpoint where it asks for one."""
+        evidence = Evidence(
+            **self._evidence, learning_rate=metrics["train/lr"], publish_verified=True, prefix_cache_reset=True
+        )
+        for alert in self._monitor.observe(step, metrics, evidence):
+            self._act(alert)
+
+    def _act(self, alert: Alert) -> None:
+        message = alert.message()
+        self._log.event(f"alert/{alert.action}", message)
+        if alert.action is not Action.log:
+            self._say(message)
+        if alert.action is Action.checkpoint_stop:
+            self._checkpoint(self._folder)
+            raise MismatchLimitError(f"{message}\nThe policy before the stop is in {self._folder}")
+        if alert.action is Action.stop:
+            raise MismatchLimitError(message)
+
+
+def rules_of(config: RunConfig) -> tuple[Rule, ...]:
+    """The configured rules; without any, the monitor's defaults at the run's own k3 limit and no harsher than its gate."""
+    given = [asdict(rule) for rule in config.mismatch.rules]
+    if given:
+        return tuple(Rule(**rule | {"action": Action(rule["action"])}) for rule in given)
+    limit = config.mismatch.k3_limit
+    rules = [replace(r, limit=limit, release=limit / 2) if r.metric == "mismatch/lag0/k3" else r for r in DEFAULT_RULES]
+    if config.mismatch.action is GateAction.warn:
+        rules = [replace(r, action=Action.warn) if r.action in STOPS else r for r in rules]
+    return tuple(rules)
+
+
+def self_test(rows: Sequence[Mapping[str, float]], learning_rate: float) -> dict[str, object] | None:
+    """At learning rate 0 nothing may move: the verdict over the run's lag-0 k3, or None for a run that trained.
+
+    Raises RuntimeError when k3 drifted: weights cannot have changed, so what changed is what publishing did to them.
+    """
+    history = [row["mismatch/lag0/k3"] for row in rows if "mismatch/lag0/k3" in row]
+    if learning_rate > 0:
+        return None
+    if len(history) < LEAST_STEPS:
+        return {"flat": None, "steps": len(history), "reason": f"needs {LEAST_STEPS} steps"}
+    cause = frozen_run_verdict(history)
+    if cause is not None:
+        raise RuntimeError(f"self-test at learning rate 0 failed: {cause.name}: {cause.why}. Confirm: {cause.command}")
+    return {"flat": True, "steps": len(history)}

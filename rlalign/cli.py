@@ -1,4 +1,4 @@
-"""rlalign train | parity | report: the commands, and the one place where errors become exit codes."""
+"""rlalign train | parity | mismatch | report: the commands, and the one place where errors become exit codes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from rlalign.install_check import require_working
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -22,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = _parser().parse_args(argv)
     try:
+        require_working()
         return arguments.run(arguments)
     except KeyboardInterrupt:
         print("rlalign: interrupted; what was logged so far is in the run directory", file=sys.stderr)
@@ -90,6 +93,19 @@ def _parity(arguments: argparse.Namespace) -> int:
     return 1 if over else 0
 
 
+def _mismatch(arguments: argparse.Namespace) -> int:
+    from rlalign.diagnose import offline
+
+    return offline.run(
+        arguments.file,
+        columns=arguments.column,
+        plot=arguments.plot,
+        json_path=arguments.json,
+        k3_limit=arguments.k3_limit,
+        worst=arguments.worst,
+    )
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from rlalign.tracking.report import write_report
 
@@ -123,6 +139,15 @@ def _parser() -> argparse.ArgumentParser:
     parity.add_argument("--prompts", type=int, default=32, help="training prompts to sample from (default %(default)s)")
     parity.add_argument("--noise-floor", action="store_true", help="also measure the rollout engine against itself")
     parity.set_defaults(run=_parity)
+
+    offline = commands.add_parser("mismatch", help="the mismatch report of a run you already have, from its token dump")
+    offline.add_argument("file", type=Path, help="parquet or JSONL: ours, prime-rl's token export, verl's or TRL's dumps")
+    offline.add_argument("--column", action="append", default=[], metavar="FIELD=NAME", help="name a column; repeatable")
+    offline.add_argument("--worst", type=int, default=10, help="worst tokens to list (default %(default)s)")
+    offline.add_argument("--plot", type=Path, metavar="FILE", help="write the plots as PNG or SVG")
+    offline.add_argument("--json", type=Path, metavar="FILE", help="write every number as JSON")
+    offline.add_argument("--k3-limit", type=float, help="exit 1 when k3 is over it")
+    offline.set_defaults(run=_mismatch)
 
     report = commands.add_parser("report", help="one HTML page from one run, or from several side by side")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN")

@@ -1,10 +1,10 @@
-"""project(): THE lm_head projection both engines call, and the matrix product underneath it.
+"""project(): THE lm_head projection both engines call, differentiable, with one choice of kernel.
 
 Every product takes the stored values of hidden states and weight exactly and accumulates in float32; nothing is rounded
 to the model's dtype on the way to the logits. Which kernel does that is a `Route`, chosen per device and dtype, tested
 once per process and readable through `route()`.
 
-N tokens, D hidden, V vocabulary; M, K, J: rows, inner and columns of a bare product.
+N tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations

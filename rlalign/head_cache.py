@@ -1,18 +1,22 @@
-"""HeadCache: the fp32 copy of an lm_head weight that can never be stale.
+"""The fp32 weights an lm_head is projected with when the engine's own weight is 16-bit: HeadCache and MasterHead.
 
 vLLM's own update paths write through `param.data`, which leaves `Tensor._version`, the object and its pointer unchanged.
 So no key made of tensor metadata is enough; ours has three layers, cheapest first:
 
 1. metadata `(id, data_ptr, _version, dtype, shape)`: catches replaced and in-place updated parameters;
 2. an epoch, bumped by hooks on every route by which weights can change (`rlalign.rollout.epoch_hooks`);
-3. a strided fingerprint of the content, which catches writes that no hook sees (raw memcpy, `.data.copy_` in user code).
+3. a sample of the content, which catches writes that no hook sees (raw memcpy, `.data.copy_` in user code).
 
-Suffixes: V vocabulary (rows of this rank's shard), D hidden.
+Suffixes: V vocabulary (rows of this rank's shard), D hidden; K sampled elements.
 """
 
 from __future__ import annotations
 
+import math
+import weakref
+from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,27 +25,46 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FINGERPRINT_ELEMENTS = 1024
+ROWS_AT_ONCE = 4096  # of a check of the whole weight: bounds its temporary memory
 
 
 class Epoch:
     """Process-wide counter of weight updates. Anything that may have written weights calls `bump()`."""
 
     value = 0
+    reasons: Counter[str] = Counter()  # which hook bumped how often
+    caches: weakref.WeakSet[HeadCache] = weakref.WeakSet()
 
     @classmethod
-    def bump(cls) -> None:
+    def bump(cls, reason: str = "caller") -> None:
+        """Every fp32 copy is out of date now; its memory is released at once, before new weights need it."""
         cls.value += 1
+        cls.reasons[reason] += 1
+        for cache in cls.caches:
+            cache.drop()
 
 
-def fingerprint(weight_VD: Tensor, elements: int = FINGERPRINT_ELEMENTS) -> Tensor:
-    """Every n-th element of the weight, at most `elements` of them, in the weight's own dtype and device.
+def fingerprint(weight_VD: Tensor, elements: int = FINGERPRINT_ELEMENTS, *, offset: int = 0) -> Tensor:
+    """[K]: every n-th element of the weight from `offset` on, at most `elements` of them, in its own dtype and device.
 
-    A write that changes a random share p of the elements is missed with probability (1-p)^elements: 3.5e-5 for p = 1 %.
-    The stride is odd, so it visits every column of a weight whose hidden size is even.
+    n is odd and about V*D/elements, so one sample visits different rows and, for an even D, different columns. What one
+    sample of 1024 misses: a write to a random share p of the elements, or of the rows, with probability (1-p)^1024
+    (3.5e-5 for 1 %, 0.36 for 0.1 %); a write to one column never when D divides 1024 or is at most 1024, n coprime to D.
+    Samples at all n offsets together visit every element.
     """
     flat = weight_VD.detach().reshape(-1)
-    stride = max(1, flat.numel() // elements) | 1
-    return flat[::stride].clone()
+    return flat[offset % stride_of(flat.numel(), elements) :: stride_of(flat.numel(), elements)]
+
+
+def stride_of(numel: int, elements: int = FINGERPRINT_ELEMENTS) -> int:
+    """Distance between two sampled elements: odd, so that it does not resonate with an even hidden size."""
+    return max(1, -(-numel // elements)) | 1
+
+
+@lru_cache(maxsize=64)
+def _jump(stride: int) -> int:
+    """Step between the offsets of successive samples: near the golden section, coprime to the stride (visits all)."""
+    return next(s for s in range(max(1, round(stride * 0.618)), 2 * stride + 2) if math.gcd(s, stride) == 1)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -54,15 +77,15 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 class _Entry:
     key: tuple
     weight_f32_VD: Tensor
-    seen: Tensor
 
 
 class HeadCache:
     """fp32 copies of the lm_head weights of one process, rebuilt whenever the weight may have changed.
 
-    check_every: compare the fingerprint on every n-th use of an unchanged key (1 = always; about 10 us on CPU).
-        The first use after an epoch change always rebuilds.
-    Memory: one fp32 copy (4*V*D bytes) per head; the old copy is dropped before the new one is made, so the peak is one.
+    check_every: compare weight and copy on a sample at every n-th use of an unchanged key (1: always). Successive
+        samples differ, so k uses miss a write to a share p of the elements with probability (1-p)^(1024 k), and after
+        `stride_of` uses every element has been compared. Costs tens of microseconds on CPU; on CUDA it waits for the device.
+    Memory: one fp32 copy (4*V*D bytes) per head; it is released by `Epoch.bump`, before the next one is made: the peak is one.
     """
 
     def __init__(self, *, check_every: int = 1) -> None:
@@ -73,6 +96,7 @@ class HeadCache:
         self.rebuilds = 0
         self.caught_by_fingerprint = 0
         self._entries: dict[int, _Entry] = {}
+        Epoch.caches.add(self)
 
     def get(self, weight_VD: Tensor) -> Tensor:
         """The fp32 copy of `weight_VD` as it is now; the weight itself when it is fp32 already.
@@ -80,20 +104,15 @@ class HeadCache:
         Raises RuntimeError for a weight on the meta device: weights are being replaced and no forward may run.
         """
         self.calls += 1
-        if weight_VD.is_meta:
-            raise RuntimeError(
-                "lm_head.weight is on the meta device: a weight update has started and not finished. "
-                "Pause generation before start_weight_update and resume after finish_weight_update."
-            )
+        require_data(weight_VD)
         if weight_VD.dtype == torch.float32:
             return weight_VD.detach()
-        key = _key(weight_VD)
         entry = self._entries.get(id(weight_VD))
-        if entry is not None and entry.key == key:
-            if self.calls % self.check_every or same_bits(fingerprint(weight_VD), entry.seen):
+        if entry is not None and entry.key == _key(weight_VD):
+            if self.calls % self.check_every or self._sample_agrees(weight_VD, entry.weight_f32_VD):
                 return entry.weight_f32_VD
             self.caught_by_fingerprint += 1
-        del entry
+        del entry  # the old copy must go before the new one is made
         return self.refresh(weight_VD)
 
     def refresh(self, weight_VD: Tensor) -> Tensor:
@@ -101,17 +120,105 @@ class HeadCache:
         self._entries.pop(id(weight_VD), None)
         self.rebuilds += 1
         copy = weight_VD.detach().to(torch.float32)
-        self._entries[id(weight_VD)] = _Entry(_key(weight_VD), copy, fingerprint(weight_VD))
+        self._entries[id(weight_VD)] = _Entry(_key(weight_VD), copy)
         return copy
 
     def drop(self) -> None:
-        """Forget every copy: before sleep, or when the model goes away."""
+        """Forget every copy: before sleep, before an update, or when the model goes away."""
         self._entries.clear()
 
     @property
     def nbytes(self) -> int:
         """Bytes held now."""
         return sum(e.weight_f32_VD.nbytes for e in self._entries.values())
+
+    def _sample_agrees(self, weight_VD: Tensor, copy_VD: Tensor) -> bool:
+        return _sample_agrees(weight_VD, copy_VD, turn=self.calls // self.check_every)
+
+
+class MasterHead:
+    """The unrounded fp32 lm_head that the trainer published, good only for the 16-bit weight that it rounds to.
+
+    Before the first one arrives the weight itself stands in: an optimizer's master copy starts as exactly that.
+    Memory: one fp32 weight (4*V*D bytes) beside the engine's own. It survives `Epoch.bump`, since it cannot be rebuilt here.
+    """
+
+    def __init__(self) -> None:
+        self.loads = 0  # masters received from a trainer
+        self.verifications = 0  # comparisons of the whole master with the weight
+        self.calls = 0
+        self._master_VD: Tensor | None = None
+        self._key: tuple | None = None
+
+    def load(self, weight_VD: Tensor, master_VD: Tensor) -> None:
+        """Take the master of `weight_VD`. Raises RuntimeError when rounding it does not give that weight, bit for bit."""
+        require_data(weight_VD)
+        if master_VD.dtype != torch.float32 or master_VD.shape != weight_VD.shape:
+            raise RuntimeError(
+                f"master lm_head: expected float32 {tuple(weight_VD.shape)}, got {master_VD.dtype} {tuple(master_VD.shape)}"
+            )
+        if not _rounds_to(master_VD, weight_VD):
+            raise RuntimeError(
+                f"master lm_head: rounded to {weight_VD.dtype} it is not the engine's lm_head.weight; "
+                "publish both from the same optimizer step"
+            )
+        self._master_VD, self._key = master_VD.to(weight_VD.device), _key(weight_VD)
+        self.loads += 1
+
+    def get(self, weight_VD: Tensor) -> Tensor:
+        """The master of `weight_VD` as it is now; an fp32 weight is its own.
+
+        Raises RuntimeError when the weight has changed and no master came with it.
+        """
+        self.calls += 1
+        require_data(weight_VD)
+        if weight_VD.dtype == torch.float32:
+            return weight_VD.detach()
+        if self._master_VD is None:
+            self._master_VD, self._key = weight_VD.detach().float(), _key(weight_VD)
+        unchanged = self._key == _key(weight_VD)
+        if unchanged and _sample_agrees(weight_VD, self._master_VD, turn=self.calls):
+            return self._master_VD
+        self.verifications += 1
+        if not _rounds_to(self._master_VD, weight_VD):
+            raise RuntimeError(
+                "lm_head.weight has changed and no unrounded weight came with it: its fp32 master is stale. "
+                "Publish through rlalign with head_dtype=master, which ships both, or run with head_dtype=float32."
+            )
+        self._key = _key(weight_VD)
+        return self._master_VD
+
+    def drop(self) -> None:
+        """Forget the master: the mode was left, or a new model took the process over."""
+        self._master_VD = self._key = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now."""
+        return 0 if self._master_VD is None else self._master_VD.nbytes
+
+
+def require_data(weight_VD: Tensor) -> None:
+    """Raise RuntimeError for a weight on the meta device."""
+    if weight_VD.is_meta:
+        raise RuntimeError(
+            "lm_head.weight is on the meta device: a weight update has started and not finished. "
+            "Pause generation before start_weight_update and resume after finish_weight_update."
+        )
+
+
+def _sample_agrees(weight_VD: Tensor, wide_VD: Tensor, *, turn: int) -> bool:
+    """True when a sample of `wide`, rounded to the weight's dtype, has the weight's bits; another sample at every turn."""
+    offset = turn * _jump(stride_of(weight_VD.numel()))
+    expected = fingerprint(weight_VD, offset=offset)
+    return same_bits(fingerprint(wide_VD, offset=offset).to(weight_VD.dtype), expected.contiguous())
+
+
+def _rounds_to(wide_VD: Tensor, weight_VD: Tensor) -> bool:
+    return all(
+        same_bits(wide.to(weight_VD.device, weight_VD.dtype), rows.contiguous())
+        for wide, rows in zip(wide_VD.split(ROWS_AT_ONCE), weight_VD.detach().split(ROWS_AT_ONCE), strict=True)
+    )
 
 
 def _key(weight: Tensor) -> tuple:

@@ -131,7 +131,7 @@ def train_step(step: int, parties: Parties, config: RunConfig) -> StepResult:
     with clock("score"):
         old_BL, entropy_BL = parties.trainer.score(batch)
         ref_BL = parties.trainer.score_reference(batch)
-        measured = mismatch.compare(old_BL, batch.rollout_logprobs_BL, batch.loss_mask_BL, positions=False)
+        measured = mismatch.compare(old_BL, batch.rollout_logprobs_BL, batch.loss_mask_BL)
         metrics |= mismatch_metrics(measured, lag_of(batch, parties.trainer.version), parties.floor)
         metrics["train/entropy"] = float(entropy_BL[batch.loss_mask_BL].mean())
 

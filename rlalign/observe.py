@@ -57,8 +57,8 @@ def log_step(
     *,
     tokens: bool,
 ) -> None:
-    """One line of metrics, and with `tokens` one row per sampled token and the histogram of their log_ratio."""
-    run.log(step, metrics)
+    """One line of metrics; with `tokens` also the metrics by position, one row per sampled token, and their histogram."""
+    run.log(step, metrics if tokens else {key: value for key, value in metrics.items() if "/position" not in key})
     if tokens:
         columns = token_columns(step, result, tokenizer)
         run.log_tokens(step, columns)

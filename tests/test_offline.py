@@ -159,7 +159,7 @@ def test_run_prints_writes_and_gates(tmp_path, capsys):
 def test_other_column_names_can_be_mapped(tmp_path):
     rows = data()
     lists(("p", "q", "m", "i"))(tmp_path / "x.jsonl", rows)
-    with pytest.raises(ValueError, match=r"no old_logprobs.*--columns old_logprobs=NAME.*Text dumps"):
+    with pytest.raises(ValueError, match=r"no old_logprobs.*--column old_logprobs=NAME.*Text dumps"):
         offline.analyse(tmp_path / "x.jsonl")
     assert offline.run(tmp_path / "x.jsonl", columns=["old_logprobs=p", "rollout_logprobs=q", "loss_mask=m"]) == 0
     with pytest.raises(ValueError, match="unknown field"):

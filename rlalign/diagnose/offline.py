@@ -76,7 +76,7 @@ def run(
 
     pairs = [pair.partition("=") for pair in columns]
     if wrong := ["".join(p) for p in pairs if not (p[0] and p[2])]:
-        raise ValueError(f"--columns takes field=name, got {wrong}")
+        raise ValueError(f"--column takes field=name, got {wrong}")
     analysis = analyse(path, columns={name: column for name, _, column in pairs}, worst=worst)
     print(report(analysis))
     if json_path:

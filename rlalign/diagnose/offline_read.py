@@ -81,7 +81,7 @@ def read_tokens(path: Path, columns: Mapping[str, str] | None = None) -> Tokens:
     wanted = dict(columns or {})
     unknown = sorted(set(wanted) - set(FIELDS))
     if unknown:
-        raise ValueError(f"--columns: unknown field {unknown}; choose from {', '.join(FIELDS)}")
+        raise ValueError(f"--column: unknown field {unknown}; choose from {', '.join(FIELDS)}")
     if path.suffix == ".parquet":
         names, blocks = pq.read_schema(path).names, _parquet_blocks
     elif path.suffix in (".jsonl", ".json"):
@@ -114,7 +114,7 @@ def _match(path: Path, names: list[str], wanted: dict[str, str]) -> dict[str, st
         if found[field] is None:
             raise ValueError(
                 f"{path} has no {field}: looked for {', '.join(FIELDS[field])}, it has {', '.join(names)}. "
-                f"Name the column with --columns {field}=NAME. Text dumps (verl's rollout_data_dir, TRL's "
+                f"Name the column with --column {field}=NAME. Text dumps (verl's rollout_data_dir, TRL's "
                 "log_completions) hold no log-probabilities: dump the batch's old and rollout log-probabilities "
                 "with its response mask instead."
             )
@@ -172,7 +172,7 @@ def _flatten(
     raw = {f: c.combine_chunks() if isinstance(c, pa.ChunkedArray) else c for f, c in raw.items()}
     if not _is_list(raw["old_logprobs"]):
         if "sequence" not in raw:
-            raise ValueError(f"{path}: one row per token needs a sequence column; name it with --columns sequence=NAME")
+            raise ValueError(f"{path}: one row per token needs a sequence column; name it with --column sequence=NAME")
         return raw
     count_B = pc.list_value_length(raw["old_logprobs"])
     parents = pc.list_parent_indices(raw["old_logprobs"])

@@ -175,7 +175,13 @@ def _head_alone(runs: Sequence[Shown]) -> str:
         svg = plots.line_chart(lines, log=True, name="head-k3")
         charts.append(figure(svg, "k3 of the heads", "nats per token, log scale", _legend(runs)))
     charts.append(_spread(runs, "head_isolated", "head-log-ratio"))
-    lead = "Both heads on the same hidden states: what remains is the projection alone, without the two bodies."
+    if lines := _lines(runs, "head_isolated/rollout_error", markers=True):
+        svg = plots.line_chart(lines, log=True, name="head-error")
+        charts.append(figure(svg, "Rollout head to float64", "mean, nats per token, log scale", _legend(runs)))
+    lead = (
+        "Both heads on the same hidden states: what remains is the projection alone, without the two bodies. Two heads that "
+        "round alike can agree with each other and still be far from the policy they stand for: the last chart shows that."
+    )
     return section("The head in isolation", grid(charts) if any(charts) else "", lead)
 
 

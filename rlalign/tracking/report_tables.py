@@ -46,6 +46,8 @@ ROWS = (
     Row("Head alone: |log_ratio|, mean", "head_isolated.abs_mean", ".2e", times=True),
     Row("Head alone: |log_ratio|, p99", "head_isolated.p99", ".2e", times=True),
     Row("Head alone: |log_ratio|, worst", "head_isolated.abs_max", ".2e", times=True),
+    Row("Head alone: rollout to float64, mean", "head_isolated.rollout_error", ".2e", times=True),
+    Row("Head alone: trainer to float64, mean", "head_isolated.trainer_error", ".2e", times=True),
     Row("Head dtype", "head.dtype"),
     Row("Head mode", "head.mode"),
     Row("Ranks", "head.ranks", ",.0f"),

@@ -88,23 +88,32 @@ def sentences(run: RunRecord) -> str:
     return f"{learned}. {agree}."
 
 
+COMPARED = {
+    "k3 of rollout engine and trainer": ("mismatch", "lag0", "k3"),
+    "k3 of the heads in isolation": ("head_isolated", "k3"),
+    "the rollout head's distance from float64": ("head_isolated", "rollout_error"),
+}
+
+
 def comparison(a: RunRecord, b: RunRecord, names: tuple[str, str], different: list[str]) -> str:
     """Two sentences about a pair: what is different, and what that did to mismatch and reward."""
     listed = ", ".join(different[:4]) + (f" and {len(different) - 4} more" if len(different) > 4 else "")
     first = f"{names[0]} and {names[1]} have the same configuration" if not different else f"They differ in {listed}"
     parts = []
-    key = "head_isolated" if a.summary["head_isolated"]["k3"] and b.summary["head_isolated"]["k3"] else "lag0"
-    for what, of in {"head_isolated": "the heads in isolation", "lag0": "rollout engine and trainer"}.items():
-        pair = [
-            (r.summary["head_isolated"] if what == "head_isolated" else r.summary["mismatch"]["lag0"]) for r in (a, b)
-        ]
-        x, y = pair[0]["k3"], pair[1]["k3"]
-        if x is not None and y is not None and (what == "lag0" or key == "head_isolated"):
-            parts.append(f"k3 of {of} is {short(x)} in {names[0]} and {short(y)} in {names[1]}{_times(x, y, names)}")
+    for of, path in COMPARED.items():
+        x, y = (_at(run.summary, path) for run in (a, b))
+        if x is not None and y is not None:
+            parts.append(f"{of} is {short(x)} in {names[0]} and {short(y)} in {names[1]}{_times(x, y, names)}")
     gains = [gain(r) for r in (a, b)]
     if None not in gains:
         parts.append(f"the reward changed by {gains[0]:+.3f} and {gains[1]:+.3f}")
     return f"{first}. " + ("; ".join(parts) + "." if parts else "")
+
+
+def _at(summary: dict, path: tuple[str, ...]) -> float | None:
+    for key in path:
+        summary = summary.get(key) or {}
+    return summary if isinstance(summary, int | float) else None
 
 
 def gain(run: RunRecord) -> float | None:

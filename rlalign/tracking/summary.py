@@ -15,6 +15,7 @@ LAG0 = {
     "pearson": "pearson_prob",
     "ess": "ess",
 }
+HEAD_ALONE = ("k3", "abs_mean", "p99", "rollout_error", "trainer_error")
 PHASES = ("rollout", "reward", "score", "train", "publish")
 
 
@@ -54,7 +55,7 @@ def summarize(rows: Sequence[dict[str, float]]) -> dict[str, object]:
             "nonfinite": _total(rows, "mismatch/nonfinite"),
         },
         "head_isolated": {
-            **{name: _median(rows, f"head_isolated/{name}") for name in ("k3", "abs_mean", "p99")},
+            **{name: _median(rows, f"head_isolated/{name}") for name in HEAD_ALONE},
             "abs_max": _worst(rows, "head_isolated/abs_max"),
         },
         "publishes": len(column(rows, "publish/version")),

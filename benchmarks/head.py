@@ -253,15 +253,15 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     device = torch.device(args.device)
-    rows = []
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    name, when = machine(device), time.strftime("%Y-%m-%d %H:%M")
     for what in args.what:
         for shape in args.shapes:
             n, v = map(int, shape.split("x"))
-            rows += decode_rows(args, v, device) if what == "decode" else score_rows(args, n, v, what, device)
-    known = json.loads(args.json.read_text())["rows"] if args.json.exists() else []
-    name, when = machine(device), time.strftime("%Y-%m-%d %H:%M")
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps({"rows": known + [{"device": name, "run": when, **row} for row in rows]}, indent=1))
+            rows = decode_rows(args, v, device) if what == "decode" else score_rows(args, n, v, what, device)
+            known = json.loads(args.json.read_text())["rows"] if args.json.exists() else []
+            known += [{"device": name, "run": when, **row} for row in rows]
+            args.json.write_text('{"rows": [\n' + ",\n".join(map(json.dumps, known)) + "\n]}\n")
 
 
 if __name__ == "__main__":

@@ -9,23 +9,23 @@ from pathlib import Path
 Row = dict[str, object]
 
 
-def groups(rows: list[Row], what: str) -> dict[tuple[int, int], list[Row]]:
-    """Rows of `what` by (tokens, vocabulary); every group comes from one interleaved run, the latest one."""
-    found: dict[tuple[int, int], list[Row]] = {}
+def groups(rows: list[Row], what: str) -> dict[tuple[int, int, str], list[Row]]:
+    """Rows of `what` by (tokens, vocabulary, run): what ran interleaved, and only that, is compared."""
+    found: dict[tuple[int, int, str], list[Row]] = {}
     for row in rows:
         if row["what"] == what:
-            found.setdefault((row["n"], row["vocab"]), []).append(row)
-    return {key: [r for r in group if r["run"] == group[-1]["run"]] for key, group in sorted(found.items())}
+            found.setdefault((row["n"], row["vocab"], row["run"]), []).append(row)
+    return dict(sorted(found.items()))
 
 
 def score_table(rows: list[Row], what: str) -> list[str]:
     lines = []
-    for (n, vocab), group in groups(rows, what).items():
+    for (n, vocab, run), group in groups(rows, what).items():
         measured = sorted((r for r in group if "seconds" in r), key=lambda r: r["seconds"])
         ours = next(r for r in measured if r["path"] == "rlalign fast")
         weight = vocab * ours["hidden"] * 2 if what == "forward_backward" else 0
         beyond = " beyond the weight gradient" if weight else ""
-        lines += [f"### {what.replace('_', ' + ')}, {n:,} tokens x {vocab:,}, hidden {ours['hidden']:,}", "",
+        lines += [f"### {what.replace('_', ' + ')}, {n:,} tokens x {vocab:,}, hidden {ours['hidden']:,} ({run})", "",
                   f"| path | fp32 logits | seconds | x rlalign | extra MiB{beyond} | max / mean error | runs |",
                   "|---|:-:|--:|--:|--:|--:|--:|"]  # fmt: skip
         for r in measured:
@@ -49,7 +49,7 @@ def decode_table(rows: list[Row]) -> list[str]:
     lines = []
     by_shape = groups(rows, "decode")
     for vocab in sorted({key[1] for key in by_shape}):
-        columns = {n: {r["path"]: r for r in group} for (n, v), group in by_shape.items() if v == vocab}
+        columns = {n: {r["path"]: r for r in group} for (n, v, _), group in by_shape.items() if v == vocab}
         lines += [f"### Decode head, vocabulary {vocab:,}, ms a call", "", "| path | " +
                   " | ".join(f"{n} rows" for n in columns) + " |", "|---|" + "--:|" * len(columns)]  # fmt: skip
         for path in next(iter(columns.values())):
@@ -72,7 +72,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
     for axis, what in zip(axes, ("forward", "forward_backward"), strict=True):
-        (n, vocab), group = list(groups(rows, what).items())[-1]
+        (n, vocab, _), group = max(groups(rows, what).items(), key=lambda item: (item[0][:2], len(item[1])))
         measured = sorted((r for r in group if "seconds" in r), key=lambda r: r["path"], reverse=True)
         colors = ["#c0392b" if r["path"].startswith("rlalign") else "#7f8c8d" for r in measured]
         axis.barh([r["path"] for r in measured], [r["seconds"] for r in measured], color=colors)
@@ -86,7 +86,8 @@ def main() -> None:
     rows = json.loads(source.read_text())["rows"]
     text = ["# Token logprobs from hidden states: speed, memory, error", "",
             f"{rows[-1]['device']}. Minimum of the runs, all paths of a table interleaved in one process; the machine",
-            "was shared, so compare within a table only. bf16 weights. Error in nats against float64.", "",
+            "was shared: compare within a table only, and a path with one run may have met a busy moment. bf16 weights.",
+            "Error in nats against float64.", "",
             f"![seconds]({source.with_suffix('.png').name})", ""]  # fmt: skip
     for what in ("forward", "forward_backward"):
         text += score_table(rows, what)

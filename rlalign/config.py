@@ -16,6 +16,7 @@ class HeadDtype(enum.Enum):
     """Dtype of the logits on both sides. There is one for the run: a one-sided float32 head can be worse than none."""
 
     float32 = "float32"
+    master = "master"  # float32 with the optimizer's unrounded fp32 lm_head on both sides; 16-bit bodies only
     model = "model"  # the body's dtype: rlalign's head is off
 
 
@@ -122,33 +123,75 @@ class TaskConfig:
         _positive(self, "task", "train_size", "eval_size")
 
 
+PRESETS = {  # and the bounds each of them takes
+    "tis": ("high",),
+    "icepop": ("low", "high"),
+    "mis": ("high",),
+    "seq_tis": ("high",),
+    "geo_mask": ("low", "high"),
+    "veto": ("low",),
+    "opsm": (),
+    "dppo_tv": ("low", "high"),
+    "m2po": (),
+}
+LOSSES = ("grpo", "grpo_sequence", "dr_grpo", "dapo", "gspo", "cispo", "ppo")
+
+
 @dataclass(kw_only=True)
 class CorrectionConfig:
-    level: str = "token"  # token | sequence | geometric
-    mode: str = "truncate"  # truncate | clip | mask
-    low: float | None = None
-    high: float | None = 2.0
+    """A preset by name, or a level and a mode; see rlalign.presets and rlalign.corrections.correct."""
+
+    preset: str = ""  # tis | icepop | mis | seq_tis | geo_mask | veto | opsm | dppo_tv | m2po
+    level: str = ""  # token | sequence | geometric | segment
+    mode: str = ""  # truncate | clip | mask
+    low: float | None = None  # bounds on the ratio old / rollout; a preset's own where not given
+    high: float | None = None
+    veto: float | None = None  # with level and mode: a token ratio under this rejects its sequence
+    normalize: bool = False  # with level and mode: weights divided by their mean over the batch
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.preset) != bool(self.level and self.mode) and not (self.preset and (self.level or self.mode)),
+            f"algo.correction: give either a preset or both level and mode, got preset={self.preset!r}, "
+            f"level={self.level!r}, mode={self.mode!r}",
+        )
+        if self.preset:
+            _require(
+                self.preset in PRESETS, f"algo.correction.preset={self.preset!r}: choose one of {', '.join(PRESETS)}"
+            )
+            _require(
+                self.veto is None and not self.normalize,
+                "algo.correction: veto and normalize go with level and mode; presets are fixed recipes",
+            )
+            for name in ("low", "high"):
+                _require(
+                    getattr(self, name) is None or name in PRESETS[self.preset],
+                    f"algo.correction.{name}: the preset {self.preset} has no such bound "
+                    f"(it takes {', '.join(PRESETS[self.preset]) or 'none'})",
+                )
 
 
 @dataclass(kw_only=True)
 class AlgoConfig:
+    loss: str = "grpo"  # grpo | grpo_sequence | dr_grpo | dapo | gspo | cispo | ppo
     lr: float = 1e-6
     warmup_steps: int = 0  # linear, optimizer steps
     minibatches: int = 1  # optimizer steps on one batch of rollouts
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_low: float | None = None  # the loss's own default where not given
+    clip_high: float | None = None
     kl_coef: float = 0.0  # k3 to the initial policy; 0: no reference model is kept
     normalize_std: bool = True  # divide advantages by the group's standard deviation (False: Dr. GRPO)
-    correction: CorrectionConfig | None = None
+    correction: CorrectionConfig | None = None  # none: weights of one
 
     def __post_init__(self) -> None:
         _positive(self, "algo", "minibatches")
+        _require(self.loss in LOSSES, f"algo.loss={self.loss!r}: choose one of {', '.join(LOSSES)}")
         _require(self.lr >= 0, f"algo.lr={self.lr}: cannot be negative (0 is the weight-sync self-test)")
-        _require(
-            0 <= self.clip_low < 1 and self.clip_high >= 0,
-            f"algo.clip_low={self.clip_low} must be in [0, 1), clip_high >= 0",
-        )
         _require(self.kl_coef >= 0 and self.warmup_steps >= 0, "algo.kl_coef and algo.warmup_steps cannot be negative")
+        _require(
+            self.kl_coef == 0 or self.loss in ("grpo", "grpo_sequence", "dr_grpo"),
+            f"algo.kl_coef={self.kl_coef}: algo.loss={self.loss} has no reference term",
+        )
 
 
 @dataclass(kw_only=True)
@@ -223,6 +266,13 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "run", "steps")
+        _require(
+            self.head_dtype is not HeadDtype.master
+            or (self.model.dtype is not Dtype.float32 and self.rollout.head_mode == "auto"),
+            f"head_dtype=master with model.dtype={self.model.dtype.value}, rollout.head_mode={self.rollout.head_mode}: the master "
+            "is the fp32 weight behind a bfloat16 body, and has its own way through vLLM; use model.dtype=bfloat16 and "
+            "rollout.head_mode=auto, or head_dtype=float32",
+        )
         samples = self.rollout.prompts_per_step * self.rollout.group_size
         _require(
             samples % self.algo.minibatches == 0,

@@ -17,6 +17,7 @@ import weakref
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,24 +48,27 @@ class Epoch:
 def fingerprint(weight_VD: Tensor, elements: int = FINGERPRINT_ELEMENTS, *, offset: int = 0) -> Tensor:
     """[K]: every n-th element of the weight from `offset` on, at most `elements` of them, in its own dtype and device.
 
-    n is odd and about V*D/elements, so one sample visits different rows and, for an even D, different columns. What one
-    sample of 1024 misses: a write to a random share p of the elements, or of the rows, with probability (1-p)^1024
-    (3.5e-5 for 1 %, 0.36 for 0.1 %); a write to one column never when D divides 1024 or is at most 1024, n coprime to D.
+    n is coprime to D, so one sample visits K different rows (V > K) and every column (D <= K). A write that changes
+    - a random share p of the elements or of the rows is missed with probability (1-p)^K: for K = 1024, 3.5e-5 at 1 %
+      and 0.36 at 0.1 %;
+    - a whole column is never missed for D <= K, nor is a run of V/K + 1 whole rows.
     Samples at all n offsets together visit every element.
     """
     flat = weight_VD.detach().reshape(-1)
-    return flat[offset % stride_of(flat.numel(), elements) :: stride_of(flat.numel(), elements)]
+    stride = stride_of(tuple(weight_VD.shape), elements)
+    return flat[offset % stride :: stride]
 
 
-def stride_of(numel: int, elements: int = FINGERPRINT_ELEMENTS) -> int:
-    """Distance between two sampled elements: odd, so that it does not resonate with an even hidden size."""
-    return max(1, -(-numel // elements)) | 1
+@lru_cache(maxsize=64)
+def stride_of(shape: tuple[int, ...], elements: int = FINGERPRINT_ELEMENTS) -> int:
+    """Distance between two sampled elements: the first from numel/elements on that is coprime to the hidden size."""
+    return next(n for n in count(max(1, -(-math.prod(shape) // elements))) if math.gcd(n, shape[-1]) == 1)
 
 
 @lru_cache(maxsize=64)
 def _jump(stride: int) -> int:
     """Step between the offsets of successive samples: near the golden section, coprime to the stride (visits all)."""
-    return next(s for s in range(max(1, round(stride * 0.618)), 2 * stride + 2) if math.gcd(s, stride) == 1)
+    return next(s for s in count(max(1, round(stride * 0.618))) if math.gcd(s, stride) == 1)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -209,7 +213,7 @@ def require_data(weight_VD: Tensor) -> None:
 
 def _sample_agrees(weight_VD: Tensor, wide_VD: Tensor, *, turn: int) -> bool:
     """True when a sample of `wide`, rounded to the weight's dtype, has the weight's bits; another sample at every turn."""
-    offset = turn * _jump(stride_of(weight_VD.numel()))
+    offset = turn * _jump(stride_of(tuple(weight_VD.shape)))
     expected = fingerprint(weight_VD, offset=offset)
     return same_bits(fingerprint(wide_VD, offset=offset).to(weight_VD.dtype), expected.contiguous())
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from rlalign import advantages, corrections, losses, mismatch
-from rlalign.config import AlgoConfig, GateAction, MismatchConfig, RunConfig
+from rlalign import advantages, corrections, mismatch, objective
+from rlalign.config import GateAction, MismatchConfig, RunConfig
 from rlalign.types import Correction, LogprobSpec, Rollout, RolloutBatch, TrainBatch, collate
 
 if TYPE_CHECKING:
@@ -146,9 +146,9 @@ def train_step(step: int, parties: Parties, config: RunConfig) -> StepResult:
     result.warnings.extend(gate(result, measured, config.mismatch, step=step))
 
     with clock("train"):
-        correction = correct(old_BL, batch, config.algo)
+        correction = objective.correct(old_BL, batch, result.advantages_BL, config.algo)
         metrics |= correction_metrics(correction, old_BL, batch)
-        metrics |= update(parties.trainer, result, ref_BL, correction, config.algo)
+        metrics |= update(parties.trainer, result, ref_BL, correction, config)
 
     with clock("publish"):
         report = parties.publish(parties.trainer.named_weights(), parties.trainer.version)
@@ -158,22 +158,24 @@ def train_step(step: int, parties: Parties, config: RunConfig) -> StepResult:
 
 
 def update(
-    trainer: Trainer, scored: StepResult, ref_BL: Tensor | None, correction: Correction, algo: AlgoConfig
+    trainer: Trainer, scored: StepResult, ref_BL: Tensor | None, correction: Correction, config: RunConfig
 ) -> dict[str, float]:
-    """One optimizer step per minibatch; metrics are token means over the kept tokens of all minibatches."""
-    size = len(scored.batch) // algo.minibatches
-    loss_function = partial(_loss, algo=algo)
+    """One optimizer step per minibatch; metrics are means over the kept tokens of each, averaged over minibatches."""
+    minibatches = config.algo.minibatches
+    size = len(scored.batch) // minibatches
+    loss_function = partial(objective.policy_loss, algo=config.algo, max_tokens=config.rollout.max_tokens)
     sums: dict[str, float] = {}
     last: dict[str, float] = {}
     for start in range(0, len(scored.batch), size):
         rows = slice(start, start + size)
-        keep = correction.keep[rows]
+        kept = correction.rows(rows)
         minibatch = TrainBatch(
             rollouts=scored.batch.rows(rows),
             old_logprobs_BL=scored.old_logprobs_BL[rows],
             advantages_BL=scored.advantages_BL[rows],
-            correction=Correction(weights=correction.weights[rows], keep=keep),
-            num_tokens=int(keep.sum()),
+            correction=kept,
+            num_tokens=int(kept.keep.sum()),
+            num_sequences=int(kept.keep.any(-1).sum()),
             ref_logprobs_BL=None if ref_BL is None else ref_BL[rows],
         )
         if minibatch.num_tokens == 0:
@@ -181,18 +183,9 @@ def update(
                 "the correction rejected every token of a minibatch: nothing is left to train on; loosen its bounds"
             )
         for name, value in trainer.forward_backward(minibatch, loss_function).items():
-            sums[name] = sums.get(name, 0.0) + value / algo.minibatches
+            sums[name] = sums.get(name, 0.0) + value / minibatches
         last = trainer.optim_step()
     return {f"train/{name}": value for name, value in (sums | last).items()}
-
-
-def correct(old_BL: Tensor, batch: RolloutBatch, algo: AlgoConfig) -> Correction:
-    """The configured correction, or weights of one on every token whose logprobs are finite."""
-    given = (old_BL, batch.rollout_logprobs_BL, batch.loss_mask_BL)
-    if algo.correction is None:
-        return corrections.identity(*given)
-    c = algo.correction
-    return corrections.correct(*given, level=c.level, mode=c.mode, low=c.low, high=c.high)
 
 
 def gate(scored: StepResult, measured: dict[str, float], config: MismatchConfig, *, step: int) -> list[str]:
@@ -270,20 +263,6 @@ def publish_metrics(report: PublishReport) -> dict[str, float]:
         "publish/repaired": float(report.repaired),
         "publish/rebuilds": float(report.rebuilds),
     }
-
-
-def _loss(logprobs_BL: Tensor, batch: TrainBatch, *, algo: AlgoConfig) -> tuple[Tensor, dict[str, float]]:
-    return losses.grpo_loss(
-        logprobs_BL,
-        batch.old_logprobs_BL.to(logprobs_BL.device),
-        batch.advantages_BL.to(logprobs_BL.device),
-        batch.correction,
-        num_tokens=batch.num_tokens,
-        clip_low=algo.clip_low,
-        clip_high=algo.clip_high,
-        ref_logprobs_BL=batch.ref_logprobs_BL,
-        kl_coef=algo.kl_coef,
-    )
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
     from torch import Tensor
 
 
@@ -184,6 +185,14 @@ class Correction:
     weights: Tensor
     keep: Tensor
 
+    def to(self, device: torch.device) -> Correction:
+        """The same on another device."""
+        return Correction(weights=self.weights.to(device), keep=self.keep.to(device))
+
+    def rows(self, index: slice) -> Correction:
+        """The sequences in `index`."""
+        return Correction(weights=self.weights[index], keep=self.keep[index])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardScore:
@@ -199,7 +208,7 @@ class TrainBatch:
     """All that a policy loss reads.
 
     old_logprobs_BL, ref_logprobs_BL: [B, L] float32; advantages_BL: [B, L] float32;
-    num_tokens: kept tokens of the whole optimizer step over all ranks, the loss denominator.
+    num_tokens, num_sequences: kept tokens, and sequences with a kept token, of the whole optimizer step: the denominators.
     """
 
     rollouts: RolloutBatch
@@ -207,4 +216,16 @@ class TrainBatch:
     advantages_BL: Tensor
     correction: Correction
     num_tokens: int
+    num_sequences: int
     ref_logprobs_BL: Tensor | None = None
+
+    def rows(self, index: slice) -> TrainBatch:
+        """The sequences in `index`; the denominators stay those of the whole step."""
+        return replace(
+            self,
+            rollouts=self.rollouts.rows(index),
+            old_logprobs_BL=self.old_logprobs_BL[index],
+            advantages_BL=self.advantages_BL[index],
+            correction=self.correction.rows(index),
+            ref_logprobs_BL=None if self.ref_logprobs_BL is None else self.ref_logprobs_BL[index],
+        )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_FILE = "weights.safetensors"
 MANIFEST_KEY = "rlalign"
+MASTER_WEIGHT = "rlalign.master_lm_head"  # the unrounded fp32 lm_head, beside the 16-bit weights it belongs to
 SHARED_MEMORY = Path("/dev/shm")
 
 

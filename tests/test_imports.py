@@ -14,7 +14,7 @@ LEVELS = {
     1: {
         "head", "head_cache", "logprobs", "logprobs_op", "fused_logprobs", "vocab_parallel", "mismatch", "mismatch_stats",
         "mismatch_distribution", "mismatch_reduce", "mismatch_summary", "mismatch_breakdown", "corrections", "presets",
-        "surrogate", "advantages", "losses", "monitor", "monitor_causes", "fused_backward", "reward.calibration", "reward.adaptive", "reward.metrics",
+        "surrogate", "objective", "advantages", "losses", "monitor", "monitor_causes", "fused_backward", "reward.calibration", "reward.adaptive", "reward.metrics",
     },
     2: {"weights", "tracking", "tasks", "task_rows", "tiny_policy", "tiny_training", "byte_tokenizer", "reward"},
     3: {"rollout", "trainer"},

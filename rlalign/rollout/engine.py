@@ -9,6 +9,7 @@ from pathlib import Path
 from rlalign.config import RolloutConfig
 from rlalign.rollout import handshake
 from rlalign.rollout.head_plugin import SETTINGS_KEY
+from rlalign.rollout.versions import has_weight_version
 from rlalign.types import LogprobSpec, Rollout
 
 # Set before vLLM is imported, and only where the user has not chosen. In-process: the engine shares the trainer's process and
@@ -127,7 +128,8 @@ class VLLMEngine:
     def acknowledge(self, version: int) -> None:
         """Stamp `version` on everything sampled from now on."""
         self._llm.collective_rpc("rlalign_acknowledge", args=(version,))
-        self._llm.update_weight_version(str(version))
+        if has_weight_version(self.version):
+            self._llm.update_weight_version(str(version))
         self.policy_version = version
         self._refusal = None
 
@@ -232,6 +234,8 @@ def _start(model: Path, config: RolloutConfig, *, dtype: str, head_dtype: str, s
 def _expected_mode(head_dtype: str, head_mode: str, llm) -> str:  # noqa: ANN001
     if head_dtype == "model":
         return "off"
+    if head_dtype == "master":
+        return "master"
     if head_mode != "auto":
         return head_mode
     return "cached" if llm.llm_engine.vllm_config.device_config.device_type == "cpu" else "native"

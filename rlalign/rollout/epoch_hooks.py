@@ -1,10 +1,10 @@
 """Hooks on every route by which vLLM changes weights; each bumps the epoch that the head cache is keyed on.
 
 1. every worker RPC except the quiet ones: sleep/wake, reset_weights, extensions, RPCs that do not exist yet;
-2. access to `model_runner` through the worker wrapper: callables sent by `collective_rpc` bypass the name lookup of 1;
+2. access to `model_runner` or a method through the worker wrapper: callables sent by `collective_rpc` bypass the lookup of 1;
 3. the vocabulary-parallel weight loader: `load_weights` on the model;
-4. the layerwise reload's copy into kernel tensors (private name; vllm RFC #54477 plans to change it: then 1 still covers
-   reloads that arrive as RPCs, and the fingerprint the rest).
+4. the layerwise reload's copy into kernel tensors (private name, in 0.24 to 0.32; vllm RFC #54477 plans to change it: then 1
+   still covers reloads that arrive as RPCs, and the sample of the content the rest).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ QUIET_RPCS = frozenset(
     {"execute_model", "sample_tokens", "execute_dummy_batch", "take_draft_token_ids", "check_health"}
     | {"rlalign_status", "rlalign_acknowledge", "rlalign_head_logits", "rlalign_set_head", "rlalign_load"}
 )
+RPC, CALLABLE, LOADER, RELOAD = "rpc", "callable_rpc", "weight_loader", "layerwise_reload"  # reasons of a bump
 
 
 def install() -> None:
@@ -28,17 +29,17 @@ def install() -> None:
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     WorkerWrapperBase.__getattr__ = _bump_on_lookup(WorkerWrapperBase.__getattr__)
-    VocabParallelEmbedding.weight_loader = _bump_after(VocabParallelEmbedding.weight_loader)
-    layerwise._copy_and_restore_kernel_tensors = _bump_after(layerwise._copy_and_restore_kernel_tensors)
+    VocabParallelEmbedding.weight_loader = _bump_after(VocabParallelEmbedding.weight_loader, LOADER)
+    layerwise._copy_and_restore_kernel_tensors = _bump_after(layerwise._copy_and_restore_kernel_tensors, RELOAD)
 
 
-def _bump_after(function: Callable) -> Callable:
+def _bump_after(function: Callable, reason: str) -> Callable:
     @wraps(function)
     def bumping(*args, **kwargs):
         try:
             return function(*args, **kwargs)
         finally:
-            Epoch.bump()  # also after a failure: part of the weights may have been written
+            Epoch.bump(reason)  # also after a failure: part of the weights may have been written
 
     return bumping
 
@@ -48,9 +49,9 @@ def _bump_on_lookup(lookup: Callable) -> Callable:
     def bumping(wrapper: object, name: str) -> object:
         found = lookup(wrapper, name)
         if name == "model_runner":
-            Epoch.bump()
+            Epoch.bump(CALLABLE)
         if name in QUIET_RPCS or name.startswith("_") or not callable(found):
             return found
-        return _bump_after(found)
+        return _bump_after(found, RPC)
 
     return bumping

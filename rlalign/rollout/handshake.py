@@ -15,6 +15,7 @@ from rlalign.rollout.head_plugin import SLOT
 
 GROUP, NAME = "vllm.general_plugins", "rlalign"
 LAYER = "rlalign.rollout.head_layer.AlignedLogitsProcessor"
+LAYERS = (LAYER, "rlalign.rollout.head_layer_early.EarlyLogitsProcessor")  # the second before vLLM 0.26
 
 
 def preflight() -> None:
@@ -41,7 +42,7 @@ def preflight() -> None:
 def require(statuses: Sequence[dict], *, mode: str, ranks: int) -> None:
     """Check the answers of `rlalign_status` against what the run needs. Raises RuntimeError naming the rank and the reason.
 
-    mode: "off", "native" or "cached"; ranks: how many workers must have answered.
+    mode: "off", "native", "cached" or "master"; ranks: how many workers must have answered.
     """
     if len(statuses) != ranks:
         raise RuntimeError(f"{len(statuses)} of {ranks} rollout ranks answered the handshake")
@@ -62,8 +63,8 @@ def require_called(statuses: Sequence[dict]) -> None:
 
 
 def _wrong(status: dict, mode: str) -> str | None:
-    if status["class"] != LAYER:
-        if status["slot_holder"] not in (None, LAYER):
+    if status["class"] not in LAYERS:
+        if status["slot_holder"] not in (None, *LAYERS):
             return f"another plugin holds vLLM's {SLOT} slot ({status['slot_holder']}); only one of the two can run"
         return (
             f"its model was built with {status['class']}: the rlalign plugin did not register in that process "

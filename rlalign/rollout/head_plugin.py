@@ -9,20 +9,31 @@ from __future__ import annotations
 
 SETTINGS_KEY = "rlalign"  # in vLLM's additional_config: {"rlalign": {"head_dtype": "float32", "mode": "auto"}}
 SLOT = "LogitsProcessor"  # vLLM's layer from hidden states to logits, not its sampling plug-ins of the same name
+FOLDER_TRANSFER = "rlalign_folder"  # our weight-transfer backend, for WeightTransferConfig(backend=...)
 
 
 def register() -> None:
-    """Put our layer in vLLM's slot for LogitsProcessor and install the epoch hooks. Idempotent.
+    """Put our layer in vLLM's slot for LogitsProcessor, install the epoch hooks and the folder transport. Idempotent.
 
     A slot that another plugin holds is left alone: the handshake names the holder and stops runs that need ours.
     """
+    import vllm
     from vllm.model_executor.custom_op import op_registry_oot
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
-    from rlalign.rollout import epoch_hooks
-    from rlalign.rollout.head_layer import AlignedLogitsProcessor
+    from rlalign.rollout import epoch_hooks, versions
 
     if SLOT in op_registry_oot:
         return
-    LogitsProcessor.register_oot(AlignedLogitsProcessor)
+    if versions.hook(vllm.__version__) is versions.Hook.APPLY_HEAD:
+        from rlalign.rollout.head_layer import AlignedLogitsProcessor as Layer
+    else:
+        from rlalign.rollout.head_layer_early import EarlyLogitsProcessor as Layer
+    LogitsProcessor.register_oot(Layer)
     epoch_hooks.install()
+    if versions.has_folder_transfer(vllm.__version__):
+        from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
+        WeightTransferEngineFactory.register_engine(
+            FOLDER_TRANSFER, "rlalign.rollout.folder_transfer", "FolderTransferEngine"
+        )

@@ -41,6 +41,28 @@ def locate(model: nn.Module, name: str) -> Place | None:
     return None
 
 
+def find_head(model: nn.Module) -> tuple[str, VocabParallelEmbedding]:
+    """The name and module that the model's logits come from: its lm_head, or the input embedding that serves as one.
+
+    Raises RuntimeError when that is not a single module.
+    """
+    named = {n: m for n, m in model.named_modules() if isinstance(m, VocabParallelEmbedding)}
+    heads = {n: m for n, m in named.items() if isinstance(m, ParallelLMHead)} or named
+    if len(heads) != 1:
+        raise RuntimeError(
+            f"{type(model).__name__}: expected one lm_head (or one embedding serving as it), found {sorted(heads)}"
+        )
+    return next(iter(heads.items()))
+
+
+def vocabulary_shard(lm_head: VocabParallelEmbedding, full_VD: Tensor) -> Tensor:
+    """This rank's rows of a full [vocabulary, D] tensor, padded with the zeros that vLLM pads the weight with."""
+    first, last = lm_head.shard_indices.org_vocab_start_index, lm_head.shard_indices.org_vocab_end_index
+    shard_VD = full_VD.new_zeros(lm_head.weight.shape)
+    shard_VD[: last - first] = full_VD[first:last]
+    return shard_VD
+
+
 def landed(place: Place, published: Tensor, *, offset: int) -> bool:
     """True when the engine computes with `published` (the full tensor, all ranks) at this place on this rank.
 
@@ -61,7 +83,7 @@ def landed(place: Place, published: Tensor, *, offset: int) -> bool:
     return torch.equal(held, published.to(held.device))
 
 
-def head_is_stale(lm_head: ParallelLMHead, *, offset: int) -> bool:
+def head_is_stale(lm_head: VocabParallelEmbedding, *, offset: int) -> bool:
     """True when the kernel behind vLLM's own lm_head projects with something other than `lm_head.weight`."""
     columns = _columns(lm_head.weight.shape[1], offset)
     return not torch.equal(_through_kernel(lm_head, columns), lm_head.weight[:, columns])

@@ -6,7 +6,7 @@ weight stays, so that tied embeddings keep their dtype and their tie.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MethodType
 
 import torch
@@ -21,9 +21,10 @@ class HeadStatus:
 
     name: str
     mode: str  # "off" or "mirrored"
-    dtype: str
+    dtype: str  # "float32", "master", or the body's when off
     tied: bool
     calls: int = 0
+    master_VD: Tensor | None = field(default=None, repr=False)  # dtype "master": the optimizer's unrounded lm_head
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +58,26 @@ class Tokens:
     temperature: float
 
 
+class _Unrounded(torch.autograd.Function):
+    """The master in place of the weight it rounds to; its gradient is the weight's, as in mixed-precision training."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, weight_VD: Tensor, master_VD: Tensor) -> Tensor:
+        ctx.dtype = weight_VD.dtype
+        return master_VD.view_as(master_VD)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_VD: Tensor) -> tuple[Tensor, None]:
+        return grad_VD.to(ctx.dtype), None
+
+
 def mirror(model: nn.Module, *, head_dtype: str, chunk: int) -> HeadStatus:
     """Replace the forward of `model`'s lm_head; returns its live status.
 
     Given `Tokens` too, the head returns their float32 logprobs and entropies, both [B, L] (nats; entry t is about token t; 0.0
     where not asked) without building [tokens, vocabulary]; without, it returns logits as any lm_head does.
-    head_dtype "model" keeps the projection in the body's dtype, as transformers would. Raises ValueError without an lm_head.
+    head_dtype "model" keeps the projection in the body's dtype, as transformers would; "master" projects with
+    `status.master_VD` wherever it is set (gradients still reach the weight itself). Raises ValueError without an lm_head.
     """
     lm_head = model.get_output_embeddings()
     if not isinstance(lm_head, nn.Linear):
@@ -74,18 +89,21 @@ def mirror(model: nn.Module, *, head_dtype: str, chunk: int) -> HeadStatus:
     transform = HeadTransform.of(model.config.to_dict())
     status = HeadStatus(
         name=next(name for name, module in model.named_modules() if module is lm_head),
-        mode="mirrored" if head_dtype == "float32" else "off",
-        dtype=head_dtype if head_dtype == "float32" else str(lm_head.weight.dtype).removeprefix("torch."),
+        mode="off" if head_dtype == "model" else "mirrored",
+        dtype=head_dtype if head_dtype != "model" else str(lm_head.weight.dtype).removeprefix("torch."),
         tied=lm_head.weight is model.get_input_embeddings().weight,
     )
     plain_forward = lm_head.forward
+
+    def weight_of(lm_head: nn.Linear) -> Tensor:
+        return lm_head.weight if status.master_VD is None else _Unrounded.apply(lm_head.weight, status.master_VD)
 
     def forward(
         self: nn.Linear, hidden: Tensor, tokens: Tokens | None = None, *, exact: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         status.calls += 1
         if tokens is None:
-            return head.project(hidden, self.weight, self.bias) if head_dtype == "float32" else plain_forward(hidden)
+            return plain_forward(hidden) if head_dtype == "model" else head.project(hidden, weight_of(self), self.bias)
         if head_dtype == "model":
             return logprobs.from_logits(
                 transform.apply(plain_forward(hidden)),
@@ -95,7 +113,7 @@ def mirror(model: nn.Module, *, head_dtype: str, chunk: int) -> HeadStatus:
             )
         return logprobs.token_logprobs(
             hidden,
-            self.weight,
+            weight_of(self),
             tokens.ids_BL,
             bias=self.bias,
             temperature=tokens.temperature,

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rlalign.config import AlgoConfig, TrainerConfig
 from rlalign.trainer.head_mirror import HeadStatus, Tokens, mirror
 from rlalign.types import RolloutBatch, TrainBatch
+from rlalign.weights import MASTER_WEIGHT
 
 LossFunction = Callable[[Tensor, TrainBatch], tuple[Tensor, dict[str, float]]]
 
@@ -62,6 +64,7 @@ class Policy:
             model=network, optimizer=optimizer, lr_scheduler=schedule, config=_deepspeed_config(config, dtype)
         )
         self.version = 0
+        self._refresh_master()
 
     @property
     def network(self) -> torch.nn.Module:
@@ -102,7 +105,7 @@ class Policy:
         size = self._config.micro_batch_size
         totals: dict[str, float] = {}
         for start in range(0, len(batch.rollouts), size):
-            rows = rows_of(batch, slice(start, start + size))
+            rows = batch.rows(slice(start, start + size))
             logprobs_BL, _ = self._score(self.network, rows.rollouts, exact=False)
             loss, metrics = loss_function(logprobs_BL, rows)
             if not torch.isfinite(loss):
@@ -120,11 +123,17 @@ class Policy:
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         self.version += 1
+        self._refresh_master()
         return {"grad_norm": float("nan") if norm is None else float(norm), "lr": float(lr)}
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Hugging Face names and full tensors, a tied weight once: what the rollout engine must load."""
+        """Hugging Face names and full tensors, a tied weight once: what the rollout engine must load.
+
+        With head_dtype=master the unrounded fp32 lm_head comes too, as MASTER_WEIGHT.
+        """
         yield from self.network.named_parameters()
+        if self.head.master_VD is not None:
+            yield MASTER_WEIGHT, self.head.master_VD
 
     def save(self, directory: Path) -> None:
         """Write an ordinary Hugging Face folder."""
@@ -135,6 +144,20 @@ class Policy:
         self._engine.destroy()
         # Otherwise the next Policy of this process is given a group that vLLM has destroyed meanwhile (DeepSpeed 0.19.8).
         deepspeed.utils.groups._release_process_group_references()
+
+    def _refresh_master(self) -> None:
+        """With head_dtype=master, fetch the fp32 lm_head from the optimizer. Collective: its shards lie on all ranks."""
+        if self.head.dtype != "master":
+            return
+        weight = self.network.get_output_embeddings().weight
+        self.head.master_VD = None  # the old one must go first: one copy at a time
+        master_VD = safe_get_full_fp32_param(weight)
+        if master_VD is None:
+            raise RuntimeError(
+                f"head_dtype=master: DeepSpeed {deepspeed.__version__} keeps no fp32 master of {self.head.name}.weight "
+                f"({weight.dtype}); train it in bfloat16 with ZeRO stage 1 or higher, or run with head_dtype=float32"
+            )
+        self.head.master_VD = master_VD.detach()
 
     def _micro_batches(self, batch: RolloutBatch) -> Iterator[RolloutBatch]:
         size = self._config.micro_batch_size
@@ -151,22 +174,6 @@ class Policy:
         device = self._engine.device
         tokens = Tokens(batch.token_ids_BL.to(device), batch.loss_mask_BL.to(device), self.temperature)
         return network.get_output_embeddings()(self._hidden(network, batch), tokens, exact=exact)
-
-
-def rows_of(batch: TrainBatch, index: slice) -> TrainBatch:
-    """The sequences in `index`; the denominator stays that of the whole step."""
-    from dataclasses import replace
-
-    from rlalign.types import Correction
-
-    return replace(
-        batch,
-        rollouts=batch.rollouts.rows(index),
-        old_logprobs_BL=batch.old_logprobs_BL[index],
-        advantages_BL=batch.advantages_BL[index],
-        correction=Correction(weights=batch.correction.weights[index], keep=batch.correction.keep[index]),
-        ref_logprobs_BL=None if batch.ref_logprobs_BL is None else batch.ref_logprobs_BL[index],
-    )
 
 
 def _frozen_copy(network: torch.nn.Module, head_dtype: str, config: TrainerConfig) -> torch.nn.Module:

@@ -139,7 +139,7 @@ LOSSES = ("grpo", "grpo_sequence", "dr_grpo", "dapo", "gspo", "cispo", "ppo")
 
 @dataclass(kw_only=True)
 class CorrectionConfig:
-    """A preset by name, or a level and a mode; see rlalign.presets and rlalign.corrections.correct."""
+    """A preset by name, or a level and a mode; see rlalign.presets and rlalign.corrections.correct. Off: weights of one."""
 
     preset: str = ""  # tis | icepop | mis | seq_tis | geo_mask | veto | opsm | dppo_tv | m2po
     level: str = ""  # token | sequence | geometric | segment
@@ -149,11 +149,20 @@ class CorrectionConfig:
     veto: float | None = None  # with level and mode: a token ratio under this rejects its sequence
     normalize: bool = False  # with level and mode: weights divided by their mean over the batch
 
+    @property
+    def off(self) -> bool:
+        """True when nothing was asked for."""
+        return not (self.preset or self.level or self.mode)
+
     def __post_init__(self) -> None:
         _require(
-            bool(self.preset) != bool(self.level and self.mode) and not (self.preset and (self.level or self.mode)),
+            bool(self.level) == bool(self.mode) and not (self.preset and self.level),
             f"algo.correction: give either a preset or both level and mode, got preset={self.preset!r}, "
             f"level={self.level!r}, mode={self.mode!r}",
+        )
+        _require(
+            not self.off or (self.low, self.high, self.veto, self.normalize) == (None, None, None, False),
+            "algo.correction: bounds are set, but neither a preset nor level and mode",
         )
         if self.preset:
             _require(
@@ -181,7 +190,7 @@ class AlgoConfig:
     clip_high: float | None = None
     kl_coef: float = 0.0  # k3 to the initial policy; 0: no reference model is kept
     normalize_std: bool = True  # divide advantages by the group's standard deviation (False: Dr. GRPO)
-    correction: CorrectionConfig | None = None  # none: weights of one
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
 
     def __post_init__(self) -> None:
         _positive(self, "algo", "minibatches")

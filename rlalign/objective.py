@@ -31,7 +31,7 @@ def correct(old_BL: Tensor, batch: RolloutBatch, advantages_BL: Tensor, algo: Al
     """The configured correction; without one, weights of one on every token whose logprobs are finite."""
     given = (old_BL, batch.rollout_logprobs_BL, batch.loss_mask_BL)
     chosen = algo.correction
-    if chosen is None:
+    if chosen.off:
         return corrections.identity(*given)
     bounds = {name: value for name, value in (("low", chosen.low), ("high", chosen.high)) if value is not None}
     if not chosen.preset:

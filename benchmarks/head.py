@@ -254,7 +254,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    name, when = machine(device), time.strftime("%Y-%m-%d %H:%M")
+    name, when = machine(device), time.strftime("%Y-%m-%d %H:%M:%S")
     for what in args.what:
         for shape in args.shapes:
             n, v = map(int, shape.split("x"))

@@ -205,7 +205,7 @@ class AlgoConfig:
 
 @dataclass(kw_only=True)
 class RuleConfig:
-    """One rule of the monitor; see rlalign.monitor.Rule."""
+    """One rule of the monitor; see rlalign.mismatch.monitor.Rule."""
 
     metric: str = "???"  # a logged key, such as mismatch/lag0/p99 or mismatch/excess/k3
     limit: float = "???"  # type: ignore[assignment]

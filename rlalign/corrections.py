@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from rlalign.mismatch_stats import bounded_exp, bounded_expm1, check_shapes
+from rlalign.mismatch.stats import bounded_exp, bounded_expm1, check_shapes
 from rlalign.types import Correction
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -33,8 +33,8 @@ class Epoch:
     """Process-wide counter of weight updates. Anything that may have written weights calls `bump()`."""
 
     value = 0
-    reasons: Counter[str] = Counter()  # which hook bumped how often
-    caches: weakref.WeakSet[HeadCache] = weakref.WeakSet()
+    reasons: ClassVar[Counter[str]] = Counter()  # which hook bumped how often
+    caches: ClassVar[weakref.WeakSet[HeadCache]] = weakref.WeakSet()
 
     @classmethod
     def bump(cls, reason: str = "caller") -> None:

@@ -1,6 +1,6 @@
 """The monitor inside a run: rules from the configuration, evidence from the run itself, and the action carried out.
 
-`rlalign.monitor` decides; this file knows where the numbers come from and what stopping means here.
+`rlalign.mismatch.monitor` decides; this file knows where the numbers come from and what stopping means here.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from rlalign.config import GateAction, RunConfig
 from rlalign.loop import MismatchLimitError
-from rlalign.monitor import DEFAULT_RULES, Action, Alert, Monitor, Rule
-from rlalign.monitor_causes import Evidence, frozen_run_verdict
+from rlalign.mismatch.monitor import DEFAULT_RULES, Action, Alert, Monitor, Rule
+from rlalign.mismatch.causes import Evidence, frozen_run_verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

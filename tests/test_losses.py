@@ -112,6 +112,10 @@ def written(name, new, old, adv, w, ref, T, n, s):
     return (torch.minimum(worst, -1.3 * adv) if adv < 0 else worst) * w / n
 
 
+# Weights are float32: terms of order one that cancel leave its rounding behind.
+FLOAT32 = 3e-7
+
+
 @pytest.mark.parametrize("name", [n for n in LOSSES if n != "gspo"])
 @quick
 @given(seeds)
@@ -123,7 +127,7 @@ def test_loss_and_gradient_equal_the_written_formula(name, seed):
         written(name, new[b, t], old[b, t], adv[b, t], c.weights[b, t].double(), ref[b, t], int(c.keep[b].sum()), n, s)
         for b, t in c.keep.nonzero().tolist()
     )
-    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=FLOAT32)
     mine, theirs = (torch.autograd.grad(x, new)[0] for x in (loss, expected))
     torch.testing.assert_close(mine[c.keep], theirs[c.keep], rtol=1e-6, atol=1e-9)
 
@@ -141,7 +145,7 @@ def test_gspo_equals_the_published_objective_with_unit_weights(seed):
         a = adv[b][c.keep[b]][0]
         terms.append(-torch.minimum(ratio * a, ratio.clamp(0.95, 1.05) * a))
     expected = torch.stack(terms).mean()
-    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=FLOAT32)
     mine, theirs = (torch.autograd.grad(x, new)[0] for x in (loss, expected))
     torch.testing.assert_close(mine[c.keep], theirs[c.keep], rtol=1e-5, atol=1e-9)
 

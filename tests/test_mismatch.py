@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlalign import mismatch
-from rlalign.mismatch_breakdown import by_label
+from rlalign.mismatch.breakdown import by_label
 
 seeds = st.integers(0, 2**32 - 1)
 quick = settings(max_examples=25, deadline=None)

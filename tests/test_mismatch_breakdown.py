@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlalign import mismatch
-from rlalign.mismatch_breakdown import (
+from rlalign.mismatch.breakdown import (
     TOKEN_CLASSES,
     by_label,
     deciles,

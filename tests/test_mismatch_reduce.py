@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from rlalign import corrections, mismatch
-from rlalign.mismatch_distribution import Distribution
+from rlalign.mismatch.distribution import Distribution
 
 QUANTILE = ("p50", "p90", "p99", "p999")
 WITH_COMPANIONS = ("k1", "k2", "k3", "prob_abs", "ratio", "mult_error")

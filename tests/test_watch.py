@@ -6,7 +6,7 @@ import pytest
 
 from rlalign.config import load
 from rlalign.loop import MismatchLimitError
-from rlalign.monitor import Action
+from rlalign.mismatch.monitor import Action
 from rlalign.types import LogprobSpec
 from rlalign.watch import Watch, rules_of, self_test
 

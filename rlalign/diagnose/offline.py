@@ -17,7 +17,7 @@ import torch
 
 from rlalign.diagnose.offline_read import Tokens, read_tokens
 from rlalign.mismatch import collect, merge, summarize
-from rlalign.mismatch_breakdown import (
+from rlalign.mismatch.breakdown import (
     TOKEN_CLASSES,
     TokenMismatch,
     deciles,
@@ -25,8 +25,8 @@ from rlalign.mismatch_breakdown import (
     token_classes,
     worst_tokens,
 )
-from rlalign.mismatch_stats import label_table, merge_tables
-from rlalign.mismatch_summary import label_means
+from rlalign.mismatch.stats import label_table, merge_tables
+from rlalign.mismatch.summary import label_means
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -2,9 +2,9 @@
 
 1. every worker RPC except the quiet ones: sleep/wake, reset_weights, extensions, RPCs that do not exist yet;
 2. access to `model_runner` or a method through the worker wrapper: callables sent by `collective_rpc` bypass the lookup of 1;
-3. the vocabulary-parallel weight loader: `load_weights` on the model;
-4. the layerwise reload's copy into kernel tensors (private name, in 0.24 to 0.32; vllm RFC #54477 plans to change it: then 1
-   still covers reloads that arrive as RPCs, and the sample of the content the rest).
+3. the vocabulary-parallel weight loader: `load_weights` on the model, and every reload in checkpoint format.
+
+What none of them sees (writes through a tensor kept outside, raw memcpy) the cache's sample of the content finds.
 """
 
 from __future__ import annotations
@@ -19,18 +19,16 @@ QUIET_RPCS = frozenset(
     {"execute_model", "sample_tokens", "execute_dummy_batch", "take_draft_token_ids", "check_health"}
     | {"rlalign_status", "rlalign_acknowledge", "rlalign_head_logits", "rlalign_set_head", "rlalign_load"}
 )
-RPC, CALLABLE, LOADER, RELOAD = "rpc", "callable_rpc", "weight_loader", "layerwise_reload"  # reasons of a bump
+RPC, CALLABLE, LOADER = "rpc", "callable_rpc", "weight_loader"  # reasons of a bump
 
 
 def install() -> None:
-    """Patch the four places. Called once per process by the plugin, before any model is built."""
+    """Patch the places. Called once per process by the plugin, before any model is built."""
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-    from vllm.model_executor.model_loader.reload import layerwise
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     WorkerWrapperBase.__getattr__ = _bump_on_lookup(WorkerWrapperBase.__getattr__)
     VocabParallelEmbedding.weight_loader = _bump_after(VocabParallelEmbedding.weight_loader, LOADER)
-    layerwise._copy_and_restore_kernel_tensors = _bump_after(layerwise._copy_and_restore_kernel_tensors, RELOAD)
 
 
 def _bump_after(function: Callable, reason: str) -> Callable:

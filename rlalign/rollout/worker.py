@@ -189,9 +189,9 @@ class WorkerExtension:
         name, lm_head = self._rlalign_named_head()
         if readback.head_is_stale(lm_head, offset=version):
             problems.append(f"{name}: its kernel still multiplies by an older weight")
-        if _route_of(self._rlalign_layer(), lm_head)["copies"]:
-            if not torch.equal(CACHE.get(lm_head.weight), lm_head.weight.float()):
-                problems.append(f"{name}: the fp32 copy differs from the weight it was made of")
+        copies = _route_of(self._rlalign_layer(), lm_head)["copies"]
+        if copies and not torch.equal(CACHE.get(lm_head.weight), lm_head.weight.float()):
+            problems.append(f"{name}: the fp32 copy differs from the weight it was made of")
         return problems
 
     def _rlalign_mode(self) -> HeadMode | None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from rlalign.byte_tokenizer import byte_tokenizer
+from rlalign.tiny_policy.tokenizer import byte_tokenizer
 from rlalign.config import RolloutConfig
 
 ROLLOUT = RolloutConfig(max_tokens=12, max_model_len=256, max_num_seqs=32, enforce_eager=True)
@@ -70,3 +70,46 @@ def sample(engine, seed: int = 3, samples: int = 4):
 
 def logprobs_of(rollouts) -> list[list[float]]:
     return [r.rollout_logprobs for r in rollouts]
+
+
+@pytest.fixture
+def fp32_copies(monkeypatch) -> None:
+    """As on hosts whose bf16 products need an fp32 copy of the weight: the cache is in use."""
+    from rlalign.rollout import head_layer, worker
+
+    for module in (head_layer, worker):
+        monkeypatch.setattr(module, "reads_weight_directly", lambda hidden, weight: False)
+
+
+def bare_engine(folder: Path, *, head_dtype: str = "float32", mode: str = "auto", **arguments):
+    """vLLM's own LLM with our plugin and worker extension, for what VLLMEngine does not offer (LoRA, drafts, transports)."""
+    import os
+
+    from rlalign.rollout.engine import EMBEDDED_ENVIRONMENT
+    from rlalign.rollout.head_plugin import SETTINGS_KEY
+
+    for name, value in EMBEDDED_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    from vllm import LLM
+
+    defaults = {
+        "dtype": "bfloat16", "max_model_len": 256, "max_num_seqs": 32, "enforce_eager": True, "enable_prefix_caching": False,
+        "logprobs_mode": "processed_logprobs", "disable_log_stats": True, "use_tqdm_on_load": False, "generation_config": "vllm",
+        "worker_extension_cls": "rlalign.rollout.worker.WorkerExtension",
+        "additional_config": {SETTINGS_KEY: {"head_dtype": head_dtype, "mode": mode}},
+    }  # fmt: skip
+    return LLM(model=str(folder), **(defaults | arguments))
+
+
+def worker_of(llm):
+    return llm.llm_engine.model_executor.driver_worker.worker
+
+
+def logits_through(llm, hidden: torch.Tensor, folder: Path, *, batch: int = 16) -> torch.Tensor:
+    """Hidden states [N, D] through the head of a bare engine."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "hidden.safetensors"
+    save_file({"hidden_ND": hidden}, file)
+    return load_file(llm.collective_rpc("rlalign_head_logits", args=(str(file), batch))[0])["logits_NV"]

@@ -27,8 +27,26 @@ def test_every_rank_reports_the_patched_head(engine):
     sample(engine)
     (status,) = engine.status()
     assert status["class"] == handshake.LAYER and status["mode"] == "cached"
-    assert status["calls"] > 0 and status["rebuilds"] >= 1
-    assert status["cache_bytes"] == 4 * 320 * 128  # vLLM pads 288 rows to a multiple of 64
+    assert status["calls"] > 0 and status["head"] == "lm_head: ParallelLMHead/UnquantizedEmbeddingMethod"
+    padded = 4 * 320 * 128  # vLLM pads 288 rows to a multiple of 64
+    assert status["cache_bytes"] == (padded if status["copies"] else 0)
+
+
+def test_the_fp32_copy_is_made_once_where_it_is_needed(engine, fp32_copies):
+    before = engine.status()[0]["rebuilds"]
+    for _ in range(3):
+        sample(engine)
+    (status,) = engine.status()
+    assert status["copies"] and status["route"] in ("onednn_bf16", "strict_fp32")
+    assert status["cache_bytes"] == 4 * 320 * 128 and status["rebuilds"] == before + 1
+    assert status["caught_by_fingerprint"] == 0
+
+
+def test_with_and_without_a_copy_the_bits_are_the_same(engine, tmp_path, request):
+    hidden = torch.randn(48, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
+    direct = {batch: engine_logits(engine, hidden, tmp_path, batch) for batch in (1, 16)}
+    request.getfixturevalue("fp32_copies")
+    assert all(torch.equal(engine_logits(engine, hidden, tmp_path, batch), x) for batch, x in direct.items())
 
 
 def test_logits_are_float32_exact_and_independent_of_the_decode_batch(engine, untied, tmp_path):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rlalign.mismatch_distribution import Distribution
+from rlalign.mismatch.distribution import Distribution
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from rlalign.mismatch_stats import Stats, merge
+from rlalign.mismatch.stats import Stats, merge
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

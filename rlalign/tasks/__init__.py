@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from rlalign.task_rows import MATCHERS, cell, hf_rows, jsonl_rows, number
+from rlalign.tasks.rows import MATCHERS, cell, hf_rows, jsonl_rows, number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

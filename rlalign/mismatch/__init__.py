@@ -16,9 +16,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from rlalign.mismatch_reduce import reduce
-from rlalign.mismatch_stats import EXP_LIMIT, Stats, collect, merge
-from rlalign.mismatch_summary import summarize
+from rlalign.mismatch.ranks import reduce
+from rlalign.mismatch.stats import EXP_LIMIT, Stats, collect, merge
+from rlalign.mismatch.summary import summarize
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,7 +42,7 @@ def compare(
     old_logprobs_BL: the trainer's recompute before the update; rollout_logprobs_BL: as sampled. [B, L], nats, same
     LogprobSpec. loss_mask_BL: [B, L] bool. What lies outside the mask is never read, NaN included.
     lag_B: [B] int, trainer version minus the version that sampled the sequence, or [B, L] where versions change inside
-    a sequence (see `mismatch_breakdown.token_lags`). Adds `lag{v}/...`: `lag0/k3` is engine mismatch alone.
+    a sequence (see `mismatch.breakdown.token_lags`). Adds `lag{v}/...`: `lag0/k3` is engine mismatch alone.
     group_B: [B] int, prompt group; adds `group/...`. positions: adds `position{0..9}/...` by response decile.
 
     Means over tokens have the N finite masked tokens as denominator; means over sequences the S sequences that have

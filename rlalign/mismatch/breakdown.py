@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rlalign.mismatch_stats import DECILES, check_shapes, label_table
-from rlalign.mismatch_summary import label_means
+from rlalign.mismatch.stats import DECILES, check_shapes, label_table
+from rlalign.mismatch.summary import label_means
 
 if TYPE_CHECKING:
     from torch import Tensor

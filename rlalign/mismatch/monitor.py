@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from statistics import median
 
-from rlalign.monitor_causes import Cause, Evidence, likely_causes
+from rlalign.mismatch.causes import Cause, Evidence, likely_causes
 
 
 class Action(StrEnum):

@@ -19,9 +19,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlalign.byte_tokenizer import byte_tokenizer
+from rlalign.tiny_policy.tokenizer import byte_tokenizer
 from rlalign.tasks import load_task
-from rlalign.tiny_training import accuracy, teach
+from rlalign.tiny_policy.training import accuracy, teach
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

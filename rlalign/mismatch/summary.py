@@ -1,4 +1,4 @@
-"""The names and formulas of every mismatch metric, from the sums that `mismatch_stats` collects.
+"""The names and formulas of every mismatch metric, from the sums that `mismatch.stats` collects.
 
 d = old - rollout, rho = exp(d), p = exp(old), q = exp(rollout). <x> is the mean over the N finite masked tokens,
 <x>_S the mean over the S sequences that have one. Directions: KL(rollout || old) unless a name says otherwise.
@@ -10,10 +10,10 @@ import math
 from statistics import median
 from typing import TYPE_CHECKING
 
-from rlalign.mismatch_stats import OVER, TABLE
+from rlalign.mismatch.stats import OVER, TABLE
 
 if TYPE_CHECKING:
-    from rlalign.mismatch_stats import Stats
+    from rlalign.mismatch.stats import Stats
 
 SHARES = (0.5, 0.9, 0.99, 0.999)
 
@@ -191,7 +191,7 @@ def _positions(table: dict[int, list[float]]) -> dict[str, float]:
 
 
 def _groups(table: dict[int, list[float]]) -> dict[str, float]:
-    """Spread over prompt groups, and which is worst; the table itself: `mismatch_breakdown.by_label`."""
+    """Spread over prompt groups, and which is worst; the table itself: `mismatch.breakdown.by_label`."""
     if not table:
         return {}
     k3 = {label: label_means(row)["k3"] for label, row in table.items()}

@@ -63,6 +63,8 @@ class WandbRun:
 
     @staticmethod
     def _init(directory: Path, project: str, name: str, config: dict, mode: str, run_id: str | None) -> wandb.Run:
+        # vLLM imports openai, which wandb takes for an application and advertises its tracing product on stderr.
+        os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")
         settings = wandb.Settings(silent=True, console="off", disable_git=True, init_timeout=ONLINE_TIMEOUT_S)
         return wandb.init(
             dir=str(directory),

@@ -1,0 +1,262 @@
+"""Heads of other architectures through the real engine: bias, soft cap, logit scale, ties, LoRA, drafts, pooling, quantisation."""
+
+import json
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import save_file
+
+from rlalign.rollout.head_layer import HeadMode
+from rlalign.trainer.head_mirror import HeadTransform
+from tests.engine.conftest import PROMPTS, bare_engine, build_model, byte_tokenizer, logits_through, perturbed, worker_of
+
+BODY = {
+    "vocab_size": 288, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256,
+}  # fmt: skip
+HEADS = {
+    "Gemma2, tied, soft cap": (
+        hf.Gemma2ForCausalLM,
+        hf.Gemma2Config(**BODY, head_dim=32, final_logit_softcapping=5.0, query_pre_attn_scalar=32, sliding_window=256),
+    ),
+    "Gemma3, tied, soft cap": (
+        hf.Gemma3ForCausalLM,
+        hf.Gemma3TextConfig(**BODY, head_dim=32, final_logit_softcapping=5.0, query_pre_attn_scalar=32),
+    ),
+    "Cohere, tied, scale": (hf.CohereForCausalLM, hf.CohereConfig(**BODY, logit_scale=0.25, use_qk_norm=False)),
+    "Granite, untied, scale": (
+        hf.GraniteForCausalLM,
+        hf.GraniteConfig(**BODY, logits_scaling=3.0, tie_word_embeddings=False),
+    ),
+    "Llama, untied": (hf.LlamaForCausalLM, hf.LlamaConfig(**BODY, tie_word_embeddings=False)),
+    "Qwen3, tied": (hf.Qwen3ForCausalLM, hf.Qwen3Config(**BODY, head_dim=32, tie_word_embeddings=True)),
+    "GPT-J, bias": (
+        hf.GPTJForCausalLM,
+        hf.GPTJConfig(vocab_size=288, n_positions=256, n_embd=128, n_layer=2, n_head=4, rotary_dim=32),
+    ),
+}
+
+
+def save(model, folder):
+    tokenizer = byte_tokenizer(256)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.config, name, getattr(tokenizer, name))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=HEADS, ids=list(HEADS))
+def architecture(request, tmp_path_factory):
+    """A random model with logits of realistic size: (folder, the transformers model in float32)."""
+    torch.manual_seed(0)
+    kind, config = HEADS[request.param]
+    model = kind(config).float().eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(6.0)
+        if model.get_output_embeddings().bias is not None:
+            model.get_output_embeddings().bias.normal_()
+    return save(model, tmp_path_factory.mktemp("model")), model
+
+
+def sampled(llm, request=None):
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=10, seed=3, logprobs=0)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], params, use_tqdm=False, lora_request=request)
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        chosen = output.outputs[0]
+        pairs = zip(chosen.token_ids, chosen.logprobs, strict=True)
+        yield prompt, list(chosen.token_ids), [entry[token].logprob for token, entry in pairs]
+
+
+@torch.no_grad()
+def recomputed(model, prompt, tokens):
+    logprobs = model(torch.tensor([[*prompt, *tokens]])).logits[0].float().log_softmax(-1)
+    return [float(logprobs[len(prompt) - 1 + i, token]) for i, token in enumerate(tokens)]
+
+
+def worst_error(llm, model, request=None):
+    return max(
+        abs(a - b)
+        for prompt, tokens, logprobs in sampled(llm, request)
+        for a, b in zip(logprobs, recomputed(model, prompt, tokens), strict=True)
+    )
+
+
+def close(llm):
+    llm.llm_engine.engine_core.shutdown()
+
+
+def test_logprobs_equal_transformers_in_float32(architecture):
+    folder, model = architecture
+    llm = bare_engine(folder, dtype="float32")
+    assert worst_error(llm, model) < 2e-5
+    (status,) = llm.collective_rpc("rlalign_status")
+    assert status["mode"] == "cached" and status["calls"] > 0
+    close(llm)
+
+
+@pytest.mark.parametrize("copies", [False, True], ids=["as the host chooses", "copy"])
+def test_a_bf16_head_gives_float32_logits_with_bias_cap_and_scale(architecture, copies, tmp_path, request):
+    if copies:
+        request.getfixturevalue("fp32_copies")
+    folder, model = architecture
+    llm = bare_engine(folder)
+    hidden = torch.randn(20, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    lm_head, transform = model.get_output_embeddings(), HeadTransform.of(model.config.to_dict())
+    weight = lm_head.weight.detach().bfloat16().double()
+    exact = hidden.double() @ weight.t()
+    if lm_head.bias is not None:
+        exact += lm_head.bias.detach().bfloat16().double()
+    exact = transform.apply(exact)
+    errors = {}
+    for mode in ("cached", "master", "native", "off"):
+        llm.collective_rpc("rlalign_set_head", args=(mode,))
+        errors[mode] = float((logits_through(llm, hidden, tmp_path) - exact).abs().max())
+    close(llm)
+    assert max(errors["cached"], errors["master"], errors["native"]) < 1e-5 * exact.abs().max()
+    assert errors["off"] > 50 * errors["cached"], "vLLM's own bf16 head is as exact: this model shows nothing"
+
+
+# --- LoRA on the lm_head ---
+
+
+@pytest.fixture(scope="module")
+def adapter(untied, tmp_path_factory):
+    """A rank-4 adapter of the lm_head alone: (folder, the change of the weight in float64)."""
+    folder = tmp_path_factory.mktemp("adapter")
+    generator = torch.Generator().manual_seed(5)
+    a, b = (torch.randn(shape, generator=generator).bfloat16() * 0.3 for shape in ((4, 128), (288, 4)))
+    save_file(
+        {"base_model.model.lm_head.lora_A.weight": a, "base_model.model.lm_head.lora_B.weight": b},
+        folder / "adapter_model.safetensors",
+    )
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["lm_head"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder, b.double() @ a.double()
+
+
+@pytest.fixture(scope="module")
+def lora(untied, adapter):
+    from vllm.lora.request import LoRARequest
+
+    llm = bare_engine(untied, dtype="float32", enable_lora=True, max_lora_rank=8)
+    yield llm, LoRARequest("lm_head", 1, str(adapter[0]))
+    close(llm)
+
+
+def with_adapter(untied, adapter):
+    model = perturbed(untied, seed=0, size=0.0, dtype=torch.float32)
+    model.lm_head.weight.data += adapter[1].float()
+    return model
+
+
+def test_a_lora_of_the_lm_head_reaches_the_fp32_logits(untied, adapter, lora):
+    llm, request = lora
+    assert worst_error(llm, with_adapter(untied, adapter), request) < 5e-5
+    assert worst_error(llm, perturbed(untied, seed=0, size=0.0, dtype=torch.float32), request) > 0.1
+    assert worst_error(llm, perturbed(untied, seed=0, size=0.0, dtype=torch.float32)) < 2e-5
+    (status,) = llm.collective_rpc("rlalign_status")
+    assert status["head"].startswith("lm_head") and status["calls"] > 0
+
+
+def test_prompt_logprobs_with_a_lora_of_the_lm_head(untied, adapter, lora):
+    from vllm import SamplingParams
+
+    llm, request = lora
+    prompt = list(range(10, 40))
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    (output,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False, lora_request=request)
+    got = [entry[t].logprob for entry, t in zip(output.prompt_logprobs[1:], prompt[1:], strict=True)]
+    adapted = recomputed(with_adapter(untied, adapter), prompt[:1], prompt[1:])
+    base = recomputed(perturbed(untied, seed=0, size=0.0, dtype=torch.float32), prompt[:1], prompt[1:])
+    print("LORA", max(abs(a - b) for a, b in zip(got, adapted)), max(abs(a - b) for a, b in zip(got, base)))
+    assert max(abs(a - b) for a, b in zip(got, adapted, strict=True)) < 5e-5
+
+
+# --- heads that are not ours to change, or cannot be ---
+
+
+def test_drafts_without_a_network_share_the_head(untied):
+    drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    llm = bare_engine(untied, dtype="float32", speculative_config=drafts)
+    assert worst_error(llm, perturbed(untied, seed=0, size=0.0, dtype=torch.float32)) < 2e-5
+    close(llm)
+
+
+def test_a_draft_network_is_refused_where_its_head_could_go_stale(untied):
+    from types import SimpleNamespace
+
+    from rlalign.rollout import head_layer
+
+    config = SimpleNamespace(speculative_config=SimpleNamespace(method="eagle"))
+    for mode in HeadMode:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(head_layer, "get_current_vllm_config", lambda: config)
+            if mode in (HeadMode.OFF, HeadMode.NATIVE):
+                head_layer._require_no_draft_head(mode)
+                continue
+            with pytest.raises(ValueError, match="method 'eagle' brings a draft network.*use ngram"):
+                head_layer._require_no_draft_head(mode)
+
+
+def test_a_quantised_head_is_refused_by_name(untied, monkeypatch):
+    """The layer's kind is what a quantisation scheme leaves on an lm_head; vLLM's own float32 head refuses it as well."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    class Int4Method:
+        def __init__(self, method):
+            self.method = method
+
+        def __getattr__(self, name):
+            return getattr(self.method, name)
+
+    llm = bare_engine(untied)
+    lm_head = worker_of(llm)._rlalign_named_head()[1]
+    assert isinstance(lm_head.quant_method, UnquantizedEmbeddingMethod)
+    monkeypatch.setattr(lm_head, "quant_method", Int4Method(lm_head.quant_method))
+    with pytest.raises(ValueError, match=r"lm_head is quantised by Int4Method.*ignore=\['lm_head'\].*head_dtype=model"):
+        llm.collective_rpc("rlalign_status")
+    llm.collective_rpc("rlalign_set_head", args=("off",))
+    assert llm.collective_rpc("rlalign_status")[0]["mode"] == "off"
+    close(llm)
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory):
+    torch.manual_seed(1)
+    config = hf.Qwen3Config(**BODY, head_dim=32, num_labels=1, tie_word_embeddings=False)
+    model = hf.Qwen3ForSequenceClassification(config).float().eval()
+    return save(model, tmp_path_factory.mktemp("reward")), model
+
+
+@pytest.mark.parametrize("settings", [True, False], ids=["with our settings", "without"])
+def test_pooling_models_are_left_alone(reward_model, settings):
+    from vllm import PoolingParams
+
+    folder, model = reward_model
+    arguments = {} if settings else {"additional_config": {}, "worker_extension_cls": ""}
+    llm = bare_engine(folder, dtype="float32", runner="pooling", **arguments)
+    prompts = [{"prompt_token_ids": p} for p in PROMPTS]
+    outputs = llm.classify(prompts, pooling_params=PoolingParams(use_activation=False), use_tqdm=False)
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        with torch.no_grad():
+            assert abs(float(model(torch.tensor([prompt])).logits) - output.outputs.probs[0]) < 1e-5
+    close(llm)
+
+
+def test_an_engine_without_our_settings_keeps_its_own_head(untied):
+    llm = bare_engine(untied, additional_config={})
+    (status,) = llm.collective_rpc("rlalign_status")
+    assert status["mode"] == "off" and status["route"] is None
+    close(llm)
+
+
+def test_padding_of_the_vocabulary_carries_no_probability(tmp_path):
+    folder = build_model(tmp_path / "model", tied=False)
+    llm = bare_engine(folder)
+    logits = logits_through(llm, torch.randn(5, 128).bfloat16(), tmp_path)
+    assert logits.shape == (5, 288) and worker_of(llm)._rlalign_named_head()[1].weight.shape[0] == 320
+    close(llm)

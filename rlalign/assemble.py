@@ -81,8 +81,11 @@ def start_engine(model: Path, config: RunConfig) -> VLLMEngine:
 
 def start_policy(model: Path, config: RunConfig) -> Policy:
     """The model in DeepSpeed, with the mirrored head."""
+    from transformers.utils.logging import disable_progress_bar
+
     from rlalign.trainer.policy import Policy
 
+    disable_progress_bar()  # the run shows its own
     return Policy(
         model,
         config.trainer,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,8 +22,7 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. 0: fine; 1: the check or the run failed; 2: wrong usage or configuration; 130: interrupted."""
-    # Read by the OpenMP runtime when it loads: spinning threads make two busy cores about five times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    set_environment()
     arguments = _parser().parse_args(argv)
     try:
         require_working()
@@ -35,6 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         print(f"rlalign: {error}", file=sys.stderr)
         return 1
+
+
+def set_environment() -> None:
+    """What must be said before torch, vLLM and DeepSpeed load. Nothing that the user has set is changed."""
+    # Read by the OpenMP runtime when it loads: spinning threads make two busy cores about five times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Start-up chatter of the libraries hides the progress of the run; their warnings and errors still come through.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(vllm|deepspeed)\.")
 
 
 def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:

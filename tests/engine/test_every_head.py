@@ -1,6 +1,10 @@
 """Heads of other architectures through the real engine: bias, soft cap, logit scale, ties, LoRA, drafts, pooling, quantisation."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +13,15 @@ from safetensors.torch import save_file
 
 from rlalign.rollout.head_layer import HeadMode
 from rlalign.trainer.head_mirror import HeadTransform
-from tests.engine.conftest import PROMPTS, bare_engine, build_model, byte_tokenizer, logits_through, perturbed, worker_of
+from tests.engine.conftest import (
+    PROMPTS,
+    bare_engine,
+    build_model,
+    byte_tokenizer,
+    logits_through,
+    perturbed,
+    worker_of,
+)
 
 BODY = {
     "vocab_size": 288, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -153,37 +165,72 @@ def with_adapter(untied, adapter):
     return model
 
 
+def scored(llm, prompts, request):
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False, lora_request=request)
+    return [
+        [entry[t].logprob for entry, t in zip(o.prompt_logprobs[1:], p[1:], strict=True)]
+        for o, p in zip(outputs, prompts, strict=True)
+    ]
+
+
+def furthest(model, prompts, scores):
+    return max(
+        abs(a - b)
+        for prompt, given in zip(prompts, scores, strict=True)
+        for a, b in zip(given, recomputed(model, prompt[:1], prompt[1:]), strict=True)
+    )
+
+
 def test_a_lora_of_the_lm_head_reaches_the_fp32_logits(untied, adapter, lora):
     llm, request = lora
+    plain = perturbed(untied, seed=0, size=0.0, dtype=torch.float32)
     assert worst_error(llm, with_adapter(untied, adapter), request) < 5e-5
-    assert worst_error(llm, perturbed(untied, seed=0, size=0.0, dtype=torch.float32), request) > 0.1
-    assert worst_error(llm, perturbed(untied, seed=0, size=0.0, dtype=torch.float32)) < 2e-5
+    assert worst_error(llm, plain, request) > 0.1
     (status,) = llm.collective_rpc("rlalign_status")
     assert status["head"].startswith("lm_head") and status["calls"] > 0
 
 
 def test_prompt_logprobs_with_a_lora_of_the_lm_head(untied, adapter, lora):
-    from vllm import SamplingParams
-
+    """vLLM 0.32 maps adapters to rows by sequence, also where the rows are the tokens of a prompt (vllm#51594, open): on CPU a
+    prompt scored alone is right by broadcasting; the GPU kernels drop the change. Score adapters by generating, or merge them.
+    """
     llm, request = lora
     prompt = list(range(10, 40))
-    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
-    (output,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False, lora_request=request)
-    got = [entry[t].logprob for entry, t in zip(output.prompt_logprobs[1:], prompt[1:], strict=True)]
-    adapted = recomputed(with_adapter(untied, adapter), prompt[:1], prompt[1:])
-    base = recomputed(perturbed(untied, seed=0, size=0.0, dtype=torch.float32), prompt[:1], prompt[1:])
-    print("LORA", max(abs(a - b) for a, b in zip(got, adapted)), max(abs(a - b) for a, b in zip(got, base)))
-    assert max(abs(a - b) for a, b in zip(got, adapted, strict=True)) < 5e-5
+    assert furthest(with_adapter(untied, adapter), [prompt], scored(llm, [prompt], request)) < 5e-5
+
+
+def test_on_cpu_vllm_gives_a_request_without_adapter_the_last_one(untied, adapter, lora):
+    """vllm#48421 (open): index -1, no adapter, reads the last slot. When this fails, vLLM has fixed it."""
+    llm, request = lora
+    list(sampled(llm, request))
+    assert worst_error(llm, perturbed(untied, seed=0, size=0.0, dtype=torch.float32)) > 0.1
 
 
 # --- heads that are not ours to change, or cannot be ---
 
 
+NGRAM = """
+import sys, torch
+from pathlib import Path
+from tests.engine.conftest import bare_engine, perturbed
+from tests.engine.test_every_head import worst_error
+folder = Path(sys.argv[1])
+drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+llm = bare_engine(folder, dtype="float32", speculative_config=drafts)
+print("RESULT", worst_error(llm, perturbed(folder, seed=0, size=0.0, dtype=torch.float32)))
+"""
+
+
 def test_drafts_without_a_network_share_the_head(untied):
-    drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
-    llm = bare_engine(untied, dtype="float32", speculative_config=drafts)
-    assert worst_error(llm, perturbed(untied, seed=0, size=0.0, dtype=torch.float32)) < 2e-5
-    close(llm)
+    """In a process of its own: after the n-gram proposer has run, vLLM 0.32 cannot start another engine in the process."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", NGRAM, str(untied)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(root)}, cwd=root)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT")] or [done.stderr[-3000:]]
+    assert float(line.split()[1]) < 2e-5
 
 
 def test_a_draft_network_is_refused_where_its_head_could_go_stale(untied):

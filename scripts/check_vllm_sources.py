@@ -85,6 +85,7 @@ def execute(version: str, sources: Path) -> None:
         torch.manual_seed(0)
         lm_head = ParallelLMHead(300, 128, params_dtype=torch.bfloat16)
         lm_head.weight.data.copy_(torch.randn(320, 128) * 0.1)
+        lm_head.quant_method.process_weights_after_loading(lm_head)
         bias, hidden = torch.randn(320).bfloat16(), torch.randn(7, 128).bfloat16()
         settings.additional_config = {head_plugin.SETTINGS_KEY: {"head_dtype": "float32", "mode": "auto"}}
         layer = LogitsProcessor(300, 300)

@@ -60,6 +60,7 @@ def _body(runs: Sequence[Shown], title: str) -> str:
             _numbers(runs),
             _learning(runs),
             _mismatch(runs),
+            _beyond(runs),
             _head_alone(runs),
             _tokens(runs, views),
             _worst(runs, views),
@@ -167,6 +168,31 @@ def _mismatch(runs: Sequence[Shown]) -> str:
         "A red cross marks a step whose value is not finite; zeros are drawn on the lower edge."
     )
     return section("Mismatch at lag 0", grid(charts) if any(charts) else "", lead)
+
+
+BEYOND = (
+    (
+        "mismatch/excess/k3",
+        "k3 beyond the noise floor",
+        "engine mismatch minus the rollout engine against itself, nats",
+    ),
+    ("mismatch/lag1/k3", "Staleness: k3 at lag 1", "rollouts one version behind the trainer, nats"),
+    ("train/k1_old", "Staleness inside a step", "k1 from old_logprobs to the policy being trained, nats"),
+    ("correction/ess", "Correction: effective sample size", "share of the masked tokens"),
+    ("correction/kept_frac", "Correction: tokens kept", "share of the masked tokens"),
+)
+
+
+def _beyond(runs: Sequence[Shown]) -> str:
+    """What is not engine mismatch at lag 0, each on its own: beyond the floor, staleness, and what the correction did."""
+    charts = []
+    for key, title, note in BEYOND:
+        lines = _lines(runs, key)
+        flat = {0.0} if key.startswith(("mismatch", "train")) else {1.0}
+        if any(set(line.values) - flat for line in lines):
+            charts.append(figure(plots.line_chart(lines, name=key.replace("/", "-")), title, note, _legend(runs)))
+    lead = "Kept apart from the mismatch above. A quantity that never left its neutral value has no chart."
+    return section("Noise floor, staleness, corrections", grid(charts) if charts else "", lead)
 
 
 def _head_alone(runs: Sequence[Shown]) -> str:

@@ -153,8 +153,12 @@ def _parser() -> argparse.ArgumentParser:
     parity.set_defaults(run=_parity)
 
     offline = commands.add_parser("mismatch", help="the mismatch report of a run you already have, from its token dump")
-    offline.add_argument("file", type=Path, help="parquet or JSONL: ours, prime-rl's token export, verl's or TRL's dumps")
-    offline.add_argument("--column", action="append", default=[], metavar="FIELD=NAME", help="name a column; repeatable")
+    offline.add_argument(
+        "file", type=Path, help="parquet or JSONL: ours, prime-rl's token export, verl's or TRL's dumps"
+    )
+    offline.add_argument(
+        "--column", action="append", default=[], metavar="FIELD=NAME", help="name a column; repeatable"
+    )
     offline.add_argument("--worst", type=int, default=10, help="worst tokens to list (default %(default)s)")
     offline.add_argument("--plot", type=Path, metavar="FILE", help="write the plots as PNG or SVG")
     offline.add_argument("--json", type=Path, metavar="FILE", help="write every number as JSON")

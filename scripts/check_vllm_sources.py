@@ -100,8 +100,8 @@ def execute(version: str, sources: Path) -> None:
         tokens = layer.get_top_tokens(lm_head, hidden, bias)
         assert torch.equal(tokens, expected.argmax(-1)), f"{version}: other top tokens than the argmax of our logits"
         layer.set_mode(head_layer.HeadMode.OFF)
-        own = lm_head.quant_method.apply(lm_head, hidden, bias=bias)[:, :300]
-        assert torch.equal(layer(lm_head, hidden, bias), own), f"{version}: switched off it is not vLLM's own head"
+        own = lm_head.quant_method.apply(lm_head, hidden)[:, :300]
+        assert torch.equal(layer(lm_head, hidden), own), f"{version}: switched off it is not vLLM's own head"
         assert layer.calls == 4, f"{version}: {layer.calls} of 4 calls were counted"
 
 

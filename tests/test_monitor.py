@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from rlalign.mismatch.monitor import DEFAULT_RULES, Action, Monitor, Rule
 from rlalign.mismatch.causes import Evidence, drift, frozen_run_verdict, likely_causes
+from rlalign.mismatch.monitor import DEFAULT_RULES, Action, Monitor, Rule
 
 K3 = "mismatch/lag0/k3"
 

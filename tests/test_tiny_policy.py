@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlalign import tiny_policy
-from rlalign.tiny_policy.tokenizer import byte_tokenizer
 from rlalign.tasks import load_task
 from rlalign.tiny_policy import TinyRecipe, cached_policy, make_tiny_policy
+from rlalign.tiny_policy.tokenizer import byte_tokenizer
 from rlalign.tiny_policy.training import IGNORED, _encode, _expected_accuracy, accuracy
 
 TWO_STEPS = TinyRecipe(

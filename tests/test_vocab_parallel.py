@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from rlalign.logprobs import token_logprobs
-from rlalign.vocab_parallel import VocabShard
+from rlalign.logprobs.vocab_parallel import VocabShard
 
 V, D = 210, 24  # the weight has 210 rows, of which 150 (or so) are real
 CASES = [

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from rlalign import mismatch
+from rlalign.assemble import encode, load_task_of, load_tokenizer, resolve_model
 from rlalign.config import RunConfig
 from rlalign.diagnose import head_isolation, noise_floor
-from rlalign.assemble import encode, load_task_of, load_tokenizer, resolve_model
 from rlalign.types import RolloutBatch, collate
 
 if TYPE_CHECKING:

@@ -168,7 +168,7 @@ class VLLMEngine:
                     f"rollout.max_model_len={self.config.max_model_len} it must have 1 to {room}"
                 )
 
-    def _sampling(self, samples: int, *, seed: int):  # noqa: ANN202 (vllm.SamplingParams, imported lazily)
+    def _sampling(self, samples: int, *, seed: int):
         from vllm import SamplingParams
 
         c = self.config
@@ -183,7 +183,7 @@ class VLLMEngine:
             seed=seed,
         )
 
-    def _rollout(self, prompt: Sequence[int], completion, *, prompt_id: int, group_id: int) -> Rollout:  # noqa: ANN001
+    def _rollout(self, prompt: Sequence[int], completion, *, prompt_id: int, group_id: int) -> Rollout:
         tokens = list(completion.token_ids)
         start = len(prompt)
         return Rollout(
@@ -197,7 +197,7 @@ class VLLMEngine:
             text=completion.text,
         )
 
-    def _spans(self, completion, start: int, count: int) -> list[tuple[int, int, int]]:  # noqa: ANN001
+    def _spans(self, completion, start: int, count: int) -> list[tuple[int, int, int]]:
         from rlalign.rollout.versions import has_output_spans
 
         if not has_output_spans(self.version):
@@ -205,7 +205,7 @@ class VLLMEngine:
         return [(start + s.start, start + s.end, int(s.version)) for s in completion.weight_versions]
 
 
-def _start(model: Path, config: RolloutConfig, *, dtype: str, head_dtype: str, seed: int):  # noqa: ANN202 (vllm.LLM)
+def _start(model: Path, config: RolloutConfig, *, dtype: str, head_dtype: str, seed: int):
     for name, value in EMBEDDED_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.cpu_kv_cache_gib))
@@ -231,7 +231,7 @@ def _start(model: Path, config: RolloutConfig, *, dtype: str, head_dtype: str, s
     )
 
 
-def _expected_mode(head_dtype: str, head_mode: str, llm) -> str:  # noqa: ANN001
+def _expected_mode(head_dtype: str, head_mode: str, llm) -> str:
     if head_dtype == "model":
         return "off"
     if head_dtype == "master":

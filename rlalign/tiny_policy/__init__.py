@@ -19,8 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlalign.tiny_policy.tokenizer import byte_tokenizer
 from rlalign.tasks import load_task
+from rlalign.tiny_policy.tokenizer import byte_tokenizer
 from rlalign.tiny_policy.training import accuracy, teach
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from rlalign.tiny_policy.tokenizer import byte_tokenizer
 from rlalign.config import RolloutConfig
+from rlalign.tiny_policy.tokenizer import byte_tokenizer
 
 ROLLOUT = RolloutConfig(max_tokens=12, max_model_len=256, max_num_seqs=32, enforce_eager=True)
 PROMPTS = [[1, 40, 41, 42], [1, 60], [1, 70, 71]]

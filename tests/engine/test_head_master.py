@@ -65,8 +65,8 @@ def test_both_sides_project_with_the_optimizers_weight(folder, tmp_path):
     assert status["mode"] == "master" and status["masters_loaded"] >= 1 and status["copies"] is False
     assert status["cache_bytes"] == 4 * 320 * 128
     assert {r.policy_version for r in rollouts} == {1}
+    policy.close()  # before the engine, which destroys the process group
     engine.close()
-    policy.close()
 
 
 def test_a_publish_without_its_master_is_refused(untied, tmp_path):
@@ -88,8 +88,8 @@ def test_a_publish_without_its_master_is_refused(untied, tmp_path):
     assert worker.get_model().lm_head.weight.dtype == torch.bfloat16
     with pytest.raises(RuntimeError, match="has changed and no unrounded weight came with it"):
         sample(engine)
+    policy.close()  # before the engine, which destroys the process group
     engine.close()
-    policy.close()
     MASTER.drop()
 
 

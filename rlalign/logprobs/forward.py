@@ -1,7 +1,7 @@
 """The sums over the vocabulary behind token_logprobs, tile by tile: [tokens, vocabulary] never exists.
 
 A tile is `tile.tokens` rows by `tile.vocab` columns of float32 logits; vocabulary outer, tokens inner, one running sum
-per token. The backward pass (fused_backward.py) forms the same tiles again.
+per token. The backward pass (backward.py) forms the same tiles again.
 
 N tokens, D hidden, V vocabulary (or this rank's shard of it), T rows and S columns of a tile.
 """

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlalign.fused_backward import Upstream, backward_tiles
-from rlalign.fused_logprobs import Problem, Tile, Transform, forward_sums, mirror
 from rlalign.head import route
+from rlalign.logprobs.backward import Upstream, backward_tiles
+from rlalign.logprobs.forward import Problem, Tile, Transform, forward_sums, mirror
 
 
 @torch.library.custom_op("rlalign::token_logprobs", mutates_args=())

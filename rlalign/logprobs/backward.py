@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlalign.fused_logprobs import Problem, padded, token_tiles
+from rlalign.logprobs.forward import Problem, padded, token_tiles
 from rlalign.products import Route, backward_route, matmul, stored_for
 
 # MKL's bf16 product is a fifth faster on inner lengths of 1024 than on longer ones (AMX).

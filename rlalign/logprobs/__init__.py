@@ -18,10 +18,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlalign.fused_logprobs import Transform
 from rlalign.head import check_operands
-from rlalign.logprobs_op import flat_logprobs
-from rlalign.vocab_parallel import VocabShard, sharded_logprobs
+from rlalign.logprobs.forward import Transform
+from rlalign.logprobs.op import flat_logprobs
+from rlalign.logprobs.vocab_parallel import VocabShard, sharded_logprobs
 
 Mode = Literal["fast", "exact_mirror"]
 

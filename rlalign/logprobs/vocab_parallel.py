@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlalign.fused_backward import Upstream, backward_tiles
-from rlalign.fused_logprobs import Problem, Sums, Tile, Transform, forward_sums
 from rlalign.head import route
+from rlalign.logprobs.backward import Upstream, backward_tiles
+from rlalign.logprobs.forward import Problem, Sums, Tile, Transform, forward_sums
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

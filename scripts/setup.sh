@@ -35,7 +35,7 @@ if ! pip install -q --no-deps "${arguments[@]}" > "$log" 2>&1; then
       || fail "no CPU build of torch within reach: point pip at PyTorch's CPU index (see pytorch.org, 'Get started') and run again"
   elif grep -qiE "No space left" "$log"; then
     fail "the disk filled up; free some space and run again"
-  elif grep -qiE "Temporary failure|Connection|timed out|Name or service" "$log"; then
+  elif grep -qiE "Temporary failure|Connection|timed out|Name or service|from versions: none" "$log"; then
     fail "the package index cannot be reached; check the network or pip's configuration and run again"
   else
     fail "pip failed; its last words are in $log"

@@ -1,0 +1,1 @@
+"""Reward scores made honest: calibration, the metrics that judge it, and the files that carry it."""

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlalign.config import RolloutConfig
 from rlalign.rollout import handshake
 from rlalign.rollout.head_plugin import SETTINGS_KEY
 from rlalign.rollout.versions import has_weight_version
 from rlalign.types import LogprobSpec, Rollout
+
+if TYPE_CHECKING:
+    from vllm import LLM, CompletionOutput, SamplingParams
 
 # Set before vLLM is imported, and only where the user has not chosen. In-process: the engine shares the trainer's process and
 # its two cores; without it vLLM spawns two more processes that import everything again (15 s) and pin themselves to core 0.
@@ -168,7 +172,7 @@ class VLLMEngine:
                     f"rollout.max_model_len={self.config.max_model_len} it must have 1 to {room}"
                 )
 
-    def _sampling(self, samples: int, *, seed: int):
+    def _sampling(self, samples: int, *, seed: int) -> SamplingParams:
         from vllm import SamplingParams
 
         c = self.config
@@ -183,7 +187,9 @@ class VLLMEngine:
             seed=seed,
         )
 
-    def _rollout(self, prompt: Sequence[int], completion, *, prompt_id: int, group_id: int) -> Rollout:
+    def _rollout(
+        self, prompt: Sequence[int], completion: CompletionOutput, *, prompt_id: int, group_id: int
+    ) -> Rollout:
         tokens = list(completion.token_ids)
         start = len(prompt)
         return Rollout(
@@ -197,7 +203,7 @@ class VLLMEngine:
             text=completion.text,
         )
 
-    def _spans(self, completion, start: int, count: int) -> list[tuple[int, int, int]]:
+    def _spans(self, completion: CompletionOutput, start: int, count: int) -> list[tuple[int, int, int]]:
         from rlalign.rollout.versions import has_output_spans
 
         if not has_output_spans(self.version):
@@ -205,7 +211,7 @@ class VLLMEngine:
         return [(start + s.start, start + s.end, int(s.version)) for s in completion.weight_versions]
 
 
-def _start(model: Path, config: RolloutConfig, *, dtype: str, head_dtype: str, seed: int):
+def _start(model: Path, config: RolloutConfig, *, dtype: str, head_dtype: str, seed: int) -> LLM:
     for name, value in EMBEDDED_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.cpu_kv_cache_gib))
@@ -231,7 +237,7 @@ def _start(model: Path, config: RolloutConfig, *, dtype: str, head_dtype: str, s
     )
 
 
-def _expected_mode(head_dtype: str, head_mode: str, llm) -> str:
+def _expected_mode(head_dtype: str, head_mode: str, llm: LLM) -> str:
     if head_dtype == "model":
         return "off"
     if head_dtype == "master":

@@ -1,0 +1,292 @@
+"""How calibrated and how sharp probabilities are. Conventions differ between packages, so every one is an argument.
+
+p_N: probabilities; y_N: what happened, 0 or 1 (numbers in [0, 1] with `soft_labels=True`). Binary p is the
+probability of label 1; for top-label calibration pass the confidence and whether the prediction was right.
+`sample_weight` are importance weights: a row of weight 2 counts as two equal rows.
+Empty, NaN, out of range: ValueError, never a number. docs/calibration.md compares the conventions of other packages.
+
+N rows, K classes, M bins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from rlalign.reward.arrays import binary_labels, class_labels, probabilities, require_rows, row_weights, whole
+from rlalign.reward.bootstrap import Interval, NoiseFloor, bootstrap_ci, ece_noise_floor
+from rlalign.reward.smooth_ece import smooth_ece
+
+if TYPE_CHECKING:
+    from rlalign.reward.arrays import Floats, Numbers
+
+Strategy = Literal["uniform", "quantile"]
+Norm = Literal["l1", "l2", "max"]
+Closed = Literal["right", "left"]
+
+__all__ = [
+    "BinStats", "BrierDecomposition", "Interval", "NoiseFloor", "auroc", "bin_stats", "bootstrap_ci",
+    "brier_decomposition", "brier_score", "classwise_ece", "ece_noise_floor", "expected_calibration_error",
+    "negative_log_likelihood", "smooth_ece",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BinStats:
+    """Sums per non-empty bin, in rising order of p.
+
+    index_N: the non-empty bin each row is in. weight_M sums to the total weight; confidence_M and outcome_M are the
+    weighted means of p and y; effective_M is (sum w)^2 / sum w^2, the bin's row count where weights are equal.
+    """
+
+    index_N: np.ndarray
+    weight_M: Floats
+    confidence_M: Floats
+    outcome_M: Floats
+    effective_M: Floats
+
+    @property
+    def share_M(self) -> Floats:
+        """Fraction of the weight in each bin."""
+        return self.weight_M / self.weight_M.sum()
+
+
+def bin_stats(
+    p: Numbers,
+    y: Numbers,
+    *,
+    n_bins: int = 15,
+    strategy: Strategy = "uniform",
+    closed: Closed = "right",
+    sample_weight: Numbers | None = None,
+    soft_labels: bool = False,
+) -> BinStats:
+    """Sort rows into bins of p; every row lies in exactly one, p = 0, p = 1 and p on an edge included.
+
+    strategy: `uniform` bins have equal width; `quantile` bins have equal weight, and equal p are never split, so with
+    ties there may be fewer of them. closed: `right` bins are (lo, hi], the first also has 0 (Guo et al. 2017,
+    scikit-learn); `left` bins are [lo, hi), the last also has 1 (torchmetrics).
+    Raises ValueError on bad input, n_bins below 1 or not a whole number.
+    """
+    p_N, y_N, weight_N = _checked(p, y, sample_weight, soft_labels=soft_labels)
+    n_bins = whole(n_bins, "n_bins", at_least=1)
+    _one_of(closed, ("right", "left"), "closed")
+    _one_of(strategy, ("uniform", "quantile"), "strategy")
+    share = np.arange(1, n_bins) / n_bins
+    if strategy == "uniform":
+        edges = share
+    else:
+        order_N = np.argsort(p_N, kind="stable")
+        reached_N = np.cumsum(weight_N[order_N])
+        wanted = share * reached_N[-1] * (1 - 1e-12)  # 1/3 of 3 rows is one row, whichever way it was rounded
+        edges = np.unique(p_N[order_N][np.searchsorted(reached_N, wanted)])
+    bin_N = np.searchsorted(edges, p_N, side="left" if closed == "right" else "right")
+    _, index_N = np.unique(bin_N, return_inverse=True)
+    weight_M = np.bincount(index_N, weight_N)
+    return BinStats(
+        index_N=index_N,
+        weight_M=weight_M,
+        confidence_M=np.bincount(index_N, weight_N * p_N) / weight_M,
+        outcome_M=np.bincount(index_N, weight_N * y_N) / weight_M,
+        effective_M=weight_M**2 / np.bincount(index_N, weight_N**2),
+    )
+
+
+def expected_calibration_error(
+    p: Numbers,
+    y: Numbers,
+    *,
+    n_bins: int = 15,
+    strategy: Strategy = "uniform",
+    norm: Norm = "l1",
+    closed: Closed = "right",
+    debias: bool = False,
+    sample_weight: Numbers | None = None,
+    soft_labels: bool = False,
+) -> float:
+    """Binned calibration error in [0, 1]; the defaults are those of Guo et al. 2017 (1706.04599).
+
+    norm: `l1` sum of share * |mean y - mean p|; `l2` root of the share-weighted squares; `max` the worst bin (MCE).
+    strategy, closed, n_bins: see `bin_stats`. debias: take off what chance alone adds in bins of this size: the
+    variance of the mean outcome for l2 (Kumar et al. 2019, 1909.10155), and for l1 the expected rise of |gap| under
+    normal noise of that variance (ibid., appendix); a bin of one row has no variance estimate and counts 0.
+    Perfectly calibrated scores do not reach 0 without it: compare with `ece_noise_floor`.
+    Raises ValueError on bad input, and on debias with norm `max`.
+    """
+    _one_of(norm, ("l1", "l2", "max"), "norm")
+    if debias and norm == "max":
+        raise ValueError("expected_calibration_error: debias is defined for norm 'l1' and 'l2', got 'max'")
+    bins = bin_stats(
+        p, y, n_bins=n_bins, strategy=strategy, closed=closed, sample_weight=sample_weight, soft_labels=soft_labels
+    )
+    gap_M = np.abs(bins.outcome_M - bins.confidence_M)
+    if norm == "max":
+        return float(gap_M.max())
+    if not debias:
+        return float(bins.share_M @ gap_M) if norm == "l1" else float(np.sqrt(bins.share_M @ gap_M**2))
+    return _debiased(bins, gap_M, norm)
+
+
+def _debiased(bins: BinStats, gap_M: Floats, norm: Norm) -> float:
+    from scipy.special import ndtr
+
+    several_M = bins.effective_M > 1 + 1e-9
+    spread_M = bins.outcome_M * (1 - bins.outcome_M)
+    variance_M = np.divide(spread_M, bins.effective_M - (norm == "l2"), out=np.zeros_like(spread_M), where=several_M)
+    if norm == "l2":
+        square = bins.share_M @ np.where(several_M, gap_M**2 - variance_M, 0.0)
+        return float(np.sqrt(max(square, 0.0)))
+    sd_M = np.sqrt(variance_M)
+    z_M = np.divide(gap_M, sd_M, out=np.zeros_like(gap_M), where=sd_M > 0)
+    folded_M = sd_M * np.sqrt(2 / np.pi) * np.exp(-(z_M**2) / 2) + gap_M * (1 - 2 * ndtr(-z_M))
+    expected_M = np.where(sd_M > 0, folded_M, gap_M)
+    return float(max(bins.share_M @ (2 * gap_M - expected_M), 0.0))
+
+
+def classwise_ece(
+    p_NK: Numbers,
+    y: Numbers,
+    *,
+    n_bins: int = 15,
+    strategy: Strategy = "uniform",
+    norm: Norm = "l1",
+    closed: Closed = "right",
+    debias: bool = False,
+    sample_weight: Numbers | None = None,
+) -> float:
+    """Mean over the K classes of the binary ECE of each column (Nixon et al. 2019, 1904.01685). y: classes 0..K-1.
+
+    Raises ValueError as `expected_calibration_error` does, and when p is not [N, K] with rows that sum to 1.
+    """
+    p_NK, y_N = _checked_classes(p_NK, y)
+    each = [
+        expected_calibration_error(
+            p_NK[:, k], y_N == k, n_bins=n_bins, strategy=strategy, norm=norm, closed=closed, debias=debias,
+            sample_weight=sample_weight,
+        )
+        for k in range(p_NK.shape[1])
+    ]  # fmt: skip
+    return float(np.mean(each))
+
+
+def brier_score(
+    p: Numbers, y: Numbers, *, sample_weight: Numbers | None = None, soft_labels: bool = False
+) -> float:
+    """Mean squared error of the probability: (p - y)^2 for [N], in [0, 1]; sum over classes for [N, K], in [0, 2]."""
+    if np.ndim(p_rows := probabilities(p)) == 2:
+        p_NK, y_N = _checked_classes(p_rows, y)
+        error_N = ((p_NK - np.eye(p_NK.shape[1])[y_N]) ** 2).sum(1)
+        return float(np.average(error_N, weights=row_weights(sample_weight, len(y_N))))
+    p_N, y_N, weight_N = _checked(p_rows, y, sample_weight, soft_labels=soft_labels)
+    return float(np.average((p_N - y_N) ** 2, weights=weight_N))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BrierDecomposition:
+    """brier = reliability - resolution + uncertainty + within_bin, exactly.
+
+    reliability: how far bins are from their outcomes (0 is best). resolution: how far outcomes differ between bins
+    (more is better). uncertainty: variance of the label. within_bin: what the spread of p inside bins adds; 0 when
+    every bin has one value of p, as for isotonic calibration binned by its levels.
+    """
+
+    reliability: float
+    resolution: float
+    uncertainty: float
+    within_bin: float
+
+
+def brier_decomposition(
+    p: Numbers,
+    y: Numbers,
+    *,
+    n_bins: int = 15,
+    strategy: Strategy = "uniform",
+    closed: Closed = "right",
+    sample_weight: Numbers | None = None,
+) -> BrierDecomposition:
+    """The parts of the binary Brier score (Murphy 1973; within-bin terms of Stephenson et al. 2008). Bins as in ECE."""
+    p_N, y_N, weight_N = _checked(p, y, sample_weight)
+    bins = bin_stats(p_N, y_N, n_bins=n_bins, strategy=strategy, closed=closed, sample_weight=sample_weight)
+    share_N = weight_N / weight_N.sum()
+    base = float(share_N @ y_N)
+    p_inside_N = p_N - bins.confidence_M[bins.index_N]
+    y_inside_N = y_N - bins.outcome_M[bins.index_N]
+    return BrierDecomposition(
+        reliability=float(bins.share_M @ (bins.confidence_M - bins.outcome_M) ** 2),
+        resolution=float(bins.share_M @ (bins.outcome_M - base) ** 2),
+        uncertainty=float(share_N @ (y_N - base) ** 2),
+        within_bin=float(share_N @ (p_inside_N**2 - 2 * p_inside_N * y_inside_N)),
+    )
+
+
+def negative_log_likelihood(
+    p: Numbers, y: Numbers, *, sample_weight: Numbers | None = None, soft_labels: bool = False
+) -> float:
+    """Mean -log of the probability given to what happened, nats; [N] binary or [N, K] with classes 0..K-1.
+
+    inf where that probability is exactly 0: nothing is clipped, a certain mistake is infinitely surprising.
+    """
+    if np.ndim(p_rows := probabilities(p)) == 2:
+        p_NK, y_N = _checked_classes(p_rows, y)
+        weight_N = row_weights(sample_weight, len(y_N))
+        given_N, share_N = p_NK[np.arange(len(y_N)), y_N], weight_N
+    else:
+        p_N, y_N, weight_N = _checked(p_rows, y, sample_weight, soft_labels=soft_labels)
+        given_N, share_N = np.r_[p_N, 1 - p_N], np.r_[weight_N * y_N, weight_N * (1 - y_N)]
+    counted_N = share_N > 0
+    with np.errstate(divide="ignore"):
+        return float(-(share_N[counted_N] @ np.log(given_N[counted_N])) / weight_N.sum())
+
+
+def auroc(p: Numbers, y: Numbers, *, sample_weight: Numbers | None = None) -> float:
+    """Chance that a row of label 1 scores above one of label 0, ties one half. Any finite score, logits included.
+
+    Raises ValueError when only one class has weight: the area is undefined there.
+    """
+    from rlalign.reward.arrays import numbers
+
+    score_N, y_N = numbers(p, "p"), binary_labels(y, soft=False)
+    require_rows(score_N, y_N, "p", "y")
+    weight_N = row_weights(sample_weight, len(y_N))
+    _, level_N = np.unique(score_N, return_inverse=True)
+    positive_M = np.bincount(level_N, weight_N * y_N)
+    negative_M = np.bincount(level_N, weight_N * (1 - y_N))
+    if positive_M.sum() == 0 or negative_M.sum() == 0:
+        raise ValueError("auroc: only one class has weight; the area is undefined")
+    below_M = np.cumsum(negative_M) - negative_M / 2
+    return float(positive_M @ below_M / (positive_M.sum() * negative_M.sum()))
+
+
+def _checked(
+    p: Numbers, y: Numbers, sample_weight: Numbers | None, *, soft_labels: bool = False
+) -> tuple[Floats, Floats, Floats]:
+    """p, y and weights of the rows that have weight."""
+    p_N = probabilities(p)
+    if p_N.ndim != 1:
+        raise ValueError(f"p: expected shape [N] or [N, 1], got {p_N.shape}; pick a column, or use a per-class metric")
+    y_N = binary_labels(y, soft=soft_labels, what="y")
+    require_rows(p_N, y_N, "p", "y")
+    weight_N = row_weights(sample_weight, len(p_N))
+    counted_N = weight_N > 0
+    return p_N[counted_N], y_N[counted_N], weight_N[counted_N]
+
+
+def _checked_classes(p: Numbers, y: Numbers) -> tuple[Floats, np.ndarray]:
+    p_NK = probabilities(p)
+    if p_NK.ndim != 2:
+        raise ValueError(f"p: expected shape [N, K] with K > 1, got {p_NK.shape}")
+    y_N = class_labels(y, p_NK.shape[1], what="y")
+    require_rows(p_NK, y_N, "p", "y")
+    off_N = np.abs(p_NK.sum(1) - 1) > 1e-3  # loose enough for probabilities that were stored in bfloat16
+    if off_N.any():
+        first = int(np.argmax(off_N))
+        raise ValueError(f"p: rows must sum to 1, row {first} sums to {p_NK[first].sum()}")
+    return p_NK, y_N
+
+
+def _one_of(value: str, allowed: tuple[str, ...], what: str) -> None:
+    if value not in allowed:
+        raise ValueError(f"{what}: expected one of {', '.join(allowed)}, got {value!r}")

@@ -1,0 +1,35 @@
+"""The broken environment is recognised and the fix is printed; a good one passes."""
+
+from importlib.metadata import PackageNotFoundError
+
+import pytest
+
+from rlalign import cli, install_check
+
+
+def installed(**versions):
+    def version(name):
+        if name not in versions:
+            raise PackageNotFoundError(name)
+        return versions[name]
+
+    return version
+
+
+def test_this_environment_works():
+    install_check.require_working()
+
+
+@pytest.mark.parametrize("extra", ["torchvision", "torchaudio", "torchcodec"])
+def test_a_cuda_package_beside_a_cpu_torch_is_named_with_the_fix(monkeypatch, extra, capsys):
+    monkeypatch.setattr(install_check, "version", installed(torch="2.13.0+cpu", **{extra: "0.28.0"}))
+    with pytest.raises(RuntimeError, match=f"pip uninstall -y {extra}"):
+        install_check.require_working()
+    assert cli.main(["report", "nowhere"]) == 1
+    assert f"pip uninstall -y {extra}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("versions", [{"torch": "2.13.0"}, {"torch": "2.13.0+cpu", "torchvision": "0.28.0+cpu"}, {}])
+def test_matching_builds_are_left_alone(monkeypatch, versions):
+    monkeypatch.setattr(install_check, "version", installed(**versions))
+    assert install_check.broken_packages() == []

@@ -6,9 +6,9 @@ fail() { echo "rlalign setup: $*" >&2; exit 1; }
 
 wanted=(requirements/cpu.txt)
 [ "${1:-cpu}" = test ] && wanted+=(requirements/test.txt)
-stamp=.venv/installed-$1
 key=$(cat "${wanted[@]}" pyproject.toml | sha256sum | cut -d' ' -f1)
-[ -x .venv/bin/python ] && [ "$(cat "$stamp" 2>/dev/null)" = "$key" ] && exit 0
+stamps=.venv/installed   # one line for each set of requirements that is in place
+[ -x .venv/bin/python ] && grep -qx "$key" "$stamps" 2>/dev/null && exit 0
 
 python=""
 for candidate in "${PYTHON:-}" python3.11 python3.12 python3.13 python3; do
@@ -43,4 +43,7 @@ if ! pip install -q --no-deps "${arguments[@]}" > "$log" 2>&1; then
 fi
 pip install -q --no-deps --no-build-isolation -e . >> "$log" 2>&1 || fail "could not install the checkout itself, see $log"
 .venv/bin/python -c 'from rlalign.install_check import require_working; require_working()' || fail "the installation is broken, see above"
-echo "$key" > "$stamp"
+for have in requirements/cpu.txt "${wanted[*]}"; do
+  # shellcheck disable=SC2086  # a list of files
+  cat $have pyproject.toml | sha256sum | cut -d' ' -f1
+done > "$stamps"

@@ -1,4 +1,4 @@
-.PHONY: demo test quick install lint clean
+.PHONY: demo test quick test-vllm-matrix install lint clean
 PY = .venv/bin/python
 # Two busy cores: one thread each is faster than two that spin, and the results do not depend on the core count.
 export OMP_NUM_THREADS ?= 1
@@ -18,6 +18,9 @@ install:                 ## .venv with the locked CPU requirements
 
 install-test:
 	@scripts/setup.sh test
+
+test-vllm-matrix: install-test ## the engine tests on every supported vLLM, each in an environment of its own
+	$(PY) scripts/test_vllm_matrix.py
 
 lint: install-test
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -13,6 +13,7 @@ import argparse
 import os
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 HIDDEN, VOCABULARY = 1024, 151936
@@ -22,89 +23,96 @@ PATHS = (BASE, "vLLM bf16, then float32 for the sampler", NATIVE, OURS, "rlalign
 
 
 def measure(wrapper: object, sizes: tuple[int, ...], rounds: int) -> dict:
-    """On one worker: {"device", "route", "seconds": {size: {path: [seconds per round]}}, "memory": {path: (held, peak)}}."""
-    import gc
+    """On one worker: {"device", "route", "rows", "seconds": {size: {path: [per round]}}, "memory": {path: (held, peak)}}."""
     import platform
-    import time
 
     import torch
 
-    from rlalign.rollout import head_layer
     from rlalign.rollout.head_layer import HeadMode
 
     worker = wrapper.worker
     layer, (_, lm_head) = worker._rlalign_layer(), worker._rlalign_named_head()
-    chosen, mode = head_layer.reads_weight_directly, layer.mode
-
-    def through(mode: HeadMode, *, copies: bool = False, widen: bool = False):  # noqa: ANN202
-        def call(hidden: torch.Tensor) -> torch.Tensor:
-            layer.set_mode(mode)
-            head_layer.reads_weight_directly = (lambda hidden, weight: False) if copies else chosen
-            logits = layer._apply_head(lm_head, hidden, None)
-            return logits.float() if widen else logits
-
-        return call
-
-    calls = dict(
-        zip(
-            PATHS,
-            (
-                through(HeadMode.OFF),
-                through(HeadMode.OFF, widen=True),
-                through(HeadMode.NATIVE),
-                through(HeadMode.CACHED),
-                through(HeadMode.CACHED, copies=True),
-                through(HeadMode.MASTER),
-            ),
-            strict=True,
-        )
-    )
-
-    def resident(field: str) -> int:
-        text = Path("/proc/self/status").read_text()
-        return int(next(line for line in text.splitlines() if line.startswith(field)).split()[1]) * 1024
-
-    def forget() -> None:
-        head_layer.CACHE.drop()
-        head_layer.MASTER.drop()
-        gc.collect()
-
-    def memory(call) -> tuple[int, int]:  # noqa: ANN001
-        """(held after the call, highest during it), bytes beyond the state before the first call."""
-        hidden = torch.randn(8, HIDDEN).bfloat16()
-        forget()
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-        before = resident("VmRSS")
-        call(hidden)
-        call(hidden)
-        return resident("VmRSS") - before, resident("VmHWM") - before
-
-    seconds = {}
+    calls = paths_of(layer, lm_head)
     with torch.inference_mode():
-        held = {path: memory(call) for path, call in calls.items()}
-        for n in sizes:
-            hidden = torch.randn(n, HIDDEN).bfloat16()
-            seconds[n] = {path: [] for path in calls}
-            for round_ in range(rounds + 1):
-                for path, call in calls.items():
-                    started = time.perf_counter()
-                    call(hidden)
-                    if round_:  # the first warms up: copies are made, kernels packed
-                        seconds[n][path].append(time.perf_counter() - started)
-    forget()
-    layer.set_mode(mode)
-    head_layer.reads_weight_directly = chosen
+        held = {path: memory(call, layer) for path, call in calls.items()}
+        seconds = {n: take_turns(calls, torch.randn(n, HIDDEN).bfloat16(), rounds) for n in sizes}
     layer.set_mode(HeadMode.CACHED)
-    route = worker.rlalign_status()["route"]
     flags = Path("/proc/cpuinfo").read_text()
     isa = " ".join(f for f in ("avx512f", "avx512_bf16", "amx_bf16") if f" {f}" in flags)
     return {
         "device": f"{platform.machine()} ({isa}), {torch.get_num_threads()} thread(s) a rank, torch {torch.__version__}",
-        "route": route,
+        "route": worker.rlalign_status()["route"],
         "rows": lm_head.weight.shape[0],
         "seconds": seconds,
         "memory": held,
     }
+
+
+def paths_of(layer: object, lm_head: object) -> dict[str, Callable]:
+    """hidden -> logits for each path, through the layer as vLLM calls it."""
+    from rlalign.rollout import head_layer
+    from rlalign.rollout.head_layer import HeadMode
+
+    chosen = head_layer.reads_weight_directly
+
+    def through(mode: HeadMode, *, copies: bool = False, widen: bool = False) -> Callable:
+        def call(hidden: object) -> object:
+            layer.set_mode(mode)
+            head_layer.reads_weight_directly = (lambda hidden, weight: False) if copies else chosen
+            logits = layer._apply_head(lm_head, hidden, None)
+            head_layer.reads_weight_directly = chosen
+            return logits.float() if widen else logits
+
+        return call
+
+    ways = (
+        through(HeadMode.OFF),
+        through(HeadMode.OFF, widen=True),
+        through(HeadMode.NATIVE),
+        through(HeadMode.CACHED),
+        through(HeadMode.CACHED, copies=True),
+        through(HeadMode.MASTER),
+    )
+    return dict(zip(PATHS, ways, strict=True))
+
+
+def take_turns(calls: dict[str, Callable], hidden: object, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each path in each round; the first round warms up (copies are made, kernels packed) and is left out."""
+    import time
+
+    seconds = {path: [] for path in calls}
+    for round_ in range(rounds + 1):
+        for path, call in calls.items():
+            started = time.perf_counter()
+            call(hidden)
+            if round_:
+                seconds[path].append(time.perf_counter() - started)
+    return seconds
+
+
+def memory(call: Callable, layer: object) -> tuple[int, int]:
+    """(held after two calls of 8 rows, highest during them), bytes beyond the state before."""
+    import gc
+
+    import torch
+
+    from rlalign.head_cache import Epoch
+
+    hidden = torch.randn(8, HIDDEN).bfloat16()
+    Epoch.bump("benchmark")  # releases fp32 copies and the block of logits
+    layer.master.drop()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = resident("VmRSS")
+    call(hidden)
+    call(hidden)
+    return resident("VmRSS") - before, resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
+    """A field of /proc/self/status, bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
 
 
 def build(folder: Path) -> Path:

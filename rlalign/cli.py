@@ -1,4 +1,4 @@
-"""rlalign train | parity | mismatch | report: the commands, and the one place where errors become exit codes."""
+"""rlalign train | doctor | parity | mismatch | report: the commands, and the one place where errors become exit codes."""
 
 from __future__ import annotations
 
@@ -105,6 +105,17 @@ def _parity(arguments: argparse.Namespace) -> int:
     return 1 if over else 0
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    from rlalign.config import load
+    from rlalign.diagnose import doctor
+
+    checks = doctor.examine(load(compose(arguments.config_name, arguments.overrides)))
+    print(doctor.report(checks))
+    if arguments.json:
+        arguments.json.write_text(doctor.as_json(checks))
+    return 1 if any(check.state == "problem" for check in checks) else 0
+
+
 def _mismatch(arguments: argparse.Namespace) -> int:
     from rlalign.diagnose import offline
 
@@ -151,6 +162,11 @@ def _parser() -> argparse.ArgumentParser:
     parity.add_argument("--prompts", type=int, default=32, help="training prompts to sample from (default %(default)s)")
     parity.add_argument("--noise-floor", action="store_true", help="also measure the rollout engine against itself")
     parity.set_defaults(run=_parity)
+
+    doctor = commands.add_parser("doctor", help="is this run set up right? Checks the configuration and a live engine")
+    _takes_config(doctor, default="demo")
+    doctor.add_argument("--json", type=Path, metavar="FILE", help="write the checks as JSON")
+    doctor.set_defaults(run=_doctor)
 
     offline = commands.add_parser("mismatch", help="the mismatch report of a run you already have, from its token dump")
     offline.add_argument(

@@ -34,7 +34,7 @@ class Epoch:
 
     value = 0
     reasons: ClassVar[Counter[str]] = Counter()  # which hook bumped how often
-    caches: ClassVar[weakref.WeakSet[HeadCache]] = weakref.WeakSet()
+    caches: ClassVar[weakref.WeakSet] = weakref.WeakSet()  # of what is released at a bump: anything with drop()
 
     @classmethod
     def bump(cls, reason: str = "caller") -> None:

@@ -12,14 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from rlalign import mismatch
-from rlalign.assemble import encode, load_task_of, load_tokenizer, resolve_model
+from rlalign.assemble import load_tokenizer, resolve_model
 from rlalign.config import RunConfig
 from rlalign.diagnose import head_isolation, noise_floor
-from rlalign.types import RolloutBatch, collate
+from rlalign.diagnose.both_sides import sample, trainer_network, trainer_scores
+from rlalign.types import RolloutBatch
 
 if TYPE_CHECKING:
     from rlalign.rollout.engine import VLLMEngine
@@ -89,15 +89,16 @@ def _one_body(model: Path, config: RunConfig, body: str, prompts: int, result: d
     rollout = replace(config.rollout, temperature=1.0)
     engine = VLLMEngine(model, rollout, dtype=body, head_dtype="float32", seed=config.seed)
     try:
-        batch = _sampled(engine, model, config, prompts)
+        tokenizer = load_tokenizer(model)
+        batch, _ = sample(engine, tokenizer, config, prompts=prompts, samples=config.rollout.group_size)
         result["tokens"][body] = int(batch.loss_mask_BL.sum())
-        network = _network(model, body)
+        network = trainer_network(model, body)
         for rollout_head in HEADS:
             engine.set_head("off" if rollout_head == "model" else engine.mode)
             rollout_BL = noise_floor.scores(engine, batch)
             for trainer_head in HEADS:
                 pair = {"body_dtype": body, "rollout_head": rollout_head, "trainer_head": trainer_head}
-                trainer_BL, hidden_BLD = _trainer_scores(network, batch, trainer_head)
+                trainer_BL, hidden_BLD = trainer_scores(network, batch, trainer_head, temperature=1.0)
                 measured = mismatch.compare(trainer_BL, rollout_BL, batch.loss_mask_BL, positions=False)
                 result["rows"].append(pair | _columns(measured))
                 isolated = _isolated(engine, network, hidden_BLD, batch, config)
@@ -116,36 +117,6 @@ def _isolated(
     shared = Path(config.weights.shared)
     measured = head_isolation.measure(engine, network, hidden, ids, temperature=1.0, shared=shared)
     return _columns(measured) | {error: measured[error] for error in ERRORS}
-
-
-def _sampled(engine: VLLMEngine, model: Path, config: RunConfig, prompts: int) -> RolloutBatch:
-    tokenizer = load_tokenizer(model)
-    chosen = load_task_of(config).train_prompts(0, prompts)
-    rollouts = engine.generate(
-        [encode(tokenizer, p.text, chat=config.task.chat_template) for p in chosen],
-        prompt_ids=[p.prompt_id for p in chosen],
-        samples=config.rollout.group_size,
-        seed=config.seed,
-    )
-    return collate(rollouts, pad_token_id=tokenizer.pad_token_id, spec=engine.spec)
-
-
-def _network(model: Path, body: str) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, body)).eval()
-
-
-@torch.no_grad()
-def _trainer_scores(network: nn.Module, batch: RolloutBatch, head_dtype: str) -> tuple[Tensor, Tensor]:
-    from rlalign.trainer.head_mirror import Tokens, mirror
-
-    mirror(network, head_dtype=head_dtype, chunk=0)
-    body = network.base_model(input_ids=batch.token_ids_BL, attention_mask=batch.attention_mask_BL, use_cache=False)
-    hidden_BLD = body.last_hidden_state
-    tokens = Tokens(batch.token_ids_BL, batch.loss_mask_BL, temperature=1.0)
-    logprobs_BL, _ = network.get_output_embeddings()(hidden_BLD, tokens, exact=True)
-    return logprobs_BL, hidden_BLD
 
 
 def _columns(measured: dict[str, float]) -> dict[str, float]:

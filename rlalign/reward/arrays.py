@@ -125,3 +125,23 @@ def whole(value: int, what: str, *, at_least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < at_least:
         raise ValueError(f"{what}: expected a whole number of at least {at_least}, got {value!r}")
     return int(value)
+
+
+def binary_rows(
+    p: Numbers, y: Numbers, sample_weight: Numbers | None, *, soft_labels: bool = False
+) -> tuple[Floats, Floats, Floats]:
+    """p, y and weights of the rows that have weight."""
+    p_N = probabilities(p)
+    if p_N.ndim != 1:
+        raise ValueError(f"p: expected shape [N] or [N, 1], got {p_N.shape}; pick a column, or use a per-class metric")
+    y_N = binary_labels(y, soft=soft_labels, what="y")
+    require_rows(p_N, y_N, "p", "y")
+    weight_N = row_weights(sample_weight, len(p_N))
+    counted_N = weight_N > 0
+    return p_N[counted_N], y_N[counted_N], weight_N[counted_N]
+
+
+def one_of(value: str, allowed: tuple[str, ...], what: str) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{what}: expected one of {', '.join(allowed)}, got {value!r}")

@@ -1,44 +1,73 @@
-"""The head of one decode step, straight from the bf16 weight: the bits of `head.project`, in tiles of the vocabulary.
+"""The head of one decode step, straight from the bf16 weight: the bits of `head.project`, into memory that is used again.
 
-A decode step reads the whole weight for few rows and writes rows x vocabulary floats. Two things cost more than the product:
-packing a tile that does not fit the cache, and touching fresh memory page by page.
+A decode step writes rows x vocabulary floats (148 MiB for 256 rows of 151,936). From the allocator they come as fresh pages every
+time, and having the kernel clear those costs as much as the product itself.
 Suffixes: N rows, D hidden, V vocabulary (rows of this rank's shard).
 """
 
 from __future__ import annotations
+
+import weakref
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rlalign import head
+from rlalign.head_cache import Epoch
 
-TILE = 1024  # rows of the weight in one product: 2 MiB at hidden size 1024, an L2 cache
+KEPT_AT_MOST = 512 * 2**20  # bytes; larger results (scoring whole prompts) get memory of their own
+
+
+class LogitsMemory:
+    """One block that successive results share: lent again only when no tensor, slice or view of the last result is left.
+
+    The tensor holds the numpy view it was made of until its storage goes, so a weak reference to that view tells.
+    """
+
+    def __init__(self) -> None:
+        self._block = np.empty(0, dtype=np.float32)
+        self._lent: weakref.ref[np.ndarray] | None = None
+        Epoch.caches.add(self)
+
+    def take(self, rows: int, columns: int) -> Tensor:
+        """Uninitialised float32 [rows, columns] on CPU."""
+        size = rows * columns
+        in_use = self._lent is not None and self._lent() is not None
+        if in_use or size * 4 > KEPT_AT_MOST:
+            return torch.empty(rows, columns, dtype=torch.float32)
+        if self._block.size < size:
+            self.drop()  # the smaller block goes before the larger one comes
+            self._block = np.empty(size, dtype=np.float32)  # numpy asks for huge pages, torch does not
+        view = self._block[:size]
+        self._lent = weakref.ref(view)
+        return torch.from_numpy(view).view(rows, columns)
+
+    def drop(self) -> None:
+        """Give the block back: with the fp32 copies, whenever weights change or the engine sleeps."""
+        self._block, self._lent = np.empty(0, dtype=np.float32), None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held between calls."""
+        return self._block.nbytes
+
+
+MEMORY = LogitsMemory()
 
 
 def decode_logits(hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None = None) -> Tensor:
     """float32 logits [..., V] of hidden states [..., D], with the bits of `head.project(hidden, weight, bias)`.
 
-    No gradient. On other routes than MKL_BF16 it is `head.project`.
+    No gradient. On other routes than MKL_BF16 it is `head.project`. Raises ValueError as `head.project` does.
     """
     route = head.route(hidden, weight_VD)
-    if route is not head.Route.MKL_BF16:
+    rows = hidden.numel() // max(1, hidden.shape[-1])
+    if route is not head.Route.MKL_BF16 or rows == 0:
         return head.project(hidden, weight_VD, bias_V)
     head.check_operands(hidden, weight_VD, bias_V)
-    rows = hidden.numel() // hidden.shape[-1]
-    hidden_ND = hidden.reshape(rows, -1)
-    if rows == 1:
-        hidden_ND = torch.nn.functional.pad(hidden_ND, (0, 0, 0, 1))  # once, instead of in every tile's logits_of
-    logits_NV = _empty(hidden_ND.shape[0], weight_VD.shape[0])
-    if rows:
-        for start in range(0, weight_VD.shape[0], TILE):
-            tile = weight_VD[start : start + TILE]
-            head.logits_of(hidden_ND, tile, route, out=logits_NV[:, start : start + TILE])
+    logits_NV = MEMORY.take(rows, weight_VD.shape[0])
+    head.logits_of(hidden.reshape(rows, -1), weight_VD, route, out=logits_NV)
     if bias_V is not None:
         logits_NV.add_(bias_V.float())
-    return logits_NV[:rows].view(*hidden.shape[:-1], weight_VD.shape[0])
-
-
-def _empty(rows: int, columns: int) -> Tensor:
-    """Uninitialised float32 memory. numpy asks the kernel for huge pages, torch does not: 500 times fewer page faults."""
-    return torch.from_numpy(np.empty((rows, columns), dtype=np.float32))
+    return logits_NV.view(*hidden.shape[:-1], weight_VD.shape[0])

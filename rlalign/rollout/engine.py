@@ -143,6 +143,18 @@ class VLLMEngine:
         """What each rank's head is and did (see WorkerExtension.rlalign_status)."""
         return self._llm.collective_rpc("rlalign_status")
 
+    def settings(self) -> dict[str, str]:
+        """What the running engine says of itself, as far as it decides numbers."""
+        running = self._llm.llm_engine.vllm_config
+        return {
+            "body dtype": str(running.model_config.dtype).removeprefix("torch."),
+            "logprobs mode": str(running.model_config.logprobs_mode),
+            "kv-cache dtype": str(running.cache_config.cache_dtype),
+            "prefix caching": str(bool(running.cache_config.enable_prefix_caching)),
+            "tied embeddings": str(bool(running.model_config.hf_config.tie_word_embeddings)),
+            "tensor parallel": str(running.parallel_config.tensor_parallel_size),
+        }
+
     def set_head(self, mode: str) -> None:
         """Switch the head of a live engine; for `rlalign parity` only."""
         self._llm.collective_rpc("rlalign_set_head", args=(mode,))

@@ -65,7 +65,6 @@ class HeadSettings:
 
 
 CACHE = HeadCache()  # one per process: a worker has one target model
-MASTER = MasterHead()
 
 
 class AlignedLogitsProcessor(LogitsProcessor):
@@ -89,8 +88,8 @@ class AlignedLogitsProcessor(LogitsProcessor):
         self.model_dtype = self.head_dtype if versions.has_native_head(vllm.__version__) else None
         self.calls = 0
         self.seen_head: weakref.ref[VocabParallelEmbedding] | None = None
+        self.master = MasterHead()
         self.set_mode(mode)
-        MASTER.drop()  # a new model: no master of an older one may serve it
 
     def set_mode(self, mode: HeadMode) -> None:
         """Switch the head. Runs set it once; `rlalign parity` compares modes on one engine. Raises ValueError for native
@@ -110,7 +109,7 @@ class AlignedLogitsProcessor(LogitsProcessor):
         require_plain_weight(lm_head)
         weight = lm_head.weight
         if self.mode is HeadMode.MASTER:
-            return head.project(hidden_states, MASTER.get(weight), embedding_bias)
+            return head.project(hidden_states, self.master.get(weight), embedding_bias)
         if reads_weight_directly(hidden_states, weight):
             return decode_logits(hidden_states, weight, embedding_bias)
         return head.project(

@@ -21,11 +21,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 import rlalign
 from rlalign import head
-from rlalign.head_cache import Epoch, fingerprint
+from rlalign.head_cache import Epoch, MasterHead, fingerprint
 from rlalign.rollout import readback
 from rlalign.rollout.head_layer import (
     CACHE,
-    MASTER,
     AlignedLogitsProcessor,
     HeadMode,
     reads_weight_directly,
@@ -50,6 +49,7 @@ class WorkerExtension:
         name, lm_head = self._rlalign_named_head()
         holder = op_registry_oot.get(SLOT)
         ours = isinstance(layer, AlignedLogitsProcessor)
+        master = layer.master if ours else MasterHead()
         if ours and layer.mode is not HeadMode.OFF:
             require_plain_weight(lm_head, name)
         plain = "weight" in dict(lm_head.named_parameters(recurse=False))
@@ -64,8 +64,8 @@ class WorkerExtension:
             "calls": layer.calls if ours else 0,
             "rebuilds": CACHE.rebuilds,
             "caught_by_fingerprint": CACHE.caught_by_fingerprint,
-            "cache_bytes": CACHE.nbytes + MASTER.nbytes,
-            "masters_loaded": MASTER.loads,
+            "cache_bytes": CACHE.nbytes + master.nbytes,
+            "masters_loaded": master.loads,
             "epoch": Epoch.value,
             "bumps": dict(Epoch.reasons),
             "fingerprint": digest(fingerprint(lm_head.weight)) if plain else None,
@@ -168,12 +168,15 @@ class WorkerExtension:
     def _rlalign_take_master(self, master_VD: torch.Tensor | None) -> list[str]:
         """Keep this rank's rows of the published fp32 lm_head; problems when it is missing or belongs to another weight."""
         _, lm_head = self._rlalign_named_head()
+        layer = self._rlalign_layer()
+        if not isinstance(layer, AlignedLogitsProcessor):
+            return []
         if master_VD is not None:
             try:
-                MASTER.load(lm_head.weight, readback.vocabulary_shard(lm_head, master_VD))
+                layer.master.load(lm_head.weight, readback.vocabulary_shard(lm_head, master_VD))
             except RuntimeError as error:
                 return [str(error)]
-        elif self._rlalign_mode() is HeadMode.MASTER and lm_head.weight.dtype != torch.float32:
+        elif layer.mode is HeadMode.MASTER and lm_head.weight.dtype != torch.float32:
             return [f"{MASTER_WEIGHT}: head_dtype=master, but the trainer sent no unrounded lm_head"]
         return []
 
@@ -193,10 +196,6 @@ class WorkerExtension:
         if copies and not torch.equal(CACHE.get(lm_head.weight), lm_head.weight.float()):
             problems.append(f"{name}: the fp32 copy differs from the weight it was made of")
         return problems
-
-    def _rlalign_mode(self) -> HeadMode | None:
-        layer = self._rlalign_layer()
-        return layer.mode if isinstance(layer, AlignedLogitsProcessor) else None
 
 
 def _route_of(layer: LogitsProcessor, lm_head: VocabParallelEmbedding) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Heads of other architectures through the real engine: bias, soft cap, logit scale, ties, LoRA, drafts, pooling, quantisation."""
+"""Heads of other architectures through the real engine: bias, soft cap, logit scale, ties, drafts, pooling, quantisation."""
 
 import json
 import os
@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import save_file
 
 from rlalign.rollout.head_layer import HeadMode
 from rlalign.trainer.head_mirror import HeadTransform
@@ -19,7 +18,6 @@ from tests.engine.conftest import (
     build_model,
     byte_tokenizer,
     logits_through,
-    perturbed,
     worker_of,
 )
 
@@ -132,83 +130,6 @@ def test_a_bf16_head_gives_float32_logits_with_bias_cap_and_scale(architecture, 
     assert errors["off"] > 50 * errors["cached"], "vLLM's own bf16 head is as exact: this model shows nothing"
 
 
-# --- LoRA on the lm_head ---
-
-
-@pytest.fixture(scope="module")
-def adapter(untied, tmp_path_factory):
-    """A rank-4 adapter of the lm_head alone: (folder, the change of the weight in float64)."""
-    folder = tmp_path_factory.mktemp("adapter")
-    generator = torch.Generator().manual_seed(5)
-    a, b = (torch.randn(shape, generator=generator).bfloat16() * 0.3 for shape in ((4, 128), (288, 4)))
-    save_file(
-        {"base_model.model.lm_head.lora_A.weight": a, "base_model.model.lm_head.lora_B.weight": b},
-        folder / "adapter_model.safetensors",
-    )
-    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["lm_head"], "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    return folder, b.double() @ a.double()
-
-
-@pytest.fixture(scope="module")
-def lora(untied, adapter):
-    from vllm.lora.request import LoRARequest
-
-    llm = bare_engine(untied, dtype="float32", enable_lora=True, max_lora_rank=8)
-    yield llm, LoRARequest("lm_head", 1, str(adapter[0]))
-    close(llm)
-
-
-def with_adapter(untied, adapter):
-    model = perturbed(untied, seed=0, size=0.0, dtype=torch.float32)
-    model.lm_head.weight.data += adapter[1].float()
-    return model
-
-
-def scored(llm, prompts, request):
-    from vllm import SamplingParams
-
-    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False, lora_request=request)
-    return [
-        [entry[t].logprob for entry, t in zip(o.prompt_logprobs[1:], p[1:], strict=True)]
-        for o, p in zip(outputs, prompts, strict=True)
-    ]
-
-
-def furthest(model, prompts, scores):
-    return max(
-        abs(a - b)
-        for prompt, given in zip(prompts, scores, strict=True)
-        for a, b in zip(given, recomputed(model, prompt[:1], prompt[1:]), strict=True)
-    )
-
-
-def test_a_lora_of_the_lm_head_reaches_the_fp32_logits(untied, adapter, lora):
-    llm, request = lora
-    plain = perturbed(untied, seed=0, size=0.0, dtype=torch.float32)
-    assert worst_error(llm, with_adapter(untied, adapter), request) < 5e-5
-    assert worst_error(llm, plain, request) > 0.1
-    (status,) = llm.collective_rpc("rlalign_status")
-    assert status["head"].startswith("lm_head") and status["calls"] > 0
-
-
-def test_prompt_logprobs_with_a_lora_of_the_lm_head(untied, adapter, lora):
-    """vLLM 0.32 maps adapters to rows by sequence, also where the rows are the tokens of a prompt (vllm#51594, open): on CPU a
-    prompt scored alone is right by broadcasting; the GPU kernels drop the change. Score adapters by generating, or merge them.
-    """
-    llm, request = lora
-    prompt = list(range(10, 40))
-    assert furthest(with_adapter(untied, adapter), [prompt], scored(llm, [prompt], request)) < 5e-5
-
-
-def test_on_cpu_vllm_gives_a_request_without_adapter_the_last_one(untied, adapter, lora):
-    """vllm#48421 (open): index -1, no adapter, reads the last slot. When this fails, vLLM has fixed it."""
-    llm, request = lora
-    list(sampled(llm, request))
-    assert worst_error(llm, perturbed(untied, seed=0, size=0.0, dtype=torch.float32)) > 0.1
-
-
 # --- heads that are not ours to change, or cannot be ---
 
 
@@ -249,25 +170,31 @@ def test_a_draft_network_is_refused_where_its_head_could_go_stale(untied):
                 head_layer._require_no_draft_head(mode)
 
 
-def test_a_quantised_head_is_refused_by_name(untied, monkeypatch):
-    """The layer's kind is what a quantisation scheme leaves on an lm_head; vLLM's own float32 head refuses it as well."""
-    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+def test_a_quantised_head_is_refused_by_name(tmp_path):
+    """GPTQ on the lm_head alone, dummy weights. With head_dtype=model the same model runs."""
+    folder = build_model(tmp_path / "model", tied=False)
+    config = json.loads((folder / "config.json").read_text())
+    only_lm_head = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": 32,
+        "desc_act": False,
+        "sym": True,
+        "lm_head": True,
+    }
+    config["quantization_config"] = only_lm_head | {"dynamic": {"-:model.*": {}}}
+    (folder / "config.json").write_text(json.dumps(config))
 
-    class Int4Method:
-        def __init__(self, method):
-            self.method = method
-
-        def __getattr__(self, name):
-            return getattr(self.method, name)
-
-    llm = bare_engine(untied)
-    lm_head = worker_of(llm)._rlalign_named_head()[1]
-    assert isinstance(lm_head.quant_method, UnquantizedEmbeddingMethod)
-    monkeypatch.setattr(lm_head, "quant_method", Int4Method(lm_head.quant_method))
-    with pytest.raises(ValueError, match=r"lm_head is quantised by Int4Method.*ignore=\['lm_head'\].*head_dtype=model"):
-        llm.collective_rpc("rlalign_status")
-    llm.collective_rpc("rlalign_set_head", args=("off",))
-    assert llm.collective_rpc("rlalign_status")[0]["mode"] == "off"
+    llm = bare_engine(folder, load_format="dummy")
+    message = r"lm_head is quantised by \w*GPTQ\w*.*ignore=\['lm_head'\].*head_dtype=model"
+    with pytest.raises(ValueError, match=message):
+        llm.collective_rpc("rlalign_status")  # the handshake's question
+    with pytest.raises(ValueError, match=message):
+        list(sampled(llm))
+    close(llm)
+    llm = bare_engine(folder, load_format="dummy", head_dtype="model")
+    (status,) = llm.collective_rpc("rlalign_status")
+    assert status["mode"] == "off" and "GPTQ" in status["head"] and status["fingerprint"] is None
     close(llm)
 
 

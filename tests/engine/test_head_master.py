@@ -6,7 +6,6 @@ from safetensors.torch import load_file, save_file
 
 from rlalign import head
 from rlalign.config import AlgoConfig, TrainerConfig, load
-from rlalign.rollout.head_layer import MASTER
 from rlalign.trainer.policy import Policy
 from rlalign.weights import MASTER_WEIGHT, publish
 from tests.engine.conftest import sample, start
@@ -51,9 +50,7 @@ def test_both_sides_project_with_the_optimizers_weight(folder, tmp_path):
 
     hidden = torch.randn(16, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
     ours = engine_logits(engine, hidden, tmp_path)
-    assert torch.equal(ours, head.project(hidden, master)[:, :288]) or torch.allclose(
-        ours, head.project(hidden, master), atol=1e-5, rtol=0
-    )
+    assert (ours - head.project(hidden, master)).abs().max() < 1e-5
     with torch.no_grad():
         theirs = policy.network.get_output_embeddings()(hidden)
     assert (ours - theirs).abs().max() < 1e-5
@@ -90,7 +87,6 @@ def test_a_publish_without_its_master_is_refused(untied, tmp_path):
         sample(engine)
     policy.close()  # before the engine, which destroys the process group
     engine.close()
-    MASTER.drop()
 
 
 def test_gradients_still_reach_the_weight(folder):

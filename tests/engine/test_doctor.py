@@ -1,0 +1,45 @@
+"""rlalign doctor on a real engine: a good set-up passes, a bad one is named, and one problem hides no other."""
+
+import json
+
+from rlalign import cli
+from tests.engine.conftest import build_model
+
+
+def doctor(tmp_path, *overrides):
+    file = tmp_path / "doctor.json"
+    code = cli.main(["doctor", "--json", str(file), f"output_dir={tmp_path / 'run'}", *overrides])
+    return code, {check["name"]: check for check in json.loads(file.read_text())}
+
+
+def test_a_good_set_up_passes_every_check(tmp_path, tied, capsys):
+    code, checks = doctor(tmp_path, f"model.path={tied}", "model.dtype=float32")
+    assert code == 0 and {c["state"] for c in checks.values()} == {"ok"}
+    assert "24 tensors verified on 1 rank(s)" in checks["weights"]["found"]
+    assert checks["body dtype"]["found"] == "float32" and checks["tied embeddings"]["found"] == "True"
+    assert " 0 problem" in capsys.readouterr().out
+
+
+def test_a_wrong_model_is_a_problem_and_the_rest_is_still_looked_at(tmp_path):
+    code, checks = doctor(tmp_path, f"model.path={tmp_path}")
+    assert code == 1
+    assert "is not a Hugging Face folder" in checks["engine"]["found"]
+    assert checks["vllm plugin"]["state"] == checks["torch"]["state"] == "ok"
+
+
+def test_a_mismatch_over_the_limit_and_a_missing_folder_are_named_with_a_remedy(tmp_path):
+    model = build_model(tmp_path / "model", tied=False, logit_scale=8.0)
+    code, checks = doctor(tmp_path, f"model.path={model}", "mismatch.k3_limit=1e-15")
+    assert code == 1
+    assert (
+        checks["mismatch at lag 0"]["state"] == "problem" and "rlalign parity" in checks["mismatch at lag 0"]["remedy"]
+    )
+    code, checks = doctor(tmp_path, f"model.path={model}", f"weights.shared={tmp_path / 'nowhere'}")
+    assert code == 1 and "does not exist" in checks["shared folder"]["found"]
+
+
+def test_a_plugin_that_vllm_would_skip_is_found_before_the_run(tmp_path, untied, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    code, checks = doctor(tmp_path, f"model.path={untied}")
+    assert code == 1
+    assert "leaves out 'rlalign'" in checks["vllm plugin"]["found"] and checks["engine"]["state"] == "problem"

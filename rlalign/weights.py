@@ -75,6 +75,8 @@ def publish(
     Raises RuntimeError when a rank could not load or verify a tensor; the receiver then refuses to generate.
     """
     started = time.perf_counter()
+    if not shared.is_dir():
+        raise ValueError(f"weights.shared={str(shared)!r} is no folder; name one that every rollout rank can read")
     receiver.suspend(f"publishing policy version {version} did not finish")
     directory = Path(tempfile.mkdtemp(prefix="rlalign-weights-", dir=shared))
     try:

@@ -99,7 +99,7 @@ class PlattCalibrator(AffineCalibrator):
         self._require_one_logit(x)
         return expit(self.scale_ * x + self.intercept_)
 
-    def _params(self) -> Json:
+    def parameters(self) -> Json:
         return {"scale": self.scale_, "intercept": self.intercept_}
 
     def _restore(self, params: Json) -> None:
@@ -160,7 +160,7 @@ class TemperatureCalibrator(AffineCalibrator):
             raise ValueError(f"TemperatureCalibrator: fitted on {self.num_classes_} logits per row, got {columns}")
         return expit(x / self.temperature_) if columns == 1 else softmax(x / self.temperature_, axis=1)
 
-    def _params(self) -> Json:
+    def parameters(self) -> Json:
         return {"temperature": self.temperature_, "num_classes": self.num_classes_}
 
     def _restore(self, params: Json) -> None:

@@ -66,7 +66,7 @@ class IdentityCalibrator(Calibrator):
         """Sigmoid of [N] logits, softmax of [N, K]."""
         return plain_probabilities(as_rows(logits, "logits"))
 
-    def _params(self) -> Json:
+    def parameters(self) -> Json:
         return {}
 
     def _restore(self, params: Json) -> None: ...

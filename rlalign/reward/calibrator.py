@@ -105,7 +105,7 @@ class Calibrator(ABC):
     def calibration_id(self) -> str:
         """Names the fitted function: equal ids give equal scores. Logged with every reward."""
         self._require_fitted()
-        return calibration_file.function_id(self.method, self._params())
+        return calibration_file.function_id(self.method, self.parameters())
 
     def save(self, path: str | Path, *, model: ModelIdentity | None = None) -> None:
         """Write a calibration file (JSON) bound to `model`, by default the model it was loaded for.
@@ -116,7 +116,7 @@ class Calibrator(ABC):
         content: Json = {
             "method": self.method,
             "options": self._options(),
-            "params": self._params(),
+            "params": self.parameters(),
             "input": "logit",
             "activation": self.activation,
             "fit": None if self.diagnostics_ is None else self.diagnostics_.as_json(),
@@ -219,7 +219,8 @@ class Calibrator(ABC):
             raise ValueError(f"{type(self).__name__}: fitted on one logit per row, got shape {x.shape}")
 
     @abstractmethod
-    def _params(self) -> Json: ...
+    def parameters(self) -> Json:
+        """The fitted numbers, as they stand in the file."""
 
     @abstractmethod
     def _restore(self, params: Json) -> None: ...

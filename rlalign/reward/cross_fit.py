@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlalign.reward.arrays import whole
-from rlalign.reward.calibration import Calibrator, CalibrationWarning
+from rlalign.reward.calibration import CalibrationWarning, Calibrator
 from rlalign.reward.fit_report import judged_rows
 from rlalign.reward.metrics import (
     Interval,
@@ -36,10 +36,11 @@ RESAMPLES = 200
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
     """Metrics of one set of probabilities. ece_null_p95: what perfect calibration reaches by chance. auroc: None
-    without two outcomes. nll: nats, with its 95 % range (rows of one group are resampled together)."""
+    without two outcomes. brier: with its 95 % range (rows of one group are resampled together). nll: nats, inf where
+    something that happened had probability 0."""
 
-    nll: Interval
-    brier: float
+    nll: float
+    brier: Interval
     ece: float
     ece_null_p95: float
     smooth_ece: float
@@ -91,20 +92,19 @@ def quality(p: Floats, rows: ScoreRows) -> Quality:
         labels_N = labels_N.astype(np.int64)
     shown_N, outcome_N = judged_rows(p, labels_N, top_label=rows.shape != "binary")
     ranks = rows.shape == "binary" and len(np.unique(labels_N[weight_N > 0])) == 2
-    tag_N = np.arange(len(rows))
+
+    def brier(index_N: Floats, _: Floats) -> float:
+        picked_N = index_N.astype(np.int64)
+        return brier_score(p[picked_N], labels_N[picked_N], sample_weight=weight_N[picked_N])
+
     return Quality(
-        nll=bootstrap_ci(
-            lambda index, _: negative_log_likelihood(
-                p[index.astype(np.int64)], labels_N[index.astype(np.int64)], sample_weight=weight_N[index.astype(np.int64)]
-            ),
-            tag_N, labels_N, cluster=rows.group_N, n_resamples=RESAMPLES,
-        ),
-        brier=brier_score(p, labels_N, sample_weight=weight_N),
+        nll=negative_log_likelihood(p, labels_N, sample_weight=weight_N),
+        brier=bootstrap_ci(brier, np.arange(len(rows)), labels_N, cluster=rows.group_N, n_resamples=RESAMPLES),
         ece=expected_calibration_error(shown_N, outcome_N, sample_weight=weight_N),
         ece_null_p95=ece_noise_floor(shown_N, sample_weight=weight_N).p95,
         smooth_ece=smooth_ece(shown_N, outcome_N, sample_weight=weight_N),
         auroc=auroc(p, labels_N, sample_weight=weight_N) if ranks else None,
-    )  # fmt: skip
+    )
 
 
 def _folds(rows: ScoreRows, folds: int, seed: int) -> np.ndarray:

@@ -53,7 +53,7 @@ class IsotonicCalibrator(Calibrator):
             )
         return np.interp(x, self.x_, self.y_)
 
-    def _params(self) -> Json:
+    def parameters(self) -> Json:
         return {"x": self.x_.tolist(), "y": self.y_.tolist()}
 
     def _restore(self, params: Json) -> None:
@@ -106,7 +106,7 @@ class BetaCalibrator(Calibrator):
         left_N, right_N = _sides(x)
         return expit(self.a_ * left_N + self.b_ * right_N + self.c_)
 
-    def _params(self) -> Json:
+    def parameters(self) -> Json:
         return {"a": self.a_, "b": self.b_, "c": self.c_}
 
     def _restore(self, params: Json) -> None:

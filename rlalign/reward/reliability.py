@@ -60,7 +60,9 @@ def draw_reliability(axes: Axes, diagram: ReliabilityDiagram, *, label: str, col
         diagram.confidence_M, diagram.outcome_M, yerr=error, fmt="none", ecolor=color, elinewidth=1, alpha=0.5
     )
     axes.plot(diagram.confidence_M, diagram.outcome_M, color=color, linewidth=1.2, label=label)
-    axes.scatter(diagram.confidence_M, diagram.outcome_M, s=12 + 300 * diagram.share_M, color=color, alpha=0.8, zorder=3)
+    axes.scatter(
+        diagram.confidence_M, diagram.outcome_M, s=12 + 300 * diagram.share_M, color=color, alpha=0.8, zorder=3
+    )
 
 
 def write_reliability(path: Path, diagrams: dict[str, ReliabilityDiagram], *, title: str) -> None:

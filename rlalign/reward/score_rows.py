@@ -95,7 +95,9 @@ def _shape_of(path: Path, first: tuple[int, dict[str, object]]) -> str:
         if needed == set(record) - EXTRA:
             return shape
     choices = "; ".join(f"{sorted(needed)}" for needed in SHAPES.values())
-    raise ValueError(f"{path}:{line}: fields {sorted(record)}; expected one of {choices}, and optionally {sorted(EXTRA)}")
+    raise ValueError(
+        f"{path}:{line}: fields {sorted(record)}; expected one of {choices}, and optionally {sorted(EXTRA)}"
+    )
 
 
 def _indices(values: list[object]) -> np.ndarray:

@@ -23,7 +23,7 @@ class LogprobSpec:
     temperature: divides the logits (vLLM's convention, not a multiplication by 1/T).
     top_p, top_k, min_p: truncation of the sampling distribution; 1.0, 0 and 0.0 mean none.
     processed: True when temperature and truncation are in the number (vLLM `processed_logprobs`).
-    head_dtype: "float32", or "model" for logits in the dtype of the model's body.
+    head_dtype: "float32", "master" (float32 with the unrounded fp32 weight), or "model" (the dtype of the model's body).
     """
 
     temperature: float = 1.0

@@ -1,5 +1,7 @@
 """Which hook is chosen for which vLLM, and what happens outside the tested range."""
 
+from itertools import pairwise
+
 import pytest
 
 from rlalign.rollout import versions
@@ -29,7 +31,7 @@ def test_what_a_version_offers_grows_in_order():
         versions.has_folder_transfer,
         versions.has_output_spans,
     )
-    for earlier, later in zip(offers, offers[1:], strict=False):
+    for earlier, later in pairwise(offers):
         for minor in range(20, 40):
             assert earlier(f"0.{minor}.0") or not later(f"0.{minor}.0")
 

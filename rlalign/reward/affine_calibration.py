@@ -181,15 +181,18 @@ def platt_fit(data: Labelled, target_N: Floats, *, negative: bool) -> Logistic:
 
 
 def _affine_intervals(fitted: Logistic) -> dict[str, tuple[float, float]]:
-    """95 % of scale and bias = -intercept / scale, the latter by the delta method."""
+    """95 % of the scale, and of the bias, centre - unit * intercept / slope in standard units, by the delta method."""
     if fitted.covariance is None:
         return {}
-    scale, intercept = float(fitted.slope_D[0]), fitted.intercept
-    gradient = np.array([intercept / scale**2, -1 / scale])
-    scale_half = Z95 * float(np.sqrt(fitted.covariance[0, 0]))
-    bias_half = Z95 * float(np.sqrt(gradient @ fitted.covariance @ gradient))
-    bias = -intercept / scale
-    return {"scale": (scale - scale_half, scale + scale_half), "bias": (bias - bias_half, bias + bias_half)}
+    slope, intercept = fitted.standard
+    gradient = fitted.unit * np.array([intercept / slope**2, -1 / slope])
+    scale, scale_half = slope / fitted.unit, Z95 * np.sqrt(fitted.covariance[0, 0]) / fitted.unit
+    bias = fitted.centre_D[0] - fitted.unit * intercept / slope
+    bias_half = Z95 * np.sqrt(gradient @ fitted.covariance @ gradient)
+    return {
+        "scale": (float(scale - scale_half), float(scale + scale_half)),
+        "bias": (float(bias - bias_half), float(bias + bias_half)),
+    }
 
 
 def _scale_of(data: Labelled, *, low: float, high: float, who: str) -> tuple[Outcome, float]:

@@ -1,6 +1,6 @@
 """What chance alone does to a metric: confidence intervals by resampling, and the ECE of perfectly calibrated scores.
 
-N rows, C clusters.
+N rows, M non-empty bins, D draws.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from rlalign.reward.bins import Closed, Strategy, bin_stats
 
 if TYPE_CHECKING:
     from rlalign.reward.arrays import Floats, Numbers
+
+DRAWN_AT_ONCE = 1 << 20  # labels: bounds the memory, not the result
 
 Metric = Callable[["Floats", "Floats"], float]
 
@@ -108,9 +110,13 @@ def ece_noise_floor(
     p_N, _, weight_N = binary_rows(p_N, np.zeros(len(p_N)), sample_weight)
     bins = bin_stats(p_N, np.zeros(len(p_N)), n_bins=n_bins, strategy=strategy, closed=closed, sample_weight=weight_N)
     random = np.random.default_rng(seed)
-    draws = np.empty(n_draws)
-    for i in range(n_draws):
-        y_N = random.random(len(p_N)) < p_N
-        outcome_M = np.bincount(bins.index_N, weight_N * y_N) / bins.weight_M
-        draws[i] = bins.share_M @ np.abs(outcome_M - bins.confidence_M)
-    return NoiseFloor(mean=float(draws.mean()), p95=float(np.quantile(draws, 0.95)))
+    order_N = np.argsort(bins.index_N, kind="stable")
+    start_M = np.flatnonzero(np.diff(bins.index_N[order_N], prepend=-1))
+    p_N, weight_N = p_N[order_N], weight_N[order_N]
+    draws: list[float] = []
+    while len(draws) < n_draws:
+        at_once = min(n_draws - len(draws), max(1, DRAWN_AT_ONCE // len(p_N)))
+        y_DN = random.random((at_once, len(p_N))) < p_N
+        outcome_DM = np.add.reduceat(y_DN * weight_N, start_M, axis=1) / bins.weight_M
+        draws += (np.abs(outcome_DM - bins.confidence_M) @ bins.share_M).tolist()
+    return NoiseFloor(mean=float(np.mean(draws)), p95=float(np.quantile(draws, 0.95)))

@@ -22,12 +22,19 @@ Z95 = 1.959963984540054
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logistic:
-    """Slopes and intercept at the optimum inside the bounds. covariance: sandwich, [D + 1, D + 1], None at a bound."""
+    """Slopes and intercept at the optimum inside the bounds.
+
+    standard: the same in standard units, f = standard . ((feature - centre) / unit, 1), [D + 1]. covariance: of those,
+    sandwich, [D + 1, D + 1], None at a bound; in raw units it would drown in rounding where the centre is far from 0.
+    """
 
     slope_D: Floats
     intercept: float
     at_bound: bool
-    covariance: Floats | None = None
+    standard: Floats
+    covariance: Floats | None
+    centre_D: Floats
+    unit: float
 
 
 def is_separable(score_N: Floats, target_N: Floats) -> bool:
@@ -57,7 +64,7 @@ def fit_logistic(
         theta = np.r_[np.full(feature_ND.shape[1], SLOPE_LIMIT), 0.0]
     else:
         begin = np.r_[np.clip(start_D * unit, low, SLOPE_LIMIT), 0.0]
-        begin[-1] = best_intercept(z_ND @ begin, target_N, share_N)
+        begin[-1] = np.log(share_N @ target_N) - np.log(share_N @ (1 - target_N))
         options = {"maxiter": 1000, "ftol": 1e-15, "gtol": 1e-10}
         theta = minimize(
             _loss_and_slope, begin, (z_ND, target_N, share_N), jac=True, bounds=bounds, method="L-BFGS-B",
@@ -66,12 +73,16 @@ def fit_logistic(
     theta, at_bound = _polish(theta, z_ND, target_N, share_N, low)
     if at_bound:
         theta[-1] += best_intercept(z_ND @ theta, target_N, share_N)
-    to_raw = np.eye(len(theta))
-    to_raw[:-1, :-1] /= unit
-    to_raw[-1, :-1] = -centre_D / unit
-    raw = to_raw @ theta
-    covariance = None if at_bound else to_raw @ _sandwich(theta, z_ND, target_N, weight_N) @ to_raw.T
-    return Logistic(slope_D=raw[:-1], intercept=float(raw[-1]), at_bound=at_bound, covariance=covariance)
+    slope_D = theta[:-1] / unit
+    return Logistic(
+        slope_D=slope_D,
+        intercept=float(theta[-1] - centre_D @ slope_D),
+        at_bound=at_bound,
+        standard=theta,
+        covariance=None if at_bound else _sandwich(theta, z_ND, target_N, weight_N),
+        centre_D=centre_D,
+        unit=unit,
+    )
 
 
 def best_intercept(offset_N: Floats, target_N: Floats, weight_N: Floats) -> float:

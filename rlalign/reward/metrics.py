@@ -55,9 +55,9 @@ def expected_calibration_error(
     """Binned calibration error in [0, 1]; the defaults are those of Guo et al. 2017 (1706.04599).
 
     norm: `l1` sum of share * |mean y - mean p|; `l2` root of the share-weighted squares; `max` the worst bin (MCE).
-    strategy, closed, n_bins: see `bin_stats`. debias: take off what chance alone adds in bins of this size: the
-    variance of the mean outcome for l2 (Kumar et al. 2019, 1909.10155), and for l1 the expected rise of |gap| under
-    normal noise of that variance (ibid., appendix); a bin of one row has no variance estimate and counts 0.
+    strategy, closed, n_bins: see `bin_stats`. debias (Kumar et al. 2019, 1909.10155): take off what chance alone adds
+    in bins of this size. For l2 the variance of the mean outcome; for l1 the expected rise of |gap| under normal noise
+    of that variance, which is a part of it only. A bin of one row has no variance estimate.
     Perfectly calibrated scores do not reach 0 without it: compare with `ece_noise_floor`.
     Raises ValueError on bad input, and on debias with norm `max`.
     """
@@ -190,7 +190,7 @@ def auroc(p: Numbers, y: Numbers, *, sample_weight: Numbers | None = None) -> fl
 
     Raises ValueError when only one class has weight: the area is undefined there.
     """
-    score_N, y_N = numbers(p, "p"), binary_labels(y, soft=False)
+    score_N, y_N = numbers(p, "p"), binary_labels(y, soft=False, what="y")
     require_rows(score_N, y_N, "p", "y")
     weight_N = row_weights(sample_weight, len(y_N))
     _, level_N = np.unique(score_N, return_inverse=True)

@@ -44,6 +44,7 @@ def head_in_isolation(engine: VLLMEngine, policy: Policy, result: StepResult, co
         tokens,
         temperature=config.rollout.temperature,
         shared=Path(config.weights.shared),
+        master_VD=policy.head.master_VD,
     )
     return {f"head_isolated/{name}": value for name, value in measured.items()}
 

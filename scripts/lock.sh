@@ -8,6 +8,6 @@ backend=(--torch-backend cpu)
 {
   echo "# Written by scripts/lock.sh. Install with: pip install --no-deps -r requirements/cpu.txt"
   uv pip compile -q --no-annotate --no-header --no-emit-find-links --python-version 3.11 "${backend[@]}" \
-    --extra cpu --extra train pyproject.toml
+    --extra cpu --extra train --extra reward pyproject.toml
 } > requirements/cpu.txt.new
 mv requirements/cpu.txt.new requirements/cpu.txt

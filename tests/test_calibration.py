@@ -17,7 +17,7 @@ from rlalign.reward.calibration import (
     PlattCalibrator,
     TemperatureCalibrator,
 )
-from rlalign.reward.metrics import negative_log_likelihood
+from rlalign.reward.metrics import expected_calibration_error, negative_log_likelihood
 
 FITTED = [PlattCalibrator, TemperatureCalibrator, IsotonicCalibrator, BetaCalibrator]
 STRICT = [PlattCalibrator, TemperatureCalibrator, BetaCalibrator]
@@ -151,6 +151,24 @@ def test_the_truth_is_recovered_and_covered(kind, truth):
     assert missed <= 4 * len(truth)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_intervals_are_the_sandwich(weighted):
+    """HC0 in raw units, written out: H^-1 S H^-1, and the delta method for -intercept / scale."""
+    x, y, w = scored()
+    w = w if weighted else np.ones(len(x))
+    fitted = PlattCalibrator(smooth_targets=False).fit(x, y, sample_weight=w)
+    z = np.column_stack([x, np.ones(len(x))])
+    p = fitted.transform(x)
+    bread = np.linalg.inv((z * (w * p * (1 - p))[:, None]).T @ z)
+    score = z * (w * (p - y))[:, None]
+    covariance = bread @ score.T @ score @ bread
+    gradient = np.array([fitted.intercept_ / fitted.scale_**2, -1 / fitted.scale_])
+    half = {"scale": np.sqrt(covariance[0, 0]), "bias": np.sqrt(gradient @ covariance @ gradient)}
+    for name, centre in (("scale", fitted.scale_), ("bias", fitted.bias_)):
+        want = (centre - 1.959964 * half[name], centre + 1.959964 * half[name])
+        np.testing.assert_allclose(fitted.diagnostics_.intervals[name], want, rtol=1e-5)
+
+
 def test_pairs_are_bradley_terry():
     from sklearn.linear_model import LogisticRegression
 
@@ -168,6 +186,9 @@ def test_pairs_are_bradley_terry():
     assert platt.bias_ == 0.0 and temperature.bias_ == 0.0
     assert PlattCalibrator().fit_pairs(chosen + 100, rejected + 100).scale_ == pytest.approx(platt.scale_, rel=1e-9)
     assert platt.diagnostics_.pairs
+    p = platt.transform(margin)
+    top_label = expected_calibration_error(np.maximum(p, 1 - p), margin > 0)
+    assert platt.diagnostics_.ece_after == pytest.approx(top_label, rel=1e-12)
     assert platt.diagnostics_.support.max == max(chosen.max(), rejected.max())
     assert platt.diagnostics_.nll_after == pytest.approx(-log_expit(platt.scale_ * margin).mean(), rel=1e-12)
 

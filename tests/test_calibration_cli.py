@@ -74,17 +74,19 @@ def test_cross_fitting_never_sees_its_own_row(tmp_path):
 
 
 def test_groups_stay_in_one_fold(tmp_path):
-    """Eight copies of each row: with groups a copy never helps to judge another, so isotonic scores what it is worth."""
+    """Copies of a row in one group are judged by one fit; without groups they meet several, and help to judge another."""
     random = np.random.default_rng(0)
     records = []
     for group in range(60):
         logit = float(random.normal())
         label = int(random.random() < expit(1.5 * logit))
         records += [{"logit": logit, "label": label, "group": group}] * 8
-    with_groups = read_score_rows(write(tmp_path / "a.jsonl", records))
-    without = read_score_rows(write(tmp_path / "b.jsonl", [{k: r[k] for k in ("logit", "label")} for r in records]))
-    held = [brier_score(cross_fitted(METHODS["isotonic"], rows), rows.labels_N) for rows in (with_groups, without)]
-    assert held[0] > held[1]
+    grouped = read_score_rows(write(tmp_path / "a.jsonl", records))
+    loose = read_score_rows(write(tmp_path / "b.jsonl", [{k: r[k] for k in ("logit", "label")} for r in records]))
+    held = [cross_fitted(METHODS["isotonic"], rows).reshape(60, 8) for rows in (grouped, loose)]
+    assert (np.ptp(held[0], axis=1) == 0).all() and (np.ptp(held[1], axis=1) > 0).mean() > 0.5
+    scores = [brier_score(p.ravel(), grouped.labels_N) for p in held]
+    assert scores[0] > scores[1]
 
 
 def test_a_calibration_that_does_harm_is_not_written(tmp_path, capsys):

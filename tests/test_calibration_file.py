@@ -108,6 +108,12 @@ def test_an_unbound_file_is_refused_by_who_checks(tmp_path):
     assert Calibrator.load(tmp_path / "c.json").model_ == ModelIdentity()
 
 
+def test_what_the_expectation_leaves_open_is_not_compared(tmp_path):
+    fitted().save(tmp_path / "c.json", model=MODEL)
+    loaded = Calibrator.load(tmp_path / "c.json", expect_model=ModelIdentity(id=MODEL.id, head_dtype="float32"))
+    assert loaded.model_ == MODEL
+
+
 def test_a_refit_is_bound_to_nothing(tmp_path):
     fitted().save(tmp_path / "c.json", model=MODEL)
     loaded = PlattCalibrator.load(tmp_path / "c.json")

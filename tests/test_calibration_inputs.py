@@ -133,6 +133,14 @@ def test_separable_labels_reach_the_bound():
     np.testing.assert_allclose(smoothed.transform([-10, 12]), [0, 1], atol=0.03)
 
 
+def test_the_boundary_of_a_wide_gap_is_exact():
+    """Where every probability is 0 or 1 in float64 the balance of the two nearest rows still decides the bias."""
+    x, y = [-1000.0] * 99 + [1e6], [0] * 99 + [1]
+    platt = PlattCalibrator(smooth_targets=False).fit(x, y)
+    assert platt.scale_ == pytest.approx(100 / np.std(x))
+    assert platt.bias_ == pytest.approx((1e6 - 1000) / 2 + np.log(99) / (2 * platt.scale_), rel=1e-12)
+
+
 def test_touching_classes_are_separable_too():
     """One shared score with both labels: the slope still has no finite optimum, and that score keeps its rate."""
     x, y = [-1.0, -1, 0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 1, 1, 1]

@@ -29,11 +29,19 @@ class HeadOwner(Protocol):
 
 
 def measure(
-    engine: HeadOwner, network: nn.Module, hidden_ND: Tensor, token_ids_N: Tensor, *, temperature: float, shared: Path
+    engine: HeadOwner,
+    network: nn.Module,
+    hidden_ND: Tensor,
+    token_ids_N: Tensor,
+    *,
+    temperature: float,
+    shared: Path,
+    master_VD: Tensor | None = None,
 ) -> dict[str, float]:
     """Mismatch of the two heads over N tokens at decode batches of 1, 4 and 16, in nats.
 
-    hidden_ND: what predicts token_ids_N, as `predicting` gives it; network: the mirrored transformers model.
+    hidden_ND: what predicts token_ids_N, as `predicting` gives it; network: the mirrored transformers model; master_VD: the
+    unrounded head where both sides project with it.
     Keys: k1 k3 abs_mean p99 abs_max pearson_prob between the two sides; rollout_error and trainer_error: each side's mean
     distance from the float64 head, which equal kernels on both sides cannot hide.
     """
@@ -41,7 +49,7 @@ def measure(
     rollout_BL = torch.stack(_engine_logprobs(engine, hidden_ND, token_ids_N, temperature, shared))
     trainer_BL = trainer_N.expand_as(rollout_BL)
     measured = mismatch.compare(trainer_BL, rollout_BL, torch.ones_like(rollout_BL, dtype=torch.bool), positions=False)
-    exact_N = _float64_logprobs(network, hidden_ND, token_ids_N, temperature)
+    exact_N = _float64_logprobs(network, hidden_ND, token_ids_N, temperature, master_VD)
     return {name: measured[name] for name in KEPT} | {
         "rollout_error": float((rollout_BL - exact_N).abs().mean()),
         "trainer_error": float((trainer_N - exact_N).abs().mean()),
@@ -76,9 +84,12 @@ def _engine_logprobs(
     return [_chosen((x / temperature).log_softmax(-1, dtype=torch.float32), token_ids_N) for x in logits]
 
 
-def _float64_logprobs(network: nn.Module, hidden_ND: Tensor, token_ids_N: Tensor, temperature: float) -> Tensor:
+def _float64_logprobs(
+    network: nn.Module, hidden_ND: Tensor, token_ids_N: Tensor, temperature: float, master_VD: Tensor | None
+) -> Tensor:
     lm_head = network.get_output_embeddings()
-    logits_NV = hidden_ND.detach().cpu().double() @ lm_head.weight.detach().cpu().double().t()
+    weight_VD = lm_head.weight if master_VD is None else master_VD
+    logits_NV = hidden_ND.detach().cpu().double() @ weight_VD.detach().cpu().double().t()
     if lm_head.bias is not None:
         logits_NV += lm_head.bias.detach().cpu().double()
     logits_NV = HeadTransform.of(network.config.to_dict()).apply(logits_NV)

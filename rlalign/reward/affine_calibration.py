@@ -182,13 +182,13 @@ def platt_fit(data: Labelled, target_N: Floats, *, negative: bool) -> Logistic:
 
 def _affine_intervals(fitted: Logistic) -> dict[str, tuple[float, float]]:
     """95 % of the scale, and of the bias, centre - unit * intercept / slope in standard units, by the delta method."""
-    if fitted.covariance is None:
+    if fitted.influence is None:
         return {}
     slope, intercept = fitted.standard
     gradient = fitted.unit * np.array([intercept / slope**2, -1 / slope])
-    scale, scale_half = slope / fitted.unit, Z95 * np.sqrt(fitted.covariance[0, 0]) / fitted.unit
+    scale, scale_half = slope / fitted.unit, Z95 * np.linalg.norm(fitted.influence[0]) / fitted.unit
     bias = fitted.centre_D[0] - fitted.unit * intercept / slope
-    bias_half = Z95 * np.sqrt(gradient @ fitted.covariance @ gradient)
+    bias_half = Z95 * np.linalg.norm(gradient @ fitted.influence)
     return {
         "scale": (float(scale - scale_half), float(scale + scale_half)),
         "bias": (float(bias - bias_half), float(bias + bias_half)),

@@ -24,15 +24,16 @@ Z95 = 1.959963984540054
 class Logistic:
     """Slopes and intercept at the optimum inside the bounds.
 
-    standard: the same in standard units, f = standard . ((feature - centre) / unit, 1), [D + 1]. covariance: of those,
-    sandwich, [D + 1, D + 1], None at a bound; in raw units it would drown in rounding where the centre is far from 0.
+    standard: the same in standard units, f = standard . ((feature - centre) / unit, 1), [D + 1]. influence: of every
+    row on those, [D + 1, N]; its product with itself is the sandwich covariance (Huber 1967; White 1980), which holds
+    for importance weights too. None at a bound. In raw units it would drown in rounding where the centre is far from 0.
     """
 
     slope_D: Floats
     intercept: float
     at_bound: bool
     standard: Floats
-    covariance: Floats | None
+    influence: Floats | None
     centre_D: Floats
     unit: float
 
@@ -79,7 +80,7 @@ def fit_logistic(
         intercept=float(theta[-1] - centre_D @ slope_D),
         at_bound=at_bound,
         standard=theta,
-        covariance=None if at_bound else _sandwich(theta, z_ND, target_N, weight_N),
+        influence=None if at_bound else _influence(theta, z_ND, target_N, weight_N),
         centre_D=centre_D,
         unit=unit,
     )
@@ -135,14 +136,12 @@ def _polish(theta: Floats, z_ND: Floats, target_N: Floats, share_N: Floats, low:
     return theta, bool(at_top_D.any() or (low < 0 and (slope_D <= low * (1 - 1e-9)).any()))
 
 
-def _sandwich(theta: Floats, z_ND: Floats, target_N: Floats, weight_N: Floats) -> Floats:
-    """Covariance that holds for importance weights too (Huber 1967; White 1980)."""
+def _influence(theta: Floats, z_ND: Floats, target_N: Floats, weight_N: Floats) -> Floats:
     from scipy.special import expit
 
     p_N = expit(z_ND @ theta)
-    bread = np.linalg.pinv((z_ND * (weight_N * p_N * (1 - p_N))[:, None]).T @ z_ND, rcond=1e-12, hermitian=True)
-    score_ND = z_ND * (weight_N * (p_N - target_N))[:, None]
-    return bread @ (score_ND.T @ score_ND) @ bread
+    hessian = (z_ND * (weight_N * p_N * (1 - p_N))[:, None]).T @ z_ND
+    return np.linalg.pinv(hessian, rcond=1e-12, hermitian=True) @ (z_ND * (weight_N * (p_N - target_N))[:, None]).T
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

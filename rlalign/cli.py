@@ -1,4 +1,4 @@
-"""rlalign train | doctor | parity | mismatch | report: the commands, and the one place where errors become exit codes."""
+"""rlalign train | doctor | parity | mismatch | calibrate | report: the commands, and the one place where errors become exit codes."""
 
 from __future__ import annotations
 
@@ -129,6 +129,30 @@ def _mismatch(arguments: argparse.Namespace) -> int:
     )
 
 
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from rlalign.reward import cli_calibrate
+    from rlalign.reward.calibration_file import ModelIdentity
+
+    model = ModelIdentity(id=arguments.model, revision=arguments.revision, head_dtype=arguments.head_dtype)
+    outputs = {"plot": arguments.plot, "json_path": arguments.json, "model": model}
+    if arguments.positional:
+        if arguments.positional[0] != "report" or len(arguments.positional) != 2:
+            raise ValueError(
+                "usage: rlalign calibrate --scores FILE --method NAME --out FILE, or: rlalign calibrate report FILE"
+            )
+        return cli_calibrate.report(Path(arguments.positional[1]), scores_file=arguments.scores, **outputs)
+    if not (arguments.scores and arguments.out):
+        raise ValueError("rlalign calibrate needs --scores FILE.jsonl and --out FILE.json")
+    return cli_calibrate.calibrate(
+        arguments.scores,
+        method=arguments.method,
+        out=arguments.out,
+        folds=arguments.folds,
+        seed=arguments.seed,
+        **outputs,
+    )
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from rlalign.tracking.report import write_report
 
@@ -180,6 +204,26 @@ def _parser() -> argparse.ArgumentParser:
     offline.add_argument("--json", type=Path, metavar="FILE", help="write every number as JSON")
     offline.add_argument("--k3-limit", type=float, help="exit 1 when k3 is over it")
     offline.set_defaults(run=_mismatch)
+
+    calibrate = commands.add_parser(
+        "calibrate", help="fit a calibration of reward scores, or judge one: calibrate report FILE"
+    )
+    calibrate.add_argument("positional", nargs="*", metavar="report FILE", help="judge an existing calibration file")
+    calibrate.add_argument(
+        "--scores", type=Path, metavar="FILE", help="JSONL of scores and labels, or of chosen and rejected"
+    )
+    calibrate.add_argument(
+        "--method", default="platt", help="platt | temperature | isotonic | beta | identity (default %(default)s)"
+    )
+    calibrate.add_argument("--out", type=Path, metavar="FILE", help="where the calibration goes")
+    calibrate.add_argument("--plot", type=Path, metavar="FILE", help="reliability diagram")
+    calibrate.add_argument("--json", type=Path, metavar="FILE", help="write every number as JSON")
+    calibrate.add_argument("--folds", type=int, default=5, help="of the cross-fitted numbers (default %(default)s)")
+    calibrate.add_argument("--seed", type=int, default=0)
+    calibrate.add_argument("--model", help="what produced the scores; checked whenever the file is used")
+    calibrate.add_argument("--revision")
+    calibrate.add_argument("--head-dtype")
+    calibrate.set_defaults(run=_calibrate)
 
     report = commands.add_parser("report", help="one HTML page from one run, or from several side by side")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN")

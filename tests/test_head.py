@@ -118,7 +118,7 @@ def test_frozen_operands_get_no_gradient() -> None:
     assert hidden.grad is not None and weight.grad is None
 
 
-def test_compiled_caller_gives_the_same_bits_without_a_graph_break() -> None:
+def test_compiled_caller_gives_the_same_bits_without_a_graph_break(compiling) -> None:
     hidden, weight, bias = operands(9, 64, 500)
     compiled = torch.compile(lambda h, w, b: head.project(h, w, b) * 2, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(hidden, weight, bias), head.project(hidden, weight, bias) * 2)

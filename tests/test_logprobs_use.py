@@ -84,7 +84,7 @@ def test_autocast_does_not_round_the_logits(dtype: torch.dtype) -> None:
         assert torch.equal(a, b)
 
 
-def test_compiled_caller_has_no_graph_break_and_the_same_gradients() -> None:
+def test_compiled_caller_has_no_graph_break_and_the_same_gradients(compiling) -> None:
     hidden, weight, ids = make()
 
     def loss(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -170,7 +170,7 @@ def test_bad_input_is_named_before_any_product(message: str, monkeypatch: pytest
         token_logprobs(hidden, weight, ids, **options)
 
 
-def test_compiled_out_of_vocabulary_ids_give_nan_not_a_number() -> None:
+def test_compiled_out_of_vocabulary_ids_give_nan_not_a_number(compiling) -> None:
     hidden, weight, ids = make()
     ids[1, 3] = V + 5
     for mode in ("fast", "exact_mirror"):

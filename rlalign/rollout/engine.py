@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 EMBEDDED_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "TORCHDYNAMO_DISABLE": "1",  # the first request with logprobs otherwise compiles a helper for seconds
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
@@ -227,6 +226,10 @@ def _start(model: Path, config: RolloutConfig, *, dtype: str, head_dtype: str, s
     for name, value in EMBEDDED_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.cpu_kv_cache_gib))
+    if (
+        config.enforce_eager
+    ):  # no compilation was asked for; the first request with logprobs would compile a helper for seconds
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from vllm import LLM
 
     return LLM(

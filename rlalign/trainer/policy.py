@@ -140,10 +140,8 @@ class Policy:
         self.network.save_pretrained(directory)
 
     def close(self) -> None:
-        """Release DeepSpeed's buffers and what it remembers of the process group, which an embedded vLLM may still hold."""
+        """Release DeepSpeed's buffers. The process group stays: an embedded vLLM may still hold the same one."""
         self._engine.destroy()
-        # Otherwise the next Policy of this process is given a group that vLLM has destroyed meanwhile (DeepSpeed 0.19.8).
-        deepspeed.utils.groups._release_process_group_references()
 
     def _refresh_master(self) -> None:
         """With head_dtype=master, fetch the fp32 lm_head from the optimizer. Collective: its shards lie on all ranks."""
@@ -210,6 +208,8 @@ def _init_distributed() -> None:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    # DeepSpeed 0.19.8 remembers the groups of an earlier engine, also after an embedded vLLM has destroyed them.
+    deepspeed.utils.groups._release_process_group_references()
 
 
 def _describe_bad_loss(loss: Tensor, logprobs_BL: Tensor, batch: TrainBatch, first_row: int) -> str:

@@ -110,14 +110,14 @@ def test_one_setting_switches_both_heads_and_the_report_shows_the_difference(tmp
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_move(tmp_path, untied, monkeypatch):
-    from rlalign import losses
+    from rlalign import objective
 
-    real = losses.grpo_loss
+    real = objective.BY_TOKEN["grpo"]
 
     def poisoned(logprobs_BL, *args, **kwargs):
         return real(logprobs_BL * torch.nan, *args, **kwargs)
 
-    monkeypatch.setattr(losses, "grpo_loss", poisoned)
+    monkeypatch.setitem(objective.BY_TOKEN, "grpo", poisoned)
     with pytest.raises(RuntimeError, match="the loss is nan.*No gradient was applied and no weights were published"):
         small_run(untied, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"

@@ -1,4 +1,4 @@
-"""rlalign train | doctor | parity | mismatch | calibrate | report: the commands, and the one place where errors become exit codes."""
+"""The commands (train, doctor, parity, mismatch, calibrate, report), and the one place where errors become exit codes."""
 
 from __future__ import annotations
 
@@ -137,9 +137,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     outputs = {"plot": arguments.plot, "json_path": arguments.json, "model": model}
     if arguments.positional:
         if arguments.positional[0] != "report" or len(arguments.positional) != 2:
-            raise ValueError(
-                "usage: rlalign calibrate --scores FILE --method NAME --out FILE, or: rlalign calibrate report FILE"
-            )
+            raise ValueError("rlalign calibrate takes --scores FILE --out FILE, or: report FILE")
         return cli_calibrate.report(Path(arguments.positional[1]), scores_file=arguments.scores, **outputs)
     if not (arguments.scores and arguments.out):
         raise ValueError("rlalign calibrate needs --scores FILE.jsonl and --out FILE.json")
@@ -205,9 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     offline.add_argument("--k3-limit", type=float, help="exit 1 when k3 is over it")
     offline.set_defaults(run=_mismatch)
 
-    calibrate = commands.add_parser(
-        "calibrate", help="fit a calibration of reward scores, or judge one: calibrate report FILE"
-    )
+    calibrate = commands.add_parser("calibrate", help="fit a calibration of reward scores, or judge one (report FILE)")
     calibrate.add_argument("positional", nargs="*", metavar="report FILE", help="judge an existing calibration file")
     calibrate.add_argument(
         "--scores", type=Path, metavar="FILE", help="JSONL of scores and labels, or of chosen and rejected"

@@ -141,14 +141,17 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         return cli_calibrate.report(Path(arguments.positional[1]), scores_file=arguments.scores, **outputs)
     if not (arguments.scores and arguments.out):
         raise ValueError("rlalign calibrate needs --scores FILE.jsonl and --out FILE.json")
-    return cli_calibrate.calibrate(
-        arguments.scores,
-        method=arguments.method,
-        out=arguments.out,
-        folds=arguments.folds,
-        seed=arguments.seed,
-        **outputs,
-    )
+    try:
+        return cli_calibrate.calibrate(
+            arguments.scores,
+            method=arguments.method,
+            out=arguments.out,
+            folds=arguments.folds,
+            seed=arguments.seed,
+            **outputs,
+        )
+    except TypeError as error:  # pairs with a method that has no scale to fit
+        raise ValueError(str(error)) from error
 
 
 def _report(arguments: argparse.Namespace) -> int:

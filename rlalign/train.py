@@ -64,7 +64,7 @@ def _run(config: RunConfig, run: Run, progress: Progress) -> dict:
         policy = assemble.start_policy(model, config)
         try:
             parties = _parties(config, engine, policy, task, tokenizer)
-            return _Session(config, run, progress, engine, policy, parties, tokenizer).steps()
+            return _Steps(config, run, progress, engine, policy, parties, tokenizer).run_all()
         finally:
             policy.close()
     finally:
@@ -90,7 +90,7 @@ def _parties(
 
 
 @dataclass
-class _Session:
+class _Steps:
     """The steps of one run, with everyone in place."""
 
     config: RunConfig
@@ -101,7 +101,7 @@ class _Session:
     parties: Parties
     tokenizer: PreTrainedTokenizerBase
 
-    def steps(self) -> dict:
+    def run_all(self) -> dict:
         """All of them, then the summary."""
         from rlalign.tracking.record import read_metrics
         from rlalign.tracking.summary import summarize

@@ -53,6 +53,7 @@ BAD = {
     "algo.correction.level=token": "either a preset or both level and mode",
     "algo.correction={preset: tis, level: token, mode: mask}": "either a preset or both level and mode",
     "algo.correction.high=2": "neither a preset nor level and mode",
+    "trainer.zero_stage=0": "without an fp32 master",
     "trainer.zero_stage=3": "0, 1 or 2",
     "tracking.wandb=maybe": "auto, online, offline or disabled",
     "steps=0": "must be positive",

@@ -124,7 +124,8 @@ class Policy:
         norm = self._engine.get_global_grad_norm()
         self.version += 1
         self._refresh_master()
-        return {"grad_norm": float("nan") if norm is None else float(norm), "lr": float(lr)}
+        found = {"lr": float(lr)}
+        return found if norm is None else found | {"grad_norm": float(norm)}  # stage 0 clips by it and does not tell it
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Hugging Face names and full tensors, a tied weight once: what the rollout engine must load.

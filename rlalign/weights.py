@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterable
@@ -78,7 +80,8 @@ def publish(
     if not shared.is_dir():
         raise ValueError(f"weights.shared={str(shared)!r} is no folder; name one that every rollout rank can read")
     receiver.suspend(f"publishing policy version {version} did not finish")
-    directory = Path(tempfile.mkdtemp(prefix="rlalign-weights-", dir=shared))
+    _sweep(shared)
+    directory = Path(tempfile.mkdtemp(prefix=f"{_own_prefix()}{os.getpid()}-", dir=shared))
     try:
         _write(named_weights, version, directory)
         acks = receiver.load(directory)
@@ -102,6 +105,18 @@ def publish(
         rebuilds=max(a["rebuilds"] for a in acks),
         seconds=time.perf_counter() - started,
     )
+
+
+def _own_prefix() -> str:
+    return f"rlalign-weights-{socket.gethostname()}-"
+
+
+def _sweep(shared: Path) -> None:
+    """Remove copies that a killed process of this host left behind; they hold memory until the next reboot otherwise."""
+    for left in shared.glob(f"{_own_prefix()}*"):
+        owner = left.name.removeprefix(_own_prefix()).split("-")[0]
+        if owner.isdigit() and not Path("/proc", owner).exists():
+            shutil.rmtree(left)
 
 
 def _write(named_weights: Iterable[tuple[str, Tensor]], version: int, directory: Path) -> None:

@@ -130,19 +130,19 @@ def _mismatch(arguments: argparse.Namespace) -> int:
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
-    from rlalign.reward import cli_calibrate
-    from rlalign.reward.calibration_file import ModelIdentity
+    from rlalign.reward.calibration import command as calibration_command
+    from rlalign.reward.calibration.file import ModelIdentity
 
     model = ModelIdentity(id=arguments.model, revision=arguments.revision, head_dtype=arguments.head_dtype)
     outputs = {"plot": arguments.plot, "json_path": arguments.json, "model": model}
     if arguments.positional:
         if arguments.positional[0] != "report" or len(arguments.positional) != 2:
             raise ValueError("rlalign calibrate takes --scores FILE --out FILE, or: report FILE")
-        return cli_calibrate.report(Path(arguments.positional[1]), scores_file=arguments.scores, **outputs)
+        return calibration_command.report(Path(arguments.positional[1]), scores_file=arguments.scores, **outputs)
     if not (arguments.scores and arguments.out):
         raise ValueError("rlalign calibrate needs --scores FILE.jsonl and --out FILE.json")
     try:
-        return cli_calibrate.calibrate(
+        return calibration_command.calibrate(
             arguments.scores,
             method=arguments.method,
             out=arguments.out,

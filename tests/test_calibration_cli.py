@@ -7,10 +7,10 @@ import pytest
 from scipy.special import expit
 
 from rlalign.reward.calibration import Calibrator, ModelIdentity, PlattCalibrator
-from rlalign.reward.cli_calibrate import METHODS, calibrate, report
-from rlalign.reward.cross_fit import cross_fitted
+from rlalign.reward.calibration.command import METHODS, calibrate, report
+from rlalign.reward.calibration.cross_fit import cross_fitted
+from rlalign.reward.calibration.score_rows import read_score_rows
 from rlalign.reward.metrics import brier_score
-from rlalign.reward.score_rows import read_score_rows
 
 MODEL = ModelIdentity(id="org/rm", head_dtype="float32")
 

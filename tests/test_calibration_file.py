@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit, softmax
 
-from rlalign.reward import calibration_file
 from rlalign.reward.calibration import (
     BetaCalibrator,
     CalibrationMismatchError,
@@ -21,6 +20,7 @@ from rlalign.reward.calibration import (
     PlattCalibrator,
     TemperatureCalibrator,
 )
+from rlalign.reward.calibration import file as calibration_file
 
 EVERY = [PlattCalibrator, TemperatureCalibrator, IsotonicCalibrator, BetaCalibrator, IdentityCalibrator]
 MODEL = ModelIdentity(

@@ -16,7 +16,7 @@ from rlalign.reward.metrics import (
     negative_log_likelihood,
     smooth_ece,
 )
-from rlalign.reward.reliability import reliability_diagram, write_reliability
+from rlalign.reward.metrics.reliability import reliability_diagram, write_reliability
 
 METRICS = [expected_calibration_error, brier_score, negative_log_likelihood, smooth_ece, auroc, reliability_diagram]
 

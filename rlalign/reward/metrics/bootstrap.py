@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from rlalign.reward.arrays import binary_rows, numbers, one_of, probabilities, require_rows, whole
-from rlalign.reward.bins import Closed, Strategy, bin_stats
+from rlalign.reward.metrics.bins import Closed, Strategy, bin_stats
 
 if TYPE_CHECKING:
     from rlalign.reward.arrays import Floats, Numbers

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import numpy as np
 
-from rlalign.reward import calibration_file
 from rlalign.reward.arrays import as_rows
-from rlalign.reward.calibration_data import Labelled, labelled, margins, warn
-from rlalign.reward.calibration_file import CalibrationMismatchError, Json, ModelIdentity, NotFittedError
-from rlalign.reward.fit_report import FitReport, fit_report
+from rlalign.reward.calibration import file as calibration_file
+from rlalign.reward.calibration.data import Labelled, labelled, margins, warn
+from rlalign.reward.calibration.file import CalibrationMismatchError, Json, ModelIdentity, NotFittedError
+from rlalign.reward.calibration.fit_report import FitReport, fit_report
 
 if TYPE_CHECKING:
     from rlalign.reward.arrays import Floats, Numbers

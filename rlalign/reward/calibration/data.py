@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlalign.reward.arrays import as_rows, binary_labels, class_labels, numbers, require_rows, row_weights
-from rlalign.reward.calibration_file import CalibrationWarning
+from rlalign.reward.calibration.file import CalibrationWarning
 
 if TYPE_CHECKING:
     from rlalign.reward.arrays import Floats, Numbers

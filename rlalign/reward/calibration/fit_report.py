@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlalign.reward.calibration_solvers import Z95
+from rlalign.reward.calibration.solvers import Z95
 from rlalign.reward.metrics import brier_score, ece_noise_floor, expected_calibration_error, negative_log_likelihood
 
 if TYPE_CHECKING:

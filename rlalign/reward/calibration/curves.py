@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from rlalign.reward.affine_calibration import platt_fit
 from rlalign.reward.arrays import numbers, one_of
-from rlalign.reward.calibration_data import Labelled, require_increasing, require_two_classes
-from rlalign.reward.calibration_solvers import fit_logistic, is_separable, isotonic_knots
-from rlalign.reward.calibrator import Calibrator, Outcome, number
+from rlalign.reward.calibration.affine import platt_fit
+from rlalign.reward.calibration.calibrator import Calibrator, Outcome, number
+from rlalign.reward.calibration.data import Labelled, require_increasing, require_two_classes
+from rlalign.reward.calibration.solvers import fit_logistic, is_separable, isotonic_knots
 
 if TYPE_CHECKING:
     from rlalign.reward.arrays import Floats
-    from rlalign.reward.calibration_file import Json
+    from rlalign.reward.calibration.file import Json
 
 
 class IsotonicCalibrator(Calibrator):

@@ -7,24 +7,24 @@
 Platt, temperature and beta increase strictly and keep the order of responses; isotonic has plateaus (see
 `diagnostics_.tied_fraction`). A positive affine change of the reward is a no-op under group-normalised GRPO: only what
 follows the affine part (the sigmoid, a mixture with other rewards, a threshold) can change training.
-Inputs are checked in `calibration_data`, optimisation is in `calibration_solvers`, files are in `calibration_file`.
+Inputs are checked in `data`, optimisation is in `solvers`, files are in `file`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rlalign.reward.affine_calibration import AffineCalibrator, PlattCalibrator, TemperatureCalibrator
 from rlalign.reward.arrays import as_rows
-from rlalign.reward.calibration_file import CalibrationMismatchError, CalibrationWarning, ModelIdentity, NotFittedError
-from rlalign.reward.calibrator import Calibrator, Outcome, PoolerFields, plain_probabilities
-from rlalign.reward.curve_calibration import BetaCalibrator, IsotonicCalibrator
-from rlalign.reward.fit_report import FitReport, Support
+from rlalign.reward.calibration.affine import AffineCalibrator, PlattCalibrator, TemperatureCalibrator
+from rlalign.reward.calibration.calibrator import Calibrator, Outcome, PoolerFields, plain_probabilities
+from rlalign.reward.calibration.curves import BetaCalibrator, IsotonicCalibrator
+from rlalign.reward.calibration.file import CalibrationMismatchError, CalibrationWarning, ModelIdentity, NotFittedError
+from rlalign.reward.calibration.fit_report import FitReport, Support
 
 if TYPE_CHECKING:
     from rlalign.reward.arrays import Floats, Numbers
-    from rlalign.reward.calibration_data import Labelled
-    from rlalign.reward.calibration_file import Json
+    from rlalign.reward.calibration.data import Labelled
+    from rlalign.reward.calibration.file import Json
 
 __all__ = [
     "AffineCalibrator", "BetaCalibrator", "CalibrationMismatchError", "CalibrationWarning", "Calibrator", "FitReport",

@@ -25,9 +25,9 @@ from rlalign.reward.arrays import (
     require_rows,
     row_weights,
 )
-from rlalign.reward.bins import BinStats, Closed, Strategy, bin_stats
-from rlalign.reward.bootstrap import Interval, NoiseFloor, bootstrap_ci, ece_noise_floor
-from rlalign.reward.smooth_ece import smooth_ece
+from rlalign.reward.metrics.bins import BinStats, Closed, Strategy, bin_stats
+from rlalign.reward.metrics.bootstrap import Interval, NoiseFloor, bootstrap_ci, ece_noise_floor
+from rlalign.reward.metrics.smooth_ece import smooth_ece
 
 if TYPE_CHECKING:
     from rlalign.reward.arrays import Floats, Numbers

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlalign.reward.bins import Closed, Strategy, bin_stats
+from rlalign.reward.metrics.bins import Closed, Strategy, bin_stats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,10 +23,10 @@ from rlalign.reward.calibration import (
     PlattCalibrator,
     TemperatureCalibrator,
 )
-from rlalign.reward.cross_fit import Quality, cross_fitted, fit_on, predicted, quality
-from rlalign.reward.fit_report import judged_rows
-from rlalign.reward.reliability import reliability_diagram, write_reliability
-from rlalign.reward.score_rows import ScoreRows, read_score_rows
+from rlalign.reward.calibration.cross_fit import Quality, cross_fitted, fit_on, predicted, quality
+from rlalign.reward.calibration.fit_report import judged_rows
+from rlalign.reward.calibration.score_rows import ScoreRows, read_score_rows
+from rlalign.reward.metrics.reliability import reliability_diagram, write_reliability
 
 METHODS: dict[str, Callable[[], Calibrator]] = {
     "platt": PlattCalibrator,

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlalign.reward.arrays import numbers, one_of
-from rlalign.reward.calibration_data import Labelled, require_increasing, require_two_classes, warn
-from rlalign.reward.calibration_solvers import SLOPE_LIMIT, Z95, Logistic, fit_logistic, fit_scale, is_separable
-from rlalign.reward.calibrator import Calibrator, Outcome, PoolerFields, number
+from rlalign.reward.calibration.calibrator import Calibrator, Outcome, PoolerFields, number
+from rlalign.reward.calibration.data import Labelled, require_increasing, require_two_classes, warn
+from rlalign.reward.calibration.solvers import SLOPE_LIMIT, Z95, Logistic, fit_logistic, fit_scale, is_separable
 
 if TYPE_CHECKING:
     from rlalign.reward.arrays import Floats
-    from rlalign.reward.calibration_file import Json
+    from rlalign.reward.calibration.file import Json
 
 
 class AffineCalibrator(Calibrator):

@@ -14,7 +14,7 @@ import numpy as np
 
 from rlalign.reward.arrays import whole
 from rlalign.reward.calibration import CalibrationWarning, Calibrator
-from rlalign.reward.fit_report import judged_rows
+from rlalign.reward.calibration.fit_report import judged_rows
 from rlalign.reward.metrics import (
     Interval,
     auroc,
@@ -28,7 +28,7 @@ from rlalign.reward.metrics import (
 
 if TYPE_CHECKING:
     from rlalign.reward.arrays import Floats
-    from rlalign.reward.score_rows import ScoreRows
+    from rlalign.reward.calibration.score_rows import ScoreRows
 
 RESAMPLES = 200
 

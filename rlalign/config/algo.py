@@ -1,0 +1,88 @@
+"""The objective: loss, advantages and what corrects the mismatch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rlalign.config.checks import positive, require
+
+PRESETS = {  # and the bounds each of them takes
+    "tis": ("high",),
+    "icepop": ("low", "high"),
+    "mis": ("high",),
+    "seq_tis": ("high",),
+    "geo_mask": ("low", "high"),
+    "veto": ("low",),
+    "opsm": (),
+    "dppo_tv": ("low", "high"),
+    "m2po": (),
+}
+
+
+LOSSES = ("grpo", "grpo_sequence", "dr_grpo", "dapo", "gspo", "cispo", "ppo")
+
+
+@dataclass(kw_only=True)
+class CorrectionConfig:
+    """A preset by name, or a level and a mode; see rlalign.presets and rlalign.corrections.correct. Off: weights of one."""
+
+    preset: str = ""  # tis | icepop | mis | seq_tis | geo_mask | veto | opsm | dppo_tv | m2po
+    level: str = ""  # token | sequence | geometric | segment
+    mode: str = ""  # truncate | clip | mask
+    low: float | None = None  # bounds on the ratio old / rollout; a preset's own where not given
+    high: float | None = None
+    veto: float | None = None  # with level and mode: a token ratio under this rejects its sequence
+    normalize: bool = False  # with level and mode: weights divided by their mean over the batch
+
+    @property
+    def off(self) -> bool:
+        """True when nothing was asked for."""
+        return not (self.preset or self.level or self.mode)
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.level) == bool(self.mode) and not (self.preset and self.level),
+            f"algo.correction: give either a preset or both level and mode, got preset={self.preset!r}, "
+            f"level={self.level!r}, mode={self.mode!r}",
+        )
+        require(
+            not self.off or (self.low, self.high, self.veto, self.normalize) == (None, None, None, False),
+            "algo.correction: bounds are set, but neither a preset nor level and mode",
+        )
+        if self.preset:
+            require(
+                self.preset in PRESETS, f"algo.correction.preset={self.preset!r}: choose one of {', '.join(PRESETS)}"
+            )
+            require(
+                self.veto is None and not self.normalize,
+                "algo.correction: veto and normalize go with level and mode; presets are fixed recipes",
+            )
+            for name in ("low", "high"):
+                require(
+                    getattr(self, name) is None or name in PRESETS[self.preset],
+                    f"algo.correction.{name}: the preset {self.preset} has no such bound "
+                    f"(it takes {', '.join(PRESETS[self.preset]) or 'none'})",
+                )
+
+
+@dataclass(kw_only=True)
+class AlgoConfig:
+    loss: str = "grpo"  # grpo | grpo_sequence | dr_grpo | dapo | gspo | cispo | ppo
+    lr: float = 1e-6
+    warmup_steps: int = 0  # linear, optimizer steps
+    minibatches: int = 1  # optimizer steps on one batch of rollouts
+    clip_low: float | None = None  # the loss's own default where not given
+    clip_high: float | None = None
+    kl_coef: float = 0.0  # k3 to the initial policy; 0: no reference model is kept
+    normalize_std: bool = True  # divide advantages by the group's standard deviation (False: Dr. GRPO)
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+
+    def __post_init__(self) -> None:
+        positive(self, "algo", "minibatches")
+        require(self.loss in LOSSES, f"algo.loss={self.loss!r}: choose one of {', '.join(LOSSES)}")
+        require(self.lr >= 0, f"algo.lr={self.lr}: cannot be negative (0 is the weight-sync self-test)")
+        require(self.kl_coef >= 0 and self.warmup_steps >= 0, "algo.kl_coef and algo.warmup_steps cannot be negative")
+        require(
+            self.kl_coef == 0 or self.loss in ("grpo", "grpo_sequence", "dr_grpo"),
+            f"algo.kl_coef={self.kl_coef}: algo.loss={self.loss} has no reference term",
+        )

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from rlalign import advantages, corrections, mismatch, objective
 from rlalign.config import GateAction, MismatchConfig, RunConfig
-from rlalign.types import Correction, LogprobSpec, Rollout, RolloutBatch, TrainBatch, collate
+from rlalign.mismatch.breakdown import token_lags
+from rlalign.types import UNKNOWN_VERSION, Correction, LogprobSpec, Rollout, RolloutBatch, TrainBatch, collate
 
 if TYPE_CHECKING:
     from rlalign.weights import PublishReport
@@ -133,6 +134,7 @@ def train_step(step: int, parties: Parties, config: RunConfig) -> StepResult:
         ref_BL = parties.trainer.score_reference(batch)
         measured = mismatch.compare(old_BL, batch.rollout_logprobs_BL, batch.loss_mask_BL)
         metrics |= mismatch_metrics(measured, lag_of(batch, parties.trainer.version), parties.floor)
+        metrics |= staleness_metrics(batch, parties.trainer.version)
         metrics["train/entropy"] = float(entropy_BL[batch.loss_mask_BL].mean())
 
     result = StepResult(
@@ -228,13 +230,27 @@ def reward_metrics(rewards_B: Tensor, group_id_B: Tensor) -> dict[str, float]:
 
 def lag_of(batch: RolloutBatch, version: int) -> int:
     """Versions between the one that sampled this batch and the trainer's. A synchronous step has one lag, normally 0."""
-    lags = (version - batch.policy_version_B).unique().tolist()
+    lags = (version - batch.policy_version_BL[batch.loss_mask_BL]).unique().tolist()
     if len(lags) != 1 or lags[0] < 0:
         raise RuntimeError(
             f"a synchronous step got rollouts {lags} versions behind trainer version {version}; expected one lag, not negative: "
             "the engine was not stamped with what was published"
         )
     return lags[0]
+
+
+def staleness_metrics(batch: RolloutBatch, version: int) -> dict[str, float]:
+    """Versions between the trainer's and the one that sampled a token, and the oldest keys and values it was sampled with.
+
+    The second is left out where the engine does not tell.
+    """
+    found = {}
+    for name, version_BL in (("policy", batch.policy_version_BL), ("kv", batch.kv_version_BL)):
+        if name == "kv" and bool((version_BL[batch.loss_mask_BL] == UNKNOWN_VERSION).any()):
+            continue
+        lag_N = token_lags(version_BL, batch.loss_mask_BL, version=version)[batch.loss_mask_BL].double()
+        found |= {f"staleness/{name}/mean": float(lag_N.mean()), f"staleness/{name}/max": float(lag_N.max())}
+    return found
 
 
 def mismatch_metrics(measured: dict[str, float], lag: int, floor: Mapping[str, float] | None) -> dict[str, float]:

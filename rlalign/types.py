@@ -6,7 +6,7 @@ Suffixes: B sequences, L padded length.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     import torch
     from torch import Tensor
+
+
+UNKNOWN_VERSION = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +64,8 @@ class Rollout:
     loss_mask: True on sampled tokens only.
     rollout_logprobs: nats, as the engine sampled them; 0.0 where loss_mask is False.
     version_spans: (start, end, policy_version) over sampled positions of token_ids, end exclusive, in order.
+    kv_spans: the same over all positions, prompt included: the version that computed a position's keys and values. Older than
+        what sampled the next token where weights changed in flight or a prefix cache outlived them. Empty: not known.
     """
 
     token_ids: list[int]
@@ -70,6 +75,7 @@ class Rollout:
     group_id: int
     finish_reason: str
     version_spans: list[tuple[int, int, int]]
+    kv_spans: list[tuple[int, int, int]] = field(default_factory=list)
     text: str = ""
 
     def __post_init__(self) -> None:
@@ -91,7 +97,7 @@ class Rollout:
 
     @property
     def policy_version(self) -> int:
-        """The oldest version that sampled a token of this sequence: lag is counted from it."""
+        """The oldest version that sampled a token of this sequence."""
         return min(version for _, _, version in self.version_spans)
 
 
@@ -100,7 +106,9 @@ class RolloutBatch:
     """Padded rollouts. Right padding; immutable; shapes and dtypes checked, values (NaN, -inf) are counted later.
 
     token_ids_BL int64, attention_mask_BL bool, loss_mask_BL bool, rollout_logprobs_BL float32 (nats under `spec`),
-    prompt_id_B, group_id_B, policy_version_B int64.
+    prompt_id_B, group_id_B int64.
+    policy_version_BL int64: the version that sampled the token, -1 outside the loss mask. kv_version_BL int64: the oldest
+    version among the keys and values it was sampled with, -1 outside the loss mask and where nobody knows.
     """
 
     token_ids_BL: Tensor
@@ -109,7 +117,8 @@ class RolloutBatch:
     rollout_logprobs_BL: Tensor
     prompt_id_B: Tensor
     group_id_B: Tensor
-    policy_version_B: Tensor
+    policy_version_BL: Tensor
+    kv_version_BL: Tensor
     spec: LogprobSpec
 
     def __post_init__(self) -> None:
@@ -123,7 +132,8 @@ class RolloutBatch:
             "rollout_logprobs_BL": (shape, torch.float32),
             "prompt_id_B": (shape[:1], torch.int64),
             "group_id_B": (shape[:1], torch.int64),
-            "policy_version_B": (shape[:1], torch.int64),
+            "policy_version_BL": (shape, torch.int64),
+            "kv_version_BL": (shape, torch.int64),
         }
         for name, (want_shape, want_dtype) in wanted.items():
             got = getattr(self, name)
@@ -156,12 +166,18 @@ def collate(rollouts: Sequence[Rollout], *, pad_token_id: int, spec: LogprobSpec
     attention = torch.zeros(len(rollouts), length, dtype=torch.bool)
     loss_mask = torch.zeros(len(rollouts), length, dtype=torch.bool)
     logprobs = torch.zeros(len(rollouts), length, dtype=torch.float32)
+    versions = torch.full((len(rollouts), length), UNKNOWN_VERSION)
+    kv_versions = torch.full((len(rollouts), length), UNKNOWN_VERSION)
     for i, r in enumerate(rollouts):
         n = len(r.token_ids)
         token_ids[i, :n] = torch.tensor(r.token_ids, dtype=torch.int64)
         attention[i, :n] = True
         loss_mask[i, :n] = torch.tensor(r.loss_mask, dtype=torch.bool)
         logprobs[i, :n] = torch.tensor(r.rollout_logprobs, dtype=torch.float32)
+        versions[i] = spread(r.version_spans, length)
+        kv_versions[i, 1:] = spread(r.kv_spans, length).cummin(0).values[:-1]  # of every position before the token
+    _require_versions(versions, loss_mask)
+    kv_versions[~loss_mask] = UNKNOWN_VERSION
     return RolloutBatch(
         token_ids_BL=token_ids,
         attention_mask_BL=attention,
@@ -169,9 +185,38 @@ def collate(rollouts: Sequence[Rollout], *, pad_token_id: int, spec: LogprobSpec
         rollout_logprobs_BL=logprobs,
         prompt_id_B=torch.tensor([r.prompt_id for r in rollouts]),
         group_id_B=torch.tensor([r.group_id for r in rollouts]),
-        policy_version_B=torch.tensor([r.policy_version for r in rollouts]),
+        policy_version_BL=versions,
+        kv_version_BL=kv_versions,
         spec=spec,
     )
+
+
+def spread(spans: Sequence[tuple[int, int, int]], length: int) -> Tensor:
+    """The version of every position, [L] int64, from (start, end, version) spans; UNKNOWN_VERSION where none reaches.
+
+    Raises ValueError on spans that overlap or leave [0, length).
+    """
+    import torch
+
+    version_L = torch.full((length,), UNKNOWN_VERSION)
+    reached = 0
+    for start, end, version in spans:
+        if not reached <= start < end <= length:
+            raise ValueError(f"version span ({start}, {end}) overlaps the one before or leaves 0..{length}")
+        version_L[start:end] = version
+        reached = end
+    return version_L
+
+
+def _require_versions(policy_version_BL: Tensor, loss_mask_BL: Tensor) -> None:
+    nameless = (loss_mask_BL & (policy_version_BL == UNKNOWN_VERSION)).nonzero()
+    if len(nameless):
+        row, position = nameless[0].tolist()
+        raise ValueError(
+            f"collate: {len(nameless)} sampled tokens are in no version span, the first at sequence {row}, position {position}; "
+            "every sampled token must name the policy version that sampled it"
+        )
+    policy_version_BL[~loss_mask_BL] = UNKNOWN_VERSION
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

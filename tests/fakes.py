@@ -50,6 +50,7 @@ class FakeEngine:
             group_id=group,
             finish_reason="stop",
             version_spans=[(start, start + 3, version)],
+            kv_spans=[(0, start + 2, version)],
             text=str(tokens[0] % 2),
         )
 

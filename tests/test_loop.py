@@ -1,11 +1,14 @@
 """The step with fakes: order of events, version stamps, the gate, and what a failed publish leaves behind."""
 
 import math
+from dataclasses import replace
 
 import pytest
+import torch
 
 from rlalign.config import GateAction, load
-from rlalign.loop import MismatchLimitError, train_step
+from rlalign.loop import MismatchLimitError, staleness_metrics, train_step
+from rlalign.types import LogprobSpec, RolloutBatch
 from tests.fakes import FakeEngine, FakeTask, FakeTrainer, parties
 
 
@@ -68,6 +71,23 @@ def test_rollouts_of_an_older_version_are_not_called_lag_0(tmp_path, events):
     engine, trainer = FakeEngine(events, stale_stamp=0), FakeTrainer(events, version=3)
     result = train_step(0, parties(tmp_path, engine=engine, trainer=trainer), config())
     assert "mismatch/lag3/k3" in result.metrics and "mismatch/lag0/k3" not in result.metrics
+    assert {k: v for k, v in result.metrics.items() if k.startswith("staleness/")} == {
+        f"staleness/{of}/{stat}": 3.0 for of in ("policy", "kv") for stat in ("mean", "max")
+    }
+
+
+def test_keys_older_than_the_policy_are_their_own_staleness_and_unknown_ones_are_not_zero():
+    ids, masked = torch.zeros(1, 4, dtype=torch.int64), torch.tensor([[False, False, True, True]])
+    batch = RolloutBatch(
+        token_ids_BL=ids, attention_mask_BL=masked, loss_mask_BL=masked, rollout_logprobs_BL=ids.float(), prompt_id_B=ids[:, 0],
+        group_id_B=ids[:, 0], policy_version_BL=torch.tensor([[-1, -1, 4, 5]]), kv_version_BL=torch.tensor([[-1, -1, 2, 4]]),
+        spec=LogprobSpec(),
+    )  # fmt: skip
+    assert staleness_metrics(batch, 5) == {
+        "staleness/policy/mean": 0.5, "staleness/policy/max": 1.0, "staleness/kv/mean": 2.0, "staleness/kv/max": 3.0,
+    }  # fmt: skip
+    unknown = replace(batch, kv_version_BL=torch.tensor([[-1, -1, 2, -1]]))
+    assert set(staleness_metrics(unknown, 5)) == {"staleness/policy/mean", "staleness/policy/max"}
 
 
 def test_a_stamp_from_the_future_is_a_broken_contract(tmp_path, events):

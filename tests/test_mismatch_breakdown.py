@@ -74,15 +74,15 @@ def test_worst_tokens_come_with_place_id_and_both_logprobs():
     )
 
 
-def test_version_spans_become_token_lags():
-    lag = token_lags([[(2, 4, 7), (4, 6, 8)], [(1, 3, 9)]], version=9, length=6)
-    assert lag.tolist() == [[0, 0, 2, 2, 1, 1], [0, 0, 0, 0, 0, 0]]
+def test_lags_are_counted_from_the_trainers_version_inside_the_mask_only():
+    version = torch.tensor([[-1, 7, 8, 9], [-1, -1, 9, 5]])
+    mask = torch.tensor([[False, True, True, True], [False, False, True, False]])
+    assert token_lags(version, mask, version=9).tolist() == [[0, 2, 1, 0], [0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize(
-    "spans, match",
-    [([(2, 4, 7), (3, 5, 8)], "overlaps"), ([(2, 9, 7)], "leaves"), ([(3, 3, 7)], "overlaps"), ([(1, 2, 10)], "newer")],
+    "held, match", [(-1, "no usable version.*: -1"), (10, "no usable version.*: 10, with the trainer at 9")]
 )
-def test_broken_spans_are_refused(spans, match):
+def test_a_token_of_an_unknown_or_future_version_is_refused(held, match):
     with pytest.raises(ValueError, match=match):
-        token_lags([spans], version=9, length=6)
+        token_lags(torch.tensor([[0, held]]), torch.tensor([[False, True]]), version=9)

@@ -113,23 +113,20 @@ def nonfinite_tokens(
     return _rows(old_logprobs_BL, rollout_logprobs_BL, found, token_ids_BL)
 
 
-def token_lags(spans_B: Sequence[Sequence[tuple[int, int, int]]], *, version: int, length: int) -> Tensor:
-    """Lag of every token, [B, L] int64: `version` minus the version that sampled it; 0 where no span reaches.
+def token_lags(version_BL: Tensor, loss_mask_BL: Tensor, *, version: int) -> Tensor:
+    """Lag of every masked token, [B, L] int64: `version` minus the version in `version_BL`; 0 outside the mask.
 
-    spans_B: per sequence (start, end, version), end exclusive, as in `Rollout.version_spans`; the same call with the
-    spans of the KV cache gives how old the attended keys were. Raises ValueError on spans that overlap, leave
-    [0, length), or come from a version newer than `version`.
+    version_BL: `RolloutBatch.policy_version_BL`, or `kv_version_BL` for the age of the oldest keys attended to; there an
+    unknown version (-1) raises ValueError, as does one newer than `version`: the engine was not stamped with what it held.
     """
-    lag_BL = torch.zeros(len(spans_B), length, dtype=torch.int64)
-    for row, spans in enumerate(spans_B):
-        reached = 0
-        for start, end, sampled in spans:
-            if not reached <= start < end <= length:
-                raise ValueError(f"sequence {row}: span ({start}, {end}) overlaps the one before or leaves 0..{length}")
-            if sampled > version:
-                raise ValueError(f"sequence {row}: sampled by version {sampled}, newer than the trainer's {version}")
-            lag_BL[row, start:end] = version - sampled
-            reached = end
+    lag_BL = (version - version_BL).masked_fill(~loss_mask_BL, 0)
+    wrong_BL = loss_mask_BL & ((version_BL < 0) | (version_BL > version))
+    if wrong_BL.any():
+        row, position = wrong_BL.nonzero()[0].tolist()
+        raise ValueError(
+            f"token_lags: {int(wrong_BL.sum())} tokens have no usable version, the first at sequence {row}, position {position}: "
+            f"{int(version_BL[row, position])}, with the trainer at {version} (-1 is unknown)"
+        )
     return lag_BL
 
 

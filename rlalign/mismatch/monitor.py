@@ -71,7 +71,7 @@ DEFAULT_RULES = (
     Rule(metric="mismatch/lag0/pearson_prob", limit=0.98, release=0.99, above=False),
     Rule(metric="correction/masked_share", limit=0.2, release=0.1),
 )
-"""For a bf16 dense model. Add one on `mismatch/excess/k3` where a floor was measured, and on the version lag where
+"""For a bf16 dense model. Add one on `mismatch/excess/k3` where a floor was measured, and on `staleness/policy/max` where
 rollouts are asynchronous. Anchors: dense bf16 k3 lies in 1e-5..1e-3, mixtures of experts in 1e-3..1e-1."""
 
 

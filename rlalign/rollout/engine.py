@@ -203,6 +203,7 @@ class VLLMEngine:
     ) -> Rollout:
         tokens = list(completion.token_ids)
         start = len(prompt)
+        spans = self._spans(completion, start, len(tokens))
         return Rollout(
             token_ids=[*prompt, *tokens],
             loss_mask=[False] * start + [True] * len(tokens),
@@ -210,16 +211,33 @@ class VLLMEngine:
             prompt_id=prompt_id,
             group_id=group_id,
             finish_reason=completion.finish_reason,
-            version_spans=self._spans(completion, start, len(tokens)),
+            version_spans=spans,
+            kv_spans=kv_spans(spans),
             text=completion.text,
         )
 
     def _spans(self, completion: CompletionOutput, start: int, count: int) -> list[tuple[int, int, int]]:
+        """From vLLM where it reports them; before that from the version held, which cannot change while `generate` runs."""
         from rlalign.rollout.versions import has_output_spans
 
         if not has_output_spans(self.version):
             return [(start, start + count, self.policy_version)]
         return [(start + s.start, start + s.end, int(s.version)) for s in completion.weight_versions]
+
+
+def kv_spans(version_spans: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Which version computed the keys and values of each position, given which sampled each token.
+
+    A position's keys are computed in the step that samples the next token, a prompt's in the step of the first; an update in
+    flight leaves them. A request that vLLM preempted since then recomputed them: the age that follows is an upper bound.
+    """
+    found = []
+    reached = 0
+    for _, end, version in version_spans:
+        if end - 1 > reached:
+            found.append((reached, end - 1, version))
+            reached = end - 1
+    return found
 
 
 def _start(model: Path, config: RolloutConfig, *, dtype: str, head_dtype: str, seed: int) -> LLM:

@@ -88,8 +88,10 @@ class StepResult:
     """What a step produced: metrics by their logged names, and the per-token tensors behind them."""
 
     metrics: dict[str, float]
+    version: int  # of the trainer that scored it, before the update
     batch: RolloutBatch
     old_logprobs_BL: Tensor
+    entropy_BL: Tensor  # of the trainer's distribution, nats
     advantages_BL: Tensor
     rewards_B: Tensor
     texts: list[str]
@@ -132,15 +134,17 @@ def train_step(step: int, parties: Parties, config: RunConfig) -> StepResult:
     with clock("score"):
         old_BL, entropy_BL = parties.trainer.score(batch)
         ref_BL = parties.trainer.score_reference(batch)
-        measured = mismatch.compare(old_BL, batch.rollout_logprobs_BL, batch.loss_mask_BL)
+        measured = mismatch.compare(old_BL, batch.rollout_logprobs_BL, batch.loss_mask_BL, group_B=batch.group_id_B)
         metrics |= mismatch_metrics(measured, lag_of(batch, parties.trainer.version), parties.floor)
         metrics |= staleness_metrics(batch, parties.trainer.version)
         metrics["train/entropy"] = float(entropy_BL[batch.loss_mask_BL].mean())
 
     result = StepResult(
         metrics=metrics,
+        version=parties.trainer.version,
         batch=batch,
         old_logprobs_BL=old_BL,
+        entropy_BL=entropy_BL,
         advantages_BL=advantages_B[:, None].expand_as(old_BL),
         rewards_B=rewards_B,
         texts=[r.text for r in rollouts],

@@ -75,13 +75,18 @@ def make_run(directory: Path, *, k3=1e-9, head="float32", steps=20, evil="", end
         n = 40
         old = -generator.exponential(1, n)
         columns = {
-            name: np.arange(n) % 4 for name in ("token_id", "policy_version", "kv_version", "prompt_id", "group_id")
+            name: np.arange(n) % 4
+            for name in ("token_id", "policy_version", "kv_version", "lag", "prompt_id", "group_id")
         }
         columns |= {"sequence": np.arange(n) // 10, "position": np.arange(n) % 10 + 5, "old_logprob": old}
         columns |= {"reward": np.ones(n), "advantage": np.ones(n), "loss_mask": np.ones(n, bool)}
         ratio = generator.normal(0, k3**0.5, n)
         ratio[17] = 50 * k3**0.5
-        columns |= {"rollout_logprob": old - ratio, "token": [f"t{i}{evil if i == 17 else ''}" for i in range(n)]}
+        columns |= {
+            "rollout_logprob": old - ratio,
+            "entropy": -old,
+            "token": [f"t{i}{evil if i == 17 else ''}" for i in range(n)],
+        }
         run.log_tokens(steps - 1, columns)
         if ending:
             raise ending
@@ -168,9 +173,22 @@ def test_tokens_without_a_finite_ratio_come_first_and_are_counted(tmp_path):
     with Run(tmp_path / "r", config={}, wandb_mode="disabled", project="p", name="n") as run:
         columns = {
             n: [0, 1, 2]
-            for n in ("sequence", "position", "token_id", "policy_version", "kv_version", "prompt_id", "group_id")
+            for n in (
+                "sequence",
+                "position",
+                "token_id",
+                "policy_version",
+                "kv_version",
+                "lag",
+                "prompt_id",
+                "group_id",
+            )
         }
-        columns |= {"old_logprob": [-1.0, -1.0, -1.0], "rollout_logprob": [-1.5, float("-inf"), -1.0]}
+        columns |= {
+            "old_logprob": [-1.0, -1.0, -1.0],
+            "rollout_logprob": [-1.5, float("-inf"), -1.0],
+            "entropy": [1.0] * 3,
+        }
         columns |= {"reward": [0.0] * 3, "advantage": [0.0] * 3, "token": list("abc"), "loss_mask": [True, True, False]}
         path = run.log_tokens(0, columns)
         run.finish({})

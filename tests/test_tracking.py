@@ -35,9 +35,14 @@ def start(directory: Path, **kwargs: bool) -> Run:
 
 def token_columns(rows: int = 6) -> dict[str, list]:
     numbers = {name: list(range(rows)) for name in ("sequence", "position", "token_id", "policy_version", "kv_version")}
-    numbers |= {name: list(range(rows)) for name in ("prompt_id", "group_id")}
+    numbers |= {name: list(range(rows)) for name in ("prompt_id", "group_id", "lag")}
     old = [-0.5 * (i + 1) for i in range(rows)]
-    floats = {"old_logprob": old, "rollout_logprob": [v - 0.25 for v in old], "reward": [1.0] * rows}
+    floats = {
+        "old_logprob": old,
+        "rollout_logprob": [v - 0.25 for v in old],
+        "reward": [1.0] * rows,
+        "entropy": [0.5] * rows,
+    }
     return numbers | floats | {"advantage": [0.5] * rows, "token": ["a"] * rows, "loss_mask": [True] * rows}
 
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 # Nats for logprobs; position counts from the first prompt token; log_ratio = old_logprob - rollout_logprob.
-# kv_version: the oldest weights behind the keys and values the token was sampled with; -1 where the engine does not tell.
+# entropy: of the trainer's distribution, nats. lag: the trainer's version minus policy_version. kv_version: the oldest weights
+# behind the keys and values the token was sampled with; -1 where the engine does not tell.
 SCHEMA = {
     "step": "int32",
     "sequence": "int32",
@@ -23,7 +24,9 @@ SCHEMA = {
     "rollout_logprob": "float32",
     "old_logprob": "float32",
     "log_ratio": "float32",
+    "entropy": "float32",
     "policy_version": "int32",
+    "lag": "int32",
     "kv_version": "int32",
     "prompt_id": "int64",
     "group_id": "int64",

@@ -13,7 +13,7 @@ LEVELS = {
     0: {"types", "config", "install_check"},
     1: {
         "head", "head_cache", "products", "logprobs", 
-        "mismatch", "corrections", "presets", "surrogate", "losses", "objective", "advantages",
+        "mismatch", "corrections", "presets", "surrogate", "losses", "objective", "advantages", "ranks",
         "reward.calibration", "reward.adaptive", "reward.metrics",
     },
     2: {"weights", "tracking", "tasks", "tiny_policy", "reward"},

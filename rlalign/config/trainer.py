@@ -9,20 +9,19 @@ from rlalign.config.checks import positive, require
 
 @dataclass(kw_only=True)
 class TrainerConfig:
-    zero_stage: int = 1  # DeepSpeed ZeRO 1 or 2; 0 with a float32 body only
+    zero_stage: int = 1  # DeepSpeed ZeRO 1, 2 or 3; 0 with a float32 body only
     micro_batch_size: int = 16  # sequences in one forward
     grad_clip: float = 1.0  # 2-norm
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass instead of keeping them
     threads: int = 0  # torch threads; 0 leaves torch's choice. Two busy cores are faster with 1
     logprob_chunk: int = 0  # tokens projected at once; 0 chooses
 
     def __post_init__(self) -> None:
         positive(self, "trainer", "micro_batch_size", "grad_clip")
-        require(
-            self.zero_stage in (0, 1, 2), f"trainer.zero_stage={self.zero_stage}: 0, 1 or 2 (3 is not supported yet)"
-        )
+        require(self.zero_stage in (0, 1, 2, 3), f"trainer.zero_stage={self.zero_stage}: choose 0, 1, 2 or 3")
         require(
             self.threads >= 0 and self.logprob_chunk >= 0,
             "trainer.threads and trainer.logprob_chunk cannot be negative",

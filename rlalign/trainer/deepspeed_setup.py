@@ -1,0 +1,42 @@
+"""How DeepSpeed is set up: its settings, and the process group its ranks share."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import deepspeed
+import torch
+
+from rlalign.config import TrainerConfig
+
+
+def deepspeed_settings(config: TrainerConfig, dtype: str) -> dict[str, object]:
+    """DeepSpeed's configuration of the policy's engine."""
+    return {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": 1,  # boundaries are set by hand: the number of micro-batches follows the data
+        "gradient_clipping": config.grad_clip,
+        "zero_optimization": {"stage": config.zero_stage},
+        "zero_allow_untested_optimizer": True,  # torch.optim.AdamW: DeepSpeed's own would compile a C++ kernel for a minute
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "steps_per_print": 2**31 - 1,
+    }
+
+
+def join_process_group() -> None:
+    """Join the process group of the launcher, of an embedded vLLM, or make one of a single rank when there is neither."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+            False  # compiles for a minute and is no faster than gloo here
+        )
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    # DeepSpeed 0.19.8 remembers the groups of an earlier engine, also after an embedded vLLM has destroyed them.
+    deepspeed.utils.groups._release_process_group_references()

@@ -1,9 +1,8 @@
-"""The commands (train, doctor, parity, mismatch, calibrate, report), and the one place where errors become exit codes."""
+"""The commands (train, doctor, parity, mismatch, calibrate, serve, report), and the one place where errors become exit codes."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -12,21 +11,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlalign.diagnose.attribution import command as attribute_command
+from rlalign.diagnose.parity import command as parity_command
+from rlalign.exits import INTERRUPTED, REQUEUE, Preempted
 from rlalign.install_check import require_working
+from rlalign.reward.server import command as serve_command
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. 0: fine; 1: the check or the run failed; 2: wrong usage or configuration; 130: interrupted."""
+    """Run one command and return its exit code.
+
+    0: fine; 1: the check or the run failed; 2: wrong usage or configuration; 75: a signal ended the run, which is saved; 130:
+    interrupted.
+    """
     set_environment()
     arguments = _parser().parse_args(argv)
     try:
         require_working()
         return arguments.run(arguments)
+    except Preempted as end:
+        print(f"rlalign: {end}", file=sys.stderr)
+        return REQUEUE
     except KeyboardInterrupt:
         print("rlalign: interrupted; what was logged so far is in the run directory", file=sys.stderr)
         return INTERRUPTED
@@ -90,19 +99,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _parity(arguments: argparse.Namespace) -> int:
     from rlalign.config import load
-    from rlalign.diagnose import parity
 
-    config = load(compose(arguments.config_name, arguments.overrides))
-    result = parity.measure(
-        config, bodies=arguments.body, prompts=arguments.prompts, with_noise_floor=arguments.noise_floor
-    )
-    print(parity.table(result))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2))
-    over = parity.over_limit(result, arguments.k3_limit)
-    for line in over:
-        print(f"rlalign: {line}", file=sys.stderr)
-    return 1 if over else 0
+    return parity_command.run(load(compose(arguments.config_name, arguments.overrides)), arguments)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -114,6 +112,23 @@ def _doctor(arguments: argparse.Namespace) -> int:
     if arguments.json:
         arguments.json.write_text(doctor.as_json(checks))
     return 1 if any(check.state == "problem" for check in checks) else 0
+
+
+def _attribute(arguments: argparse.Namespace) -> int:
+    from rlalign.config import load
+
+    return attribute_command.run(lambda: load(compose(arguments.config_name, arguments.overrides)), arguments)
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from rlalign.diagnose import replay
+    from rlalign.tracking.files import write_json
+
+    found = replay.replay(arguments.run_directory, arguments.step, any_version=arguments.any_version)
+    print(replay.report(found))
+    if arguments.json:
+        write_json(arguments.json, replay.as_json(found))
+    return 0 if found.reproduced else 1
 
 
 def _mismatch(arguments: argparse.Namespace) -> int:
@@ -174,24 +189,29 @@ def _parser() -> argparse.ArgumentParser:
         "parity", help="the same tokens through both engines: {model, float32} head on each side"
     )
     _takes_config(parity, default="demo")
-    parity.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
-    parity.add_argument(
-        "--k3-limit",
-        type=float,
-        default=1e-3,
-        help="exit 1 when a float32/float32 pair is over it (default %(default)s)",
-    )
-    parity.add_argument(
-        "--body", action="append", choices=("bfloat16", "float32"), help="body dtype; repeatable (default both)"
-    )
-    parity.add_argument("--prompts", type=int, default=32, help="training prompts to sample from (default %(default)s)")
-    parity.add_argument("--noise-floor", action="store_true", help="also measure the rollout engine against itself")
+    parity_command.add_options(parity)
     parity.set_defaults(run=_parity)
 
     doctor = commands.add_parser("doctor", help="is this run set up right? Checks the configuration and a live engine")
     _takes_config(doctor, default="demo")
     doctor.add_argument("--json", type=Path, metavar="FILE", help="write the checks as JSON")
     doctor.set_defaults(run=_doctor)
+
+    attribute = commands.add_parser(
+        "attribute", help="which layer, and which step of it, the mismatch comes from: both sides captured point by point"
+    )
+    _takes_config(attribute, default="demo")
+    attribute_command.add_options(attribute)
+    attribute.set_defaults(run=_attribute)
+
+    replay = commands.add_parser(
+        "replay", help="one logged step once more: do both sides still give the logged numbers?"
+    )
+    replay.add_argument("run_directory", type=Path, metavar="RUN", help="trained with tracking.replay_every=N")
+    replay.add_argument("--step", type=int, required=True, metavar="N")
+    replay.add_argument("--any-version", action="store_true", help="also with other library versions than the run's")
+    replay.add_argument("--json", type=Path, metavar="FILE", help="write the answers as JSON")
+    replay.set_defaults(run=_replay)
 
     offline = commands.add_parser("mismatch", help="the mismatch report of a run you already have, from its token dump")
     offline.add_argument(
@@ -223,6 +243,12 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--revision")
     calibrate.add_argument("--head-dtype")
     calibrate.set_defaults(run=_calibrate)
+
+    serve = commands.add_parser(
+        "serve", help="a reward model behind HTTP: SGLang's, vLLM's and OpenRLHF's shapes, calibrated"
+    )
+    serve_command.add_options(serve)
+    serve.set_defaults(run=serve_command.run)
 
     report = commands.add_parser("report", help="one HTML page from one run, or from several side by side")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN")

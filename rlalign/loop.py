@@ -8,16 +8,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-import torch
 from torch import Tensor
 
 from rlalign import advantages, corrections, mismatch, objective
 from rlalign.config import GateAction, MismatchConfig, RunConfig
 from rlalign.mismatch.breakdown import token_lags
+from rlalign.reward.mixture import RewardMixture, Rewards, Sample
 from rlalign.types import UNKNOWN_VERSION, Correction, LogprobSpec, Rollout, RolloutBatch, TrainBatch, collate
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class Parties:
     publish: Publisher
     encode: Callable[[str], list[int]]
     pad_token_id: int
+    reward: Callable[[Sequence[Sample]], Rewards] = field(default_factory=RewardMixture)  # the verifier alone
     floor: Mapping[str, float] | None = None  # the engine's noise floor: name -> nats
 
 
@@ -93,7 +94,7 @@ class StepResult:
     old_logprobs_BL: Tensor
     entropy_BL: Tensor  # of the trainer's distribution, nats
     advantages_BL: Tensor
-    rewards_B: Tensor
+    rewards: Rewards  # with every component's raw score; rewards.components["verifier"] holds the labels
     texts: list[str]
     warnings: list[str] = field(default_factory=list)
 
@@ -127,9 +128,11 @@ def train_step(step: int, parties: Parties, config: RunConfig) -> StepResult:
     metrics |= rollout_metrics(rollouts, metrics["time/rollout_s"])
 
     with clock("reward"):
-        rewards_B = torch.tensor([parties.task.reward(prompts[r.group_id], r.text) for r in rollouts])
-        advantages_B = advantages.group_relative(rewards_B, batch.group_id_B, normalize_std=config.algo.normalize_std)
-    metrics |= reward_metrics(rewards_B, batch.group_id_B)
+        rewards = parties.reward([sample_of(r, prompts[r.group_id], parties.task) for r in rollouts])
+        advantages_B = advantages.group_relative(
+            rewards.values_B, batch.group_id_B, normalize_std=config.algo.normalize_std
+        )
+    metrics |= rewards.metrics()
 
     with clock("score"):
         old_BL, entropy_BL = parties.trainer.score(batch)
@@ -146,14 +149,15 @@ def train_step(step: int, parties: Parties, config: RunConfig) -> StepResult:
         old_logprobs_BL=old_BL,
         entropy_BL=entropy_BL,
         advantages_BL=advantages_B[:, None].expand_as(old_BL),
-        rewards_B=rewards_B,
+        rewards=rewards,
         texts=[r.text for r in rollouts],
     )
     result.warnings.extend(gate(result, measured, config.mismatch, step=step))
 
     with clock("train"):
-        correction = objective.correct(old_BL, batch, result.advantages_BL, config.algo)
-        metrics |= correction_metrics(correction, old_BL, batch)
+        rewarded = replace(batch, loss_mask_BL=batch.loss_mask_BL & rewards.known_B[:, None])
+        correction = objective.correct(old_BL, rewarded, result.advantages_BL, config.algo)
+        metrics |= correction_metrics(correction, old_BL, rewarded)
         metrics |= update(parties.trainer, result, ref_BL, correction, config)
 
     with clock("publish"):
@@ -222,14 +226,15 @@ def rollout_metrics(rollouts: Sequence[Rollout], seconds: float) -> dict[str, fl
     }
 
 
-def reward_metrics(rewards_B: Tensor, group_id_B: Tensor) -> dict[str, float]:
-    """Mean and spread of the rewards, and the share of groups without any spread: those teach nothing."""
-    groups = [rewards_B[group_id_B == g] for g in group_id_B.unique()]
-    return {
-        "reward/mean": float(rewards_B.mean()),
-        "reward/std": float(rewards_B.std(correction=0)),
-        "reward/frac_zero_std_groups": sum(bool((g == g[0]).all()) for g in groups) / len(groups),
-    }
+def sample_of(rollout: Rollout, prompt: Prompt, task: Task) -> Sample:
+    """What the reward needs to know of a rollout, the verifier's word included."""
+    return Sample(
+        prompt=prompt.text,
+        completion=rollout.text,
+        verified=task.reward(prompt, rollout.text),
+        group=rollout.group_id,
+        tokens=sum(rollout.loss_mask),
+    )
 
 
 def lag_of(batch: RolloutBatch, version: int) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlalign import ranks
 from rlalign.config import RunConfig
 from rlalign.loop import Parties, StepResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlalign.rollout.engine import VLLMEngine
+    from rlalign.rollout.shared import SharedEngine
     from rlalign.tracking.run import Run
     from rlalign.trainer.policy import Policy
 
@@ -31,21 +32,24 @@ def evaluate(parties: Parties, *, samples: int) -> float:
     return sum(parties.task.reward(prompts[r.group_id], r.text) for r in rollouts) / len(rollouts)
 
 
-def head_in_isolation(engine: VLLMEngine, policy: Policy, result: StepResult, config: RunConfig) -> dict[str, float]:
+def head_in_isolation(engine: SharedEngine, policy: Policy, result: StepResult, config: RunConfig) -> dict[str, float]:
     """The two heads on the same hidden states of this step's tokens, under the weights that both sides hold now."""
     from rlalign.diagnose.head_isolation import measure, predicting
 
     batch = result.batch.rows(slice(0, config.trainer.micro_batch_size * 4))
     hidden, tokens = predicting(policy.hidden_states(batch), batch.token_ids_BL, batch.loss_mask_BL, limit=HEAD_TOKENS)
-    measured = measure(
-        engine,
-        policy.network,
-        hidden,
-        tokens,
-        temperature=config.rollout.temperature,
-        shared=Path(config.weights.shared),
-        master_VD=policy.head.master_VD,
-    )
+    with policy.whole_head():
+        measured = ranks.on_first(
+            lambda: measure(
+                engine,
+                policy.network,
+                hidden,
+                tokens,
+                temperature=config.rollout.temperature,
+                shared=Path(config.weights.shared),
+                master_VD=policy.head.master_VD,
+            )
+        )
     return {f"head_isolated/{name}": value for name, value in measured.items()}
 
 
@@ -88,15 +92,14 @@ def token_columns(step: int, result: StepResult, tokenizer: PreTrainedTokenizerB
         "kv_version": batch.kv_version_BL[at].tolist(),
         "prompt_id": batch.prompt_id_B[rows].tolist(),
         "group_id": batch.group_id_B[rows].tolist(),
-        "reward": result.rewards_B[rows].tolist(),
+        "reward": result.rewards.values_B[rows].tolist(),
         "advantage": result.advantages_BL[at].tolist(),
         "loss_mask": [True] * len(token_ids),
     }
 
 
-def participants(config: RunConfig, engine: VLLMEngine, policy: Policy) -> dict:
-    """Engine, heads and final version, for the summary."""
-    statuses = engine.status()
+def participants(config: RunConfig, engine: SharedEngine, statuses: list[dict], policy: Policy) -> dict:
+    """Engine, heads, trainer ranks and final version, for the summary."""
     return {
         "engine": {"name": "vllm", "version": engine.version},
         "head": {
@@ -104,7 +107,12 @@ def participants(config: RunConfig, engine: VLLMEngine, policy: Policy) -> dict:
             "dtype": config.head_dtype.value,
             "ranks": len(statuses),
             "calls": sum(s["calls"] for s in statuses),
-            "trainer": {"mode": policy.head.mode, "dtype": policy.head.dtype, "calls": policy.head.calls},
+            "trainer": {
+                "ranks": ranks.world_size(),
+                "mode": policy.head.mode,
+                "dtype": policy.head.dtype,
+                "calls": policy.head.calls,
+            },
         },
         "policy_version": policy.version,
     }

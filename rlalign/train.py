@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlalign import assemble, observe
+from rlalign import assemble, observe, ranks, resume
 from rlalign.config import RunConfig, to_plain
-from rlalign.loop import MismatchLimitError, Parties, train_step
+from rlalign.loop import MismatchLimitError, Parties, StepResult, train_step
+from rlalign.tracking import replay_files
 from rlalign.watch import Watch, self_test
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlalign.rollout.engine import VLLMEngine
+    from rlalign.checkpoint import Checkpoint
+    from rlalign.reward.drift.watch import DriftWatch
+    from rlalign.rollout.shared import SharedEngine
     from rlalign.tracking.console import Progress
     from rlalign.tracking.run import Run
+    from rlalign.tracking.silent import SilentProgress, SilentRun
     from rlalign.trainer.policy import Policy
 
 
 def train(config: RunConfig) -> dict:
     """Run the configuration to its end and return the summary, which is also in the run directory.
+
+    Under torchrun, deepspeed or srun every rank calls this; the first one holds the engine and writes the files, and the
+    others only take part.
 
     The directory holds everything up to the last whole step, however the run ends. Raises ValueError for input that cannot
     be used, RuntimeError when the two engines break their contract, MismatchLimitError when a mismatch limit stops the run.
@@ -31,9 +38,15 @@ def train(config: RunConfig) -> dict:
     from rlalign.tracking.console import Progress
     from rlalign.tracking.report import write_report
     from rlalign.tracking.run import Run
+    from rlalign.tracking.silent import SilentProgress, SilentRun
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     directory = Path(config.output_dir)
+    first = assemble.join_ranks() == 0
+    found = resume.find(config)
+    if not first:
+        with SilentRun(directory) as run, SilentProgress() as progress:
+            return _run(config, run, progress, found)
     progress = Progress(config.steps)
     run = Run(
         directory,
@@ -41,30 +54,40 @@ def train(config: RunConfig) -> dict:
         wandb_mode=config.tracking.wandb,
         project=config.tracking.project,
         name=config.name,
-        overwrite=config.overwrite,
+        resume=found is not None,
+        overwrite=config.overwrite or (config.checkpoint.resume == "auto" and found is None),
     )
     try:
         with run, progress:
-            summary = _run(config, run, progress)
+            summary = _run(config, run, progress, found)
     finally:
         report = write_report([directory], directory / "report.html")
     progress.final_table(summary, report)
     return summary
 
 
-def _run(config: RunConfig, run: Run, progress: Progress) -> dict:
-    model = assemble.resolve_model(config.model.path, progress.stage)
+def _run(
+    config: RunConfig, run: Run | SilentRun, progress: Progress | SilentProgress, found: Checkpoint | None
+) -> dict:
+    from rlalign.rollout.shared import SharedEngine
+
+    model = ranks.on_first(lambda: assemble.resolve_model(config.model.path, progress.stage))
     tokenizer = assemble.load_tokenizer(model)
     task = assemble.load_task_of(config)
+    reward = assemble.SharedReward(config, progress.stage)
     progress.stage("starting vLLM")
-    engine = assemble.start_engine(model, config)
+    engine = SharedEngine(lambda: assemble.start_engine(model, config))
     try:
         run.log_head_status(engine.status())
         progress.stage("starting DeepSpeed")
         policy = assemble.start_policy(model, config)
         try:
-            parties = _parties(config, engine, policy, task, tokenizer)
-            return _Steps(config, run, progress, engine, policy, parties, tokenizer).run_all()
+            parties = _parties(config, engine, policy, task, reward, tokenizer)
+            drift = assemble.start_drift_watch(reward, config, run, progress.stage)
+            parts = {} if drift is None else {"drift": drift}
+            with resume.Checkpoints(config, run, policy, parts) as checkpoints:
+                steps = _Steps(config, run, progress, engine, policy, parties, tokenizer, drift, checkpoints)
+                return steps.run_all(found)
         finally:
             policy.close()
     finally:
@@ -72,17 +95,23 @@ def _run(config: RunConfig, run: Run, progress: Progress) -> dict:
 
 
 def _parties(
-    config: RunConfig, engine: VLLMEngine, policy: Policy, task: assemble.Task, tokenizer: PreTrainedTokenizerBase
+    config: RunConfig,
+    engine: SharedEngine,
+    policy: Policy,
+    task: assemble.Task,
+    reward: assemble.SharedReward,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Parties:
     from rlalign.diagnose import noise_floor
-    from rlalign.weights import publish
+    from rlalign.weights import publish_from_ranks
 
     floor = noise_floor.read(Path(config.mismatch.floor), config.model.dtype.value) if config.mismatch.floor else None
     return Parties(
         engine=engine,
         trainer=policy,
         task=task,
-        publish=partial(publish, receiver=engine, shared=Path(config.weights.shared)),
+        reward=reward,
+        publish=partial(publish_from_ranks, receiver=lambda: engine.local, shared=Path(config.weights.shared)),
         encode=partial(assemble.encode, tokenizer, chat=config.task.chat_template),
         pad_token_id=tokenizer.pad_token_id,
         floor=floor,
@@ -94,47 +123,71 @@ class _Steps:
     """The steps of one run, with everyone in place."""
 
     config: RunConfig
-    run: Run
-    progress: Progress
-    engine: VLLMEngine
+    run: Run | SilentRun
+    progress: Progress | SilentProgress
+    engine: SharedEngine
     policy: Policy
     parties: Parties
     tokenizer: PreTrainedTokenizerBase
+    drift: DriftWatch | None  # on the first rank
+    checkpoints: resume.Checkpoints
+    reasons: set[str] = field(default_factory=set)  # why samples had no reward, told once each
 
-    def run_all(self) -> dict:
-        """All of them, then the summary."""
-        from rlalign.tracking.record import read_metrics
-        from rlalign.tracking.summary import summarize
-
+    def run_all(self, found: Checkpoint | None) -> dict:
+        """All of them, from the checkpoint on where there is one, then the summary."""
+        next_step = self.checkpoints.restore(found)
+        if found is not None:
+            self.run.rewind(found.step)
         self.parties.publish(
             self.policy.named_weights(), self.policy.version
         )  # both loaded one folder: now it is proved
         watch = self._watch()
-        for step in range(self.config.steps):
-            metrics = self._step(step)
+        for step in range(next_step, self.config.steps):
+            metrics = ranks.on_first(partial(dict, self._step(step)))  # timings differ, and a rule may read one
             self.progress.step(step, metrics)
             watch.step(step, metrics)
-        rows = read_metrics(self.run.directory / "metrics.jsonl").rows
-        summary = summarize(rows) | observe.participants(self.config, self.engine, self.policy)
-        verdict = self_test(rows, self.config.algo.lr)
-        summary |= {"self_test": verdict} if verdict else {}
-        self.run.log_head_status(self.engine.status())
+            ranks.on_first(lambda: self.drift.stop_if_asked())
+            self.checkpoints.after(step)
+        statuses = self.engine.status()
+        summary = ranks.on_first(lambda: self._summary(statuses))
+        self.run.log_head_status(statuses)
         self.run.finish(summary)
         return summary
+
+    def _summary(self, statuses: list[dict]) -> dict:
+        from rlalign.tracking.record import read_metrics
+        from rlalign.tracking.summary import summarize
+
+        rows = read_metrics(self.run.directory / "metrics.jsonl").rows
+        summary = summarize(rows) | observe.participants(self.config, self.engine, statuses, self.policy)
+        verdict = self_test(rows, self.config.algo.lr)
+        return summary | ({"self_test": verdict} if verdict else {})
 
     def _step(self, step: int) -> dict[str, float]:
         config, last = self.config, step == self.config.steps - 1
         samples = config.tracking.eval_samples
         evaluate = step % config.tracking.eval_every == 0
         before = {"eval/accuracy": observe.evaluate(self.parties, samples=samples)} if evaluate else {}
+        version, replay_every = self.policy.version, config.tracking.replay_every
+        keep = bool(replay_every) and step % replay_every == 0
+        if keep:
+            self._keep_weights(step)
         try:
             result = train_step(step, self.parties, config)
         except MismatchLimitError as stop:  # what stopped the run is what must not be lost
             observe.log_step(self.run, step, before | stop.result.metrics, stop.result, self.tokenizer, tokens=True)
+            if replay_every:  # not trained on: the weights are still those that sampled it
+                self._keep_weights(step)
+                self._keep_batch(step, stop.result, version)
             raise
+        if keep:
+            self._keep_batch(step, result, version)
         for warning in result.warnings:
             self.run.event("mismatch", warning)
-        metrics = before | result.metrics
+        if new := set(result.rewards.failed.values()) - self.reasons:
+            self.reasons |= new
+            self.run.event("reward", f"step {step}: {result.rewards.describe_failed()}")
+        metrics = before | result.metrics | self._drift_metrics(step, result)
         if config.mismatch.head_every and step % config.mismatch.head_every == 0:
             metrics |= observe.head_in_isolation(self.engine, self.policy, result, config)
         if last:  # of the final weights; every earlier row evaluates those before its step
@@ -144,6 +197,29 @@ class _Steps:
             self.run, step, metrics, result, self.tokenizer, tokens=bool(every) and (step % every == 0 or last)
         )
         return metrics
+
+    def _drift_metrics(self, step: int, result: StepResult) -> dict[str, float]:
+        versions_B, prompts_B = result.batch.policy_version_BL.amax(1).numpy(), result.batch.prompt_id_B.numpy()
+        return ranks.on_first(
+            lambda: self.drift.step(step, result.rewards, policy_versions=versions_B, prompt_ids=prompts_B)
+        )
+
+    def _keep_weights(self, step: int) -> None:
+        """What `rlalign replay` will load. Every trainer rank takes part."""
+
+        def save(folder: Path) -> None:
+            self.policy.save(folder)
+            ranks.on_first(lambda: self.tokenizer.save_pretrained(folder))
+
+        replay_files.save_weights(self.run.directory, step, save=save, master_VD=self.policy.head.master_VD)
+
+    def _keep_batch(self, step: int, result: StepResult, version: int) -> None:
+        shared_by, old_BL = ranks.world_size(), result.old_logprobs_BL
+        ranks.on_first(
+            lambda: replay_files.save_batch(
+                self.run.directory, step, result.batch, old_BL, version=version, trainer_ranks=shared_by
+            )
+        )
 
     def _watch(self) -> Watch:
         return Watch(

@@ -13,10 +13,12 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+
+from rlalign import ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,6 +107,35 @@ def publish(
         rebuilds=max(a["rebuilds"] for a in acks),
         seconds=time.perf_counter() - started,
     )
+
+
+def publish_from_ranks(
+    named_weights: Iterable[tuple[str, Tensor]],
+    version: int,
+    *,
+    receiver: Callable[[], Receiver],
+    shared: Path = SHARED_MEMORY,
+) -> PublishReport:
+    """`publish` where several trainer ranks hold the weights: all iterate, so that shards can be gathered, and the first publishes.
+
+    receiver: asked for on the first rank only. A failure there is raised on every rank, after the gathering has been finished.
+    """
+    weights = iter(named_weights)
+
+    def first() -> PublishReport:
+        try:
+            return publish(weights, version, receiver=receiver(), shared=shared)
+        finally:
+            _drain(weights)
+
+    if ranks.rank() > 0:
+        _drain(weights)
+    return ranks.on_first(first)
+
+
+def _drain(weights: Iterator[tuple[str, Tensor]]) -> None:
+    for _ in weights:
+        pass
 
 
 def _own_prefix() -> str:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from rlalign.cli import register_schema, set_environment
 from rlalign.config import load
+from rlalign.exits import REQUEUE, Preempted
 
 set_environment()
 register_schema()
@@ -21,6 +22,9 @@ def main(composed: DictConfig) -> None:
 
     try:
         train(load(composed))
+    except Preempted as end:
+        print(f"rlalign: {end}", file=sys.stderr)
+        sys.exit(REQUEUE)
     except (ValueError, RuntimeError) as error:
         sys.exit(f"rlalign: {error}")
 

@@ -10,15 +10,18 @@ import pytest
 ROOT = Path(__file__).parents[1] / "rlalign"
 # Modules by level; a folder stands for everything inside. A module may import its own level (level 1 and 4) or lower ones.
 LEVELS = {
-    0: {"types", "config", "install_check"},
+    0: {"types", "config", "install_check", "exits"},
     1: {
         "head", "head_cache", "products", "logprobs", 
         "mismatch", "corrections", "presets", "surrogate", "losses", "objective", "advantages", "ranks",
         "reward.calibration", "reward.adaptive", "reward.metrics",
     },
-    2: {"weights", "tracking", "tasks", "tiny_policy", "reward"},
+    2: {
+        "weights", "checkpoint", "tracking", "tasks", "tiny_policy", "reward",
+        "reward.adaptive.model_batches", "reward.adaptive.command",
+    },
     3: {"rollout", "trainer"},
-    4: {"loop", "train", "assemble", "observe", "watch", "cli", "diagnose"},
+    4: {"loop", "train", "assemble", "observe", "verified_samples", "watch", "resume", "cli", "diagnose"},
 }  # fmt: skip
 HOMES = {
     "vllm": ("rollout", "diagnose", "tracking.environment"),
@@ -27,6 +30,8 @@ HOMES = {
     "hydra": ("cli",),
     "omegaconf": ("config", "cli"),
     "reasoning_gym": ("tasks",),
+    "fastapi": ("reward.server",),
+    "uvicorn": ("reward.server",),
 }
 MODULES = sorted(p for p in ROOT.rglob("*.py") if p.read_text())
 

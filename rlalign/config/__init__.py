@@ -5,8 +5,11 @@ One file a section; `load` turns a composed configuration into plain dataclasses
 """
 
 from rlalign.config.algo import LOSSES, PRESETS, AlgoConfig, CorrectionConfig
+from rlalign.config.checkpoint import CheckpointConfig
+from rlalign.config.drift import DriftConfig
 from rlalign.config.mismatch import GateAction, MismatchConfig, RuleConfig
 from rlalign.config.model import Dtype, HeadDtype, ModelConfig
+from rlalign.config.reward import RewardConfig, RewardModelConfig, ScoringServerConfig
 from rlalign.config.rollout import RolloutConfig, WeightsConfig
 from rlalign.config.run import RunConfig, load, to_plain
 from rlalign.config.task import TaskConfig
@@ -17,15 +20,20 @@ __all__ = [
     "LOSSES",
     "PRESETS",
     "AlgoConfig",
+    "CheckpointConfig",
     "CorrectionConfig",
+    "DriftConfig",
     "Dtype",
     "GateAction",
     "HeadDtype",
     "MismatchConfig",
     "ModelConfig",
+    "RewardConfig",
+    "RewardModelConfig",
     "RolloutConfig",
     "RuleConfig",
     "RunConfig",
+    "ScoringServerConfig",
     "TaskConfig",
     "TrackingConfig",
     "TrainerConfig",

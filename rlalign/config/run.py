@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlalign.config.algo import AlgoConfig
+from rlalign.config.checkpoint import CheckpointConfig
 from rlalign.config.checks import positive, require
 from rlalign.config.mismatch import MismatchConfig
 from rlalign.config.model import Dtype, HeadDtype, ModelConfig
+from rlalign.config.reward import RewardConfig, require_that_it_matters
 from rlalign.config.rollout import RolloutConfig, WeightsConfig
 from rlalign.config.task import TaskConfig
 from rlalign.config.tracking import TrackingConfig
@@ -30,10 +32,12 @@ class RunConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
         positive(self, "run", "steps")
@@ -59,6 +63,7 @@ class RunConfig:
             self.rollout.prompts_per_step <= self.task.train_size,
             f"rollout.prompts_per_step={self.rollout.prompts_per_step} is more than task.train_size={self.task.train_size}",
         )
+        require_that_it_matters(self.reward, self.algo)
 
 
 def load(overrides: Mapping[str, Any]) -> RunConfig:

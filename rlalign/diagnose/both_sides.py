@@ -1,7 +1,13 @@
-"""Both engines on the same tokens, outside a run: what parity and doctor share."""
+"""Both engines on the same tokens, outside a run: what parity, doctor and replay share.
+
+Suffixes: B sequences, L padded length, D hidden, V vocabulary.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,37 +24,96 @@ if TYPE_CHECKING:
     from rlalign.rollout.engine import VLLMEngine
 
 
+def task_prompts(tokenizer: PreTrainedTokenizerBase, config: RunConfig, *, count: int) -> list[list[int]]:
+    """Token ids of the task's first training prompts."""
+    chosen = load_task_of(config).train_prompts(0, min(count, config.task.train_size))
+    return [encode(tokenizer, p.text, chat=config.task.chat_template) for p in chosen]
+
+
 def sample(
     engine: VLLMEngine, tokenizer: PreTrainedTokenizerBase, config: RunConfig, *, prompts: int, samples: int
 ) -> tuple[RolloutBatch, list[Rollout]]:
     """Completions of the task's first training prompts, through the live engine."""
-    chosen = load_task_of(config).train_prompts(0, min(prompts, config.task.train_size))
-    rollouts = engine.generate(
-        [encode(tokenizer, p.text, chat=config.task.chat_template) for p in chosen],
-        prompt_ids=[p.prompt_id for p in chosen],
-        samples=samples,
-        seed=config.seed,
-    )
+    ids = task_prompts(tokenizer, config, count=prompts)
+    rollouts = engine.generate(ids, prompt_ids=range(len(ids)), samples=samples, seed=config.seed)
     return collate(rollouts, pad_token_id=tokenizer.pad_token_id, spec=engine.spec), rollouts
 
 
-def trainer_network(model: Path, body: str) -> nn.Module:
-    """The transformers model in evaluation mode, with a body of this dtype."""
-    from transformers import AutoModelForCausalLM
+@contextmanager
+def at_temperature(engine: VLLMEngine, temperature: float) -> Iterator[None]:
+    """Let a live engine sample at another temperature, and say so in its spec."""
+    config, spec = engine.config, engine.spec
+    engine.config = replace(config, temperature=temperature)
+    engine.spec = replace(spec, temperature=temperature)
+    try:
+        yield
+    finally:
+        engine.config, engine.spec = config, spec
 
-    return AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, body)).eval()
+
+def trainer_network(model: Path, body: str) -> nn.Module:
+    """The transformers model in evaluation mode, with a body of this dtype, where a trainer would have it."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, body)).eval().to(device)
 
 
 @torch.no_grad()
-def trainer_scores(
-    network: nn.Module, batch: RolloutBatch, head_dtype: str, *, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Logprobs [B, L] and hidden states [B, L, D] of the trainer's side, with this head."""
+def hidden_states(network: nn.Module, batch: RolloutBatch, *, rows: int = 0) -> Tensor:
+    """[B, L, D] in the body's dtype: what the lm_head is given. rows: sequences in one forward, 0 for all."""
+    device, found = network.device, []
+    for start in range(0, len(batch), rows or len(batch)):
+        part = batch.rows(slice(start, start + (rows or len(batch))))
+        body = network.base_model(
+            input_ids=part.token_ids_BL.to(device), attention_mask=part.attention_mask_BL.to(device), use_cache=False
+        )
+        found.append(body.last_hidden_state)
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def head_logprobs(
+    network: nn.Module,
+    hidden_BLD: Tensor,
+    batch: RolloutBatch,
+    head_dtype: str,
+    *,
+    temperature: float,
+    master_VD: Tensor | None = None,
+) -> Tensor:
+    """[B, L] float32 on CPU: the trainer's logprobs of the sampled tokens from given hidden states, with this head.
+
+    head_dtype: "model", "float32" or "master", which needs master_VD. The head stays mirrored like this afterwards.
+    """
     from rlalign.trainer.head_mirror import Tokens, mirror
 
-    mirror(network, head_dtype=head_dtype, chunk=0)
-    body = network.base_model(input_ids=batch.token_ids_BL, attention_mask=batch.attention_mask_BL, use_cache=False)
-    hidden_BLD = body.last_hidden_state
-    tokens = Tokens(batch.token_ids_BL, batch.loss_mask_BL, temperature)
+    mirror(network, head_dtype=head_dtype, chunk=0).master_VD = master_VD if head_dtype == "master" else None
+    device = hidden_BLD.device
+    tokens = Tokens(batch.token_ids_BL.to(device), batch.loss_mask_BL.to(device), temperature)
     logprobs_BL, _ = network.get_output_embeddings()(hidden_BLD, tokens, exact=True)
-    return logprobs_BL, hidden_BLD
+    return logprobs_BL.cpu()
+
+
+def trainer_scores(
+    network: nn.Module, batch: RolloutBatch, head_dtype: str, *, temperature: float, master_VD: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logprobs [B, L] and hidden states [B, L, D] of the trainer's side, with this head."""
+    hidden_BLD = hidden_states(network, batch)
+    scores_BL = head_logprobs(network, hidden_BLD, batch, head_dtype, temperature=temperature, master_VD=master_VD)
+    return scores_BL, hidden_BLD
+
+
+def lengthened(prompts: Sequence[Sequence[int]], length: int, *, count: int) -> list[list[int]]:
+    """`count` prompts of exactly `length` tokens: the given ones strung together, each starting at another of them."""
+    found = []
+    for first in range(min(count, len(prompts))):
+        tokens: list[int] = []
+        at = first
+        while len(tokens) < length:
+            tokens += prompts[at % len(prompts)]
+            at += 1
+        found.append(tokens[:length])
+    return found

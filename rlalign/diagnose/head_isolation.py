@@ -70,7 +70,7 @@ def _trainer_logprobs(lm_head: nn.Module, hidden_ND: Tensor, token_ids_N: Tensor
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[:, 0] = False
     with torch.no_grad():
-        logprobs_BL, _ = lm_head(hidden, Tokens(tokens, mask, temperature), exact=True)
+        logprobs_BL, _ = lm_head.forward(hidden, Tokens(tokens, mask, temperature), exact=True)  # see Policy.whole_head
     return logprobs_BL[0, 1:].cpu()
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 KEPT = ("k1", "k3", "abs_mean", "p99", "abs_max")
 CHUNK = 16  # tokens prefilled at once in the chunked run
+FEW = 32  # sequences of the floor beside a single figure
 
 
 def measure(
@@ -35,10 +36,9 @@ def measure(
     `floor` is the worst source for each key.
     """
     whole_BL, mask_BL = scores(engine, batch), batch.loss_mask_BL
-    alone = [_widen(scores(engine, batch.rows(slice(i, i + 1))), whole_BL) for i in range(len(batch))]
     found = {
         "repeat": _compare(whole_BL, scores(engine, batch), mask_BL),
-        "batch_of_one": _compare(whole_BL, torch.cat(alone), mask_BL),
+        "batch_of_one": _compare(whole_BL, scores(engine, batch, at_once=1), mask_BL),
         "decode": _compare(whole_BL, batch.rollout_logprobs_BL, mask_BL),
         "prefix_cache": _cold_against_cached(engine, batch),
         "chunked_prefill": _compare(whole_BL, _chunked(model, config, batch, body), mask_BL),
@@ -59,23 +59,47 @@ def read(path: Path, body: str) -> dict[str, float]:
         ) from error
 
 
-def scores(engine: VLLMEngine, batch: RolloutBatch) -> Tensor:
-    """[B, L] float32: the engine's teacher-forced logprobs of the batch, 0.0 on padding."""
+def scores(engine: VLLMEngine, batch: RolloutBatch, *, at_once: int = 0) -> Tensor:
+    """[B, L] float32: the engine's teacher-forced logprobs of the batch, 0.0 on padding.
+
+    at_once: sequences given to the engine together, 0 for all.
+    """
     lengths = batch.attention_mask_BL.sum(1).tolist()
     sequences = [ids[:n].tolist() for ids, n in zip(batch.token_ids_BL, lengths, strict=True)]
     scores_BL = torch.zeros(batch.token_ids_BL.shape)
-    for i, logprobs in enumerate(engine.score(sequences)):
-        scores_BL[i, : len(logprobs)] = torch.tensor(logprobs)
+    size = at_once or len(sequences)
+    for start in range(0, len(sequences), size):
+        for i, logprobs in enumerate(engine.score(sequences[start : start + size]), start):
+            scores_BL[i, : len(logprobs)] = torch.tensor(logprobs)
     return scores_BL
+
+
+def of_scoring(engine: VLLMEngine, batch: RolloutBatch, scored_BL: Tensor) -> dict[str, float]:
+    """{"floor_k3", "floor_abs_mean"} of a scoring as the engine is now: the first sequences again, together and each alone."""
+    few = batch.rows(slice(0, FEW))
+    runs = [of_difference(scores(engine, few, at_once=size), scored_BL[:FEW], few) for size in (0, 1)]
+    return {key: max(run[key] for run in runs) for key in runs[0]}
+
+
+def of_difference(one_BL: Tensor, other_BL: Tensor, batch: RolloutBatch) -> dict[str, float]:
+    """{"floor_k3", "floor_abs_mean"} between two answers of the engine about the same tokens."""
+    compared = _compare(one_BL, other_BL, batch.loss_mask_BL)
+    return {"floor_k3": compared["k3"], "floor_abs_mean": compared["abs_mean"]}
+
+
+def of_repeated_sampling(again: RolloutBatch, batch: RolloutBatch) -> dict[str, float]:
+    """The same of the first sequences sampled again with their seeds in another batch, up to the first token that differs."""
+    rows, length = len(again), min(again.token_ids_BL.shape[1], batch.token_ids_BL.shape[1])
+    again_BL, ids_BL = again.token_ids_BL[:, :length], batch.token_ids_BL[:rows, :length]
+    same_BL = (again_BL == ids_BL).cumprod(1).bool()
+    mask_BL = same_BL & again.loss_mask_BL[:, :length] & batch.loss_mask_BL[:rows, :length]
+    compared = _compare(again.rollout_logprobs_BL[:, :length], batch.rollout_logprobs_BL[:rows, :length], mask_BL)
+    return {"floor_k3": compared["k3"], "floor_abs_mean": compared["abs_mean"]}
 
 
 def _compare(one_BL: Tensor, other_BL: Tensor, mask_BL: Tensor) -> dict[str, float]:
     measured = mismatch.compare(one_BL, other_BL, mask_BL, positions=False)
     return {key: measured[key] + 0.0 for key in KEPT}  # + 0.0: no minus sign before a zero
-
-
-def _widen(scores_1L: Tensor, like_BL: Tensor) -> Tensor:
-    return torch.nn.functional.pad(scores_1L, (0, like_BL.shape[1] - scores_1L.shape[1]))
 
 
 def _cold_against_cached(engine: VLLMEngine, batch: RolloutBatch) -> dict[str, float] | None:

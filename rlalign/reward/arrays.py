@@ -141,6 +141,20 @@ def binary_rows(
     return p_N[counted_N], y_N[counted_N], weight_N[counted_N]
 
 
+def class_rows(p: Numbers, y: Numbers) -> tuple[Floats, NDArray[np.int64]]:
+    """p [N, K] and classes y [N]. Raises ValueError on other shapes and on rows of p that do not sum to 1."""
+    p_NK = probabilities(p)
+    if p_NK.ndim != 2:
+        raise ValueError(f"p: expected shape [N, K] with K > 1, got {p_NK.shape}")
+    y_N = class_labels(y, p_NK.shape[1], what="y")
+    require_rows(p_NK, y_N, "p", "y")
+    off_N = np.abs(p_NK.sum(1) - 1) > 1e-2  # loose enough for probabilities that were stored in bfloat16
+    if off_N.any():
+        first = int(np.argmax(off_N))
+        raise ValueError(f"p: rows must sum to 1, row {first} sums to {p_NK[first].sum()}")
+    return p_NK, y_N
+
+
 def one_of(value: str, allowed: tuple[str, ...], what: str) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     if value not in allowed:

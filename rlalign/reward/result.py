@@ -10,18 +10,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+LOW_LABEL_MASS = "low_label_mass"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreResult:
     """Scores of one request. Every list has one entry an item.
 
     logits: float32 head outputs before any mean, sigma or activation: [K] per item (classify), [T, K] (token tasks, or one row
         a step), [K] log-probabilities of the labels (generative), None for embeddings and for failed items.
-    scores: what the request asked for (logits, probabilities, calibrated probabilities), same shapes; [D] for embeddings.
+    scores: what the request asked for (logits, probabilities, calibrated probabilities), same shapes; [1] for a calibrated judge,
+        the probability of its first label; [D] for embeddings.
     pooled_hidden_states: [D] tensor per item, before the head; None as a whole unless it was asked for.
     token_logprobs: per item, the label tokens' log-probabilities (nats); None unless asked for.
     label_mass: per item, the probability the labels hold together (generative judges); None for other tasks.
     prompt_tokens: tokens of each item's sequence as the model read it.
-    errors: None, or the reason why an item has no score. A failed item is never 0.0.
+    errors: None, or the reason why an item has no reward. A failed item is never 0.0. A score beside an error is one that must not
+        be used as a reward: LOW_LABEL_MASS, a judge that put less than min_label_mass on its labels.
     calibration_id: of the one calibration that made every score here; "identity" for none.
     """
 
@@ -43,20 +48,24 @@ class ScoreResult:
         if wrong:
             raise RuntimeError(f"ScoreResult: {n} scores, but {wrong}: a scorer must answer every item")
         for i, (score, error) in enumerate(zip(self.scores, self.errors, strict=True)):
-            if (score is None) != (error is not None):
-                raise RuntimeError(f"ScoreResult: item {i} must have either a score or an error, got {score!r}, {error!r}")
+            if score is None and error is None:
+                raise RuntimeError(
+                    f"ScoreResult: item {i} has neither a score nor an error: a missing score needs a reason"
+                )
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def rewards(self, label_index: int | None = None) -> list[float | None]:
-        """One number an item, None for a failed one. With several labels `label_index` says which; ValueError without it."""
+        """One number an item, None where it has an error. With several labels `label_index` says which; ValueError without it."""
         found: list[float | None] = []
-        for score in self.scores:
+        for score, error in zip(self.scores, self.errors, strict=True):
             if score is not None and score.shape != (1,) and label_index is None:
                 raise ValueError(
                     f"{self.model}: a reward is one number, but the model gives scores of shape {score.shape}; "
                     "say which one with label_index"
                 )
-            found.append(None if score is None else float(score[0 if label_index is None else label_index]))
+            found.append(
+                None if score is None or error is not None else float(score[0 if label_index is None else label_index])
+            )
         return found

@@ -241,6 +241,11 @@ def kv_spans(version_spans: Sequence[tuple[int, int, int]]) -> list[tuple[int, i
 
 
 def _start(model: Path, config: RolloutConfig, *, dtype: str, head_dtype: str, seed: int) -> LLM:
+    if (
+        int(os.environ.get("WORLD_SIZE", "1")) > 1
+    ):  # the trainer's process group is larger than vLLM's, and a process has one
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     for name, value in EMBEDDED_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.cpu_kv_cache_gib))

@@ -23,6 +23,7 @@ import rlalign
 from rlalign import head
 from rlalign.head_cache import Epoch, MasterHead, fingerprint
 from rlalign.rollout import readback
+from rlalign.rollout.capture import CaptureExtension
 from rlalign.rollout.head_layer import (
     CACHE,
     AlignedLogitsProcessor,
@@ -34,7 +35,7 @@ from rlalign.rollout.head_plugin import SLOT
 from rlalign.weights import MANIFEST_KEY, MASTER_WEIGHT, WEIGHTS_FILE, digest
 
 
-class WorkerExtension:
+class WorkerExtension(CaptureExtension):
     """RPCs of one worker. State: the version acknowledged last."""
 
     rlalign_version: int = 0

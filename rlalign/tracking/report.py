@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from rlalign.tracking import report_config
 from rlalign.tracking import report_plots as plots
 from rlalign.tracking import report_tables as tables
 from rlalign.tracking.files import write_atomic
-from rlalign.tracking.record import RunRecord, read_run
+from rlalign.tracking.record import read_run
 from rlalign.tracking.report_page import chip, details, esc, figure, grid, page, prose, section
-from rlalign.tracking.report_plots import Line
+from rlalign.tracking.report_reward import reward_models
+from rlalign.tracking.report_runs import Shown, each, legend, lines_of, named
 from rlalign.tracking.report_tokens import TokenView, view_tokens
 from rlalign.tracking.report_verdict import comparison, k3_limit, problems, sentences
 from rlalign.tracking.summary import PHASES
-
-
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """A run on the page: its record, its name as HTML (with a letter and its colour when there are several)."""
-
-    record: RunRecord
-    plain: str
-    html: str
-    color: str
 
 
 def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
@@ -34,20 +25,12 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
     """
     if not 1 <= len(run_dirs) <= len(plots.RUN_COLORS):
         raise ValueError(f"a report shows 1 to {len(plots.RUN_COLORS)} runs; got {len(run_dirs)}")
-    runs = _named([read_run(Path(directory)) for directory in run_dirs])
+    runs = named([read_run(Path(directory)) for directory in run_dirs])
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     title = " against ".join(run.plain for run in runs)
     write_atomic(out, page(f"{title} - rlalign report", _body(runs, title)))
     return out
-
-
-def _named(records: Sequence[RunRecord]) -> list[Shown]:
-    if len(records) == 1:
-        return [Shown(records[0], records[0].name, "", plots.RUN_COLORS[0])]
-    plain = [f"{letter} {record.name}" for letter, record in zip("ABCDEF", records, strict=False)]
-    colors = plots.RUN_COLORS[: len(records)]
-    return [Shown(r, p, f"{chip(c)}{esc(p)}", c) for r, p, c in zip(records, plain, colors, strict=True)]
 
 
 def _body(runs: Sequence[Shown], title: str) -> str:
@@ -59,6 +42,7 @@ def _body(runs: Sequence[Shown], title: str) -> str:
             tables.cards(runs[0].record) if len(runs) == 1 else "",
             _numbers(runs),
             _learning(runs),
+            reward_models(runs),
             _mismatch(runs),
             _beyond(runs),
             _head_alone(runs),
@@ -67,7 +51,7 @@ def _body(runs: Sequence[Shown], title: str) -> str:
             _heads(runs),
             _weights(runs),
             _time(runs),
-            section("Events", _each(runs, [tables.event_table(run.record) for run in runs])),
+            section("Events", each(runs, [tables.event_table(run.record) for run in runs])),
             _configuration(runs),
         )
     )
@@ -88,7 +72,7 @@ def _header(runs: Sequence[Shown], title: str) -> str:
 def _verdict(runs: Sequence[Shown]) -> str:
     found = [f"{run.plain}: {p}" if len(runs) > 1 else p for run in runs for p in problems(run.record)]
     if len(runs) == 2:
-        different = tables.config_differences([run.record for run in runs])
+        different = report_config.config_differences([run.record for run in runs])
         said = comparison(runs[0].record, runs[1].record, (runs[0].plain, runs[1].plain), different)
     elif len(runs) == 1:
         said = sentences(runs[0].record)
@@ -109,29 +93,14 @@ def _numbers(runs: Sequence[Shown]) -> str:
     return section("Side by side", body, f"Differences are against {esc(runs[0].plain)}; &times; is a factor.")
 
 
-def _lines(
-    runs: Sequence[Shown], key: str, *, style: str = "-", smooth: bool = False, markers: bool = False
-) -> list[Line]:
-    lines = []
-    for run in runs:
-        steps, values = run.record.series(key)
-        if steps:
-            lines.append(Line(steps=steps, values=values, color=run.color, style=style, smooth=smooth, markers=markers))
-    return lines
-
-
-def _legend(runs: Sequence[Shown]) -> str:
-    return "".join(f'<span class="item">{run.html}</span>' for run in runs) if len(runs) > 1 else ""
-
-
 def _learning(runs: Sequence[Shown]) -> str:
     charts = []
-    if lines := _lines(runs, "reward/mean", smooth=True):
+    if lines := lines_of(runs, "reward/mean", smooth=True):
         svg = plots.line_chart(lines, name="reward")
-        charts.append(figure(svg, "Mean reward", "thin: each step; bold: running mean over a tenth", _legend(runs)))
-    if lines := _lines(runs, "eval/accuracy", markers=True):
+        charts.append(figure(svg, "Mean reward", "thin: each step; bold: running mean over a tenth", legend(runs)))
+    if lines := lines_of(runs, "eval/accuracy", markers=True):
         svg = plots.line_chart(lines, name="accuracy")
-        charts.append(figure(svg, "Held-out accuracy", "mean reward on prompts never trained on", _legend(runs)))
+        charts.append(figure(svg, "Held-out accuracy", "mean reward on prompts never trained on", legend(runs)))
     return section("Learning", grid(charts) if charts else "")
 
 
@@ -144,7 +113,7 @@ QUANTILES = (
 
 def _spread(runs: Sequence[Shown], prefix: str, name: str) -> str:
     """Mean, p99 and worst |log_ratio| in one chart."""
-    lines = [line for key, style, _, _ in QUANTILES for line in _lines(runs, f"{prefix}/{key}", style=style)]
+    lines = [line for key, style, _, _ in QUANTILES for line in lines_of(runs, f"{prefix}/{key}", style=style)]
     if not lines:
         return ""
     styles = "".join(
@@ -152,16 +121,16 @@ def _spread(runs: Sequence[Shown], prefix: str, name: str) -> str:
         for _, _, css, label in QUANTILES
     )
     svg = plots.line_chart(lines, log=True, name=name)
-    return figure(svg, "|log_ratio| per token", "nats, log scale", styles, _legend(runs))
+    return figure(svg, "|log_ratio| per token", "nats, log scale", styles, legend(runs))
 
 
 def _mismatch(runs: Sequence[Shown]) -> str:
     charts = []
-    if lines := _lines(runs, "mismatch/lag0/k3"):
+    if lines := lines_of(runs, "mismatch/lag0/k3"):
         limits = {limit for run in runs if (limit := k3_limit(run.record)) is not None}
         limit = limits.pop() if len(limits) == 1 else None
         svg = plots.line_chart(lines, log=True, limit=limit, name="k3")
-        charts.append(figure(svg, "k3 at lag 0", "nats per token, log scale", _legend(runs)))
+        charts.append(figure(svg, "k3 at lag 0", "nats per token, log scale", legend(runs)))
     charts.append(_spread(runs, "mismatch/lag0", "log-ratio"))
     lead = (
         "Same weights, same tokens: log_ratio is the trainer's log-probability minus the rollout engine's. "
@@ -187,23 +156,23 @@ def _beyond(runs: Sequence[Shown]) -> str:
     """What is not engine mismatch at lag 0, each on its own: beyond the floor, staleness, and what the correction did."""
     charts = []
     for key, title, note in BEYOND:
-        lines = _lines(runs, key)
+        lines = lines_of(runs, key)
         flat = {0.0} if key.startswith(("mismatch", "train")) else {1.0}
         if any(set(line.values) - flat for line in lines):
-            charts.append(figure(plots.line_chart(lines, name=key.replace("/", "-")), title, note, _legend(runs)))
+            charts.append(figure(plots.line_chart(lines, name=key.replace("/", "-")), title, note, legend(runs)))
     lead = "Kept apart from the mismatch above. A quantity that never left its neutral value has no chart."
     return section("Noise floor, staleness, corrections", grid(charts) if charts else "", lead)
 
 
 def _head_alone(runs: Sequence[Shown]) -> str:
     charts = []
-    if lines := _lines(runs, "head_isolated/k3", markers=True):
+    if lines := lines_of(runs, "head_isolated/k3", markers=True):
         svg = plots.line_chart(lines, log=True, name="head-k3")
-        charts.append(figure(svg, "k3 of the heads", "nats per token, log scale", _legend(runs)))
+        charts.append(figure(svg, "k3 of the heads", "nats per token, log scale", legend(runs)))
     charts.append(_spread(runs, "head_isolated", "head-log-ratio"))
-    if lines := _lines(runs, "head_isolated/rollout_error", markers=True):
+    if lines := lines_of(runs, "head_isolated/rollout_error", markers=True):
         svg = plots.line_chart(lines, log=True, name="head-error")
-        charts.append(figure(svg, "Rollout head to float64", "mean, nats per token, log scale", _legend(runs)))
+        charts.append(figure(svg, "Rollout head to float64", "mean, nats per token, log scale", legend(runs)))
     lead = (
         "Both heads on the same hidden states: what remains is the projection alone, without the two bodies. Two heads that "
         "round alike can agree with each other and still be far from the policy they stand for: the last chart shows that."
@@ -238,12 +207,12 @@ def _tokens(runs: Sequence[Shown], views: Sequence[TokenView | None]) -> str:
 def _worst(runs: Sequence[Shown], views: Sequence[TokenView | None]) -> str:
     bodies = [tables.worst_table(view) if view and view.worst else "" for view in views]
     lead = "Largest |log_ratio| in the token files, log-probabilities in nats. \u2423 is a space, \u23ce a line break."
-    return section("Worst tokens", _each(runs, bodies), lead)
+    return section("Worst tokens", each(runs, bodies), lead)
 
 
 def _heads(runs: Sequence[Shown]) -> str:
     lead = "What each rank of the rollout engine answered; ranks that agree share a column."
-    return section("Heads", _each(runs, [tables.head_table(run.record) for run in runs]), lead)
+    return section("Heads", each(runs, [tables.head_table(run.record) for run in runs]), lead)
 
 
 def _weights(runs: Sequence[Shown]) -> str:
@@ -254,7 +223,7 @@ def _weights(runs: Sequence[Shown]) -> str:
         note = f"{typical}{s['repaired'] or 0:,.0f} tensors repaired"
         label = f'{s["publishes"]:,} publishes <span class="note">{note}</span>'
         bodies.append(details(label, body) if body else "")
-    return section("Publishes", _each(runs, bodies), "Every tensor is verified on every rank before a version counts.")
+    return section("Publishes", each(runs, bodies), "Every tensor is verified on every rank before a version counts.")
 
 
 def _time(runs: Sequence[Shown]) -> str:
@@ -279,12 +248,7 @@ def _time(runs: Sequence[Shown]) -> str:
 
 def _configuration(runs: Sequence[Shown]) -> str:
     records = [run.record for run in runs]
-    body = tables.difference_table(records, [run.html for run in runs]) if len(runs) > 1 else ""
-    return section("Configuration", body + "".join(tables.config_details(run.record, esc(run.plain)) for run in runs))
-
-
-def _each(runs: Sequence[Shown], bodies: Sequence[str]) -> str:
-    """The parts of all runs under one heading, each with its run's name when there are several."""
-    return "".join(
-        f"<p><b>{run.html}</b></p>{body}" if run.html else body for run, body in zip(runs, bodies, strict=True) if body
+    body = report_config.difference_table(records, [run.html for run in runs]) if len(runs) > 1 else ""
+    return section(
+        "Configuration", body + "".join(report_config.config_details(run.record, esc(run.plain)) for run in runs)
     )

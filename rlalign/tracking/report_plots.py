@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib
@@ -143,6 +143,24 @@ def stacked(steps: Sequence[float], phases: dict[str, Sequence[float]], *, top: 
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         axes.set_xlabel("step")
         axes.set_ylabel("seconds")
+        return _svg(figure, name)
+
+
+def reliability(bins: Sequence[Mapping[str, float]], *, color: str, name: str) -> str:
+    """Observed rate against promised probability with 95 % ranges; a point's area grows with its share of the samples."""
+    p, rate, low, high, share = (
+        np.array([each[key] for each in bins]) for key in ("confidence", "outcome", "low", "high", "share")
+    )
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _canvas(HEIGHT)
+        axes.plot([0, 1], [0, 1], color="#b9bec8", linewidth=1.1, linestyle=(0, (4, 3)))
+        axes.vlines(p, low, high, color=color, linewidth=1.2, alpha=0.45)
+        axes.plot(p, rate, color=color, linewidth=1.4)
+        axes.scatter(p, rate, s=8 + 260 * share, color=color, alpha=0.85, zorder=3, linewidth=0)
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_ylim(-0.02, 1.02)
+        axes.set_xlabel("calibrated probability")
+        axes.set_ylabel("share that is right")
         return _svg(figure, name)
 
 

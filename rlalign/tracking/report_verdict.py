@@ -6,6 +6,7 @@ import math
 
 from rlalign.tracking.record import RunRecord
 from rlalign.tracking.report_page import short
+from rlalign.tracking.report_reward import drift_problems
 
 ENDINGS = {
     "running": "is still running",
@@ -40,7 +41,7 @@ def problems(run: RunRecord) -> list[str]:
     if run.summary["mismatch"]["nonfinite"]:
         found.append(f"{run.summary['mismatch']['nonfinite']:,.0f} sampled tokens had no finite log-ratio.")
     found += [f"{name} {verb}" for name, verb in _learning(run)]
-    return found + _head_problems(run)
+    return found + drift_problems(run) + _head_problems(run)
 
 
 def _learning(run: RunRecord) -> list[tuple[str, str]]:

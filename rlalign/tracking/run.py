@@ -160,6 +160,15 @@ class Run:
             self.event("wandb", run.note)
         return run
 
+    def rewind(self, step: int) -> None:
+        """Go on after `step`, as from a checkpoint: later steps are logged again, and their later rows count."""
+        self._require_open("rewind")
+        if step > self.last_step:
+            raise ValueError(
+                f"{self.directory}: cannot go on after step {step}; the last one logged is {self.last_step}"
+            )
+        self.last_step = step
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one row. Non-finite values are kept (null in the file, with their kind beside them).
 

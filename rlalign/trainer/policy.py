@@ -6,6 +6,7 @@ Every rank calls every verb with the whole batch, works on its own equal share o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import deepspeed
@@ -21,6 +22,7 @@ from rlalign.trainer.network import ScoringNetwork, full_weights, load
 from rlalign.types import RolloutBatch, TrainBatch
 from rlalign.weights import MASTER_WEIGHT
 
+STATE_TAG = "state"  # DeepSpeed's folder inside a checkpoint
 LossFunction = Callable[[Tensor, TrainBatch], tuple[Tensor, dict[str, float]]]
 
 
@@ -69,6 +71,11 @@ class Policy:
     def network(self) -> torch.nn.Module:
         """The transformers model inside the engine; under ZeRO-3 its parameters are shards."""
         return self._engine.module.network
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self._engine.device
 
     @torch.no_grad()
     def score(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
@@ -141,6 +148,28 @@ class Policy:
         """Write an ordinary Hugging Face folder, from rank 0. Every rank must call it."""
         whole = dict(full_weights(self.network, keep=ranks.rank() == 0))
         ranks.on_first(lambda: self.network.save_pretrained(directory, state_dict=whole))
+
+    def save_state(self, folder: Path) -> None:
+        """Everything training goes on from: weights, optimizer, schedule, random states, version. Every rank must call it."""
+        self._engine.save_checkpoint(
+            folder, tag=STATE_TAG, client_state={"version": self.version, "torch_rng": torch.get_rng_state()}
+        )
+
+    def load_state(self, folder: Path) -> None:
+        """Continue from `save_state`; the version goes back with the weights. Raises RuntimeError when DeepSpeed finds none."""
+        path, state = self._engine.load_checkpoint(folder, tag=STATE_TAG)
+        if path is None:
+            raise RuntimeError(f"{folder}: DeepSpeed found no state to load there")
+        self.version = state["version"]
+        torch.set_rng_state(state["torch_rng"])
+        self._refresh_master()
+
+    @contextmanager
+    def whole_head(self) -> Iterator[None]:
+        """Inside, the lm_head's parameters are whole on every rank. Use its `forward`: calling it would partition them again."""
+        head = self.network.get_output_embeddings()
+        with deepspeed.zero.GatheredParameters(list(head.parameters()), enabled=self._config.zero_stage == 3):
+            yield
 
     def close(self) -> None:
         """Release DeepSpeed's buffers. The process group stays: an embedded vLLM may still hold the same one."""

@@ -17,6 +17,16 @@ def test_a_good_set_up_passes_every_check(tmp_path, tied, capsys):
     assert code == 0 and {c["state"] for c in checks.values()} == {"ok"}
     assert "24 tensors verified on 1 rank(s)" in checks["weights"]["found"]
     assert checks["body dtype"]["found"] == "float32" and checks["tied embeddings"]["found"] == "True"
+    assert checks["tokenizer of both sides"]["found"].startswith("the same: ")
+    assert "rollout float32 (cached), trainer float32" in checks["heads of both sides"]["found"]
+    assert {
+        "clock",
+        "head memory",
+        "special tokens",
+        "sampling is comparable",
+        "prefix cache",
+        "known issues",
+    } <= checks.keys()
     assert " 0 problem" in capsys.readouterr().out
 
 

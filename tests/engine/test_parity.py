@@ -1,12 +1,15 @@
-"""rlalign parity on real engines: the table is complete, the float32 pair is the closest, and the limit decides the exit."""
+"""rlalign parity on real engines: the table is complete, the float32 pair is the closest, and limits decide the exit."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from rlalign import cli
 from rlalign.diagnose import noise_floor
 from tests.engine.conftest import build_model
+from tests.engine.test_tensor_parallel import environment
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +30,7 @@ def pick(rows, body, rollout, trainer):
 def test_the_table_has_every_pair_and_every_number(measured):
     _, result, _ = measured
     keys = {"body_dtype", "rollout_head", "trainer_head", "k1", "k3", "abs_mean", "p99", "abs_max", "pearson"}
+    assert all({"floor_k3", "floor_abs_mean"} <= row.keys() for row in result["rows"])
     for rows in (result["rows"], result["head_isolated"]):
         assert len(rows) == 8 and all(keys <= row.keys() for row in rows)
         assert len({(r["body_dtype"], r["rollout_head"], r["trainer_head"]) for r in rows}) == 8
@@ -62,4 +66,89 @@ def test_the_noise_floor_covers_every_source_and_reads_back(measured):
 def test_over_the_limit_exits_1_and_says_which_pair(untied, capsys):
     options = [f"model.path={untied}", "rollout.group_size=2"]
     assert cli.main(["parity", "--prompts", "2", "--body", "bfloat16", "--k3-limit", "1e-12", *options]) == 1
-    assert "bfloat16 body, float32 heads on both sides: k3 =" in capsys.readouterr().err
+    assert (
+        "bfloat16 body, TP 1, prefill, temperature 1, heads float32 (cached) / float32: k3 =" in capsys.readouterr().err
+    )
+
+
+@pytest.fixture(scope="module")
+def varied(tmp_path_factory, untied):
+    """Every mode, another temperature, small batches and a long context, on prompts of a file."""
+    folder = tmp_path_factory.mktemp("varied")
+    prompts, file = folder / "prompts.txt", folder / "parity.json"
+    prompts.write_text("12 + 34 =\n7 + 8 =\n\n99 + 1 =\n5 + 6 =\n")
+    options = [
+        "--prompt-file",
+        str(prompts),
+        "--prompts",
+        "4",
+        "--body",
+        "bfloat16",
+        "--mode",
+        "native",
+        "--mode",
+        "master",
+    ]
+    options += ["--temperature", "0.6", "--temperature", "1", "--batch", "2", "--context", "120", "--json", str(file)]
+    rollout = ["rollout.group_size=4", "rollout.max_tokens=24"]
+    assert cli.main(["parity", *options, f"model.path={untied}", *rollout]) == 0
+    return (
+        json.loads(file.read_text()),
+        file,
+        options[: -len(["--json", str(file)])],
+        [f"model.path={untied}", *rollout],
+    )
+
+
+def test_the_master_head_is_exact_on_both_sides_and_not_on_one(varied):
+    rows = varied[0]["head_isolated"]
+    both = pick(rows, "bfloat16", "master", "master")
+    (one,) = [r for r in rows if r["mode"] == "cached" and r["trainer_head"] == "master"]
+    assert both["abs_mean"] < 1e-6 and one["abs_mean"] > 100 * both["abs_mean"]
+    assert len(varied[0]["rows"]) == 4 * 3, "four rollout heads against three trainer heads"
+
+
+def test_every_setting_is_as_close_as_teacher_forcing_and_has_its_floor(varied):
+    result = varied[0]
+    settings = {(r["path"], r["temperature"], r["batch"], r["context"]) for r in result["settings"]}
+    assert settings == {
+        ("decode", 0.6, 0, 0), ("decode", 1.0, 0, 0), ("prefill", 1.0, 2, 0), ("decode", 1.0, 2, 0),
+        ("prefill", 1.0, 0, 120), ("decode", 1.0, 0, 120),
+    }  # fmt: skip
+    assert len(result["settings"]) == len(settings) * 4
+    for row in result["settings"]:
+        assert row["k3"] < 1e-3 and 0.0 <= row["floor_k3"] < 1e-3 and row["tokens"] > 8
+
+
+def test_a_trainer_at_another_temperature_would_show(varied, untied, monkeypatch):
+    """The row at 0.6 really samples at 0.6: a trainer that ignores it is far away."""
+    from rlalign.diagnose.parity import measure
+
+    real = measure.head_logprobs
+    monkeypatch.setattr(measure, "head_logprobs", lambda *a, **k: real(*a, **k | {"temperature": 1.0}))
+    options = ["--body", "bfloat16", "--temperature", "0.6", "--prompts", "4", "rollout.group_size=4"]
+    assert cli.main(["parity", *options, f"model.path={untied}", "rollout.max_tokens=24"]) == 1
+
+
+def test_a_baseline_passes_what_is_equal_and_fails_what_got_worse(varied, tmp_path, capsys):
+    result, _, options, overrides = varied
+    for row in result["settings"]:
+        row["abs_mean"] /= 10
+    better = tmp_path / "better.json"
+    better.write_text(json.dumps(result))
+    assert cli.main(["parity", *options, "--baseline", str(better), *overrides]) == 1
+    error = capsys.readouterr().err
+    assert "whole model, bfloat16 body, TP 1, decode, temperature 0.6, heads master / master: mean |log_ratio|" in error
+    assert len([line for line in error.splitlines() if "was " in line]) == len(result["settings"]), (
+        "the pairs are as before"
+    )
+
+
+def test_two_ranks(untied, tmp_path):
+    file = tmp_path / "parity.json"
+    command = [sys.executable, "-m", "rlalign.cli", "parity", "--tensor-parallel", "2", "--body", "float32"]
+    command += ["--prompts", "4", "--json", str(file), f"model.path={untied}", "rollout.group_size=2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(file.read_text())["rows"]
+    assert {r["tensor_parallel"] for r in rows} == {2} and all(r["k3"] < 1e-9 for r in rows)

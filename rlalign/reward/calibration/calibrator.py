@@ -167,6 +167,10 @@ class Calibrator(ABC):
         """
         raise TypeError(f"{type(self).__name__} is not affine: it has no mean and std; calibrate on the client")
 
+    def unfitted(self) -> Self:
+        """A new calibrator of the same kind with the same options."""
+        return type(self)(**self._options())
+
     @property
     def activation(self) -> str:
         """What follows the fitted part: "sigmoid" or "softmax"; "none" where the method gives scores itself."""

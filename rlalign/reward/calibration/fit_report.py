@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlalign.reward.calibration.solvers import Z95
-from rlalign.reward.metrics import brier_score, ece_noise_floor, expected_calibration_error, negative_log_likelihood
+from rlalign.reward.metrics import (
+    auroc,
+    brier_score,
+    ece_noise_floor,
+    expected_calibration_error,
+    negative_log_likelihood,
+)
 
 if TYPE_CHECKING:
     from rlalign.reward.arrays import Floats
@@ -21,11 +27,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Support:
-    """Range of the logits that were fitted, and their 11 deciles (minimum and maximum included)."""
+    """Range of the logits that were fitted, and their 11 deciles (minimum and maximum included).
+
+    below: the share of the weight at or below each decile; with ties more than its tenths.
+    """
 
     min: float
     max: float
     deciles: tuple[float, ...]
+    below: tuple[float, ...]
+
+    @classmethod
+    def of(cls, seen: Floats, weight_N: Floats) -> Support:
+        """seen: [N] logits, [N, K], or several [N] one after the other (both sides of pairs)."""
+        flat = seen.ravel()
+        weight = np.repeat(weight_N, seen.shape[1]) if seen.ndim == 2 else np.tile(weight_N, len(seen) // len(weight_N))
+        deciles = np.quantile(flat, np.linspace(0, 1, 11))
+        order = np.argsort(flat)
+        reached = np.concatenate([[0.0], np.cumsum(weight[order])]) / weight.sum()
+        return cls(
+            min=float(flat.min()),
+            max=float(flat.max()),
+            deciles=tuple(deciles.tolist()),
+            below=tuple(reached[np.searchsorted(flat[order], deciles, side="right")].tolist()),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +63,7 @@ class FitReport:
     at_bound: a parameter stopped at its bound. separable: a threshold splits the labels.
     tied_fraction: rows whose calibrated score equals that of another row with a different logit: inside a GRPO group
     such ties give no advantage. intervals: approximate 95 % of brier_after and, where defined, of each parameter.
+    auroc: of the logits; None for soft labels, classes, pairs and one label only.
     """
 
     n: int
@@ -52,6 +78,7 @@ class FitReport:
     ece_before: float
     ece_after: float
     ece_null_p95: float
+    auroc: float | None
     at_bound: bool
     separable: bool
     tied_fraction: float
@@ -68,7 +95,7 @@ class FitReport:
     def from_json(cls, content: dict[str, object]) -> FitReport:
         """The inverse of `as_json` after a trip through JSON. Raises TypeError on unknown or missing fields."""
         support = dict(content["support"])
-        support["deciles"] = tuple(support["deciles"])
+        support |= {name: tuple(support[name]) for name in ("deciles", "below")}
         intervals = {name: (low, high) for name, (low, high) in content["intervals"].items()}
         return cls(**{**content, "support": Support(**support), "intervals": intervals})
 
@@ -91,7 +118,6 @@ def fit_report(
     seen: the logits that make up the support.
     """
     binary = logits.ndim == 1
-    deciles = tuple(float(q) for q in np.quantile(seen, np.linspace(0, 1, 11)))
     digest = hashlib.sha256()
     for array in (logits, labels_N.astype(np.float64), weight_N):
         digest.update(np.ascontiguousarray(array).tobytes())
@@ -110,11 +136,14 @@ def fit_report(
         ece_before=errors[0]["ece"],
         ece_after=errors[1]["ece"],
         ece_null_p95=ece_noise_floor(shown_N, sample_weight=weight_N).p95,
+        auroc=auroc(logits, labels_N, sample_weight=weight_N)
+        if binary and set(np.unique(labels_N)) == {0, 1}
+        else None,
         at_bound=at_bound,
         separable=separable,
         tied_fraction=_tied_fraction(logits, after) if binary else 0.0,
         intervals={**intervals, "brier_after": _brier_interval(after, labels_N, weight_N)},
-        support=Support(min=float(seen.min()), max=float(seen.max()), deciles=deciles),
+        support=Support.of(seen, weight_N),
         data_sha256=digest.hexdigest(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )

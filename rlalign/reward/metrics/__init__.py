@@ -11,116 +11,37 @@ N rows, K classes, M non-empty bins.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rlalign.reward.arrays import (
     binary_labels,
     binary_rows,
-    class_labels,
+    class_rows,
     numbers,
-    one_of,
     probabilities,
     require_rows,
     row_weights,
 )
-from rlalign.reward.metrics.bins import BinStats, Closed, Strategy, bin_stats
+from rlalign.reward.metrics.bins import Closed, Strategy, bin_stats
 from rlalign.reward.metrics.bootstrap import Interval, NoiseFloor, bootstrap_ci, ece_noise_floor
+from rlalign.reward.metrics.ece import Norm, classwise_ece, expected_calibration_error
 from rlalign.reward.metrics.smooth_ece import smooth_ece
 
 if TYPE_CHECKING:
-    from rlalign.reward.arrays import Floats, Numbers
-
-Norm = Literal["l1", "l2", "max"]
+    from rlalign.reward.arrays import Numbers
 
 __all__ = [
-    "BrierDecomposition", "Interval", "NoiseFloor", "auroc", "bootstrap_ci", "brier_decomposition", "brier_score",
+    "BrierDecomposition", "Interval", "NoiseFloor", "Norm", "auroc", "bootstrap_ci", "brier_decomposition", "brier_score",
     "classwise_ece", "ece_noise_floor", "expected_calibration_error", "negative_log_likelihood", "smooth_ece",
 ]  # fmt: skip
-
-
-def expected_calibration_error(
-    p: Numbers,
-    y: Numbers,
-    *,
-    n_bins: int = 15,
-    strategy: Strategy = "uniform",
-    norm: Norm = "l1",
-    closed: Closed = "right",
-    debias: bool = False,
-    sample_weight: Numbers | None = None,
-    soft_labels: bool = False,
-) -> float:
-    """Binned calibration error in [0, 1]; the defaults are those of Guo et al. 2017 (1706.04599).
-
-    norm: `l1` sum of share * |mean y - mean p|; `l2` root of the share-weighted squares; `max` the worst bin (MCE).
-    strategy, closed, n_bins: see `bin_stats`. debias (Kumar et al. 2019, 1909.10155): take off what chance alone adds
-    in bins of this size. For l2 the variance of the mean outcome; for l1 the expected rise of |gap| under normal noise
-    of that variance, which is a part of it only. A bin of one row has no variance estimate.
-    Perfectly calibrated scores do not reach 0 without it: compare with `ece_noise_floor`.
-    Raises ValueError on bad input, and on debias with norm `max`.
-    """
-    one_of(norm, ("l1", "l2", "max"), "norm")
-    if debias and norm == "max":
-        raise ValueError("expected_calibration_error: debias is defined for norm 'l1' and 'l2', got 'max'")
-    bins = bin_stats(
-        p, y, n_bins=n_bins, strategy=strategy, closed=closed, sample_weight=sample_weight, soft_labels=soft_labels
-    )
-    gap_M = np.abs(bins.outcome_M - bins.confidence_M)
-    if norm == "max":
-        return float(gap_M.max())
-    if not debias:
-        return float(bins.share_M @ gap_M) if norm == "l1" else float(np.sqrt(bins.share_M @ gap_M**2))
-    return _debiased(bins, gap_M, norm)
-
-
-def _debiased(bins: BinStats, gap_M: Floats, norm: Norm) -> float:
-    from scipy.special import ndtr
-
-    several_M = bins.effective_M > 1 + 1e-9
-    spread_M = bins.outcome_M * (1 - bins.outcome_M)
-    variance_M = np.divide(spread_M, bins.effective_M - (norm == "l2"), out=np.zeros_like(spread_M), where=several_M)
-    if norm == "l2":
-        square = bins.share_M @ np.where(several_M, gap_M**2 - variance_M, 0.0)
-        return float(np.sqrt(max(square, 0.0)))
-    sd_M = np.sqrt(variance_M)
-    z_M = np.divide(gap_M, sd_M, out=np.zeros_like(gap_M), where=sd_M > 0)
-    folded_M = sd_M * np.sqrt(2 / np.pi) * np.exp(-(z_M**2) / 2) + gap_M * (1 - 2 * ndtr(-z_M))
-    expected_M = np.where(sd_M > 0, folded_M, gap_M)
-    return float(max(bins.share_M @ (2 * gap_M - expected_M), 0.0))
-
-
-def classwise_ece(
-    p_NK: Numbers,
-    y: Numbers,
-    *,
-    n_bins: int = 15,
-    strategy: Strategy = "uniform",
-    norm: Norm = "l1",
-    closed: Closed = "right",
-    debias: bool = False,
-    sample_weight: Numbers | None = None,
-) -> float:
-    """Mean over the K classes of the binary ECE of each column (Nixon et al. 2019, 1904.01685). y: classes 0..K-1.
-
-    Raises ValueError as `expected_calibration_error` does, and when p is not [N, K] with rows that sum to 1.
-    """
-    p_NK, y_N = _checked_classes(p_NK, y)
-    each = [
-        expected_calibration_error(
-            p_NK[:, k], y_N == k, n_bins=n_bins, strategy=strategy, norm=norm, closed=closed, debias=debias,
-            sample_weight=sample_weight,
-        )
-        for k in range(p_NK.shape[1])
-    ]  # fmt: skip
-    return float(np.mean(each))
 
 
 def brier_score(p: Numbers, y: Numbers, *, sample_weight: Numbers | None = None, soft_labels: bool = False) -> float:
     """Mean squared error of the probability: (p - y)^2 for [N], in [0, 1]; sum over classes for [N, K], in [0, 2]."""
     if np.ndim(p_rows := probabilities(p)) == 2:
-        p_NK, y_N = _checked_classes(p_rows, y)
+        p_NK, y_N = class_rows(p_rows, y)
         error_N = ((p_NK - np.eye(p_NK.shape[1])[y_N]) ** 2).sum(1)
         return float(np.average(error_N, weights=row_weights(sample_weight, len(y_N))))
     p_N, y_N, weight_N = binary_rows(p_rows, y, sample_weight, soft_labels=soft_labels)
@@ -174,7 +95,7 @@ def negative_log_likelihood(
     inf where that probability is exactly 0: nothing is clipped, a certain mistake is infinitely surprising.
     """
     if np.ndim(p_rows := probabilities(p)) == 2:
-        p_NK, y_N = _checked_classes(p_rows, y)
+        p_NK, y_N = class_rows(p_rows, y)
         weight_N = row_weights(sample_weight, len(y_N))
         given_N, share_N = p_NK[np.arange(len(y_N)), y_N], weight_N
     else:
@@ -200,16 +121,3 @@ def auroc(p: Numbers, y: Numbers, *, sample_weight: Numbers | None = None) -> fl
         raise ValueError("auroc: only one class has weight; the area is undefined")
     below_M = np.cumsum(negative_M) - negative_M / 2
     return float(positive_M @ below_M / (positive_M.sum() * negative_M.sum()))
-
-
-def _checked_classes(p: Numbers, y: Numbers) -> tuple[Floats, np.ndarray]:
-    p_NK = probabilities(p)
-    if p_NK.ndim != 2:
-        raise ValueError(f"p: expected shape [N, K] with K > 1, got {p_NK.shape}")
-    y_N = class_labels(y, p_NK.shape[1], what="y")
-    require_rows(p_NK, y_N, "p", "y")
-    off_N = np.abs(p_NK.sum(1) - 1) > 1e-2  # loose enough for probabilities that were stored in bfloat16
-    if off_N.any():
-        first = int(np.argmax(off_N))
-        raise ValueError(f"p: rows must sum to 1, row {first} sums to {p_NK[first].sum()}")
-    return p_NK, y_N

@@ -1,0 +1,41 @@
+"""Do both sides hold the same weights? Asked of the engine's own kernels, on every rank."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import nn
+
+from rlalign.rollout.engine import VLLMEngine
+
+SHOWN = 6  # names in a message
+
+
+def require_same_weights(engine: VLLMEngine, network: nn.Module, shared: Path, *, anyway: bool) -> list[str]:
+    """Notes for the reader. shared: a folder that every rollout rank can read, for one copy of the weights.
+
+    Raises RuntimeError naming the tensors that differ, unless `anyway`: then a note says so.
+    """
+    with tempfile.TemporaryDirectory(prefix="rlalign-weights-", dir=shared) as folder:
+        file = Path(folder) / "trainer.safetensors"
+        save_file({n: p.detach().cpu().contiguous() for n, p in network.named_parameters()}, file)
+        answers = engine._llm.collective_rpc("rlalign_differing_weights", args=(str(file),))
+    differ = sorted({name for names, _ in answers for name in names})
+    unknown = sorted({name for _, names in answers for name in names})
+    notes = []
+    if unknown:
+        notes.append(f"weights not compared, the engine holds them in another form: {_listed(unknown)}")
+    if differ:
+        said = f"the two sides hold different weights: {len(differ)} tensors, {_listed(differ)}"
+        if not anyway:
+            raise RuntimeError(
+                f"mismatched checkpoints: {said}. Load the same, or attribute the difference with --any-weights"
+            )
+        notes.append(said)
+    return notes
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -1,0 +1,143 @@
+"""The tokens to attribute on: a saved step of a run, or completions of prompts sampled now.
+
+Suffixes: B sequences, L padded length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlalign.assemble import encode, load_task_of, load_tokenizer, resolve_model
+from rlalign.config import RunConfig, load
+from rlalign.diagnose.both_sides import task_prompts
+from rlalign.diagnose.prompt_file import read_prompts
+from rlalign.tracking.record import RunRecord, read_run
+from rlalign.tracking.replay_files import read_step, saved_steps
+from rlalign.tracking.tokens import read_tokens
+from rlalign.types import LogprobSpec, Rollout, RolloutBatch, collate
+
+if TYPE_CHECKING:
+    from rlalign.rollout.engine import VLLMEngine
+
+COLUMNS = ("sequence", "position", "token_id", "rollout_logprob", "policy_version", "prompt_id", "group_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """model: the folder both sides load; batch: None when the engine is to sample it first; notes: what a reader must know."""
+
+    config: RunConfig
+    model: Path
+    batch: RolloutBatch | None
+    notes: tuple[str, ...] = ()
+
+
+def of_run(directory: Path, step: int | None, tokens: int) -> Source:
+    """A step of a run: with the weights that sampled it where the run saved them, else with its initial weights.
+
+    step: None for the last one saved. Raises ValueError for a directory of another version, a step without tokens, and
+    prompts that are no longer those of the run.
+    """
+    record = read_run(directory)
+    config = _config_of(record)
+    saved = saved_steps(directory)
+    if saved and (step is None or step in saved):
+        found = read_step(directory, saved[-1] if step is None else step)
+        return Source(config, found.model, budget(found.batch, tokens), (f"step {found.step}, its own weights",))
+    files = {int(file.stem.removeprefix("step-")): file for file in record.token_files}
+    if not files or (step is not None and step not in files):
+        have = f"steps with tokens: {sorted(files)}, with weights too: {saved}" if files else "the run saved no tokens"
+        raise ValueError(
+            f"{directory}: no tokens of step {step}; {have}. Train with tracking.tokens_every or replay_every"
+        )
+    chosen = max(files) if step is None else step
+    model = resolve_model(config.model.path)
+    batch = budget(_from_tokens(files[chosen], config, model), tokens)
+    return Source(
+        config,
+        model,
+        batch,
+        (f"tokens of step {chosen}, but the weights are {config.model.path}: the run did not save the step's",),
+    )
+
+
+def of_config(config: RunConfig) -> Source:
+    """Completions of the task's or the user's prompts, sampled by the engine once it runs."""
+    return Source(config, resolve_model(config.model.path), None)
+
+
+def sampled(
+    engine: VLLMEngine, source: Source, *, prompt_file: Path | None, prompts: int, samples: int, tokens: int
+) -> RolloutBatch:
+    """Prompts through the live engine, within the budget."""
+    tokenizer = load_tokenizer(source.model)
+    if prompt_file is None:
+        ids = task_prompts(tokenizer, source.config, count=prompts)
+    else:
+        ids = read_prompts(prompt_file, tokenizer, chat=source.config.task.chat_template, limit=prompts)
+    rollouts = engine.generate(ids, prompt_ids=range(len(ids)), samples=samples, seed=source.config.seed)
+    return budget(collate(rollouts, pad_token_id=tokenizer.pad_token_id, spec=engine.spec), tokens)
+
+
+def budget(batch: RolloutBatch, tokens: int) -> RolloutBatch:
+    """The first sequences that fit into so many tokens, and at least one; the padding is cut to the longest of them."""
+    lengths_B = batch.attention_mask_BL.sum(1)
+    count = max(1, int((lengths_B.cumsum(0) <= tokens).sum()))
+    kept = batch.rows(slice(0, count))
+    length = int(lengths_B[:count].max())
+    return _narrowed(kept, length)
+
+
+def _narrowed(batch: RolloutBatch, length: int) -> RolloutBatch:
+    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return RolloutBatch(**{n: v[:, :length] if n.endswith("_BL") else v for n, v in values.items()})
+
+
+def _config_of(record: RunRecord) -> RunConfig:
+    try:
+        return load(record.config)
+    except ValueError as error:
+        wrote = record.environment.get("versions", {}).get("rlalign")
+        raise ValueError(
+            f"{record.directory}: its configuration, by rlalign {wrote}, is not one of this version: {error}"
+        ) from error
+
+
+def _from_tokens(file: Path, config: RunConfig, model: Path) -> RolloutBatch:
+    """Rollouts from the sampled tokens of a token file and the task's prompts."""
+    table = read_tokens(file)
+    if missing := set(COLUMNS) - set(table.column_names):
+        raise ValueError(f"{file} lacks the columns {sorted(missing)}: it is of another version of rlalign")
+    tokenizer = load_tokenizer(model)
+    prompts = {p.prompt_id: p.text for p in load_task_of(config).train}
+    by_sequence: dict[int, list[dict]] = {}
+    for row in table.select(COLUMNS).to_pylist():
+        by_sequence.setdefault(row["sequence"], []).append(row)
+    rollouts = []
+    for rows in by_sequence.values():
+        text = prompts.get(rows[0]["prompt_id"])
+        prompt = None if text is None else encode(tokenizer, text, chat=config.task.chat_template)
+        if prompt is None or [row["position"] for row in rows] != list(range(len(prompt), len(prompt) + len(rows))):
+            raise ValueError(
+                f"{file}: sequence {rows[0]['sequence']} does not continue prompt {rows[0]['prompt_id']} of task "
+                f"{config.task.name!r}: task or tokenizer have changed since the run, or its turns were not sampled in one piece"
+            )
+        rollouts.append(_rollout(prompt, rows))
+    spec = LogprobSpec(temperature=config.rollout.temperature, head_dtype=config.head_dtype.value)
+    return collate(rollouts, pad_token_id=tokenizer.pad_token_id, spec=spec)
+
+
+def _rollout(prompt: Sequence[int], rows: Sequence[dict]) -> Rollout:
+    start, end = len(prompt), len(prompt) + len(rows)
+    return Rollout(
+        token_ids=[*prompt, *(row["token_id"] for row in rows)],
+        loss_mask=[False] * start + [True] * len(rows),
+        rollout_logprobs=[0.0] * start + [row["rollout_logprob"] for row in rows],
+        prompt_id=rows[0]["prompt_id"],
+        group_id=rows[0]["group_id"],
+        finish_reason="",
+        version_spans=[(start, end, rows[0]["policy_version"])],
+    )

@@ -1,0 +1,20 @@
+"""All groups of checks, in the order in which a mistake would bite."""
+
+from __future__ import annotations
+
+from rlalign.config import RunConfig
+from rlalign.diagnose.doctor import installation, live, machine, tokens
+from rlalign.diagnose.doctor.check import Check, guarded
+
+
+def examine(config: RunConfig) -> list[Check]:
+    """Every check on this configuration. Starts the engine and loads the trainer's model once."""
+    return [
+        *guarded("installation", lambda: installation.packages(config)),
+        *guarded("vllm plugin", installation.plugin),
+        *guarded("disk", lambda: machine.disks(config)),
+        *guarded("clock", lambda: machine.clock(config)),
+        *guarded("head memory", lambda: machine.head_memory(config)),
+        *guarded("tokenizer", lambda: tokens.tokenizer(config)),
+        *guarded("engine", lambda: live.engine_and_trainer(config)),
+    ]

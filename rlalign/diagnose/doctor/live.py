@@ -1,0 +1,133 @@
+"""The live engine and the trainer's model: settings, heads, weights, prefix cache, and whether their numbers agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlalign import mismatch
+from rlalign.assemble import load_tokenizer, resolve_model, start_engine
+from rlalign.config import HeadDtype, RunConfig
+from rlalign.diagnose.both_sides import sample, trainer_network, trainer_scores
+from rlalign.diagnose.doctor import tokens
+from rlalign.diagnose.doctor.check import Check, judged
+from rlalign.types import RolloutBatch
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from rlalign.rollout.engine import VLLMEngine
+
+
+def engine_and_trainer(config: RunConfig) -> Iterator[Check]:
+    """Start both, publish the trainer's own copy, sample, teacher-force: weights, tokens and numbers of both sides at once."""
+    from rlalign.rollout import inspection
+
+    model = resolve_model(config.model.path, say=lambda _: None)
+    engine = start_engine(model, config)  # proves the head on every rank, or raises
+    try:
+        yield from settings(engine, config)
+        network = trainer_network(model, config.model.dtype.value)
+        yield tied(engine, network)
+        yield _published(engine, network, config)
+        tokenizer = load_tokenizer(model)
+        yield tokens.both_sides(tokenizer, inspection.tokenizer(engine))
+        batch, rollouts = sample(engine, tokenizer, config, prompts=tokens.PROMPTS, samples=2)
+        yield tokens.round_trip(rollouts, tokenizer)
+        yield prefix_cache(engine, batch)
+        yield from _agreement(engine, network, batch, config)
+        yield from _ranks(engine)
+    finally:
+        engine.close()
+
+
+def settings(engine: VLLMEngine, config: RunConfig) -> Iterator[Check]:
+    """What the running engine says of itself, against what the run needs."""
+    live = engine.settings()
+    wanted = {"logprobs mode": "processed_logprobs", "body dtype": config.model.dtype.value}
+    wanted["prefix caching"] = str(config.rollout.prefix_caching)
+    wanted["tensor parallel"] = str(config.rollout.tensor_parallel_size)
+    for name, value in live.items():
+        if name in ("kv-cache dtype", "tied embeddings"):
+            continue
+        yield judged(name, wanted.get(name, value) == value, value, f"this run needs {wanted.get(name)}")
+    cache = live["kv-cache dtype"]
+    yield judged(
+        "kv-cache dtype",
+        cache in ("auto", config.model.dtype.value),
+        cache,
+        "decoding reads keys and values that were rounded; run with kv_cache_dtype=auto",
+    )
+    comparable = replace(engine.spec, head_dtype=config.head_dtype.value).untruncated()
+    same = engine.spec == replace(comparable, temperature=config.rollout.temperature)
+    shaped = f"temperature {engine.spec.temperature:g}, top_p {engine.spec.top_p:g}, top_k {engine.spec.top_k}"
+    yield judged(
+        "sampling is comparable",
+        same,
+        f"{shaped}, min_p {engine.spec.min_p:g}, {'processed' if engine.spec.processed else 'raw'}",
+        "sample with processed logprobs at the trainer's temperature, without top-p, top-k and min-p",
+    )
+
+
+def tied(engine: VLLMEngine, network: nn.Module) -> Check:
+    """Do both sides share the embedding with the head, or neither?"""
+    theirs = engine.settings()["tied embeddings"] == "True"
+    ours = network.get_output_embeddings().weight is network.get_input_embeddings().weight
+    return judged(
+        "tied embeddings",
+        ours == theirs,
+        str(theirs) if ours == theirs else f"{theirs} in the engine, {ours} in the trainer",
+        "set tie_word_embeddings in config.json to what the checkpoint holds",
+    )
+
+
+def prefix_cache(engine: VLLMEngine, batch: RolloutBatch) -> Check:
+    """After a reset no token may come from the cache: it would hold keys and values of older weights."""
+    ids = [row[:n].tolist() for row, n in zip(batch.token_ids_BL, batch.attention_mask_BL.sum(1), strict=True)]
+    engine.next_logprobs([row[:-1] for row in ids], [row[-1] for row in ids])
+    engine.reset_prefix_cache()
+    _, kept = engine.next_logprobs([ids[0][:-1]], [ids[0][-1]])
+    policy = "on, reset with every publish" if engine.config.prefix_caching else "off"
+    found = f"{policy}; {kept} tokens came from the cache after a reset"
+    return judged("prefix cache", kept == 0, found, "rollout.prefix_caching=false")
+
+
+def _published(engine: VLLMEngine, network: nn.Module, config: RunConfig) -> Check:
+    from rlalign.weights import MASTER_WEIGHT, publish
+
+    weights = [*network.named_parameters()]
+    if config.head_dtype is HeadDtype.master:  # a checkpoint has no unrounded head: its own values stand in
+        weights.append((MASTER_WEIGHT, network.get_output_embeddings().weight.float()))
+    published = publish(weights, 0, receiver=engine, shared=Path(config.weights.shared))
+    repaired = f", {published.repaired} repaired" if published.repaired else ""
+    return Check("weights", "ok", f"{published.tensors} tensors verified on {published.ranks} rank(s){repaired}")
+
+
+def _agreement(engine: VLLMEngine, network: nn.Module, batch: RolloutBatch, config: RunConfig) -> Iterator[Check]:
+    head = config.head_dtype.value
+    master_VD = network.get_output_embeddings().weight.detach().float() if head == "master" else None
+    temperature = config.rollout.temperature
+    trainer_BL, _ = trainer_scores(network, batch, head, temperature=temperature, master_VD=master_VD)
+    sides = f"rollout {engine.spec.head_dtype} ({engine.mode}), trainer {head}"
+    yield judged("heads of both sides", engine.spec.head_dtype == head, sides, "set head_dtype once, for the run")
+    measured = mismatch.compare(trainer_BL, batch.rollout_logprobs_BL, batch.loss_mask_BL, positions=False)
+    yield judged(
+        "mismatch at lag 0",
+        measured["k3"] <= config.mismatch.k3_limit,
+        f"k3 {measured['k3']:.2e}, mean |log_ratio| {measured['abs_mean']:.2e} over {measured['tokens']:.0f} tokens, "
+        f"limit {config.mismatch.k3_limit:.0e}",
+        "`rlalign parity` tells the head from the body, `rlalign attribute` names the layer",
+    )
+
+
+def _ranks(engine: VLLMEngine) -> Iterator[Check]:
+    for status in engine.status():
+        what = f"{status['mode']}, {status['calls']} calls, policy version {status['policy_version']}"
+        yield judged(
+            f"head of rank {status['rank']}",
+            status["mode"] == engine.mode and status["calls"] > 0 and status["policy_version"] == engine.policy_version,
+            f"{what}, {status['cache_bytes'] / 2**20:.1f} MiB of fp32 copies",
+            f"every rank must run mode {engine.mode} at version {engine.policy_version}",
+        )

@@ -1,0 +1,95 @@
+"""Tokens: one vocabulary, one chat template and one set of special tokens on both sides, and prompts that fit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlalign.assemble import encode, load_task_of, load_tokenizer, resolve_model
+from rlalign.config import RunConfig
+from rlalign.diagnose.doctor.check import Check, judged
+from rlalign.types import Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROMPTS = 8  # of the task, sampled once through the live engine
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def tokenizer(config: RunConfig) -> Iterator[Check]:
+    """The trainer's tokenizer by itself: identity, special tokens, chat template, prompt lengths."""
+    model = resolve_model(config.model.path, say=lambda _: None)
+    ours = load_tokenizer(model)
+    yield Check("tokenizer", "ok", f"{len(ours)} tokens, vocabulary, special tokens and chat template {identity(ours)}")
+    yield special_tokens(model, ours)
+    if config.task.chat_template:
+        yield judged(
+            "chat template",
+            ours.chat_template is not None,
+            "the tokenizer has one" if ours.chat_template else "task.chat_template is on, the tokenizer has none",
+            "task.chat_template=false",
+        )
+    prompts = load_task_of(config).train_prompts(0, min(PROMPTS, config.task.train_size))
+    longest = max(len(encode(ours, p.text, chat=config.task.chat_template)) for p in prompts)
+    room = config.rollout.max_model_len - config.rollout.max_tokens
+    found = f"longest of {len(prompts)} prompts {longest} tokens, room for {room}"
+    yield judged("prompt length", longest <= room, found, "raise rollout.max_model_len or lower rollout.max_tokens")
+
+
+def identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """16 hex digits of vocabulary, special tokens and chat template: equal on both sides, or text means other tokens."""
+    special = {name: str(value) for name, value in sorted(tokenizer.special_tokens_map.items())}
+    special.pop("pad_token", None)  # never given to a model; ours stands in with eos where the folder has none
+    parts = [sorted(tokenizer.get_vocab().items()), special, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
+
+
+def special_tokens(model: Path, tokenizer: PreTrainedTokenizerBase) -> Check:
+    """The ids that end, begin and pad a sequence: the tokenizer's against the checkpoint's config and generation config."""
+    wrong = []
+    for file in ("config.json", "generation_config.json"):
+        if not (model / file).is_file():
+            continue
+        stored = json.loads((model / file).read_text())
+        for name in SPECIAL:
+            ids = stored.get(name)
+            allowed = ids if isinstance(ids, list) else [ids]
+            ours = getattr(tokenizer, name)
+            if ids is not None and ours is not None and ours not in allowed:
+                wrong.append(f"{name} {ours} in the tokenizer, {ids} in {file}")
+    ids = ", ".join(f"{name.removesuffix('_token_id')} {getattr(tokenizer, name)}" for name in SPECIAL)
+    return judged(
+        "special tokens",
+        not wrong,
+        "; ".join(wrong) or f"{ids}, as the checkpoint says",
+        "take tokenizer and config files from one checkpoint; a wrong eos ends or never ends completions",
+    )
+
+
+def both_sides(trainer: PreTrainedTokenizerBase, engine: PreTrainedTokenizerBase) -> Check:
+    """The tokenizer that the trainer encodes prompts with against the one inside the engine."""
+    ours, theirs = identity(trainer), identity(engine)
+    if ours == theirs:
+        return Check("tokenizer of both sides", "ok", f"the same: {ours}")
+    mine, other = trainer.get_vocab(), engine.get_vocab()
+    moved = sorted(t for t in mine.keys() | other.keys() if mine.get(t) != other.get(t))
+    named = ", ".join(f"{t!r} {mine.get(t)} against {other.get(t)}" for t in moved[:3])
+    what = f"{len(moved)} tokens differ: {named}" if moved else "special tokens or chat template differ"
+    return Check("tokenizer of both sides", "problem", what, "start both sides from one folder")
+
+
+def round_trip(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase) -> Check:
+    """Sampled ids against the ids of their own text: a trainer that re-tokenises text would train on other tokens."""
+    special = set(tokenizer.all_special_ids)
+    changed = 0
+    for rollout in rollouts:
+        sampled = [t for t in rollout.token_ids[rollout.prompt_length :] if t not in special]
+        changed += sampled != tokenizer.encode(rollout.text, add_special_tokens=False)
+    note = "rlalign carries token ids, so it costs nothing here; never re-tokenise text" if changed else ""
+    return Check(
+        "tokenisation round trip", "ok", f"{changed} of {len(rollouts)} completions re-encode to other ids", note
+    )

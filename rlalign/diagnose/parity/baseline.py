@@ -1,0 +1,74 @@
+"""Is it worse than before? A stored result of parity as the bar for a new one, for the CI of users who upgrade an engine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from rlalign.diagnose.parity.table import name_of
+from rlalign.tracking import environment
+
+KEY = ("body_dtype", "tensor_parallel", "path", "temperature", "batch", "context", "mode", "trainer_head")
+TABLES = {"rows": "whole model", "settings": "whole model", "head_isolated": "head in isolation"}
+PACKAGES = ("rlalign", "vllm", "torch", "transformers")
+ROUNDING = 1e-6  # nats: what a float32 logprob can move by rounding alone; below it nothing is worse
+
+
+def identity(model: Path) -> dict:
+    """What a result belongs to: the model's architecture as a digest, and the versions it was measured with."""
+    config = json.loads((model / "config.json").read_text())
+    architecture = {k: v for k, v in sorted(config.items()) if k not in ("transformers_version", "_name_or_path")}
+    digest = hashlib.sha256(json.dumps(architecture).encode()).hexdigest()[:16]
+    versions = environment.snapshot()["versions"]
+    return {"architecture": digest, "versions": {name: versions[name] for name in PACKAGES}}
+
+
+def read(path: Path) -> dict:
+    """A file that `rlalign parity --json FILE` wrote. Raises ValueError for anything else."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"--baseline {path}: cannot be read ({type(error).__name__}: {error})") from error
+    if not isinstance(found, dict) or not {"identity", *TABLES} <= found.keys():
+        raise ValueError(f"--baseline {path}: not a result of this `rlalign parity`; write one with --json FILE")
+    return found
+
+
+def check_same_model(baseline: Mapping, model: Path) -> None:
+    """Raise ValueError when the baseline is of another architecture: its numbers say nothing about this one."""
+    was, now = baseline["identity"]["architecture"], identity(model)["architecture"]
+    if was != now:
+        raise ValueError(
+            f"--baseline: measured on {baseline['model']} with another architecture (config digest {was}, here {now}); "
+            "measure a baseline of this model with --json FILE"
+        )
+
+
+def regressions(result: Mapping, baseline: Mapping, *, tolerance: float) -> list[str]:
+    """One line for every figure of the baseline that got worse or is gone.
+
+    Worse: mean |log_ratio| over `tolerance` times the larger of its old value and the present noise floor, and over float32
+    rounding. The mean is judged and not k3, which a single token can move. Not a number is worse than any number.
+    """
+    found = []
+    for table, title in TABLES.items():
+        now = {tuple(row[k] for k in KEY): row for row in result[table]}
+        for row in baseline[table]:
+            here = now.get(tuple(row[k] for k in KEY))
+            if here is None:
+                found.append(f"{title}, {name_of(row)}: in the baseline, not measured now; use the same options")
+                continue
+            bar = max(tolerance * max(row["abs_mean"], here.get("floor_abs_mean", 0.0)), ROUNDING)
+            if not here["abs_mean"] <= bar:
+                found.append(
+                    f"{title}, {name_of(row)}: mean |log_ratio| {here['abs_mean']:.3g}, was {row['abs_mean']:.3g} (bar {bar:.3g})"
+                )
+    return found
+
+
+def changed_versions(result: Mapping, baseline: Mapping) -> str:
+    """What is installed now and was not then, as text; empty when nothing changed."""
+    was, now = baseline["identity"]["versions"], result["identity"]["versions"]
+    return ", ".join(f"{name} {was.get(name)} -> {now[name]}" for name in now if was.get(name) != now[name])

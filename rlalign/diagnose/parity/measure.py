@@ -1,0 +1,262 @@
+"""Measure a grid: every pair of heads on the same tokens, then the matched pairs under every setting, each with its floor.
+
+Both sides hold the checkpoint's weights, so there is no staleness. The head in isolation is measured beside the whole model,
+since the body can hide the head. Suffixes: B sequences, L padded length, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from rlalign import mismatch
+from rlalign.assemble import load_tokenizer, resolve_model
+from rlalign.config import RunConfig
+from rlalign.diagnose import head_isolation, noise_floor
+from rlalign.diagnose.both_sides import (
+    at_temperature,
+    head_logprobs,
+    hidden_states,
+    lengthened,
+    task_prompts,
+    trainer_network,
+)
+from rlalign.diagnose.parity.grid import HEAD_OF_MODE, Grid, Setting
+from rlalign.diagnose.parity.master import unrounded
+from rlalign.diagnose.prompt_file import read_prompts
+from rlalign.types import Rollout, RolloutBatch, collate
+
+if TYPE_CHECKING:
+    from rlalign.rollout.engine import VLLMEngine
+
+COLUMNS = {
+    "k1": "k1",
+    "k3": "k3",
+    "abs_mean": "abs_mean",
+    "p99": "p99",
+    "abs_max": "abs_max",
+    "pearson": "pearson_prob",
+}
+ERRORS = ("rollout_error", "trainer_error")  # of the head in isolation: mean distance from float64
+ISOLATED_TOKENS = 256
+LONG_PROMPTS = 4
+
+
+def measure(config: RunConfig, grid: Grid, *, prompt_file: Path | None = None) -> dict:
+    """Fill the grid on the configured model. JSON-able, in nats.
+
+    Keys: model, identity (see `baseline`), tokens, rows (every pair of heads), head_isolated, settings (matched pairs), and
+    noise_floor where asked for. Raises ValueError for prompts or a context that the model cannot take.
+    """
+    from rlalign.diagnose.parity.baseline import identity
+
+    model = resolve_model(config.model.path, say=_aside)
+    result = {"model": config.model.path, "identity": identity(model), "tokens": {}, "rows": [], "head_isolated": []}
+    result |= {"settings": [], "notes": []} | ({"noise_floor": {}} if grid.noise_floor else {})
+    tokenizer, chat = load_tokenizer(model), config.task.chat_template
+    if prompt_file is None:
+        prompts = task_prompts(tokenizer, config, count=grid.prompts)
+    else:
+        prompts = read_prompts(prompt_file, tokenizer, chat=chat, limit=grid.prompts)
+    needed = max(grid.longest, *(len(p) for p in prompts)) + config.rollout.max_tokens + 1  # scoring samples one more
+    _require_room(model, needed)
+    room = replace(config.rollout, temperature=1.0, max_model_len=max(config.rollout.max_model_len, needed))
+    for size, body in product(grid.tensor_parallel, grid.bodies):
+        sized = replace(config, rollout=replace(room, tensor_parallel_size=size))
+        _one_engine(model, sized, grid, body, prompts, tokenizer.pad_token_id, result)
+    return result
+
+
+def longest_context(model: Path, max_tokens: int, wanted: int) -> int:
+    """`wanted` tokens of prompt, or as many as leave room for max_tokens."""
+    return min(wanted, _positions(model) - max_tokens - 1)
+
+
+def _aside(line: str) -> None:
+    print(line, file=sys.stderr)  # standard output is the table
+
+
+def _positions(model: Path) -> int:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings
+
+
+def _require_room(model: Path, needed: int) -> None:
+    if needed > _positions(model):
+        raise ValueError(
+            f"parity: {needed} tokens of prompt and completion are more than the {_positions(model)} positions of {model}; "
+            "choose a shorter --context, shorter prompts or a smaller rollout.max_tokens"
+        )
+
+
+def _one_engine(
+    model: Path, config: RunConfig, grid: Grid, body: str, prompts: list[list[int]], pad: int, result: dict
+) -> None:
+    from rlalign.rollout.engine import VLLMEngine
+
+    engine = VLLMEngine(model, config.rollout, dtype=body, head_dtype="float32", seed=config.seed)
+    try:
+        sides = _Sides(engine, trainer_network(model, body), config, grid, body, prompts, pad)
+        sides.prepare_master(model, result)
+        sides.every_pair(result)
+        for setting in grid.settings:
+            sides.matched_pairs(setting, result)
+        first_size = config.rollout.tensor_parallel_size == grid.tensor_parallel[0]
+        if "noise_floor" in result and first_size:
+            engine.set_head(engine.mode)
+            batch = sides.tokens_of(Setting(), engine.mode)
+            result["noise_floor"][body] = noise_floor.measure(engine, model, config, batch, body=body)
+    finally:
+        engine.close()
+        gc.collect()  # two engines follow each other in one process
+
+
+@dataclass
+class _Sides:
+    """One engine and one network over the same weights, and the tokens both are asked about."""
+
+    engine: VLLMEngine
+    network: nn.Module
+    config: RunConfig
+    grid: Grid
+    body: str
+    prompts: list[list[int]]
+    pad: int
+    master_VD: Tensor | None = None
+
+    @cached_property
+    def modes(self) -> tuple[str, ...]:
+        """Head modes of the rollout side: vLLM's own, the run's, and those asked for. A float32 weight is its own master."""
+        asked = [m for m in self.grid.modes if m != "master" or self.body != "float32"]
+        return tuple(dict.fromkeys(("off", self.engine.mode, *asked)))
+
+    def prepare_master(self, model: Path, result: dict) -> None:
+        """Publish the weights once more with an unrounded lm_head, where that mode is measured."""
+        from rlalign.weights import MASTER_WEIGHT, publish
+
+        if "master" not in self.modes:
+            return
+        self.master_VD, source = unrounded(self.network, model)
+        result["notes"] = [f"master head: {source}"]
+        weights = [*self.network.named_parameters(), (MASTER_WEIGHT, self.master_VD)]
+        publish(weights, 0, receiver=self.engine, shared=Path(self.config.weights.shared))
+
+    def every_pair(self, result: dict) -> None:
+        """Each rollout head against each trainer head, teacher-forced at temperature 1."""
+        batch = self.tokens_of(Setting(), self.engine.mode)
+        result["tokens"][self.body] = int(batch.loss_mask_BL.sum())
+        hidden_BLD = self._hidden(batch)
+        trainer_heads = tuple(dict.fromkeys(HEAD_OF_MODE[m] for m in self.modes))
+        for mode in self.modes:
+            self.engine.set_head(mode)
+            rollout_BL = noise_floor.scores(self.engine, batch)
+            floor = noise_floor.of_scoring(self.engine, batch, rollout_BL)
+            for head in trainer_heads:
+                trainer_BL = self._trainer(hidden_BLD, batch, head, temperature=1.0)
+                row = self._row(Setting(), mode, head)
+                result["rows"].append(row | _measured(trainer_BL, rollout_BL, batch) | floor)
+                result["head_isolated"].append(row | self._isolated(hidden_BLD, batch, head))
+
+    def matched_pairs(self, setting: Setting, result: dict) -> None:
+        """Each rollout head against the trainer's same head, asked in this way."""
+        for mode in self.modes:
+            self.engine.set_head(mode)
+            head = HEAD_OF_MODE[mode]
+            with at_temperature(self.engine, setting.temperature):
+                batch = self.tokens_of(setting, mode)
+                if setting.path == "decode":
+                    rollout_BL = batch.rollout_logprobs_BL
+                    floor = self._floor_of_decoding(setting, batch)
+                else:
+                    rollout_BL = noise_floor.scores(self.engine, batch, at_once=setting.batch)
+                    floor = noise_floor.of_scoring(self.engine, batch, rollout_BL)
+            trainer_BL = self._trainer(self._hidden(batch), batch, head, temperature=setting.temperature)
+            row = self._row(setting, mode, head)
+            result["settings"].append(row | _measured(trainer_BL, rollout_BL, batch) | floor)
+
+    def tokens_of(self, setting: Setting, mode: str) -> RolloutBatch:
+        """What is compared under a setting: for teacher forcing the same tokens under every head, else sampled by each."""
+        self.engine.set_head(self.engine.mode if setting.path == "prefill" else mode)
+        rollouts = self._sampled(self._prompts_of(setting), 0 if setting.path == "prefill" else setting.batch)
+        self.engine.set_head(mode)
+        return collate(rollouts, pad_token_id=self.pad, spec=self.engine.spec)
+
+    def _prompts_of(self, setting: Setting) -> list[list[int]]:
+        return lengthened(self.prompts, setting.context, count=LONG_PROMPTS) if setting.context else self.prompts
+
+    def _sampled(self, prompts: Sequence[list[int]], at_once: int) -> list[Rollout]:
+        seed = self.config.seed
+        if not at_once:
+            samples = self.config.rollout.group_size
+            return self.engine.generate(prompts, prompt_ids=range(len(prompts)), samples=samples, seed=seed)
+        return [
+            rollout
+            for start in range(0, len(prompts), at_once)
+            for rollout in self.engine.generate(
+                prompts[start : start + at_once],
+                prompt_ids=range(start, min(start + at_once, len(prompts))),
+                samples=1,
+                seed=seed + start,
+            )
+        ]
+
+    def _floor_of_decoding(self, setting: Setting, batch: RolloutBatch) -> dict[str, float]:
+        """Against its own teacher forcing; at temperatures where vLLM has none, against decoding half of the prompts."""
+        if setting.temperature == 1.0:
+            return noise_floor.of_difference(noise_floor.scores(self.engine, batch), batch.rollout_logprobs_BL, batch)
+        half = self._sampled(self.prompts[: max(1, len(self.prompts) // 2)], 0)
+        again = collate(half, pad_token_id=self.pad, spec=self.engine.spec)
+        return noise_floor.of_repeated_sampling(again, batch)
+
+    def _hidden(self, batch: RolloutBatch) -> Tensor:
+        return hidden_states(self.network, batch, rows=self.config.trainer.micro_batch_size)
+
+    def _trainer(self, hidden_BLD: Tensor, batch: RolloutBatch, head: str, *, temperature: float) -> Tensor:
+        return head_logprobs(self.network, hidden_BLD, batch, head, temperature=temperature, master_VD=self.master_VD)
+
+    def _row(self, setting: Setting, mode: str, trainer_head: str) -> dict:
+        return {
+            "body_dtype": self.body,
+            "tensor_parallel": self.config.rollout.tensor_parallel_size,
+            "path": setting.path,
+            "temperature": setting.temperature,
+            "batch": setting.batch,
+            "context": setting.context,
+            "rollout_head": HEAD_OF_MODE[mode],
+            "mode": mode,
+            "trainer_head": trainer_head,
+        }
+
+    def _isolated(self, hidden_BLD: Tensor, batch: RolloutBatch, head: str) -> dict[str, float]:
+        hidden, ids = head_isolation.predicting(
+            hidden_BLD, batch.token_ids_BL, batch.loss_mask_BL, limit=ISOLATED_TOKENS
+        )
+        measured = head_isolation.measure(
+            self.engine,
+            self.network,
+            hidden,
+            ids,
+            temperature=1.0,
+            shared=Path(self.config.weights.shared),
+            master_VD=self.master_VD if head == "master" else None,
+        )
+        return _columns(measured) | {error: measured[error] for error in ERRORS}
+
+
+def _measured(trainer_BL: Tensor, rollout_BL: Tensor, batch: RolloutBatch) -> dict[str, float]:
+    measured = mismatch.compare(trainer_BL, rollout_BL, batch.loss_mask_BL, positions=False)
+    return _columns(measured) | {"tokens": int(torch.count_nonzero(batch.loss_mask_BL))}
+
+
+def _columns(measured: dict[str, float]) -> dict[str, float]:
+    return {name: measured[key] + 0.0 for name, key in COLUMNS.items()}  # + 0.0: no minus sign before a zero

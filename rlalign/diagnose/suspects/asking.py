@@ -1,0 +1,131 @@
+"""How the engine answers: its settings, its head, what temperature and truncation are in its numbers, what its caches hold.
+
+Suffixes: N sampled tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from rlalign.diagnose import head_isolation, noise_floor
+from rlalign.diagnose.doctor import tokens
+from rlalign.diagnose.suspects.calling import FAR, NEAR, fitting_temperature
+from rlalign.diagnose.suspects.case import Case
+from rlalign.mismatch.causes import Cause
+
+HEAD_ROUNDING = 1e-5  # nats between two float32 heads; a 16-bit one is a thousand times further
+ISOLATED_TOKENS = 256
+
+
+def causes(case: Case) -> list[Cause]:
+    """Everything that the engine's answers show by themselves."""
+    return [*_settings(case), *_heads(case), *_semantics(case), *_tokenizer(case), *_caches(case)]
+
+
+def _settings(case: Case) -> Iterator[Cause]:
+    live = case.engine.settings()
+    if live["logprobs mode"] != "processed_logprobs":
+        why = f"the engine runs with logprobs_mode={live['logprobs mode']}"
+        yield Cause("raw against processed logprobs", why, "rlalign doctor", 1.0)
+    body = str(next(case.network.parameters()).dtype).removeprefix("torch.")
+    if live["body dtype"] != body:
+        why = f"the engine's body is {live['body dtype']}, the trainer's {body}"
+        yield Cause("body dtype", why, "rlalign doctor", 1.0)
+    if live["kv-cache dtype"] not in ("auto", body):
+        why = f"the engine stores keys and values as {live['kv-cache dtype']}, the trainer computes with {body}"
+        yield Cause("kv-cache dtype", why, "rlalign doctor", 0.9)
+
+
+def _heads(case: Case) -> Iterator[Cause]:
+    """Both heads on the same hidden states."""
+    asked = case.engine.spec.head_dtype
+    wrong = [s for s in case.engine.status() if s["mode"] != case.engine.mode]
+    if wrong:
+        ranks = ", ".join(f"rank {s['rank']} runs {s['mode']}" for s in wrong)
+        yield Cause("one-sided head", f"{ranks}; the run asked for {case.engine.mode}", "rlalign parity", 1.0)
+    case.plain(case.temperature, asked)  # leaves the trainer's head mirrored as the run asked
+    batch = case.batch
+    hidden, ids = head_isolation.predicting(
+        case.hidden_BLD, batch.token_ids_BL, batch.loss_mask_BL, limit=ISOLATED_TOKENS
+    )
+    apart = head_isolation.measure(
+        case.engine, case.network, hidden, ids, temperature=1.0, shared=case.shared, master_VD=case.master_VD
+    )
+    if asked == "model" or not apart["abs_mean"] > HEAD_ROUNDING:
+        return
+    same = apart["rollout_error"] < HEAD_ROUNDING or apart["trainer_error"] < HEAD_ROUNDING
+    why = (
+        f"on the same hidden states the heads are {apart['abs_mean']:.1e} nats apart; from the float64 head of the trainer's "
+        f"weight the rollout's is {apart['rollout_error']:.1e}, the trainer's {apart['trainer_error']:.1e}"
+    )
+    coarse = same and max(apart["rollout_error"], apart["trainer_error"]) < 0.2
+    if coarse:
+        yield Cause("one-sided head", why, "rlalign parity", 0.95)
+    else:
+        yield Cause("head weight", why, "rlalign doctor (publishes and verifies every weight)", 0.8)
+
+
+def _semantics(case: Case) -> Iterator[Cause]:
+    """Does another temperature, or a truncated distribution, explain the engine's numbers?"""
+    said_BL, mask_BL = case.batch.rollout_logprobs_BL, case.batch.loss_mask_BL
+    away = case.apart(said_BL, case.reference_BL)
+    best, left = fitting_temperature(case, said_BL)
+    if best != case.temperature and left <= NEAR * away and away > FAR * case.floor:
+        why = (
+            f"the engine's logprobs are the trainer's at temperature {best:g} (within {left:.1e} nats), it was to sample at "
+            f"{case.temperature:g}"
+        )
+        if best == 1.0:
+            yield Cause("raw against processed logprobs", why + ": raw logprobs", "rlalign doctor", 0.95)
+        yield Cause("temperature", why, "rlalign doctor", 0.9)
+    d_N = (case.reference_BL - said_BL)[mask_BL].double()
+    k1, highest = float(-d_N.mean()), float(d_N.max())
+    moved = float((d_N.abs() > FAR * case.floor).double().mean())
+    if k1 > max(0.01, FAR * case.floor) and highest < 0.1 * k1:
+        why = (
+            f"the engine is above the trainer's model for {moved:.0%} of tokens and never below (largest log-ratio "
+            f"{highest:.1e}, k1 {k1:.2g}): it renormalises over the tokens that top-p, top-k or min-p left"
+        )
+        yield Cause("truncation", why, "rlalign doctor", 0.97)
+
+
+def _tokenizer(case: Case) -> Iterator[Cause]:
+    from rlalign.rollout import inspection
+
+    if case.tokenizer is None:
+        return
+    check = tokens.both_sides(case.tokenizer, inspection.tokenizer(case.engine))
+    if check.state == "problem":
+        yield Cause("tokenizer", check.found, "rlalign doctor", 1.0)
+
+
+def _caches(case: Case) -> Iterator[Cause]:
+    """The engine's next token after every sequence from its caches as they are, and with an empty cache."""
+    batch = case.batch
+    last_B = (batch.attention_mask_BL.sum(1) - 1).tolist()
+    prefixes = [ids[:n].tolist() for ids, n in zip(batch.token_ids_BL, last_B, strict=True)]
+    wanted = [int(ids[n]) for ids, n in zip(batch.token_ids_BL, last_B, strict=True)]
+    as_it_is, from_cache = case.engine.next_logprobs(prefixes, wanted)
+    case.engine.reset_prefix_cache()
+    cold, _ = case.engine.next_logprobs(prefixes, wanted)
+    apart_B = (torch.tensor(as_it_is) - torch.tensor(cold)).abs()
+    if from_cache and float(apart_B.mean()) > FAR * case.floor:
+        why = (
+            f"with the prefix cache as it was ({from_cache} tokens from it) the engine is {float(apart_B.mean()):.2g} nats from "
+            f"what it says with an empty one: keys and values of older weights were kept"
+        )
+        yield Cause("prefix cache after sync", why, "rlalign doctor", 1.0)
+    if case.temperature != 1.0 or case.engine.spec.truncated:
+        return
+    forced_BL = noise_floor.scores(case.engine, batch)
+    decoded = case.apart(batch.rollout_logprobs_BL, forced_BL)
+    right = case.apart(forced_BL, case.reference_BL)
+    if decoded > FAR * case.floor and right <= NEAR * decoded:
+        why = (
+            f"what the engine sampled is {decoded:.2g} nats from its own teacher forcing, which agrees with the trainer "
+            f"({right:.1e}): decoding reads something else than prefilling computes"
+        )
+        yield Cause("prefix cache after sync", why, "rlalign doctor", 0.7)
+        yield Cause("kv-cache dtype", why, "rlalign doctor", 0.5)

@@ -1,0 +1,109 @@
+"""The two sides of a mismatch, and what the trainer's model says when it is asked in the plainest way.
+
+B sequences, L padded length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from rlalign import mismatch
+from rlalign.diagnose.both_sides import head_logprobs, hidden_states, trainer_scores
+from rlalign.types import RolloutBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rlalign.rollout.engine import VLLMEngine
+
+ROUNDING = 2e-5  # nats: what float32 arithmetic in another order may change in a logprob
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is to be explained. batch: just sampled by the engine, at the weights that both sides should hold now.
+
+    score: the trainer's own scoring, [B, L] logprobs as in `Policy.score`; network: the model inside it, whose
+    parameters the engine should hold. tokenizer: the trainer's. master_VD: with head_dtype=master.
+    """
+
+    engine: VLLMEngine
+    network: nn.Module
+    batch: RolloutBatch
+    score: Callable[[RolloutBatch], Tensor]
+    tokenizer: PreTrainedTokenizerBase | None = None
+    master_VD: Tensor | None = None
+    shared: Path = Path("/dev/shm")
+
+    @cached_property
+    def old_BL(self) -> Tensor:
+        """What the trainer says."""
+        return self.score(self.batch).cpu()
+
+    @cached_property
+    def hidden_BLD(self) -> Tensor:
+        """[B, L, D] of the model with every sequence alone: no padding that a mask or a position could get wrong."""
+        length = self.batch.token_ids_BL.shape[1]
+        rows = [hidden_states(self.network, part) for part in self.alone]
+        return torch.cat([torch.nn.functional.pad(h, (0, 0, 0, length - h.shape[1])) for h in rows])
+
+    @cached_property
+    def alone(self) -> list[RolloutBatch]:
+        """Each sequence as a batch of its own, without padding."""
+        return [_trimmed(self.batch.rows(slice(i, i + 1))) for i in range(len(self.batch))]
+
+    @cached_property
+    def reference_BL(self) -> Tensor:
+        """What the trainer's model says under the engine's convention, each sequence alone."""
+        return self.plain(self.temperature, self.engine.spec.head_dtype)
+
+    @cached_property
+    def floor(self) -> float:
+        """Mean |difference| of the model with itself, alone against together: nothing smaller is evidence (nats)."""
+        together_BL, _ = trainer_scores(
+            self.network,
+            self.batch,
+            self.engine.spec.head_dtype,
+            temperature=self.temperature,
+            master_VD=self.master_VD,
+        )
+        return max(ROUNDING, self.apart(together_BL, self.reference_BL))
+
+    @property
+    def temperature(self) -> float:
+        """What was asked for."""
+        return self.engine.spec.temperature
+
+    def plain(self, temperature: float, head: str) -> Tensor:
+        """[B, L]: the same hidden states under another temperature or head."""
+        return head_logprobs(
+            self.network, self.hidden_BLD, self.batch, head, temperature=temperature, master_VD=self.master_VD
+        )
+
+    def apart(self, one_BL: Tensor, other_BL: Tensor) -> float:
+        """Mean |difference| over the sampled tokens, in nats."""
+        mask_BL = self.batch.loss_mask_BL
+        return float((one_BL[mask_BL].double() - other_BL[mask_BL].double()).abs().mean())
+
+    @cached_property
+    def measured(self) -> dict[str, float]:
+        """The run's metrics of this batch, by their logged names."""
+        found = mismatch.compare(self.old_BL, self.batch.rollout_logprobs_BL, self.batch.loss_mask_BL)
+        return {f"mismatch/{'' if n.startswith('position') else 'lag0/'}{n}": v for n, v in found.items()}
+
+
+def _trimmed(row: RolloutBatch) -> RolloutBatch:
+    """Without padding."""
+    from dataclasses import fields
+
+    length = int(row.attention_mask_BL.sum())
+    tensors = {f.name: getattr(row, f.name) for f in fields(row) if f.name != "spec"}
+    cut = {n: t[:, :length] if t.dim() == 2 else t for n, t in tensors.items()}
+    return RolloutBatch(**cut, spec=row.spec)

@@ -1,0 +1,207 @@
+"""Adaptive temperature scaling (arXiv 2409.19817): a small head reads a temperature for every token off its hidden state.
+
+    calibrator = AdaptiveTemperature(head="linear").fit(batches, validation=held_out)
+    temperature_BL = calibrator.temperatures(hidden_BLD)              # entry t is about token t
+    logprobs_BL = token_logprobs(hidden_BLD, weight_VD, token_ids_BL, temperature=temperature_BL)
+
+The model is frozen and its ranking of tokens stays: a positive number divides all logits of a token. Serves the token
+confidence of a policy or of a generative judge (TokenBatch), a judge's labels and multi-class reward heads with a
+pooled hidden state (ClassBatch). docs/adaptive.md says when a single temperature is better, which it often is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from rlalign.reward.adaptive import official, saved
+from rlalign.reward.adaptive.batches import LEVELS, Batch, ClassBatch, Level, TokenBatch, token_batches
+from rlalign.reward.adaptive.fitting import OUTPUTS, Fitting, Output, scale_of, standardise
+from rlalign.reward.adaptive.heads import KINDS, HeadShape, Kind, TemperatureHead
+from rlalign.reward.adaptive.losses import Objective
+from rlalign.reward.adaptive.sums import Projection
+from rlalign.reward.adaptive.training import AdaptiveFit, Training
+from rlalign.reward.calibration.file import ModelIdentity, NotFittedError
+
+__all__ = [
+    "AdaptiveFit", "AdaptiveTemperature", "Batch", "ClassBatch", "Confidence", "HeadShape", "Objective", "Projection",
+    "TokenBatch", "Training", "confidence_at", "token_batches",
+]  # fmt: skip
+
+
+class Confidence(NamedTuple):
+    """Per token or row, float32: calibrated probability of the top one and of the target, whether they are the same."""
+
+    top_N: Tensor
+    target_N: Tensor
+    right_N: Tensor
+    temperature_N: Tensor
+
+
+class AdaptiveTemperature:
+    """One inverse temperature per token (or per sequence, or per row), from a head on the last hidden state.
+
+    head: "linear" (D + 1 numbers), "mlp", or "transformer", one decoder layer as in the paper, which needs whole
+    sequences; intermediate_size, num_heads: its widths, by default 4 D and heads of 64.
+    bounds: smallest and largest T. level: a temperature for each token, or one for a sequence, read where its first
+    token is predicted. output: whether the raw output is log 1/T, so that exp(output) multiplies the logits as in the
+    official code (default), or log T, so that it divides them. A linear last layer learns the one as the negative of
+    the other, so the choice matters for reading checkpoints only.
+    Fitted: head_ (float32, on the device of the hidden states), diagnostics_, model_.
+    """
+
+    def __init__(
+        self,
+        *,
+        head: Kind = "linear",
+        intermediate_size: int | None = None,
+        num_heads: int | None = None,
+        objective: Objective | None = None,
+        training: Training | None = None,
+        bounds: tuple[float, float] = (0.1, 100.0),
+        level: Level = "token",
+        output: Output = "log_inverse_temperature",
+    ) -> None:
+        for name, value, allowed in (("head", head, KINDS), ("level", level, LEVELS), ("output", output, OUTPUTS)):
+            if value not in allowed:
+                raise ValueError(f"AdaptiveTemperature: {name} must be one of {', '.join(allowed)}, got {value!r}")
+        if not 0.0 < bounds[0] < bounds[1] < float("inf") or not bounds[0] <= 1.0 <= bounds[1]:
+            raise ValueError(f"AdaptiveTemperature: bounds must be a finite range of temperatures with 1, got {bounds}")
+        self.kind, self.intermediate_size, self.num_heads = head, intermediate_size, num_heads
+        self.objective, self.training = objective or Objective(), training or Training()
+        self.bounds, self.level, self.output = (float(bounds[0]), float(bounds[1])), level, output
+        self.head_: TemperatureHead | None = None
+        self.diagnostics_: AdaptiveFit | None = None
+        self.model_ = ModelIdentity()
+
+    def fit(self, batches: Sequence[Batch], *, validation: Sequence[Batch] = ()) -> Self:
+        """Train the head, and nothing else, on batches that `len` and `[i]` give, the same ones every time.
+
+        Give validation batches of other prompts, a fifth or so: they decide when to stop (see Training). The result is
+        a function of the batches and of `training.seed`. Raises ValueError without batches or on hidden states the head cannot
+        read, RuntimeError when the loss leaves the finite numbers. A fit that raises leaves the calibrator as it was.
+        """
+        if len(batches) == 0:
+            raise ValueError("AdaptiveTemperature.fit: no batches")
+        first = batches[0].hidden
+        shape = HeadShape(
+            kind=self.kind,
+            hidden_size=first.shape[-1],
+            intermediate_size=self.intermediate_size,
+            num_heads=self.num_heads,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.training.seed)
+            head = TemperatureHead(shape)
+        head.to(first.device)
+        standardise(head, batches)
+        fitting = self._fitting(head)
+        diagnostics = fitting.run(batches, validation)
+        self.head_, self.diagnostics_ = head.requires_grad_(False), diagnostics
+        if all(isinstance(batches[i], ClassBatch) and batches[i].num_classes == 2 for i in range(len(batches))):
+            self.diagnostics_ = replace(diagnostics, kendall_tau=self._rank_agreement(batches))
+        self.model_ = ModelIdentity()
+        return self
+
+    @torch.no_grad()
+    def temperatures(self, hidden: Tensor) -> Tensor:
+        """The temperature that divides the logits of each token: [B, L] for hidden states [B, L, D], float32.
+
+        Aligned to token_ids like every per-token array: entry t comes from the hidden state at t - 1, entry 0 is 1.0.
+        It is what `token_logprobs` takes as `temperature`. Pooled states [N, D] give [N], each its own.
+        Raises NotFittedError before a fit, ValueError at level sequence, where prompts must be known: use `confidence`.
+        """
+        if hidden.dim() == 3 and self.level == "sequence":
+            raise ValueError(
+                "AdaptiveTemperature.temperatures: level 'sequence' reads a prompt's end; use temperature_of"
+            )
+        head = self.require_fitted()
+        temperature = 1.0 / scale_of(head(hidden), self.bounds, self.output)
+        return temperature if hidden.dim() == 2 else torch.nn.functional.pad(temperature[:, :-1], (1, 0), value=1.0)
+
+    @torch.no_grad()
+    def temperature_of(self, batch: Batch) -> Tensor:
+        """The temperature of each scored token or row of a batch, [N], at either level."""
+        return 1.0 / self._fitting(self.require_fitted()).scale(batch)
+
+    @torch.no_grad()
+    def transform(self, logits: Tensor, hidden: Tensor) -> Tensor:
+        """Probabilities of classes from pooled states [N, D]: softmax(z / T) for [N, K], sigmoid(r / T) for rewards [N].
+
+        The order of the classes of a row stays; the order of rows does not: T(h) differs between responses, so a
+        higher reward may get a lower probability. diagnostics_.kendall_tau says how often. For a reward subtract the bias
+        that was fitted with first. Raises ValueError on shapes that do not fit.
+        """
+        if hidden.dim() != 2 or logits.dim() not in (1, 2) or len(logits) != len(hidden):
+            raise ValueError(
+                f"transform: expected logits [N] or [N, K], hidden [N, D]; got {logits.shape}, {hidden.shape}"
+            )
+        temperature_N = self.temperatures(hidden)
+        if logits.dim() == 1:
+            return torch.sigmoid(logits.float() / temperature_N)
+        return torch.softmax(logits.float() / temperature_N[:, None], dim=1)
+
+    @torch.no_grad()
+    def confidence(self, batch: Batch) -> Confidence:
+        """Calibrated probabilities of the scored tokens (rows) of a batch, in one or two passes over the vocabulary."""
+        return confidence_at(batch, self.temperature_of(batch))
+
+    @property
+    def calibration_id(self) -> str:
+        """Names the fitted function: equal ids give equal temperatures. Logged with every reward."""
+        return saved.calibration_id(self)
+
+    def save(self, path: str | Path, *, model: ModelIdentity | None = None) -> None:
+        """Write `path` (JSON) and its weights beside it (safetensors), bound to `model`; see `saved`."""
+        saved.save(self, Path(path), model or self.model_)
+
+    @classmethod
+    def load(cls, path: str | Path, *, expect_model: ModelIdentity | None = None, strict: bool = True) -> Self:
+        """Read what `save` wrote; temperatures are bit-equal. Errors as `rlalign.reward.calibration` loads."""
+        return saved.load(cls, Path(path), expect_model=expect_model, strict=strict)
+
+    @classmethod
+    def from_official(cls, folder: str | Path) -> Self:
+        """A checkpoint of the official code: the same calibrated logits. Errors as `official.read_official`."""
+        head, model = official.read_official(Path(folder))
+        calibrator = cls(
+            head=head.shape.kind,
+            intermediate_size=head.shape.intermediate_size,
+            num_heads=head.shape.num_heads,
+            objective=Objective(loss="selective", alpha_form="balanced"),
+            bounds=official.BOUNDS,
+        )
+        calibrator.head_, calibrator.model_ = head.requires_grad_(False), model
+        return calibrator
+
+    def require_fitted(self) -> TemperatureHead:
+        """The head. Raises NotFittedError before `fit` or `load`."""
+        if self.head_ is None:
+            raise NotFittedError("AdaptiveTemperature: not fitted yet; call fit or load first")
+        return self.head_
+
+    def _rank_agreement(self, batches: Sequence[ClassBatch]) -> float:
+        """Kendall's tau-b between the log-odds of class 1 before and after."""
+        from scipy.stats import kendalltau
+
+        margins = [batches[i].logits[:, 1].double() - batches[i].logits[:, 0].double() for i in range(len(batches))]
+        scaled = [m / self.temperature_of(batches[i]) for i, m in enumerate(margins)]
+        return float(kendalltau(torch.cat(margins).cpu().numpy(), torch.cat(scaled).cpu().numpy()).statistic)
+
+    def _fitting(self, head: TemperatureHead) -> Fitting:
+        return Fitting(head, self.objective, self.training, self.bounds, self.level, self.output)
+
+
+@torch.no_grad()
+def confidence_at(batch: Batch, temperature_N: Tensor) -> Confidence:
+    """Probabilities of a batch at given temperatures, one per scored token or row; ones for the uncalibrated model."""
+    facts, scale_N = batch.facts(), 1.0 / temperature_N
+    top_N = scale_N * facts.top_N
+    lse_N = torch.logaddexp(top_N, batch.rest(scale_N, facts))
+    target_N = torch.exp(scale_N * facts.target_N - lse_N)
+    return Confidence(torch.exp(top_N - lse_N), target_N, facts.right_N, temperature_N)

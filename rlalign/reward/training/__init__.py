@@ -1,0 +1,143 @@
+"""train_reward_model(): from verified samples or preferences to a reward model's folder, judged and calibrated.
+
+    rows = read_rows(Path("samples.jsonl"))
+    train_reward_model(rows, base=Path("my/policy"), out=Path("runs/rm"), objective="pairs", recipe=Recipe())
+
+The folder is an ordinary sequence classifier that transformers, vLLM and SGLang serve. Beside the weights lie what it scored
+on prompts it never saw (scores.jsonl), the calibration fitted on them (calibration.json) and the record of the training
+(reward_model.json). Rows are in `rows`, objectives in `losses`, the network in `model`, the optimisation in `fit`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlalign.reward.training.fit import Item, Recipe, accumulation, fit
+from rlalign.reward.training.model import load, tokenised
+from rlalign.reward.training.quality import judge
+from rlalign.reward.training.rows import Labelled, Pair, Row, pairs_of, read_rows, split, write_rows
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "OBJECTIVES",
+    "Labelled",
+    "Pair",
+    "Recipe",
+    "pairs_of",
+    "read_rows",
+    "split",
+    "train_reward_model",
+    "write_rows",
+]
+
+OBJECTIVES = ("pairs", "labels")  # Bradley-Terry; binary cross entropy
+RECORD = "reward_model.json"
+
+
+def train_reward_model(
+    rows: Sequence[Labelled] | Sequence[Pair],
+    *,
+    base: Path,
+    out: Path,
+    objective: str,
+    recipe: Recipe,
+    pairs_per_prompt: int = 8,
+    save_dtype: str = "auto",
+    say: Callable[[str], None] = print,
+) -> dict[str, object]:
+    """Train, save, judge on held-out prompts, calibrate; the record, which is also in the folder.
+
+    base: a causal language model, or a reward model to go on with. out: must not exist. objective: "pairs" (labelled rows are
+    paired, right against wrong of one prompt) or "labels". save_dtype: of the weights; "auto" is the base's.
+    Under `accelerate launch` every process calls this; the first one writes. Raises ValueError for whatever the user can
+    repair, RuntimeError when the loss is not finite.
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective={objective!r}: choose one of {', '.join(OBJECTIVES)}")
+    if out.exists():
+        raise ValueError(f"{out} exists; choose another folder, nothing is overwritten")
+    training, held_out = split(rows, held_out=recipe.held_out, seed=recipe.seed)
+    learned = _rows_for(objective, training, pairs_per_prompt, recipe.seed)
+    accelerator = _accelerator(recipe)
+    network, tokenizer = load(base, seed=recipe.seed)
+    if recipe.gradient_checkpointing:
+        network.model.gradient_checkpointing_enable()
+    items = _items(learned, tokenizer, recipe, str(base))
+    if not accelerator.is_main_process:
+        say = _silent
+    say(f"{len(items)} {objective} to learn from, {len(learned) - len(items)} too long; {len(held_out)} rows held out")
+    steps = fit(network, items, recipe, accelerator, pad=tokenizer.pad_token_id, say=say)
+    record: dict[str, object] = {
+        "base": str(base),
+        "objective": objective,
+        "recipe": asdict(recipe),
+        "rows": {"trained": len(items), "too_long": len(learned) - len(items), "held_out": len(held_out)},
+        "steps": steps,
+        "versions": {name: version(name) for name in ("rlalign", "torch", "transformers", "accelerate")},
+    }
+    if accelerator.is_main_process:
+        _save(network.model, tokenizer, out, dtype=save_dtype, base=base)
+        record |= {"quality": judge(out, held_out, chat=recipe.chat_template)}
+        say(f"{out}: {record['quality']}")
+        (out / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    accelerator.wait_for_everyone()
+    return record
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    """One process, or data parallel ones; bf16 arithmetic on GPUs that have it, with float32 weights."""
+    import torch
+    from accelerate import Accelerator, PartialState
+
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    accelerator = Accelerator(
+        gradient_accumulation_steps=accumulation(recipe, PartialState().num_processes),
+        mixed_precision="bf16" if bf16 else "no",
+    )
+    if accelerator.distributed_type.value not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise ValueError(
+            f"accelerate is set up for {accelerator.distributed_type.value}; this trainer runs in one process or data parallel"
+        )
+    return accelerator
+
+
+def _rows_for(objective: str, rows: Sequence[Row], pairs_per_prompt: int, seed: int) -> Sequence[Row]:
+    if isinstance(rows[0], Labelled) and objective == "pairs":
+        return pairs_of(rows, per_prompt=pairs_per_prompt, seed=seed)
+    if isinstance(rows[0], Pair) and objective == "labels":
+        raise ValueError("objective=labels needs labelled completions; preferences say only which one is better")
+    return rows
+
+
+def _items(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, model: str) -> list[Item]:
+    """Rows with their token ids; those with a sequence longer than max_length are left out."""
+    sides = [(r.chosen, r.rejected) if isinstance(r, Pair) else (r.completion,) for r in rows]
+    texts = [(r.prompt, text) for r, side in zip(rows, sides, strict=True) for text in side]
+    ids = iter(tokenised(tokenizer, texts, max_length=recipe.max_length, chat=recipe.chat_template, model=model))
+    found = [(row, tuple(next(ids) for _ in side)) for row, side in zip(rows, sides, strict=True)]
+    return [Item(row=row, sequences=sequences) for row, sequences in found if None not in sequences]
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, *, dtype: str, base: Path) -> None:
+    """The folder appears whole or not at all."""
+    import torch
+    from transformers import AutoConfig
+
+    stated = AutoConfig.from_pretrained(base).dtype if dtype == "auto" else getattr(torch, dtype)
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    model.to(stated or torch.float32).save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    os.rename(unfinished, out)
+
+
+def _silent(_: str) -> None: ...

@@ -1,0 +1,57 @@
+"""SharedEngine: one rollout engine, held by the first trainer rank, seen by all of them.
+
+Every rank makes the same calls in the same order; the first one talks to vLLM, and its answer or its error reaches all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rlalign import ranks
+from rlalign.rollout.engine import VLLMEngine
+from rlalign.types import Rollout
+
+
+class SharedEngine:
+    """What the loop needs of a `VLLMEngine`, on every rank."""
+
+    def __init__(self, start: Callable[[], VLLMEngine]) -> None:
+        """start: makes the engine; called on the first rank alone. Raises on every rank what it raises there."""
+        self._engine: VLLMEngine | None = None
+
+        def begin() -> tuple:
+            self._engine = start()
+            return self._engine.spec, self._engine.mode, self._engine.version
+
+        self.spec, self.mode, self.version = ranks.on_first(begin)
+
+    @property
+    def policy_version(self) -> int:
+        """The version that the engine's weights have."""
+        return ranks.on_first(lambda: self.local.policy_version)
+
+    @property
+    def local(self) -> VLLMEngine:
+        """The engine itself; on the first rank only, inside `ranks.on_first`."""
+        assert self._engine is not None, "only the first rank holds the engine"
+        return self._engine
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, prompt_ids: Sequence[int], samples: int, seed: int
+    ) -> list[Rollout]:
+        """As `VLLMEngine.generate`; every rank gets all rollouts."""
+        return ranks.on_first(lambda: self.local.generate(prompts, prompt_ids=prompt_ids, samples=samples, seed=seed))
+
+    def status(self) -> list[dict]:
+        """As `VLLMEngine.status`."""
+        return ranks.on_first(lambda: self.local.status())
+
+    def head_logits(self, hidden_file: Path, *, batch: int) -> Path:
+        """As `VLLMEngine.head_logits`; inside `ranks.on_first` already."""
+        return self.local.head_logits(hidden_file, batch=batch)
+
+    def close(self) -> None:
+        """Stop the engine, where there is one."""
+        if self._engine is not None:
+            self._engine.close()

@@ -1,0 +1,121 @@
+"""A checkpoint is whole or absent; the newest whole one is found; nothing is removed before its successor is complete."""
+
+import json
+import os
+
+import pytest
+
+from rlalign import checkpoint
+from rlalign.checkpoint import MANIFEST, newest, require_same, save
+
+CONFIG = {"seed": 0, "steps": 10, "algo": {"lr": 1e-3, "loss": "grpo"}}
+
+
+def write(text="weights"):
+    def into(folder):
+        (folder / "policy").mkdir()
+        (folder / "policy" / "state.pt").write_text(text)
+
+    return into
+
+
+def saved(run, step, *, keep=2, text="weights"):
+    return save(run, step, config=CONFIG, state={"version": step + 1}, write=write(text), keep=keep)
+
+
+def test_what_was_saved_is_found_again(tmp_path):
+    saved(tmp_path, 4)
+    found, passed_over = newest(tmp_path)
+    assert (found.step, found.ranks, found.config, found.state) == (4, 1, CONFIG, {"version": 5})
+    assert (found.folder / "policy" / "state.pt").read_text() == "weights" and passed_over == []
+
+
+def test_the_newest_few_are_kept(tmp_path):
+    for step in (1, 3, 5, 7):
+        saved(tmp_path, step)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000005", "step-000007"]
+
+
+def test_a_run_without_checkpoints_has_none(tmp_path):
+    assert newest(tmp_path) == (None, [])
+
+
+def damage_a_byte(folder):
+    file = folder / "policy" / "state.pt"
+    file.write_bytes(b"Weights")  # same size, one bit
+
+
+def lose_a_file(folder):
+    (folder / "policy" / "state.pt").unlink()
+
+
+def tear_the_manifest(folder):
+    text = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(text[: len(text) // 2])
+
+
+def another_format(folder):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"format": 99}))
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (damage_a_byte, "missing or changed: policy/state.pt"),
+        (lose_a_file, "missing or changed: policy/state.pt"),
+        (tear_the_manifest, "no readable checkpoint.json"),
+        (another_format, "format 99, this version reads 1"),
+    ],
+)
+def test_a_damaged_one_is_passed_over_and_said(tmp_path, damage, said):
+    saved(tmp_path, 1)
+    damage(saved(tmp_path, 3))
+    found, passed_over = newest(tmp_path)
+    assert found.step == 1
+    assert passed_over[0].startswith("step-000003: ") and said in passed_over[0]
+
+
+def test_a_failure_while_writing_leaves_the_older_ones(tmp_path):
+    saved(tmp_path, 1)
+
+    def full(folder):
+        (folder / "half").write_text("x")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 3, config=CONFIG, state={}, write=full, keep=1)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+    assert newest(tmp_path)[0].step == 1
+
+
+def test_a_process_killed_while_writing_leaves_what_nobody_reads(tmp_path, monkeypatch):
+    """The rename is the last thing: without it the folder stays hidden, and the next save of that step replaces it."""
+    saved(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            saved(tmp_path, 3)
+    assert newest(tmp_path)[0].step == 1
+    saved(tmp_path, 3, text="again")
+    assert (newest(tmp_path)[0].folder / "policy" / "state.pt").read_text() == "again"
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-000001", "step-000003"]
+
+
+def test_another_configuration_is_refused_by_name_unless_accepted(tmp_path):
+    saved(tmp_path, 1)
+    found, _ = newest(tmp_path)
+    longer = CONFIG | {"steps": 99, "output_dir": "elsewhere", "tracking": {"eval_every": 3}}
+    assert require_same(found, longer, accept_changes=False) == []
+    other = CONFIG | {"algo": {"lr": 1e-4, "loss": "grpo"}}
+    with pytest.raises(ValueError, match=r"algo.lr: 0.001 -> 0.0001.*checkpoint.accept_changes=true"):
+        require_same(found, other, accept_changes=False)
+    assert require_same(found, other, accept_changes=True) == ["algo.lr: 0.001 -> 0.0001"]
+
+
+def test_another_number_of_ranks_is_refused(tmp_path, monkeypatch):
+    saved(tmp_path, 1)
+    found, _ = newest(tmp_path)
+    monkeypatch.setattr(checkpoint.ranks, "world_size", lambda: 4)
+    with pytest.raises(ValueError, match="written by 1 trainer ranks, this run has 4; resume with 1"):
+        require_same(found, CONFIG, accept_changes=True)

@@ -1,0 +1,186 @@
+"""The doctor's checks without an engine: which versions bite whom, what a disk, a clock and a head need, which token is which."""
+
+import json
+import shutil
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rlalign.config import (
+    Dtype,
+    HeadDtype,
+    ModelConfig,
+    RolloutConfig,
+    RunConfig,
+    TaskConfig,
+    TrackingConfig,
+    TrainerConfig,
+)
+from rlalign.diagnose.doctor import check, installation, machine, tokens
+from rlalign.diagnose.doctor.known_versions import KNOWN, Surroundings, numbers
+from rlalign.tiny_policy.tokenizer import byte_tokenizer
+
+
+def config(folder, **sections):
+    return RunConfig(task=TaskConfig(name="x"), **({"model": ModelConfig(path=str(folder))} | sections))
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    tokenizer = byte_tokenizer(256)
+    tokenizer.save_pretrained(folder)
+    ids = {n: getattr(tokenizer, n) for n in tokens.SPECIAL}
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 1000, "hidden_size": 64, **ids}))
+    (folder / "model.safetensors").write_bytes(bytes(3 * 2**20))
+    return folder
+
+
+def around(folder, *, on_gpu=False, trainer_ranks=1, model=None, **sections):
+    return Surroundings(
+        config=config(folder, **sections), on_gpu=on_gpu, model=model or {}, trainer_ranks=trainer_ranks
+    )
+
+
+def biting(found, surroundings):
+    return [line for line in installation._known_issues(found, surroundings) if line.state == "problem"]
+
+
+HERE = {"vllm": "0.32.0", "deepspeed": "0.19.8"}
+
+
+def test_what_is_installed_here_is_fine_on_one_rank_without_a_gpu(model):
+    (line,) = installation._known_issues(HERE, around(model))
+    assert line.state == "ok" and "vllm-project/vllm#41670" in line.found, "those that do not bite are still named"
+
+
+@pytest.mark.parametrize(
+    "found, surroundings, upstream",
+    [
+        ({"vllm": "0.28.1"}, {"on_gpu": True}, "vllm-project/vllm#52626"),
+        ({"vllm": "0.32.0"}, {"on_gpu": True, "model": {"quantization_config": {"bits": 8}}}, "vllm-project/vllm#41670"),
+        ({"deepspeed": "0.19.3"}, {"trainer_ranks": 2, "trainer": TrainerConfig(zero_stage=2)}, "deepspeedai/DeepSpeed#8224"),
+    ],
+)  # fmt: skip
+def test_a_known_issue_bites_only_where_it_can(model, found, surroundings, upstream):
+    (line,) = biting(HERE | found, around(model, **surroundings))
+    assert upstream in line.found and line.remedy
+    eager = {"rollout": RolloutConfig(enforce_eager=True), "trainer": TrainerConfig(zero_stage=1)}
+    assert biting(HERE | found, around(model, **surroundings | eager)) == []
+
+
+def test_the_batch_invariant_switch_on_cpu(model, monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert "unset VLLM_BATCH_INVARIANT" in biting(HERE, around(model))[0].remedy
+    assert biting(HERE, around(model, on_gpu=True)) == []
+
+
+def test_every_entry_names_its_source_and_has_a_range():
+    for issue in KNOWN:
+        assert "#" in issue.upstream or "measured" in issue.upstream
+        assert not issue.until or numbers(issue.since) <= numbers(issue.until)
+
+
+def test_version_numbers():
+    assert numbers("0.32.0rc1+cpu") == (0, 32, 0) and numbers("2.13.0+cpu") == (2, 13, 0) and numbers("5.dev") == (5,)
+    assert numbers("0.19.10") > numbers("0.19.8"), "numbers, not text"
+
+
+def test_an_untested_version_is_unknown_and_not_a_problem():
+    assert installation._tested("torch", "2.13.0+cpu", "2.11", "2.13").state == "ok"
+    for found in ("2.10.0", "2.14.0", "3.0.0"):
+        line = installation._tested("torch", found, "2.11", "2.13")
+        assert line.state == "unknown" and "tested with 2.11 to 2.13" in line.found
+
+
+def test_disks(model, tmp_path, monkeypatch):
+    Usage = type(shutil.disk_usage(tmp_path))
+    free = {"bytes": 2 * 2**30}
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, free["bytes"]))
+    plain = config(model, output_dir=str(tmp_path / "a" / "b"))
+    assert [c.state for c in machine.disks(plain)] == ["ok", "ok"]
+    kept = config(model, output_dir=str(tmp_path), steps=1000, tracking=TrackingConfig(replay_every=1))
+    run, _ = machine.disks(kept)
+    assert run.state == "problem" and "1000 copies of the weights for replays need 2.9 GiB" in run.found
+    free["bytes"] = 3 * 2**20
+    assert [c.state for c in machine.disks(plain)] == ["problem", "problem"]
+
+
+def test_clocks(model, tmp_path, monkeypatch):
+    here = config(model, output_dir=str(tmp_path))
+    assert [c.state for c in machine.clock(here)] == ["ok"]
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() - 60)
+    (line,) = machine.clock(here)
+    assert line.state == "problem" and "ahead of this machine" in line.found
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    assert "it says 1970-01-01" in next(machine.clock(here)).found
+
+
+def test_memory_of_the_head(model, monkeypatch):
+    whole = 4 * 1000 * 64
+    assert machine.head_bytes(config(model))[0] == whole
+    assert machine.head_bytes(config(model, rollout=RolloutConfig(tensor_parallel_size=2)))[0] == whole // 2
+    assert machine.head_bytes(config(model, head_dtype=HeadDtype.master))[0] == whole
+    for nothing in (
+        {"head_dtype": HeadDtype.model},
+        {"model": ModelConfig(path=str(model), dtype=Dtype.float32)},
+        {"rollout": RolloutConfig(head_mode="native")},
+    ):
+        assert machine.head_bytes(config(model, **nothing))[0] == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert machine.head_bytes(config(model))[0] == 0, "native on a GPU"
+    assert machine.head_bytes(config(model, head_dtype=HeadDtype.master))[0] == whole
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100_000, 200_000))
+    (line,) = machine.head_memory(config(model, head_dtype=HeadDtype.master))
+    assert line.state == "problem" and "rollout.gpu_memory_utilization" in line.remedy
+
+
+def test_special_tokens_of_the_tokenizer_and_the_checkpoint(model):
+    ours = byte_tokenizer(256)
+    assert tokens.special_tokens(model, ours).state == "ok"
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, ours.eos_token_id]}))
+    assert tokens.special_tokens(model, ours).state == "ok", "one of several ends"
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    line = tokens.special_tokens(model, ours)
+    assert (
+        line.state == "problem"
+        and f"eos_token_id {ours.eos_token_id} in the tokenizer, 7 in generation_config" in line.found
+    )
+
+
+def test_two_tokenizers_are_equal_or_said_to_differ():
+    one, other = byte_tokenizer(256), byte_tokenizer(256)
+    assert tokens.both_sides(one, other).state == "ok"
+    other.pad_token = other.eos_token
+    assert tokens.both_sides(one, other).state == "ok", "padding reaches no model"
+    other.eos_token = other.bos_token
+    assert "special tokens or chat template differ" in tokens.both_sides(one, other).found
+    other = byte_tokenizer(256)
+    other.chat_template = "x"
+    assert tokens.both_sides(one, other).state == "problem"
+    other = byte_tokenizer(256)
+    other.add_tokens(["<new>"])
+    assert "'<new>' None against" in tokens.both_sides(one, other).found
+
+
+def test_a_round_trip_counts_completions_that_encode_to_other_ids():
+    ours = byte_tokenizer(256)
+    ids = ours.encode("12", add_special_tokens=False)
+    rollouts = [SimpleNamespace(token_ids=[1, *ids], prompt_length=1, text=t) for t in ("12", "13")]
+    assert tokens.round_trip(rollouts, ours).found.startswith("1 of 2")
+
+
+def test_a_group_that_fails_ends_alone_and_keeps_what_it_found():
+    def broken():
+        yield check.Check("first", "ok", "x")
+        raise OSError("no such device")
+
+    found = check.guarded("group", broken)
+    assert [(c.name, c.state) for c in found] == [("first", "ok"), ("group", "problem")]
+    text = check.report([*found, check.judged("third", False, "y", "do this")])
+    assert "-> do this" in text and text.endswith("1 ok, 2 problem, 0 unknown")
+    assert json.loads(check.as_json(found))[1]["found"] == "no such device"

@@ -24,7 +24,7 @@ from rlalign.reward.adaptive import Objective
 from rlalign.tiny_policy import cache_root
 
 RESULTS = Path(__file__).parent / "results"
-SIZES = {"fit": 1000, "validation": 250, "test": 1000}
+SIZES = {"fit": 700, "validation": 200, "test": 800}
 GRPO_STEPS = 120
 HEADS = ("linear", "mlp", "transformer")
 PAPER = Objective(loss="selective")

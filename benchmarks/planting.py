@@ -1,112 +1,100 @@
 """One fault at a time in a real engine or trainer, for the diagnosis to find: what is planted, and which cause must be named.
 
-Each plant takes a `Bench` in good order and yields the case that a diagnosis would see; afterwards the bench is in order again.
+Each plant takes a `Bench` in good order, tells it how to undo the damage, and returns the case that a diagnosis would see.
 B sequences, L padded length.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.planting_bench import WIDTH, Bench
-from rlalign.diagnose.both_sides import at_temperature
 from rlalign.diagnose.suspects import Case
 from rlalign.types import RolloutBatch
 
 WHERE = 2  # the layer that is tampered with
 
 
-@contextmanager
-def nothing(bench: Bench) -> Iterator[Case]:
+def nothing(bench: Bench) -> Case:
     """No fault: no cause may be claimed."""
-    yield bench.case(bench.sample())
+    return bench.case(bench.sample())
 
 
-@contextmanager
-def norm_epsilon(bench: Bench) -> Iterator[Case]:
+def norm_epsilon(bench: Bench) -> Case:
     """Another RMSNorm epsilon in one layer of the engine."""
     norm = bench.model().model.layers[WHERE].post_attention_layernorm
-    before, norm.variance_epsilon = norm.variance_epsilon, 1e-2
-    yield bench.case(bench.sample())
-    norm.variance_epsilon = before
+    bench.undo = partial(setattr, norm, "variance_epsilon", norm.variance_epsilon)
+    norm.variance_epsilon = 1e-2
+    return bench.case(bench.sample())
 
 
-@contextmanager
-def rope_theta(bench: Bench) -> Iterator[Case]:
+def rope_theta(bench: Bench) -> Case:
     """The engine rotates by another theta."""
     rotary = bench.model().model.layers[0].self_attn.rotary_emb
-    before = rotary.cos_sin_cache.clone()
-    half = before.shape[1] // 2
+    bench.undo = partial(rotary.cos_sin_cache.copy_, rotary.cos_sin_cache.clone())
+    positions, half = rotary.cos_sin_cache.shape[0], rotary.cos_sin_cache.shape[1] // 2
     frequencies = 500_000.0 ** (-torch.arange(half, dtype=torch.float32) / half)
-    angles = torch.arange(before.shape[0], dtype=torch.float32)[:, None] * frequencies
+    angles = torch.arange(positions, dtype=torch.float32)[:, None] * frequencies
     rotary.cos_sin_cache.copy_(torch.cat([angles.cos(), angles.sin()], dim=1))
-    yield bench.case(bench.sample())
-    rotary.cos_sin_cache.copy_(before)
+    return bench.case(bench.sample())
 
 
-@contextmanager
-def stale_layer(bench: Bench) -> Iterator[Case]:
+def stale_layer(bench: Bench) -> Case:
     """After an update one layer of the engine still has the old weights."""
+    bench.undo = bench.restore
     before = bench.move()
     kept = {n: before[n] if f"layers.{WHERE}." in n else p for n, p in bench.network.named_parameters()}
     bench.publish(kept)
-    yield bench.case(bench.sample())
-    bench.restore()
+    return bench.case(bench.sample())
 
 
-@contextmanager
-def transposed_weight(bench: Bench) -> Iterator[Case]:
+def transposed_weight(bench: Bench) -> Case:
     """A square matrix arrived transposed."""
+    bench.undo = bench.restore
     name = f"model.layers.{WHERE}.self_attn.o_proj.weight"
     weights = dict(bench.network.named_parameters())
     bench.publish(weights | {name: weights[name].t().contiguous()})
-    yield bench.case(bench.sample())
-    bench.restore()
+    return bench.case(bench.sample())
 
 
-@contextmanager
-def half_updated_weight(bench: Bench) -> Iterator[Case]:
+def half_updated_weight(bench: Bench) -> Case:
     """Of one matrix only the first half of the rows is new."""
+    bench.undo = bench.restore
     name = f"model.layers.{WHERE}.mlp.gate_proj.weight"
     before = bench.move()
     weights = dict(bench.network.named_parameters())
     rows = weights[name].shape[0] // 2
     bench.publish(weights | {name: torch.cat([weights[name][:rows], before[name][rows:]])})
-    yield bench.case(bench.sample())
-    bench.restore()
+    return bench.case(bench.sample())
 
 
-@contextmanager
-def head_of_the_engine(bench: Bench) -> Iterator[Case]:
+def head_of_the_engine(bench: Bench) -> Case:
     """The engine projects in bf16, the trainer in float32."""
+    bench.undo = partial(bench.engine.set_head, bench.engine.mode)
     bench.engine.set_head("off")
-    yield bench.case(bench.sample())
-    bench.engine.set_head(bench.engine.mode)
+    return bench.case(bench.sample())
 
 
-@contextmanager
-def head_of_the_trainer(bench: Bench) -> Iterator[Case]:
+def head_of_the_trainer(bench: Bench) -> Case:
     """The trainer projects in bf16, the engine in float32."""
-    yield bench.case(bench.sample(), partial(bench.score, head="model"))
+    return bench.case(bench.sample(), partial(bench.score, head="model"))
 
 
-@contextmanager
-def swapped_special_token(bench: Bench) -> Iterator[Case]:
+def swapped_special_token(bench: Bench) -> Case:
     """The trainer's tokenizer has pad and eos the other way round."""
     case = bench.case(bench.sample())
     case.tokenizer.eos_token, case.tokenizer.pad_token = case.tokenizer.pad_token, case.tokenizer.eos_token
-    yield case
+    return case
 
 
-@contextmanager
-def missing_attention_mask(bench: Bench) -> Iterator[Case]:
+def missing_attention_mask(bench: Bench) -> Case:
     """The trainer pads on the left and passes no mask: shorter sequences attend to padding."""
 
     def score(batch: RolloutBatch) -> Tensor:
@@ -117,11 +105,10 @@ def missing_attention_mask(bench: Bench) -> Iterator[Case]:
         back = [row.roll(n - length) for row, n in zip(logprobs_BL, length_B, strict=True)]
         return torch.where(batch.loss_mask_BL, torch.stack(back), 0.0)
 
-    yield bench.case(bench.sample(), score)
+    return bench.case(bench.sample(), score)
 
 
-@contextmanager
-def wrong_positions(bench: Bench) -> Iterator[Case]:
+def wrong_positions(bench: Bench) -> Case:
     """Positions of the response count on from a prompt that was truncated: a gap of 7 after the prompt."""
 
     def score(batch: RolloutBatch) -> Tensor:
@@ -130,7 +117,7 @@ def wrong_positions(bench: Bench) -> Iterator[Case]:
         logprobs_BL = _logprobs(bench.network, batch.token_ids_BL, position_ids=positions_BL)
         return torch.where(batch.loss_mask_BL, logprobs_BL, 0.0)
 
-    yield bench.case(bench.sample(), score)
+    return bench.case(bench.sample(), score)
 
 
 def _logprobs(network: nn.Module, token_ids_BL: Tensor, position_ids: Tensor | None) -> Tensor:
@@ -143,72 +130,70 @@ def _logprobs(network: nn.Module, token_ids_BL: Tensor, position_ids: Tensor | N
     return torch.nn.functional.pad(chosen, (1, 0))
 
 
-@contextmanager
-def temperature_ignored(bench: Bench) -> Iterator[Case]:
+def temperature_ignored(bench: Bench) -> Case:
     """The engine samples at 0.7, the trainer scores at 1."""
-    with at_temperature(bench.engine, 0.7):
-        yield bench.case(bench.sample(0.7), bench.score)
+    bench.sample_at(0.7)
+    return bench.case(bench.sample())
 
 
-@contextmanager
-def raw_logprobs(bench: Bench) -> Iterator[Case]:
+def raw_logprobs(bench: Bench) -> Case:
     """The engine samples at 0.7 and reports raw logprobs."""
-    worker = bench.engine._llm.llm_engine.model_executor.driver_worker.worker
-    sampler = worker.model_runner.sampler
-    before, sampler.logprobs_mode = sampler.logprobs_mode, "raw_logprobs"
-    with at_temperature(bench.engine, 0.7):
-        yield bench.case(bench.sample(0.7), partial(bench.score, temperature=0.7))
-    sampler.logprobs_mode = before
+    sampler = bench.worker().model_runner.sampler
+
+    def report(mode: str) -> None:
+        sampler.logprobs_mode = sampler.topk_topp_sampler.logprobs_mode = mode
+
+    bench.undo = partial(report, sampler.logprobs_mode)
+    report("raw_logprobs")
+    bench.sample_at(0.7)
+    return bench.case(bench.sample(), partial(bench.score, temperature=0.7))
 
 
-@contextmanager
-def top_p_unseen(bench: Bench) -> Iterator[Case]:
+def top_p_unseen(bench: Bench) -> Case:
     """The engine samples with top-p 0.7 and says nothing of it; the trainer scores the whole vocabulary."""
-    before, bench.engine.config = bench.engine.config, replace(bench.engine.config)
     bench.engine.config.top_p = 0.7  # past the check of the configuration, which refuses it
-    yield bench.case(bench.sample())
-    bench.engine.config = before
+    return bench.case(bench.sample())
 
 
-@contextmanager
-def prefix_cache_kept(bench: Bench) -> Iterator[Case]:
+def prefix_cache_kept(bench: Bench) -> Case:
     """Weights are published without a reset of the prefix cache."""
+    bench.undo = bench.restore
     bench.sample()
     bench.move()
-    reset, bench.engine.reset_prefix_cache = bench.engine.reset_prefix_cache, lambda: None
+    bench.engine.reset_prefix_cache = lambda: None
     bench.publish(dict(bench.network.named_parameters()))
-    bench.engine.reset_prefix_cache = reset
-    yield bench.case(bench.sample())
-    bench.restore()
+    del bench.engine.reset_prefix_cache
+    return bench.case(bench.sample())
 
 
-@contextmanager
-def adapter_not_applied(bench: Bench) -> Iterator[Case]:
+def adapter_not_applied(bench: Bench) -> Case:
     """The trainer trains a low-rank adapter of a projection; the engine serves the base weights."""
+    bench.undo = bench.restore
     linear = bench.network.base_model.layers[WHERE].self_attn.q_proj
     generator = torch.Generator().manual_seed(2)
     a, b = (torch.randn(shape, generator=generator) * 0.2 for shape in ((4, WIDTH), (linear.out_features, 4)))
     linear.lora_A, linear.lora_B = (nn.Parameter(t.to(linear.weight.dtype)) for t in (a, b))
-    plain = linear.forward
-    linear.forward = lambda x: plain(x) + x @ linear.lora_A.t() @ linear.lora_B.t()
-    yield bench.case(bench.sample())
-    bench.restore()
+    linear.forward = MethodType(_with_adapter, linear)
+    return bench.case(bench.sample())
 
 
-@contextmanager
-def stale_rank(bench: Bench) -> Iterator[Case]:
+def _with_adapter(linear: nn.Linear, x: Tensor) -> Tensor:
+    return nn.Linear.forward(linear, x) + x @ linear.lora_A.t() @ linear.lora_B.t()
+
+
+def stale_rank(bench: Bench) -> Case:
     """One of two tensor-parallel ranks goes on with the old weights."""
     from rlalign.weights import _write
 
+    bench.undo = bench.restore
     old = bench.shared / "old"
     shutil.rmtree(old, ignore_errors=True)
     old.mkdir()
     _write(bench.move().items(), 1, old)
     bench.publish(dict(bench.network.named_parameters()))
     bench.engine._llm.collective_rpc(_load_on_rank_one, args=(str(old),))
-    yield bench.case(bench.sample())
     shutil.rmtree(old)
-    bench.restore()
+    return bench.case(bench.sample())
 
 
 def _load_on_rank_one(worker: object, directory: str) -> None:
@@ -216,27 +201,35 @@ def _load_on_rank_one(worker: object, directory: str) -> None:
         worker.rlalign_load(directory)
 
 
+FLOAT32, BFLOAT16, TWO_RANKS, FP8_CACHE = "float32", "bfloat16", "float32, 2 ranks", "bfloat16, fp8 cache"
+BENCHES: dict[str, dict[str, str | int]] = {
+    FLOAT32: {"body": "float32"},
+    BFLOAT16: {"body": "bfloat16"},
+    TWO_RANKS: {"body": "float32", "ranks": 2},
+    FP8_CACHE: {"body": "bfloat16", "cache": "fp8"},
+}
+LAYER = f"layers.{WHERE}."
+
+
 @dataclass(frozen=True)
 class Fault:
-    """plant: makes it. expected: the cause that must be named, and what its evidence must contain."""
+    """plant: makes it. expected: the cause that must be named, and what its evidence must contain. benches: where it can be."""
 
     name: str
-    plant: Callable[[Bench], Iterator[Case]]
+    plant: Callable[[Bench], Case]
     expected: str
     evidence: str = ""
-    ranks: int = 1
-    bodies: tuple[str, ...] = ("float32", "bfloat16")
+    benches: tuple[str, ...] = (FLOAT32, BFLOAT16)
 
 
-LAYER = f"layers.{WHERE}."
 FAULTS = (
     Fault("RMSNorm epsilon of one layer", norm_epsilon, "norm epsilon", LAYER),
-    Fault("rope theta", rope_theta, "rope theta", "theta 5e+05"),
+    Fault("rope theta", rope_theta, "rope theta", "in the engine and theta 1e+04 in the trainer"),
     Fault("a stale layer", stale_layer, "stale weights", f"layer(s) {WHERE}"),
     Fault("a transposed weight", transposed_weight, "stale weights", f"{LAYER}self_attn.o_proj.weight"),
     Fault("a half-updated weight", half_updated_weight, "stale weights", f"{LAYER}mlp.gate_proj.weight"),
-    Fault("bf16 head in the engine", head_of_the_engine, "one-sided head", bodies=("bfloat16",)),
-    Fault("bf16 head in the trainer", head_of_the_trainer, "one-sided head", bodies=("bfloat16",)),
+    Fault("bf16 head in the engine", head_of_the_engine, "one-sided head", benches=(BFLOAT16,)),
+    Fault("bf16 head in the trainer", head_of_the_trainer, "one-sided head", benches=(BFLOAT16,)),
     Fault("swapped special token", swapped_special_token, "tokenizer"),
     Fault("missing attention mask", missing_attention_mask, "attention mask"),
     Fault("wrong position ids after truncation", wrong_positions, "position ids"),
@@ -245,5 +238,7 @@ FAULTS = (
     Fault("top-p without renormalisation", top_p_unseen, "truncation"),
     Fault("prefix cache not reset", prefix_cache_kept, "prefix cache after sync"),
     Fault("LoRA not applied", adapter_not_applied, "LoRA not applied"),
-    Fault("one tensor-parallel rank stale", stale_rank, "one engine rank differs", "rank 1", ranks=2),
+    Fault("one tensor-parallel rank stale", stale_rank, "one engine rank differs", "rank 1", benches=(TWO_RANKS,)),
+    Fault("KV cache in fp8", nothing, "kv-cache dtype", "fp8", benches=(FP8_CACHE,)),
 )
+NO_FAULT = Fault("no fault", nothing, "", benches=(FLOAT32, BFLOAT16, TWO_RANKS))

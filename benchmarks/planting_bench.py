@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from rlalign.assemble import load_tokenizer
 from rlalign.config import RolloutConfig
-from rlalign.diagnose.both_sides import at_temperature, trainer_network, trainer_scores
+from rlalign.diagnose.both_sides import trainer_network, trainer_scores
 from rlalign.diagnose.suspects import Case
 from rlalign.rollout.engine import VLLMEngine
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
@@ -41,9 +42,9 @@ def build_model(folder: Path, *, seed: int = 0) -> Path:
 
 
 def prompts() -> list[list[int]]:
-    """Of different lengths, so that there is padding, and long enough to fill blocks of the prefix cache."""
+    """Of different lengths, so that there is padding; two fill a block of the prefix cache (128 tokens on CPU)."""
     generator = torch.Generator().manual_seed(3)
-    return [torch.randint(5, 250, (n,), generator=generator).tolist() for n in (40, 9, 33, 60, 21, 48)]
+    return [torch.randint(5, 250, (n,), generator=generator).tolist() for n in (150, 9, 33, 140, 21, 48)]
 
 
 @dataclass
@@ -55,17 +56,36 @@ class Bench:
     body: str
     engine: VLLMEngine
     network: nn.Module
+    undo: Callable[[], object] = lambda: None  # what a plant asks to be called afterwards
 
     @classmethod
-    def build(cls, folder: Path, shared: Path, *, body: str, ranks: int = 1) -> Bench:
-        rollout = replace(ROLLOUT, tensor_parallel_size=ranks)
-        engine = VLLMEngine(folder, rollout, dtype=body, head_dtype="float32", seed=0)
+    def build(cls, folder: Path, shared: Path, *, body: str, ranks: int = 1, cache: str = "auto") -> Bench:
+        """cache: vLLM's kv_cache_dtype, which no configuration of ours can set."""
+        import vllm
+
+        rollout, plain = replace(ROLLOUT, tensor_parallel_size=ranks), vllm.LLM
+        vllm.LLM = partial(plain, kv_cache_dtype=cache)
+        try:
+            engine = VLLMEngine(folder, rollout, dtype=body, head_dtype="float32", seed=0)
+        finally:
+            vllm.LLM = plain
         return cls(folder, shared, body, engine, trainer_network(folder, body))
 
-    def sample(self, temperature: float = 1.0) -> RolloutBatch:
-        with at_temperature(self.engine, temperature):
-            rollouts = self.engine.generate(prompts(), prompt_ids=range(6), samples=4, seed=1)
-            return collate(rollouts, pad_token_id=0, spec=self.engine.spec)
+    def sample(self) -> RolloutBatch:
+        rollouts = self.engine.generate(prompts(), prompt_ids=range(6), samples=4, seed=1)
+        return collate(rollouts, pad_token_id=0, spec=self.engine.spec)
+
+    def sample_at(self, temperature: float) -> None:
+        """From now on; the spec says so."""
+        self.engine.config.temperature = temperature
+        self.engine.spec = replace(self.engine.spec, temperature=temperature)
+
+    def put_right(self) -> None:
+        """Undo what the plant did."""
+        self.undo()
+        self.undo = lambda: None
+        self.engine.config.top_p = 1.0
+        self.sample_at(1.0)
 
     def score(self, batch: RolloutBatch, *, temperature: float = 1.0, head: str = "float32") -> Tensor:
         """As a trainer in good order does it."""
@@ -86,9 +106,13 @@ class Bench:
         self.network = trainer_network(self.folder, self.body)
         self.publish(dict(self.network.named_parameters()), 0)
 
+    def worker(self) -> object:
+        """The engine's only worker."""
+        return self.engine._llm.llm_engine.model_executor.driver_worker.worker
+
     def model(self) -> nn.Module:
-        """The engine's own module tree (one rank)."""
-        return self.engine._llm.llm_engine.model_executor.driver_worker.worker.get_model()
+        """The engine's own module tree."""
+        return self.worker().get_model()
 
     def move(self, size: float = 0.05) -> dict[str, Tensor]:
         """A made-up optimizer step of the trainer; returns the weights before it."""

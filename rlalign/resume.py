@@ -55,27 +55,37 @@ def find(config: RunConfig) -> Checkpoint | None:
     return found
 
 
-@dataclass
-class Checkpoints:
-    """Saves after steps, when due or when a signal asks for the end. Use as a context manager: signals are caught inside."""
+class Signals:
+    """Notes SIGTERM and SIGUSR1 instead of dying of them. Use as a context manager around all of a run, its start included."""
 
-    config: RunConfig
-    log: Log
-    policy: Policy
-    parts: dict[str, Stateful] = field(
-        default_factory=dict
-    )  # of the first rank: name -> what is saved beside the policy
-    _asked: int | None = None
-    _before: dict[int, Callable | int | None] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.asked: signal.Signals | None = None
+        self._before: dict[signal.Signals, Callable | int | None] = {}
 
-    def __enter__(self) -> Checkpoints:
+    def __enter__(self) -> Signals:
         for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._ask)
+            self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = signal.Signals(number)
+
+
+@dataclass(kw_only=True)
+class Checkpoints:
+    """Saves after steps, when due or when a signal asks for the end."""
+
+    config: RunConfig
+    log: Log
+    policy: Policy
+    signals: Signals
+    parts: dict[str, Stateful] = field(
+        default_factory=dict
+    )  # of the first rank: name -> what is saved beside the policy
 
     def restore(self, found: Checkpoint | None) -> int:
         """Load everything; returns the step to run next."""
@@ -94,15 +104,22 @@ class Checkpoints:
         ranks.on_first(others)
         return found.step + 1
 
+    def before_first(self, step: int) -> None:
+        """Call once before the first step. Raises Preempted when a signal came while the run was starting."""
+        if ranks.any_of(self.signals.asked is not None, self.policy.device):
+            raise Preempted(f"{self._who()} while starting; nothing was done since step {step - 1}")
+
     def after(self, step: int) -> None:
         """Call at the end of every step. Raises Preempted once a signal has been answered with a checkpoint."""
         every = self.config.checkpoint.every
-        asked = ranks.any_of(self._asked is not None, self.policy.device)
+        asked = ranks.any_of(self.signals.asked is not None, self.policy.device)
         if asked or (every and (step + 1) % every == 0):
             self._save(step)
         if asked:
-            name = signal.Signals(self._asked).name if self._asked is not None else "a signal to another rank"
-            raise Preempted(f"{name}: step {step} is finished and saved; checkpoint.resume=auto goes on from it")
+            raise Preempted(f"{self._who()}: step {step} is finished and saved; checkpoint.resume=auto goes on from it")
+
+    def _who(self) -> str:
+        return self.signals.asked.name if self.signals.asked is not None else "a signal to another rank"
 
     def _save(self, step: int) -> None:
         def write(folder: Path) -> None:
@@ -120,6 +137,3 @@ class Checkpoints:
             write=write,
             keep=self.config.checkpoint.keep,
         )
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = number

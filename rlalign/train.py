@@ -42,11 +42,12 @@ def train(config: RunConfig) -> dict:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     directory = Path(config.output_dir)
+    signals = resume.Signals()
     first = assemble.join_ranks() == 0
     found = resume.find(config)
     if not first:
-        with SilentRun(directory) as run, SilentProgress() as progress:
-            return _run(config, run, progress, found)
+        with signals, SilentRun(directory) as run, SilentProgress() as progress:
+            return _run(config, run, progress, found, signals)
     progress = Progress(config.steps)
     run = Run(
         directory,
@@ -58,8 +59,8 @@ def train(config: RunConfig) -> dict:
         overwrite=config.overwrite or (config.checkpoint.resume == "auto" and found is None),
     )
     try:
-        with run, progress:
-            summary = _run(config, run, progress, found)
+        with signals, run, progress:
+            summary = _run(config, run, progress, found, signals)
     finally:
         report = write_report([directory], directory / "report.html")
     progress.final_table(summary, report)
@@ -67,7 +68,11 @@ def train(config: RunConfig) -> dict:
 
 
 def _run(
-    config: RunConfig, run: Run | SilentRun, progress: Progress | SilentProgress, found: Checkpoint | None
+    config: RunConfig,
+    run: Run | SilentRun,
+    progress: Progress | SilentProgress,
+    found: Checkpoint | None,
+    signals: resume.Signals,
 ) -> dict:
     from rlalign.rollout.shared import SharedEngine
 
@@ -85,9 +90,9 @@ def _run(
             parties = _parties(config, engine, policy, task, reward, tokenizer)
             drift = assemble.start_drift_watch(reward, config, run, progress.stage)
             parts = {} if drift is None else {"drift": drift}
-            with resume.Checkpoints(config, run, policy, parts) as checkpoints:
-                steps = _Steps(config, run, progress, engine, policy, parties, tokenizer, drift, checkpoints)
-                return steps.run_all(found)
+            checkpoints = resume.Checkpoints(config=config, log=run, policy=policy, signals=signals, parts=parts)
+            steps = _Steps(config, run, progress, engine, policy, parties, tokenizer, drift, checkpoints)
+            return steps.run_all(found)
         finally:
             policy.close()
     finally:
@@ -142,6 +147,7 @@ class _Steps:
             self.policy.named_weights(), self.policy.version
         )  # both loaded one folder: now it is proved
         watch = self._watch()
+        self.checkpoints.before_first(next_step)
         for step in range(next_step, self.config.steps):
             metrics = ranks.on_first(partial(dict, self._step(step)))  # timings differ, and a rule may read one
             self.progress.step(step, metrics)
@@ -179,6 +185,7 @@ class _Steps:
             if replay_every:  # not trained on: the weights are still those that sampled it
                 self._keep_weights(step)
                 self._keep_batch(step, stop.result, version)
+            self._explain(stop.result)
             raise
         if keep:
             self._keep_batch(step, result, version)
@@ -203,6 +210,28 @@ class _Steps:
         return ranks.on_first(
             lambda: self.drift.step(step, result.rewards, policy_versions=versions_B, prompt_ids=prompts_B)
         )
+
+    def _explain(self, result: StepResult) -> None:
+        """Ask both sides why they disagree, while they still stand as they were. One trainer rank with whole weights only."""
+        from rlalign.diagnose import suspects
+
+        if ranks.world_size() > 1 or self.config.trainer.zero_stage == 3:
+            return
+        case = suspects.Case(
+            engine=self.engine.local,
+            network=self.policy.network,
+            batch=result.batch,
+            score=lambda batch: self.policy.score(batch)[0],
+            tokenizer=self.tokenizer,
+            master_VD=self.policy.head.master_VD,
+            shared=Path(self.config.weights.shared),
+        )
+        try:
+            causes = suspects.report(suspects.rank(case, with_layers=False))
+        except (ValueError, RuntimeError) as error:  # the mismatch is what must be raised
+            causes = f"the diagnosis itself failed: {error}"
+        self.run.event("diagnosis", causes)
+        self.progress.stage(f"likely causes, most likely first:\n{causes}")
 
     def _keep_weights(self, step: int) -> None:
         """What `rlalign replay` will load. Every trainer rank takes part."""

@@ -10,6 +10,7 @@ from transformers.models.llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from rlalign.reward.adaptive import AdaptiveTemperature, ClassBatch, Objective, Training
+from rlalign.reward.adaptive.fitting import Fitting
 from rlalign.reward.adaptive.heads import HeadShape, TemperatureHead
 from tests.test_adaptive import D, batch, projection
 
@@ -121,6 +122,37 @@ def test_noise_leaves_a_single_temperature():
     temperature_N = calibrator.temperature_of(rows(500))
     assert float(temperature_N.log().std()) < 0.2
     assert float(temperature_N.mean()) == pytest.approx(2.0, abs=0.3)
+
+
+def test_the_epoch_with_the_lowest_validation_loss_is_kept(monkeypatch):
+    """Seen without the rescaling that follows: few tokens, a high rate, so that the last epoch is not the best."""
+    fit, held = [batch(0)], [batch(i, b=20) for i in (7, 8)]
+    seen, measure = [], Fitting._mean_loss
+
+    def watched(self: Fitting, batches, facts, accuracy) -> float:
+        value = measure(self, batches, facts, accuracy)
+        seen.extend([value] if batches is held else [])
+        return value
+
+    monkeypatch.setattr(Fitting, "_mean_loss", watched)
+    monkeypatch.setattr(Fitting, "_rescale", lambda *_: (1.0, 0.0))
+    training = Training(epochs=12, least_steps=1, learning_rate=0.1)
+    found = AdaptiveTemperature(head="mlp", **SIZES, training=training).fit(fit, validation=held).diagnostics_
+    *epochs, after = seen
+    assert after == found.validation_after == min(epochs) < epochs[-1]
+    assert found.validation_before == epochs[0] and found.epoch == epochs.index(min(epochs)) < 12
+
+
+def test_what_holds_the_other_way_round_on_validation_is_not_kept():
+    """Nor is it turned round: one temperature remains."""
+    fit, held = ([batch(i, b=20, slope=slope) for i in range(4)] for slope in (1.0, -1.0))
+    training = Training(epochs=8, least_steps=1)
+    calibrator, one = (
+        AdaptiveTemperature(head=h, training=training).fit(fit, validation=held) for h in ("linear", "constant")
+    )
+    assert calibrator.diagnostics_.epoch > 0 and calibrator.diagnostics_.rescaled[0] == 0.0
+    found_N = calibrator.temperature_of(batch(40))
+    torch.testing.assert_close(found_N, one.temperature_of(batch(40)), rtol=1e-2, atol=1e-3)
 
 
 def official_folder(path, config: dict, tensors: dict) -> None:

@@ -51,7 +51,7 @@ def test_law_a_loaded_calibrator_gives_the_same_bits(fitted, tmp_path):
 def test_saving_again_leaves_one_file_of_weights(fitted, tmp_path):
     path = tmp_path / "p.json"
     fitted.save(path)
-    other = AdaptiveTemperature(training=QUICK).fit([batch(1)])
+    other = AdaptiveTemperature(head="linear", training=QUICK).fit([batch(1)])
     other.save(path)
     assert len(list(tmp_path.iterdir())) == 2
     assert AdaptiveTemperature.load(path).calibration_id == other.calibration_id != fitted.calibration_id
@@ -88,7 +88,7 @@ def test_two_classes_are_a_scalar_reward():
     rows = pooled(400)
     margin_N = rows.logits[:, 1] - rows.logits[:, 0]
     scalar = ClassBatch.of_rewards(margin_N + 0.7, rows.hidden, rows.labels, bias=0.7)
-    a, b = (AdaptiveTemperature(training=QUICK).fit([each]) for each in (rows, scalar))
+    a, b = (AdaptiveTemperature(head="linear", training=QUICK).fit([each]) for each in (rows, scalar))
     torch.testing.assert_close(a.temperature_of(rows), b.temperature_of(scalar), rtol=1e-3, atol=1e-4)
     p_N = b.transform(margin_N, rows.hidden)
     wanted_N = expit(margin_N.double().numpy() / b.temperature_of(scalar).double().numpy())
@@ -97,7 +97,7 @@ def test_two_classes_are_a_scalar_reward():
 
 def test_reordered_rewards_are_reported():
     rows = pooled(600, seed=3)
-    calibrator = AdaptiveTemperature(training=Training(epochs=60, least_steps=1)).fit([rows])
+    calibrator = AdaptiveTemperature(head="linear", training=Training(epochs=60, least_steps=1)).fit([rows])
     before = (rows.logits[:, 1] - rows.logits[:, 0]).numpy()
     after = calibrator.transform(torch.tensor(before), rows.hidden).numpy()
     tau = kendalltau(before, after).statistic
@@ -105,12 +105,14 @@ def test_reordered_rewards_are_reported():
     assert 0.2 < tau < 0.98
     one = AdaptiveTemperature(head="constant", training=QUICK).fit([rows])
     assert one.diagnostics_.kendall_tau == pytest.approx(1.0)
-    assert AdaptiveTemperature(training=QUICK).fit([pooled(50, k=3)]).diagnostics_.kendall_tau is None
+    assert AdaptiveTemperature(head="linear", training=QUICK).fit([pooled(50, k=3)]).diagnostics_.kendall_tau is None
 
 
 def test_multi_class_rewards_keep_their_argmax_and_become_calibrated():
     fit, held, fresh = pooled(3000, 1, k=4), pooled(600, 2, k=4), pooled(3000, 3, k=4)
-    calibrator = AdaptiveTemperature(training=Training(epochs=100, least_steps=1)).fit([fit], validation=[held])
+    calibrator = AdaptiveTemperature(head="linear", training=Training(epochs=100, least_steps=1)).fit(
+        [fit], validation=[held]
+    )
     p_NK = calibrator.transform(fresh.logits, fresh.hidden)
     assert torch.equal(p_NK.argmax(1), fresh.logits.argmax(1))
     nll = -p_NK.double().log().gather(1, fresh.labels[:, None]).mean()
@@ -142,9 +144,10 @@ class Stream:
 
 def test_a_stream_and_a_list_give_the_same_calibration():
     stream = Stream(5)
-    streamed = AdaptiveTemperature(training=QUICK).fit(stream)
+    streamed = AdaptiveTemperature(head="linear", training=QUICK).fit(stream)
     assert (
-        streamed.calibration_id == AdaptiveTemperature(training=QUICK).fit([batch(i) for i in range(5)]).calibration_id
+        streamed.calibration_id
+        == AdaptiveTemperature(head="linear", training=QUICK).fit([batch(i) for i in range(5)]).calibration_id
     )
     assert stream.made > 5
 
@@ -153,13 +156,16 @@ def test_a_stream_that_changes_is_a_broken_contract():
     stream = Stream(5)
     stream.shrinks = True
     with pytest.raises(RuntimeError, match="same batch every time"):
-        AdaptiveTemperature(training=QUICK).fit(stream)
+        AdaptiveTemperature(head="linear", training=QUICK).fit(stream)
 
 
 def test_level_sequence_has_one_temperature_a_sequence():
-    calibrator = AdaptiveTemperature(level="sequence", training=QUICK).fit([batch(i) for i in range(6)])
-    tokens = batch(40)
-    per_token = AdaptiveTemperature(training=QUICK)
+    calibrator = AdaptiveTemperature(head="linear", level="sequence", training=QUICK).fit([batch(i) for i in range(6)])
+    good = batch(40)
+    mask = good.mask.clone()
+    mask[0, :4], mask[1, :6], mask[:, 7] = False, False, True  # completions that start at different places
+    tokens = TokenBatch(hidden=good.hidden, token_ids=good.token_ids, mask=mask, projection=good.projection)
+    per_token = AdaptiveTemperature(head="linear", training=QUICK)
     per_token.head_ = calibrator.head_
     expected = tokens.per_sequence(per_token.temperature_of(tokens))
     for mine, each in zip(tokens.per_sequence(calibrator.temperature_of(tokens)), expected, strict=True):
@@ -169,7 +175,7 @@ def test_level_sequence_has_one_temperature_a_sequence():
 
 
 def test_a_failed_fit_leaves_what_was_there():
-    calibrator = AdaptiveTemperature(training=QUICK).fit([batch(0)])
+    calibrator = AdaptiveTemperature(head="linear", training=QUICK).fit([batch(0)])
     before = calibrator.calibration_id
     with pytest.raises(RuntimeError, match="learning_rate"):
         calibrator.training = Training(learning_rate=1e30)
@@ -239,7 +245,9 @@ def test_bad_class_batches(hidden, logits, labels, message):
         (lambda: token_batches([torch.zeros(3, D)], [[1, 2, 3]], [3], projection()), "sequence 0"),
         (lambda: token_batches([torch.zeros(2, D)], [[1, 2, 3]], [1], projection()), "sequence 0"),
         (
-            lambda: AdaptiveTemperature(training=QUICK).fit([batch(0)]).temperatures(torch.zeros(1, 2, 9)),
+            lambda: (
+                AdaptiveTemperature(head="linear", training=QUICK).fit([batch(0)]).temperatures(torch.zeros(1, 2, 9))
+            ),
             "states of 16",
         ),
     ],

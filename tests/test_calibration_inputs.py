@@ -169,6 +169,19 @@ def test_scores_that_fall_with_success(kind):
         kind().fit(X, [1 - y for y in Y])
 
 
+def test_falling_scores_can_be_made_a_rate():
+    with pytest.warns(CalibrationWarning, match="fewer successes; the smoothed rate"):
+        flat = PlattCalibrator(flat_if_falling=True).fit(X, 1 - np.array(Y))
+    np.testing.assert_allclose(flat.transform([-5, 0, 5]), 0.5)
+    np.testing.assert_allclose(flat.log_odds([-5, 5]), 0.0)
+    with pytest.raises(ValueError, match="no mean and sigma express"):
+        flat.to_vllm_pooler_config()
+    rising = PlattCalibrator(flat_if_falling=True).fit(X, Y)
+    assert rising.calibration_id == PlattCalibrator().fit(X, Y).calibration_id
+    with pytest.raises(ValueError, match="contradict"):
+        PlattCalibrator(flat_if_falling=True, allow_negative_scale=True)
+
+
 def test_falling_scores_can_be_allowed():
     fitted = PlattCalibrator(allow_negative_scale=True).fit(X, [1 - y for y in Y])
     rising = PlattCalibrator().fit(X, Y)

@@ -70,6 +70,7 @@ def test_a_known_issue_bites_only_where_it_can(model, found, surroundings, upstr
     assert upstream in line.found and line.remedy
     eager = {"rollout": RolloutConfig(enforce_eager=True), "trainer": TrainerConfig(zero_stage=1)}
     assert biting(HERE | found, around(model, **surroundings | eager)) == []
+    assert biting(HERE | found, around(model, **surroundings | {"on_gpu": False, "trainer_ranks": 1})) == []
 
 
 def test_the_batch_invariant_switch_on_cpu(model, monkeypatch):

@@ -74,11 +74,29 @@ def test_nothing_changes_where_nothing_drifted():
     assert kept.before_id == kept.after_id and kept.version == 0 and "not better" in kept.message()
 
 
-@pytest.mark.parametrize(
-    ("world", "reason"), [({"slope": -0.7}, "fewer successes"), ({"shift": 1e9}, "labels are the same")]
-)
-def test_rows_that_cannot_be_fitted_are_a_reason_and_leave_everything(world, reason):
+@pytest.mark.parametrize("world", [{"slope": -0.7}, {"shift": 1e9}, {"shift": -1e9}])
+def test_scores_that_say_nothing_lose_their_say(world):
+    """Platt becomes the rate of success, whatever the score: a constant reward, which teaches nothing."""
     monitor = watched(steps=4, **world)
+    assert monitor.report().state is DriftState.drift
+    outcome = monitor.refit()
+    assert outcome.adopted and "all that can be learned" in outcome.warnings[0]
+    labels = np.concatenate([rows(step, **world)[1] for step in range(4)])
+    rate = (labels.sum() + 1) / (len(labels) + 2)
+    np.testing.assert_allclose(monitor.calibrator.transform([-9.0, 0.0, 9.0]), rate)
+    for step in range(4, 8):
+        monitor.update(*rows(step, **world), step=step)
+    assert {c.name for c in monitor.report().checks if c.state is DriftState.drift} <= {"auroc"}
+    for step in range(8, 40):
+        monitor.update(*rows(step), step=step)  # the scores mean something again
+    assert monitor.refit().adopted and monitor.calibrator.scale_ > 0.5
+
+
+@pytest.mark.parametrize(("world", "reason"), [({"slope": -0.7}, "fewer successes"), ({"shift": 1e9}, "both outcomes")])
+def test_kinds_that_cannot_follow_say_why_and_stay(world, reason):
+    monitor = DriftMonitor(BetaCalibrator().fit(*rows(999, 4000)))
+    for step in range(4):
+        monitor.update(*rows(step, **world), step=step)
     before = monitor.report()
     outcome = monitor.refit()
     assert not outcome.adopted and reason in outcome.reason and outcome.brier_after is None

@@ -102,6 +102,18 @@ def test_an_item_s_score_does_not_depend_on_what_else_is_in_the_batch(kind):
         close(tight, alone)
 
 
+def test_a_forward_pass_keeps_to_the_token_budget_and_to_similar_lengths(monkeypatch):
+    scorer = HFScorer.wrap(model_of("one_label"), None, id="small", packing="never", max_batch_tokens=60)
+    batches, lay_out = [], forward.row_batch
+    monkeypatch.setattr(
+        forward, "row_batch", lambda rows, **at: batches.append([r.length for r in rows]) or lay_out(rows, **at)
+    )
+    items = [words(n, n) for n in (3, 25, 4, 26, 70, 5, 24, 3)]
+    scorer.score([9], items)
+    assert sorted(batches) == [[4, 4, 5, 6], [25, 26], [27], [71]]
+    assert all(len(lengths) == 1 or len(lengths) * max(lengths) <= 60 for lengths in batches)
+
+
 def test_the_tokenizer_s_padding_side_and_pad_token_do_not_matter():
     scores = []
     for side in ("left", "right"):
@@ -131,7 +143,7 @@ def too_long(kind):
     return limit, words(limit // 2, 1), [words(4, 2), words(limit, 3)]
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "xlmr"])
 def test_too_long_an_input_is_an_error_unless_truncation_was_asked_for(kind):
     limit, query, items = too_long(kind)
     with pytest.raises(ValueError, match=f"item 1: .* reads at most {limit}"):

@@ -20,17 +20,18 @@ LEVELS = {
         "weights", "checkpoint", "tracking", "tasks", "tiny_policy", "reward",
         "reward.adaptive.model_batches", "reward.adaptive.command",
     },
-    3: {"rollout", "trainer"},
+    3: {"rollout", "trainer", "reward.vllm_scorer", "reward.http_scorer"},
     4: {"loop", "train", "assemble", "observe", "verified_samples", "watch", "resume", "cli", "diagnose"},
 }  # fmt: skip
 HOMES = {
-    "vllm": ("rollout", "diagnose", "tracking.environment"),
+    "vllm": ("rollout", "diagnose", "tracking.environment", "reward.vllm_scorer"),
     "deepspeed": ("trainer", "tracking.environment"),
     "wandb": ("tracking",),
     "hydra": ("cli",),
     "omegaconf": ("config", "cli"),
     "reasoning_gym": ("tasks",),
     "fastapi": ("reward.server",),
+    "httpx": ("reward.http_scorer",),
     "uvicorn": ("reward.server",),
 }
 MODULES = sorted(p for p in ROOT.rglob("*.py") if p.read_text())

@@ -100,6 +100,15 @@ def test_rows_are_as_long_as_pays_off(query, item, count, balance):
     assert cost(query, lengths, chosen, balance) <= cost(query, lengths, of_size[0], balance)
 
 
+@pytest.mark.parametrize(("query", "item", "balance"), [(512, 8, 3072.0), (64, 2, 20000.0), (2000, 10, 500.0)])
+def test_rows_of_short_items_have_the_best_length(query, item, balance):
+    lengths = [item] * 2000
+    of_size = [split_by_budget(query, lengths, query + size * item) for size in range(1, 1000, 7)]
+    best = min(cost(query, lengths, groups, balance) for groups in of_size)
+    chosen = worthwhile_groups(query, lengths, budget=10**9, balance=balance)
+    assert cost(query, lengths, chosen, balance) <= 1.03 * best
+
+
 @pytest.mark.parametrize(
     ("query", "item", "packs"), [(512, 32, True), (320, 32, True), (128, 128, True), (32, 320, False)]
 )
@@ -181,6 +190,21 @@ def test_a_model_that_ignores_the_block_mask_is_found_out_by_measuring(monkeypat
     monkeypatch.setattr(forward, "row_batch", leaky)
     scorer = HFScorer.wrap(model_of("one_label"), None, id="leaky")
     assert not scorer.info.packs and "measured: packed states differ" in scorer.info.packing_reason
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 40), st.lists(st.integers(1, 40), min_size=1, max_size=9)), min_size=1, max_size=4
+    )
+)
+def test_any_mixture_of_sizes_in_one_run_equals_every_item_alone(shapes):
+    asked = [(words(q, q), [words(n, i) for i, n in enumerate(sizes)]) for q, sizes in shapes]
+    packed, alone = scorer_of("one_label", "always"), scorer_of("one_label", "never")
+    results = packed.run([packed.prepare(query, items) for query, items in asked])
+    for (query, items), result in zip(asked, results, strict=True):
+        expected = [alone.score(query, [item]).scores[0] for item in items]
+        close(np.concatenate(result.scores), np.concatenate(expected))
 
 
 def test_the_order_of_the_items_is_the_order_of_the_scores():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlalign.config import RewardConfig, RewardModelConfig, ScoringServerConfig
-from rlalign.reward import HFScorer
+from rlalign.reward import HFScorer, ScoringParams
 from rlalign.reward.calibration import (
     CalibrationMismatchError,
     Calibrator,
@@ -115,6 +115,33 @@ def test_a_calibration_of_another_model_is_refused(folder, tmp_path, identity, m
 def test_what_the_file_does_not_state_is_not_held_against_it(folder, tmp_path):
     path = fitted(tmp_path / "c.json", ModelIdentity(id=str(folder)))
     assert loaded(path=str(folder), shape="probability", calibration=path).models["rm"].calibrator.method == "platt"
+
+
+def test_a_judge_is_rewarded_with_its_log_odds_and_not_where_it_answers_neither(folder):
+    judge = str(folder.parent / "base")
+    params = {"task": "generative", "label_token_ids": [70, 80], "min_label_mass": 0.0}
+    values = loaded(path=judge, params=params)(samples(" yes", " no")).values_B
+    logprobs = [HFScorer(judge).score("question 1?", [c], ScoringParams(**params)).logits[0] for c in (" yes", " no")]
+    np.testing.assert_allclose(values, [x[0] - x[1] for x in logprobs], atol=1e-5)
+    with pytest.raises(RuntimeError, match="2 of 2 samples have no reward: rm: low_label_mass"):
+        loaded(path=judge, params=params | {"min_label_mass": 0.99})(samples(" yes", " no"))
+
+
+def test_several_labels_need_to_be_told_apart(folder, tmp_path):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    AutoModelForSequenceClassification.from_pretrained(folder.parent / "base", num_labels=3).save_pretrained(
+        tmp_path / "three"
+    )
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "three")
+    with pytest.raises(
+        ValueError, match="the model has 3 labels; say which one is the reward with label_index, got None"
+    ):
+        loaded(path=str(tmp_path / "three"))
+    value = loaded(path=str(tmp_path / "three"), label_index=2)(samples(" yes")).values_B[0]
+    assert value == pytest.approx(
+        HFScorer(str(tmp_path / "three")).score("question 1?", [" yes"]).logits[0][2], abs=1e-5
+    )
 
 
 def test_a_calibration_of_pairs_has_no_probability_to_offer(folder, tmp_path):

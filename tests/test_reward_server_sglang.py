@@ -16,9 +16,12 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
+from rlalign.reward.calibration import ModelIdentity, PlattCalibrator
 from rlalign.reward.hf_scorer import HFScorer
+from rlalign.reward.http_scorer import HTTPScorer
+from rlalign.reward.params import ScoringParams
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
-from tests.reward_serving import client
+from tests.reward_serving import client, serving
 
 LABELS = 4
 SCORED = {"query": "Rate each:", "items": ["Good", "Bad", "Neither of them"]}
@@ -204,6 +207,35 @@ def test_hidden_states_of_a_cross_encoder_are_refused_by_name(folders):
     with client(HFScorer(folders["bert"])) as c:
         assert "CrossEncodingPooler" in refused(c, return_pooled_hidden_states=True)
         assert len(scored(c)["scores"]) == 3
+
+
+def test_embeddings_are_neither_calibrated_nor_softmaxed(judge):
+    answer = scored(judge, task="embed")
+    assert [len(row) for row in answer["scores"]] == [32] * 3
+    assert [np.linalg.norm(row) for row in answer["scores"]] == pytest.approx([1.0] * 3)
+    assert answer["logits"] == [None] * 3
+    assert "has no labels" in refused(judge, task="embed", apply_softmax=True)
+    assert "calibrated" in refused(judge, task="embed", calibrate=True)
+
+
+def test_a_calibration_in_force_leaves_embeddings_alone(folders, tmp_path):
+    platt = PlattCalibrator().fit([-3.0, -1.0, 0.5, 2.0] * 20, [0, 0, 1, 1, 0, 1, 0, 1] * 10)
+    platt.save(tmp_path / "c.json", model=ModelIdentity(id=folders["judge"]))
+    with client(HFScorer(folders["judge"]), json.loads((tmp_path / "c.json").read_text())) as c:
+        embedded = scored(c, task="embed")
+        assert (embedded["errors"], embedded["calibration_id"]) == ([None] * 3, "identity")
+        judged = scored(c, label_token_ids=[60, 70], min_label_mass=0)
+        assert judged["calibration_id"] == platt.calibration_id
+
+
+def test_our_client_gets_what_the_scorer_gives_in_process(folders):
+    for name, params in (("reward", None), ("judge", ScoringParams(label_token_ids=[60, 70], min_label_mass=0))):
+        scorer = HFScorer(folders[name])
+        with serving(scorer) as url:
+            there = HTTPScorer(url, "sglang").score(SCORED["query"], SCORED["items"], params)
+        here = scorer.score(SCORED["query"], SCORED["items"], params)
+        np.testing.assert_allclose(there.scores, here.scores, atol=1e-5)
+        np.testing.assert_allclose(there.logits, here.logits, atol=1e-5)
 
 
 def test_the_softmax_of_one_label_is_refused(folders):

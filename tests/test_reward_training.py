@@ -10,7 +10,7 @@ import torch
 from rlalign.reward.calibration import Calibrator
 from rlalign.reward.hf_scorer import HFScorer
 from rlalign.reward.training import Labelled, Pair, Recipe, pairs_of, read_rows, split, train_reward_model, write_rows
-from rlalign.reward.training.fit import Item, accumulation, fit
+from rlalign.reward.training.fit import Item, _loss, accumulation, fit
 from rlalign.reward.training.losses import bradley_terry_loss, pointwise_loss
 from rlalign.reward.training.model import RewardNetwork, load, padded, tokenised
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
@@ -145,6 +145,22 @@ def test_the_network_reads_what_hf_scorer_reads_though_pad_is_the_end_token(base
     np.testing.assert_allclose(together, alone, atol=1e-5)
 
 
+def test_mixed_precision_stops_before_the_head(base):
+    """A reward in bf16 has eight bits: differences between good answers would be rounded away."""
+    network, tokenizer = load(base, seed=1)
+    texts = [("a question", f" answer {i}") for i in range(8)]
+    batch = padded(
+        tokenised(tokenizer, texts, max_length=64, chat=False, model="base"), pad_token_id=0, device=torch.device("cpu")
+    )
+    plain = network(*batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = network(*batch)
+        mixed.sum().backward()
+    assert mixed.dtype == torch.float32 and (mixed.bfloat16().float() != mixed).any()
+    torch.testing.assert_close(mixed, plain, rtol=0.05, atol=0.05)
+    assert network.model.score.weight.grad.isfinite().all()
+
+
 def test_rows_that_are_too_long_are_left_out_and_never_cut(base):
     _, tokenizer = load(base, seed=0)
     ids = tokenised(tokenizer, [("ab", "c"), ("ab", "c" * 40)], max_length=16, chat=False, model="base")
@@ -184,10 +200,10 @@ class Linear(RewardNetwork):
         return self.table[ids_NL[torch.arange(len(ids_NL)), lengths_N - 1]]
 
 
-def stepped(micro_batch_size):
+def stepped(micro_batch_size, **changes):
     from accelerate import Accelerator
 
-    recipe = Recipe(batch_size=8, micro_batch_size=micro_batch_size, learning_rate=0.1, warmup=0.0)
+    recipe = Recipe(batch_size=8, micro_batch_size=micro_batch_size, learning_rate=0.1, warmup=0.0, **changes)
     random, network = np.random.default_rng(0), Linear()
     items = [
         Item(
@@ -205,6 +221,23 @@ def test_micro_batches_add_up_to_the_batch():
     (steps, whole), (_, parts) = stepped(8), stepped(2)
     assert steps == 3 and whole.abs().max() > 0.05
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_clipped_before_they_are_used():
+    _, table = stepped(8, grad_clip=1e-12)  # far below AdamW's epsilon
+    assert table.abs().max() < 1e-3
+
+
+def test_a_weight_counts_against_the_mean_weight_of_the_data_set():
+    items = [
+        Item(row=Labelled(prompt="p", completion="c", label=1.0, weight=w), sequences=([1, t],))
+        for w, t in ((1.0, 2), (3.0, 3))
+    ]
+    network, recipe = Linear(), Recipe()
+    network.table.data = torch.tensor([0.0, 0.0, 1.0, -1.0, 0.0, 0.0, 0.0, 0.0])
+    got = _loss(network, items, recipe, 2.0, pad=0, device=torch.device("cpu"))
+    want = (0.5 * math.log1p(math.exp(-1.0)) + 1.5 * math.log1p(math.exp(1.0))) / 2
+    assert got.item() == pytest.approx(want)
 
 
 def test_batches_that_do_not_divide_are_refused():

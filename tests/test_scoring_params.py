@@ -249,6 +249,17 @@ def test_calibration_is_the_default_exactly_where_a_calibrator_is_attached():
         ScoringParams(calibrate=True).verify(plain)
 
 
+@pytest.mark.parametrize("task", MODELS)
+def test_logits_and_log_odds_can_be_calibrated_and_embeddings_cannot(task):
+    attached = msgspec.structs.replace(MODELS[task], calibration_id="platt-1")
+    if task in ("classify", "token_classify", "generative"):
+        assert given(task, calibrate=True).verify(attached).calibrate is True
+    else:
+        assert given(task).verify(attached).calibrate is None
+        with pytest.raises(InvalidParams, match="calibrate=True: not a parameter of this task"):
+            given(task, calibrate=True).verify(attached)
+
+
 def test_a_calibrated_score_is_not_squashed_or_shifted_as_well():
     attached = msgspec.structs.replace(MODELS["classify"], calibration_id="platt-1")
     with pytest.raises(InvalidParams, match="ask for one of the two") as error:

@@ -97,6 +97,19 @@ def head_logprobs(
     return logprobs_BL.cpu()
 
 
+@contextmanager
+def head_put_back(network: nn.Module) -> Iterator[None]:
+    """Whatever head is tried meanwhile, afterwards the network has the one it had: a trainer goes on with it."""
+    lm_head = network.get_output_embeddings()
+    before = lm_head.__dict__.get("forward")
+    try:
+        yield
+    finally:
+        lm_head.__dict__.pop("forward", None)
+        if before is not None:
+            lm_head.forward = before
+
+
 def trainer_scores(
     network: nn.Module, batch: RolloutBatch, head_dtype: str, *, temperature: float, master_VD: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

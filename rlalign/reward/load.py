@@ -24,6 +24,7 @@ from rlalign.reward.training.quality import CALIBRATION, SCORES
 from rlalign.reward.training.rows import Labelled, read_rows
 
 if TYPE_CHECKING:
+    from rlalign.reward.model_info import ModelInfo
     from rlalign.reward.model_reward import Score
     from rlalign.reward.reward_func import Scoring
 
@@ -42,7 +43,9 @@ def _model_reward(name: str, config: RewardModelConfig, say: Callable[[str], Non
     what = f"reward.models.{name}"
     folder = _folder(config.path, say) if config.path else None
     scorer = _scorer(config, folder, what)
-    score = logits_by(scorer, _params(config, what), label_index=config.label_index, chat=config.chat_template)
+    params = _params(config, what)
+    _require_one_number(config, scorer.info, params, what)
+    score = logits_by(scorer, params, label_index=config.label_index, chat=config.chat_template)
     calibrator = _calibrator(config, folder, scorer, what) if config.calibration else None
     reward = ModelReward(
         config=config,
@@ -102,6 +105,20 @@ def _secret(variable: str, what: str) -> str:
     if not os.environ.get(variable):
         raise ValueError(f"{what}.server.api_key_env: the environment variable {variable} is not set")
     return os.environ[variable]
+
+
+def _require_one_number(config: RewardModelConfig, info: ModelInfo, params: ScoringParams, what: str) -> None:
+    """Now, not after the engines have started. A server may not say how many labels its model has: then at the first score."""
+    task = params.task or info.tasks[0]
+    if task not in ("classify", "generative"):
+        raise ValueError(
+            f"{what}: task {task} gives more than one number a completion, or none; use a classifier or a judge"
+        )
+    labels, index = info.num_labels, config.label_index
+    if task == "classify" and labels > 1 and (index is None or not 0 <= index < labels):
+        raise ValueError(
+            f"{what}: the model has {labels} labels; say which one is the reward with label_index, got {index}"
+        )
 
 
 def _params(config: RewardModelConfig, what: str) -> ScoringParams:

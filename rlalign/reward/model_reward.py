@@ -133,7 +133,7 @@ class ModelReward:
         if config.shape == "lower_bound":
             return self.bootstrap.lower(logits_N, config.confidence)
         if config.shape == "log_odds":
-            return self.calibrator.scale_ * (logits_N - self.calibrator.bias_)
+            return self.calibrator.log_odds(logits_N)
         p_N = self.calibrator.probabilities(logits_N)
         return p_N if config.shape == "probability" else (p_N >= config.threshold).astype(np.float64)
 

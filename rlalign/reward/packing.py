@@ -141,7 +141,7 @@ def worthwhile_groups(
     """
     best = query_length + math.sqrt(query_length**2 + query_length * balance)
     groups = []
-    for group in split_by_budget(query_length, item_lengths, max(1, min(budget, int(best)))):
+    for group in split_by_budget(query_length, item_lengths, min(budget, max(1, int(best)))):
         row = query_length + sum(item_lengths[i] for i in group)
         alone = [query_length + item_lengths[i] for i in group]
         saves = row * (balance + row) < sum(length * (balance + length / 2) for length in alone)

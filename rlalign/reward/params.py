@@ -15,7 +15,7 @@ from rlalign.reward.verify import VALID, InvalidParams, is_real, per_item_labels
 
 __all__ = ["Activation", "InvalidParams", "ModelInfo", "PoolerDefaults", "ScoringParams", "Task"]
 
-REMOVED_TASKS = {"score": "classify", "reward": "classify", "encode": "embed", "plugin": "classify"}
+REMOVED_TASKS = {"score": "classify", "reward": "classify", "encode": "embed"}
 
 
 class ScoringParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlalign.reward.adaptive import AdaptiveTemperature, Projection, Training, token_batches
-from tests.engine.conftest import build_model
+from tests.engine.conftest import bare_engine, build_model
 
 DRAWN = torch.Generator().manual_seed(0)
 PROMPTS = [torch.randint(3, 280, (8 + i % 5,), generator=DRAWN).tolist() for i in range(24)]
@@ -15,27 +15,21 @@ STARTS = [3] * len(PROMPTS)
 @pytest.fixture(scope="module")
 def states(tmp_path_factory):
     """(folder's Projection, states by transformers, states by vLLM), one [L, D] per prompt."""
-    from vllm import LLM
+    from vllm.config import PoolerConfig
 
     folder = build_model(tmp_path_factory.mktemp("policy"), tied=False)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         ours = [model.base_model(torch.tensor([p])).last_hidden_state[0] for p in PROMPTS]
-    llm = LLM(
-        str(folder), runner="pooling", convert="embed", dtype="float32", max_model_len=64, max_num_seqs=16,
-        enforce_eager=True, gpu_memory_utilization=0.05, pooler_config=unnormalised(),
+    # token_embed divides every state by its length unless told otherwise; the head reads the states themselves
+    llm = bare_engine(
+        folder, dtype="float32", runner="pooling", convert="embed", additional_config={}, worker_extension_cls="",
+        pooler_config=PoolerConfig(use_activation=False),
     )  # fmt: skip
     outputs = llm.encode([{"prompt_token_ids": p} for p in PROMPTS], pooling_task="token_embed", use_tqdm=False)
     theirs = [output.outputs.data.float() for output in outputs]
     llm.llm_engine.engine_core.shutdown()
     return Projection.of(model), ours, theirs
-
-
-def unnormalised():
-    """token_embed divides every state by its length unless told otherwise; the head reads the states themselves."""
-    from vllm.config import PoolerConfig
-
-    return PoolerConfig(use_activation=False)
 
 
 def test_a_calibration_holds_on_vllms_hidden_states(states):
@@ -52,7 +46,9 @@ def test_a_calibration_holds_on_vllms_hidden_states(states):
 def test_a_fit_on_vllms_hidden_states_is_the_fit_on_transformers(states):
     projection, ours, theirs = states
     a, b = (
-        AdaptiveTemperature(training=Training(epochs=3)).fit(token_batches(each, PROMPTS, STARTS, projection, batch_size=8))
+        AdaptiveTemperature(head="linear", training=Training(epochs=3)).fit(
+            token_batches(each, PROMPTS, STARTS, projection, batch_size=8)
+        )
         for each in (ours, theirs)
     )
     assert a.diagnostics_.loss_after == pytest.approx(b.diagnostics_.loss_after, rel=1e-3)

@@ -132,14 +132,19 @@ def test_a_stale_layer_is_named_and_the_weights_say_so(exact, untied, tmp_path):
     assert len(require_same_weights(engine, network, tmp_path, anyway=True)) == 1
 
 
-def test_temperature_applies_where_tokens_are_sampled(untied):
+def test_an_ignored_temperature_shows_on_the_decode_route_as_logprobs(untied, monkeypatch):
     engine = start(untied, dtype="float32", rollout=replace(ROLLOUT, temperature=0.6))
     try:
-        found = measure(engine, trainer_network(untied, "float32"), sampled(engine), patch=False)
+        batch, network = sampled(engine), trainer_network(untied, "float32")
+        found = measure(engine, network, batch, patch=False)
         assert found.first_over_floor is None
-        engine.spec = replace(engine.spec, temperature=1.0)  # the trainer believes that nothing divides its logits
-        engine._llm.llm_engine.vllm_config  # noqa: B018 (still alive)
-        assert {r.temperature for r in found.routes.values()} == {1.0, 0.6}
+        assert {name: r.temperature for name, r in found.routes.items()} == {"prefill": 1.0, "decode": 0.6}
+        sampler = worker_of(engine._llm).model_runner.sampler
+        monkeypatch.setattr(sampler, "apply_temperature", lambda logits, temperature, all_random: logits)
+        found = measure(engine, network, batch)
+        assert found.routes["prefill"].first_over_floor is None
+        assert [p.point for p in found.routes["decode"].suspects] == ["logprobs"]
+        assert found.routes["decode"].logprob_share["logprobs"] == pytest.approx(1.0, abs=1e-3)
     finally:
         engine.close()
 
@@ -155,7 +160,7 @@ def test_other_architectures_are_refused(exact, untied, tied):
     network.config.num_hidden_layers = 2
     wrong = replace(BUILT_IN, layer=BUILT_IN.layer | {"attention": ("self_attn.output", "self_attn.o_proj input")})
     with pytest.raises(
-        ValueError, match=r"rollout engine: model.layers.0.self_attn.output \(for layers.0.attention\).*\n.*--mapping"
+        ValueError, match=r"(?s)rollout engine: model.layers.0.self_attn.output \(for layers.0.attention\).*--mapping"
     ):
         measure(engine, network, batch, pairs=wrong)
 

@@ -9,8 +9,9 @@ import pytest
 from benchmarks import planted_faults, planting
 from benchmarks.planting_bench import Bench, build_model
 from rlalign.diagnose import suspects
+from rlalign.diagnose.suspects import layers
 
-ONE_RANK = [f for f in planting.FAULTS if f.ranks == 1 and "float32" in f.bodies]
+ONE_RANK = [f for f in planting.FAULTS if planting.FLOAT32 in f.benches]
 
 
 @pytest.fixture(scope="module")
@@ -23,24 +24,14 @@ def bench(tmp_path_factory):
     bench.engine.close()
 
 
-def diagnosed(bench, fault, *, with_layers=False):
-    with fault.plant(bench) as case:
-        causes = tuple(suspects.rank(case, with_layers=with_layers))
-        return planted_faults.Outcome(fault, bench.body, case.measured["mismatch/lag0/k3"], causes, 0.0)
-
-
-def quiet(bench):
-    return diagnosed(bench, planting.Fault("no fault", planting.nothing, "numerical difference"), with_layers=True)
-
-
 def test_without_a_fault_nothing_is_claimed(bench):
-    found = quiet(bench)
+    found = planted_faults.examine(bench, planting.NO_FAULT)
     assert found.k3 < 1e-9 and all(c.score < planted_faults.CLAIM for c in found.causes)
 
 
 @pytest.mark.parametrize("fault", ONE_RANK, ids=lambda fault: fault.name)
 def test_the_fault_is_named(bench, fault):
-    found = diagnosed(bench, fault)
+    found = planted_faults.examine(bench, fault, with_layers=False)
     assert found.hit, suspects.report(found.causes)
     assert fault.expected == "tokenizer" or found.k3 > 1e-6, "the fault changed nothing: this shows nothing"
 
@@ -48,11 +39,13 @@ def test_the_fault_is_named(bench, fault):
 @pytest.mark.parametrize("name", ["RMSNorm epsilon of one layer", "a half-updated weight"])
 def test_the_attribution_points_at_the_same_layer(bench, name):
     (fault,) = [f for f in ONE_RANK if f.name == name]
-    with fault.plant(bench) as case:
-        causes = suspects.layers.causes(case)
+    try:
+        causes = layers.causes(fault.plant(bench))
+    finally:
+        bench.put_right()
     first = max(causes, key=lambda c: c.score)
     assert first.name == fault.expected and f"layers.{planting.WHERE}." in first.why
 
 
 def test_the_bench_is_in_order_again(bench):
-    assert quiet(bench).k3 < 1e-9
+    assert planted_faults.examine(bench, planting.NO_FAULT, with_layers=False).k3 < 1e-9

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from rlalign import cli
-from rlalign.diagnose.replay import replay
+from rlalign import assemble, cli
+from rlalign.diagnose.replay import replay as once_more
 from rlalign.loop import MismatchLimitError
 from tests.engine.test_train import lively, small_run
 
@@ -45,7 +46,7 @@ def test_weights_that_changed_show_on_both_sides(run, tmp_path):
     tensors = load_file(file)
     tensors["model.layers.1.mlp.down_proj.weight"][:, ::7] *= 1.05
     save_file(tensors, file, metadata={"format": "pt"})
-    found = replay(copy, 2)
+    found = once_more(copy, 2)
     assert not found.reproduced and [a.verdict for a in found.answers] == ["differs", "differs"]
 
 
@@ -61,12 +62,25 @@ def test_numbers_of_one_side_that_changed_show_on_that_side(run, tmp_path):
     row, column = tensors["loss_mask_BL"].nonzero()[-1].tolist()
     tensors["old_logprobs_BL"][row, column] -= 1e-3
     save_file(tensors, file, metadata=metadata)
-    found = replay(copy, 2)
+    found = once_more(copy, 2)
     assert [a.verdict for a in found.answers] == ["bit for bit", "differs"]
     assert found.answers[1].tokens - found.answers[1].equal == 1 and not found.reproduced
 
 
-def test_the_step_that_stopped_a_run_can_be_replayed(untied, tmp_path, lively):
+def test_the_step_that_stopped_a_run_can_be_replayed_and_the_run_says_why(untied, tmp_path, lively, monkeypatch):
+    """A trainer that scores at another temperature than the engine samples at: stopped, explained, and there again later."""
+    real = assemble.start_policy
+
+    def at_one(model, config):
+        return real(model, replace(config, rollout=replace(config.rollout, temperature=1.0)))
+
+    monkeypatch.setattr(assemble, "start_policy", at_one)
     with pytest.raises(MismatchLimitError):
-        small_run(untied, tmp_path / "run", "mismatch.k3_limit=1e-12", "tracking.replay_every=100")
-    assert replay(tmp_path / "run", 0).reproduced
+        small_run(untied, tmp_path / "run", "rollout.temperature=0.6", "tracking.replay_every=100")
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    (diagnosis,) = [e["message"] for e in events if e["kind"] == "diagnosis"]
+    assert diagnosis.startswith("1. temperature (1.00): the trainer's scores are its model's at temperature 1")
+    found = once_more(tmp_path / "run", 0)
+    assert [a.verdict for a in found.answers] == ["bit for bit", "differs"], (
+        "offline the trainer scores at 0.6, as it should"
+    )

@@ -84,13 +84,20 @@ def tied(engine: VLLMEngine, network: nn.Module) -> Check:
 
 
 def prefix_cache(engine: VLLMEngine, batch: RolloutBatch) -> Check:
-    """After a reset no token may come from the cache: it would hold keys and values of older weights."""
-    ids = [row[:n].tolist() for row, n in zip(batch.token_ids_BL, batch.attention_mask_BL.sum(1), strict=True)]
-    engine.next_logprobs([row[:-1] for row in ids], [row[-1] for row in ids])
+    """After a reset no token may come from the cache: it would hold keys and values of older weights.
+
+    Asked with a prompt as long as the context, since only whole blocks are kept (128 tokens of vLLM on CPU).
+    """
+    ids = batch.token_ids_BL[batch.attention_mask_BL].tolist()
+    longest = engine.config.max_model_len - 2
+    prompt = (ids * (longest // len(ids) + 1))[:longest]
+    engine.next_logprobs([prompt], [ids[-1]])
+    _, warm = engine.next_logprobs([prompt], [ids[-1]])
     engine.reset_prefix_cache()
-    _, kept = engine.next_logprobs([ids[0][:-1]], [ids[0][-1]])
+    _, kept = engine.next_logprobs([prompt], [ids[-1]])
     policy = "on, reset with every publish" if engine.config.prefix_caching else "off"
-    found = f"{policy}; {kept} tokens came from the cache after a reset"
+    shorter = "" if warm or not engine.config.prefix_caching else " (no prompt of this run fills a block of it)"
+    found = f"{policy}{shorter}; {warm} of {longest} tokens from it before a reset, {kept} after"
     return judged("prefix cache", kept == 0, found, "rollout.prefix_caching=false")
 
 

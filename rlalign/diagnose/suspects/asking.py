@@ -10,10 +10,12 @@ from collections.abc import Iterator
 import torch
 
 from rlalign.diagnose import head_isolation, noise_floor
+from rlalign.diagnose.both_sides import head_put_back
 from rlalign.diagnose.doctor import tokens
 from rlalign.diagnose.suspects.calling import FAR, NEAR, fitting_temperature
 from rlalign.diagnose.suspects.case import Case
 from rlalign.mismatch.causes import Cause
+from rlalign.trainer.head_mirror import mirror
 
 HEAD_ROUNDING = 1e-5  # nats between two float32 heads; a 16-bit one is a thousand times further
 ISOLATED_TOKENS = 256
@@ -45,14 +47,15 @@ def _heads(case: Case) -> Iterator[Cause]:
     if wrong:
         ranks = ", ".join(f"rank {s['rank']} runs {s['mode']}" for s in wrong)
         yield Cause("one-sided head", f"{ranks}; the run asked for {case.engine.mode}", "rlalign parity", 1.0)
-    case.plain(case.temperature, asked)  # leaves the trainer's head mirrored as the run asked
-    batch = case.batch
+    batch, master_VD = case.batch, case.master_VD if asked == "master" else None
     hidden, ids = head_isolation.predicting(
         case.hidden_BLD, batch.token_ids_BL, batch.loss_mask_BL, limit=ISOLATED_TOKENS
     )
-    apart = head_isolation.measure(
-        case.engine, case.network, hidden, ids, temperature=1.0, shared=case.shared, master_VD=case.master_VD
-    )
+    with head_put_back(case.network):
+        mirror(case.network, head_dtype=asked, chunk=0).master_VD = master_VD
+        apart = head_isolation.measure(
+            case.engine, case.network, hidden, ids, temperature=1.0, shared=case.shared, master_VD=master_VD
+        )
     if asked == "model" or not apart["abs_mean"] > HEAD_ROUNDING:
         return
     same = apart["rollout_error"] < HEAD_ROUNDING or apart["trainer_error"] < HEAD_ROUNDING

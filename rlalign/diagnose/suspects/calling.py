@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlalign.diagnose.suspects.case import Case
+from rlalign.diagnose.suspects.case import ROUNDING, Case
 from rlalign.mismatch.causes import Cause
 
 FAR = 4.0  # times the floor
@@ -18,19 +18,26 @@ TEMPERATURES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5, 2.0)
 
 def causes(case: Case) -> list[Cause]:
     """Nothing when the trainer's scores are those of its model; else what explains them, or that nothing tried does."""
-    away = case.apart(case.old_BL, case.reference_BL)
-    if away <= FAR * case.floor:
+    away = _nearest(case, case.old_BL, case.temperature, case.head)
+    if away <= ROUNDING:
         return []
-    found = _temperature(case, away) + _head(case, away)
-    return found or _padding_or_positions(case, away)
+    found = _temperature(case, away) or _head(case, away)
+    if found or case.apart(case.old_BL, case.reference_BL) <= FAR * case.floor:
+        return found
+    return _padding_or_positions(case, case.apart(case.old_BL, case.reference_BL))
 
 
 def fitting_temperature(case: Case, said_BL: Tensor) -> tuple[float, float]:
     """The temperature under which the plain model comes nearest to `said`, and the mean distance left (nats)."""
     tried = sorted({*TEMPERATURES, case.temperature, 1.0 / case.temperature, case.temperature**2})
-    left = {t: case.apart(said_BL, case.plain(t, case.engine.spec.head_dtype)) for t in tried}
+    left = {t: _nearest(case, said_BL, t, case.head) for t in tried}
     best = min(left, key=left.__getitem__)
     return best, left[best]
+
+
+def _nearest(case: Case, said_BL: Tensor, temperature: float, head: str) -> float:
+    """Distance from the plain model, alone or in the padded batch: without a fault a trainer has the bits of one of them."""
+    return min(case.apart(said_BL, case.plain(temperature, head, together=t)) for t in (False, True))
 
 
 def _temperature(case: Case, away: float) -> list[Cause]:
@@ -46,11 +53,10 @@ def _temperature(case: Case, away: float) -> list[Cause]:
 
 
 def _head(case: Case, away: float) -> list[Cause]:
-    asked = case.engine.spec.head_dtype
-    for head in ("model", "float32"):
-        left = case.apart(case.old_BL, case.plain(case.temperature, head)) if head != asked else away
+    for head in {"model", "float32"} - {case.head}:
+        left = _nearest(case, case.old_BL, case.temperature, head)
         if left <= NEAR * away:
-            why = f"the trainer's scores are those of a {head} head (within {left:.1e} nats), the engine's head is {asked}"
+            why = f"the trainer's scores are those of a {head} head (within {left:.1e} nats), the engine's head is {case.head}"
             return [Cause("one-sided head", why, "rlalign parity", 1.0)]
     return []
 

@@ -6,7 +6,7 @@ B sequences, L padded length.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rlalign import mismatch
-from rlalign.diagnose.both_sides import head_logprobs, hidden_states, trainer_scores
+from rlalign.diagnose.both_sides import head_logprobs, head_put_back, hidden_states
 from rlalign.types import RolloutBatch
 
 if TYPE_CHECKING:
@@ -60,32 +60,37 @@ class Case:
         return [_trimmed(self.batch.rows(slice(i, i + 1))) for i in range(len(self.batch))]
 
     @cached_property
+    def together_BLD(self) -> Tensor:
+        """[B, L, D] of the model with the padded batch, as a trainer in good order calls it."""
+        return hidden_states(self.network, self.batch)
+
+    @cached_property
     def reference_BL(self) -> Tensor:
         """What the trainer's model says under the engine's convention, each sequence alone."""
-        return self.plain(self.temperature, self.engine.spec.head_dtype)
+        return self.plain(self.temperature, self.head)
 
     @cached_property
     def floor(self) -> float:
         """Mean |difference| of the model with itself, alone against together: nothing smaller is evidence (nats)."""
-        together_BL, _ = trainer_scores(
-            self.network,
-            self.batch,
-            self.engine.spec.head_dtype,
-            temperature=self.temperature,
-            master_VD=self.master_VD,
-        )
-        return max(ROUNDING, self.apart(together_BL, self.reference_BL))
+        return max(ROUNDING, self.apart(self.plain(self.temperature, self.head, together=True), self.reference_BL))
 
     @property
     def temperature(self) -> float:
         """What was asked for."""
         return self.engine.spec.temperature
 
-    def plain(self, temperature: float, head: str) -> Tensor:
-        """[B, L]: the same hidden states under another temperature or head."""
-        return head_logprobs(
-            self.network, self.hidden_BLD, self.batch, head, temperature=temperature, master_VD=self.master_VD
-        )
+    @property
+    def head(self) -> str:
+        """The head dtype that was asked for."""
+        return self.engine.spec.head_dtype
+
+    def plain(self, temperature: float, head: str, *, together: bool = False) -> Tensor:
+        """[B, L]: the same hidden states under another temperature or head; together: those of the padded batch."""
+        hidden_BLD = self.together_BLD if together else self.hidden_BLD
+        with head_put_back(self.network):
+            return head_logprobs(
+                self.network, hidden_BLD, self.batch, head, temperature=temperature, master_VD=self.master_VD
+            )
 
     def apart(self, one_BL: Tensor, other_BL: Tensor) -> float:
         """Mean |difference| over the sampled tokens, in nats."""
@@ -101,8 +106,6 @@ class Case:
 
 def _trimmed(row: RolloutBatch) -> RolloutBatch:
     """Without padding."""
-    from dataclasses import fields
-
     length = int(row.attention_mask_BL.sum())
     tensors = {f.name: getattr(row, f.name) for f in fields(row) if f.name != "spec"}
     cut = {n: t[:, :length] if t.dim() == 2 else t for n, t in tensors.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rlalign.diagnose.attribution.result import Attribution, PointDifference
+from rlalign.diagnose.both_sides import head_put_back
 from rlalign.diagnose.suspects.case import Case
 from rlalign.mismatch.causes import Cause
 
@@ -24,7 +25,8 @@ KINDS = {  # what a step over its floor usually means
     "logprobs": "temperature",
 }
 OTHERWISE = "stale weights"  # a linear layer that differs on the same input holds other weights
-FIRST, FURTHER = 0.85, 0.6
+FIRST, FURTHER, FAINT = 0.85, 0.6, 0.4
+SURE = 10.0  # times the floor; between three and this a bf16 step may be rounding that the floor did not meet
 
 
 def causes(case: Case) -> list[Cause]:
@@ -33,7 +35,8 @@ def causes(case: Case) -> list[Cause]:
 
     if case.engine.spec.head_dtype == "master":
         return []
-    found = measure(case.engine, case.network, case.batch, patch=False)
+    with head_put_back(case.network):
+        found = measure(case.engine, case.network, case.batch, patch=False)
     return of_attribution(found)
 
 
@@ -59,5 +62,6 @@ def _from(route: str, over: Sequence[PointDifference]) -> list[Cause]:
             f"on the {route} path {points[0].point} is the first such step that differs on the same input{where}; worst: "
             f"{worst.point}, {worst.excess:.3g} times its floor"
         )
-        causes.append(Cause(name, why, COMMAND, FIRST if over[0] in points else FURTHER))
+        score = FAINT if worst.excess < SURE else FIRST if over[0] in points else FURTHER
+        causes.append(Cause(name, why, COMMAND, score))
     return causes

@@ -16,8 +16,16 @@ def rank(case: Case, *, with_layers: bool = True) -> list[Cause]:
     longest.
     """
     found = [*asking.causes(case), *calling.causes(case), *holding.causes(case)]
-    found += layers.causes(case) if with_layers else []
+    found += _layers(case) if with_layers else []
     return merged([*found, *likely_causes(case.measured, _evidence(case))])
+
+
+def _layers(case: Case) -> list[Cause]:
+    """The attribution, or why there is none: an architecture it does not know must not hide the other causes."""
+    try:
+        return layers.causes(case)
+    except (ValueError, RuntimeError) as error:
+        return [Cause("layers not looked at", str(error), layers.COMMAND, 0.05)]
 
 
 def merged(causes: Iterable[Cause]) -> list[Cause]:

@@ -1,6 +1,6 @@
 """Adaptive temperature scaling (arXiv 2409.19817): a small head reads a temperature for every token off its hidden state.
 
-    calibrator = AdaptiveTemperature(head="linear").fit(batches, validation=held_out)
+    calibrator = AdaptiveTemperature().fit(batches, validation=held_out)
     temperature_BL = calibrator.temperatures(hidden_BLD)              # entry t is about token t
     logprobs_BL = token_logprobs(hidden_BLD, weight_VD, token_ids_BL, temperature=temperature_BL)
 
@@ -11,7 +11,7 @@ pooled hidden state (ClassBatch). docs/adaptive.md says when a single temperatur
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -46,8 +46,9 @@ class Confidence(NamedTuple):
 class AdaptiveTemperature:
     """One inverse temperature per token (or per sequence, or per row), from a head on the last hidden state.
 
-    head: "linear" (D + 1 numbers), "mlp", or "transformer", one decoder layer as in the paper, which needs whole
-    sequences; intermediate_size, num_heads: its widths, by default 4 D and heads of 64.
+    head: "transformer", one decoder layer as in the paper, which needs whole sequences; "mlp"; "linear" (D + 1 numbers);
+    "constant", a single temperature. None: transformer for sequences, linear for pooled states, the ones that win in
+    benchmarks/results/adaptive.md. intermediate_size, num_heads: widths, by default 4 D and heads of 64.
     bounds: smallest and largest T. level: a temperature for each token, or one for a sequence, read where its first
     token is predicted. output: whether the raw output is log 1/T, so that exp(output) multiplies the logits as in the
     official code (default), or log T, so that it divides them. A linear last layer learns the one as the negative of
@@ -58,7 +59,7 @@ class AdaptiveTemperature:
     def __init__(
         self,
         *,
-        head: Kind = "linear",
+        head: Kind | None = None,
         intermediate_size: int | None = None,
         num_heads: int | None = None,
         objective: Objective | None = None,
@@ -68,7 +69,7 @@ class AdaptiveTemperature:
         output: Output = "log_inverse_temperature",
     ) -> None:
         for name, value, allowed in (("head", head, KINDS), ("level", level, LEVELS), ("output", output, OUTPUTS)):
-            if value not in allowed:
+            if value not in allowed and (name, value) != ("head", None):
                 raise ValueError(f"AdaptiveTemperature: {name} must be one of {', '.join(allowed)}, got {value!r}")
         if not 0.0 < bounds[0] < bounds[1] < float("inf") or not bounds[0] <= 1.0 <= bounds[1]:
             raise ValueError(f"AdaptiveTemperature: bounds must be a finite range of temperatures with 1, got {bounds}")
@@ -79,18 +80,25 @@ class AdaptiveTemperature:
         self.diagnostics_: AdaptiveFit | None = None
         self.model_ = ModelIdentity()
 
-    def fit(self, batches: Sequence[Batch], *, validation: Sequence[Batch] = ()) -> Self:
+    def fit(
+        self,
+        batches: Sequence[Batch],
+        *,
+        validation: Sequence[Batch] = (),
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> Self:
         """Train the head, and nothing else, on batches that `len` and `[i]` give, the same ones every time.
 
         Give validation batches of other prompts, a fifth or so: they decide when to stop (see Training). The result is
-        a function of the batches and of `training.seed`. Raises ValueError without batches or on hidden states the head cannot
-        read, RuntimeError when the loss leaves the finite numbers. A fit that raises leaves the calibrator as it was.
+        a function of the batches and of `training.seed`. progress: told once an epoch. Raises ValueError without
+        batches or on hidden states the head cannot read, RuntimeError when the loss leaves the finite numbers. A fit
+        that raises leaves the calibrator as it was.
         """
         if len(batches) == 0:
             raise ValueError("AdaptiveTemperature.fit: no batches")
         first = batches[0].hidden
         shape = HeadShape(
-            kind=self.kind,
+            kind=self.kind or ("transformer" if first.dim() == 3 else "linear"),
             hidden_size=first.shape[-1],
             intermediate_size=self.intermediate_size,
             num_heads=self.num_heads,
@@ -101,7 +109,7 @@ class AdaptiveTemperature:
         head.to(first.device)
         standardise(head, batches)
         fitting = self._fitting(head)
-        diagnostics = fitting.run(batches, validation)
+        diagnostics = fitting.run(batches, validation, progress)
         self.head_, self.diagnostics_ = head.requires_grad_(False), diagnostics
         if all(isinstance(batches[i], ClassBatch) and batches[i].num_classes == 2 for i in range(len(batches))):
             self.diagnostics_ = replace(diagnostics, kendall_tau=self._rank_agreement(batches))
@@ -164,6 +172,11 @@ class AdaptiveTemperature:
     def load(cls, path: str | Path, *, expect_model: ModelIdentity | None = None, strict: bool = True) -> Self:
         """Read what `save` wrote; temperatures are bit-equal. Errors as `rlalign.reward.calibration` loads."""
         return saved.load(cls, Path(path), expect_model=expect_model, strict=strict)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the head to where the hidden states are; a loaded one is on the CPU."""
+        self.require_fitted().to(device)
+        return self
 
     @classmethod
     def from_official(cls, folder: str | Path) -> Self:

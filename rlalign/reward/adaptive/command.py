@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ FEWEST = 10
 class Options:
     """What is fitted and how; the shares are of distinct prompts."""
 
-    head: Kind = "linear"
+    head: Kind = "transformer"
     objective: Objective = field(default_factory=Objective)
     level: Level = "token"
     training: Training = field(default_factory=Training)
@@ -64,7 +65,7 @@ def calibrate_tokens(
     one.fit(sets["fit"], validation=sets["validation"])
     calibrator = AdaptiveTemperature(
         head=options.head, objective=options.objective, level=options.level, training=options.training
-    ).fit(sets["fit"], validation=sets["validation"])
+    ).fit(sets["fit"], validation=sets["validation"], progress=lambda line: print(line, file=sys.stderr))
     judged = _judge(sets["test"], {"T = 1": None, "one T": one, f"{options.head} head": calibrator})
     table = {name: _quality(each) for name, each in judged.items()}
     fit = calibrator.diagnostics_

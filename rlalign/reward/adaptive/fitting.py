@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,7 +74,9 @@ class Fitting:
     level: Level
     output: Output
 
-    def run(self, batches: Sequence[Batch], validation: Sequence[Batch]) -> AdaptiveFit:
+    def run(
+        self, batches: Sequence[Batch], validation: Sequence[Batch], progress: Callable[[str], None]
+    ) -> AdaptiveFit:
         """Train, put the best epoch's parameters into the head, and say what came of it.
 
         Raises RuntimeError on a loss that is not finite, and when a batch changes between epochs.
@@ -86,11 +89,14 @@ class Fitting:
         kept = copy.deepcopy(self.head.state_dict())
         optimizer, schedule = self._optimizer(len(batches))
         order = torch.Generator().manual_seed(self.training.seed)
-        for at in range(1, self.training.rounds(len(batches)) + 1):
+        epochs = self.training.rounds(len(batches))
+        for at in range(1, epochs + 1):
             self._epoch(batches, facts, accuracy, optimizer, schedule, order)
             if best is None:
+                progress(f"epoch {at} of {epochs}")
                 continue
             now = self._mean_loss(validation, held, accuracy)
+            progress(f"epoch {at} of {epochs}: validation loss {now:.4f}, at T = 1 {held_before:.4f}")
             if now < best:
                 best, epoch, kept = now, at, copy.deepcopy(self.head.state_dict())
         rescaled = (1.0, 0.0)
@@ -110,7 +116,7 @@ class Fitting:
             validation_after=best,
             epoch=epoch,
             rescaled=rescaled,
-            temperature_quantiles=tuple(torch.quantile(temperature_N, torch.linspace(0, 1, 5).double()).tolist()),
+            temperature_quantiles=tuple(np.quantile(temperature_N.numpy(), [0, 0.25, 0.5, 0.75, 1]).tolist()),
             clipped=float(((log_N <= ends[0] + 1e-6) | (log_N >= ends[1] - 1e-6)).double().mean()),
         )
 

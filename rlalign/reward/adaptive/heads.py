@@ -21,7 +21,7 @@ KINDS = ("constant", "linear", "mlp", "transformer")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadShape:
-    """Which head, and how wide. None: intermediate_size 4 D, num_heads of 64 numbers each, as many key-value heads.
+    """Which head, and how wide. None: intermediate_size 4 D, num_heads of 64 numbers or a few more, as many key-value heads.
 
     rope_theta, norm_eps: of the decoder layer. Raises ValueError on a shape that cannot be built.
     """
@@ -55,7 +55,11 @@ class HeadShape:
     @property
     def heads(self) -> int:
         """Attention heads."""
-        return max(1, self.hidden_size // 64) if self.num_heads is None else self.num_heads
+        if self.num_heads is not None:
+            return self.num_heads
+        most = max(1, self.hidden_size // 64)
+        fits = [n for n in range(most, 0, -1) if self.hidden_size % n == 0 and self.hidden_size // n % 2 == 0]
+        return fits[0] if fits else 1
 
     @property
     def key_value_heads(self) -> int:

@@ -10,13 +10,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlalign.reward.arrays import numbers, one_of
+from rlalign.reward.arrays import as_rows, numbers, one_of
 from rlalign.reward.calibration.calibrator import Calibrator, Outcome, PoolerFields, number
-from rlalign.reward.calibration.data import Labelled, require_increasing, require_two_classes, warn
+from rlalign.reward.calibration.data import (
+    Labelled,
+    require_increasing,
+    require_two_classes,
+    rise_with_success,
+    warn,
+)
 from rlalign.reward.calibration.solvers import SLOPE_LIMIT, Z95, Logistic, fit_logistic, fit_scale, is_separable
 
 if TYPE_CHECKING:
-    from rlalign.reward.arrays import Floats
+    from rlalign.reward.arrays import Floats, Numbers
     from rlalign.reward.calibration.file import Json
 
 
@@ -25,6 +31,7 @@ class AffineCalibrator(Calibrator):
 
     scale_: float
     bias_: float
+    intercept_: float
 
     def to_vllm_pooler_config(self, fields: PoolerFields = "logit_mean, logit_sigma") -> dict[str, float | bool]:
         """See `Calibrator.to_vllm_pooler_config`."""
@@ -39,10 +46,17 @@ class AffineCalibrator(Calibrator):
         scale, bias = self._affine()
         return {"mean": bias, "std": 1 / scale}
 
+    def log_odds(self, logits: Numbers) -> Floats:
+        """scale * (logit - bias), without the activation: for mixtures. A constant where the scale is 0."""
+        self._require_fitted()
+        return self.scale_ * as_rows(logits, "logits") + self.intercept_
+
     def _affine(self) -> tuple[float, float]:
         self._require_fitted()
         if self.scale_ == 0:
-            raise ValueError(f"{type(self).__name__}: the scale is 0 (one class only), which no mean and sigma express")
+            raise ValueError(
+                f"{type(self).__name__}: the scale is 0 (a rate, whatever the score), which no mean and sigma express"
+            )
         return self.scale_, self.bias_
 
 
@@ -51,27 +65,35 @@ class PlattCalibrator(AffineCalibrator):
 
     smooth_targets: fit to (n1 + 1) / (n1 + 2) and 1 / (n0 + 2) instead of 1 and 0 (n1, n0: weight of each label), which
     keeps the slope finite on separable labels and is what scikit-learn does. Pairs are never smoothed.
-    allow_negative_scale: accept scores that fall with success instead of raising ValueError.
-    Fitted: scale_, bias_ (nan where scale_ is 0, after one class only), intercept_ = -scale_ * bias_.
+    allow_negative_scale: accept scores that fall with success instead of raising ValueError. flat_if_falling: give them
+    the best curve that does not fall, scale 0: every score gets the smoothed rate of success.
+    Fitted: scale_, bias_ (nan where scale_ is 0), intercept_ = -scale_ * bias_.
+    Raises ValueError when both are asked for.
     """
 
     method = "platt"
     activation = "sigmoid"
 
-    def __init__(self, *, smooth_targets: bool = True, allow_negative_scale: bool = False) -> None:
+    def __init__(
+        self, *, smooth_targets: bool = True, allow_negative_scale: bool = False, flat_if_falling: bool = False
+    ) -> None:
         super().__init__()
+        if allow_negative_scale and flat_if_falling:
+            raise ValueError("PlattCalibrator: allow_negative_scale and flat_if_falling contradict each other")
         self.smooth_targets = smooth_targets
         self.allow_negative_scale = allow_negative_scale
+        self.flat_if_falling = flat_if_falling
 
     def _solve(self, data: Labelled) -> Outcome:
         who = type(self).__name__
         up, down = float(data.weight_N @ data.labels_N), float(data.weight_N @ (1 - data.labels_N))
-        high, low = ((up + 1) / (up + 2), 1 / (down + 2)) if self.smooth_targets else (1.0, 0.0)
-        if np.ptp(data.labels_N) == 0 and self.smooth_targets:
-            warn(f"{who}: every label is {data.labels_N[0]:g}; the smoothed rate is all that can be learned, scale 0")
-            target = data.labels_N[0] * high + (1 - data.labels_N[0]) * low
-            self._set(0.0, float(np.log(target) - np.log1p(-target)))
+        one_class = np.ptp(data.labels_N) == 0 and (self.smooth_targets or self.flat_if_falling)
+        if one_class or (self.flat_if_falling and rise_with_success(data) <= 0):
+            said = f"every label is {data.labels_N[0]:g}" if one_class else "higher scores come with fewer successes"
+            warn(f"{who}: {said}; the smoothed rate is all that can be learned, scale 0")
+            self._set(0.0, float(np.log(up + 1) - np.log(down + 1)))
             return Outcome()
+        high, low = ((up + 1) / (up + 2), 1 / (down + 2)) if self.smooth_targets else (1.0, 0.0)
         require_two_classes(data, who)
         if not self.allow_negative_scale:
             require_increasing(data, who, advice=", or pass allow_negative_scale=True")
@@ -106,14 +128,18 @@ class PlattCalibrator(AffineCalibrator):
         self._set(number(params, "scale"), number(params, "intercept"))
 
     def _options(self) -> Json:
-        return {"smooth_targets": self.smooth_targets, "allow_negative_scale": self.allow_negative_scale}
+        return {
+            "smooth_targets": self.smooth_targets,
+            "allow_negative_scale": self.allow_negative_scale,
+            "flat_if_falling": self.flat_if_falling,
+        }
 
 
 class TemperatureCalibrator(AffineCalibrator):
     """sigmoid(logit / T) or softmax(logits / T): Guo et al. 2017 (1706.04599). T > 1 softens, the argmax never moves.
 
     bounds: smallest and largest T. A binary logit x is the pair (0, x); scikit-learn takes (-x, x), so its inverse
-    temperature is half of ours. Fitted: temperature_, scale_ = 1 / T, bias_ = 0, num_classes_ (1 for [N] logits).
+    temperature is half of ours. Fitted: temperature_, scale_ = 1 / T, bias_ = intercept_ = 0, num_classes_ (1 for [N] logits).
     """
 
     method = "temperature"
@@ -150,7 +176,7 @@ class TemperatureCalibrator(AffineCalibrator):
 
     def _set(self, temperature: float, num_classes: int) -> None:
         self.temperature_, self.num_classes_ = temperature, num_classes
-        self.scale_, self.bias_, self.fitted = 1 / temperature, 0.0, True
+        self.scale_, self.bias_, self.intercept_, self.fitted = 1 / temperature, 0.0, 0.0, True
 
     def _apply(self, x: Floats) -> Floats:
         from scipy.special import expit, softmax

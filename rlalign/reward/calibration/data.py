@@ -108,13 +108,15 @@ def require_two_classes(data: Labelled, who: str) -> None:
         )
 
 
-def require_increasing(data: Labelled, who: str, *, advice: str = "") -> None:
-    """Raise ValueError when higher scores do not come with more successes.
-
-    The sign of the covariance of score and label is exactly the sign of the best slope, the loss being convex.
-    """
+def rise_with_success(data: Labelled) -> float:
+    """The covariance of score and label; its sign is exactly that of the best slope, the loss being convex."""
     share_N = data.weight_N / data.weight_N.sum()
-    covariance = float((share_N * (data.labels_N - share_N @ data.labels_N)) @ (data.logits - share_N @ data.logits))
+    return float((share_N * (data.labels_N - share_N @ data.labels_N)) @ (data.logits - share_N @ data.logits))
+
+
+def require_increasing(data: Labelled, who: str, *, advice: str = "") -> None:
+    """Raise ValueError when higher scores do not come with more successes."""
+    covariance = rise_with_success(data)
     if covariance <= 0:
         raise ValueError(
             f"{who}: higher scores come with fewer successes (covariance {covariance:.3g}). Check that label 1 means "

@@ -18,7 +18,7 @@ from rlalign.reward.drift import file
 from rlalign.reward.drift.labels import describe
 from rlalign.reward.drift.measure import Judged, Shift, shift
 from rlalign.reward.drift.refit import RefitOutcome, refitted
-from rlalign.reward.drift.report import DriftLimits, DriftReport, judge
+from rlalign.reward.drift.report import DriftLimits, DriftReport, DriftState, judge
 from rlalign.reward.drift.rows import LabelOutcome, RowId, Rows, checked_ids, scored_rows
 
 if TYPE_CHECKING:
@@ -165,7 +165,10 @@ class DriftMonitor:
         """
         rows, before = self._rows.labels.rows(), self._calibrator.calibration_id
         self._tried_at = self.last_step
-        found = refitted(self._calibrator, rows["logit"], rows["label"], rows["weight"], rows["cluster"])
+        found = refitted(
+            self._calibrator, rows["logit"], rows["label"], rows["weight"], rows["cluster"],
+            drifted=self.report().state is DriftState.drift,
+        )  # fmt: skip
         if found.calibrator is not None:
             self._use(found.calibrator)
         return RefitOutcome(

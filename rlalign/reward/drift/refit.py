@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlalign.reward.calibration import CalibrationWarning, IdentityCalibrator
+from rlalign.reward.calibration import CalibrationWarning, IdentityCalibrator, PlattCalibrator
 from rlalign.reward.calibration.cross_fit import cross_fitted
 from rlalign.reward.calibration.score_rows import ScoreRows
 from rlalign.reward.drift.measure import mean_interval
@@ -62,36 +62,43 @@ class Candidate:
 
 
 def refitted(
-    current: Calibrator, logit_N: Floats, label_N: Floats, weight_N: Floats, cluster_N: np.ndarray
+    current: Calibrator, logit_N: Floats, label_N: Floats, weight_N: Floats, cluster_N: np.ndarray, *, drifted: bool
 ) -> Candidate:
     """A calibrator of the same kind on these rows. calibrator is None when the rows do not show that it is better.
 
-    Better: the Brier score of the current one minus the cross-fitted one of the new one is above 0 beyond chance (95 %,
-    one-sided, over clusters): with less, versions would change while nothing else does. Rows that cannot be fitted (one
-    label only, scores that fall with success) are a reason, not an exception: the run goes on with what it has.
+    Better: the cross-fitted Brier score of the new one is lower. Beyond chance (95 %, one-sided, over clusters), or versions
+    would change while nothing else does; where the current one is known to have drifted, lower is enough. Scores that fall
+    with success, or labels that are all the same, leave Platt with a rate: the reward model then has no say until later
+    labels give it one. The other kinds cannot follow such rows, which is a reason and not an exception: the run goes on with
+    what it has. Raises ValueError for the identity.
     """
     if isinstance(current, IdentityCalibrator):
         raise ValueError("refit: the identity calibrator has nothing to fit; start from another method")
-    if len(np.unique(label_N)) < 2:
-        return Candidate(calibrator=None, reason=f"all {len(label_N)} labels are the same, which no curve can follow")
     _, group_N = np.unique(cluster_N, return_inverse=True)
     rows = ScoreRows(shape="binary", logits=logit_N, labels_N=label_N, weight_N=weight_N, group_N=group_N)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", CalibrationWarning)
-            calibrator = current.unfitted().fit(logit_N, label_N, sample_weight=weight_N)
-        held_N = cross_fitted(current.unfitted, rows, folds=FOLDS)
+            calibrator = _like(current).fit(logit_N, label_N, sample_weight=weight_N)
+        held_N = cross_fitted(lambda: _like(current), rows, folds=FOLDS)
     except ValueError as error:
         return Candidate(calibrator=None, reason=f"the rows cannot be fitted ({error})")
     calibrator.model_ = current.model_
     said = tuple(str(each.message) for each in caught if issubclass(each.category, CalibrationWarning))
     before_N, after_N = (current.transform(logit_N) - label_N) ** 2, (held_N - label_N) ** 2
     won = mean_interval(before_N - after_N, weight_N, cluster_N, level=0.9)
-    better = won is not None and won.low > 0
+    better = won is not None and (won.value if drifted else won.low) > 0
     return Candidate(
         calibrator=calibrator if better else None,
-        reason="" if better else "the new fit is not better beyond chance",
+        reason="" if better else f"the new fit is not better{'' if drifted else ' beyond chance'}",
         brier_before=float(np.average(before_N, weights=weight_N)),
         brier_after=float(np.average(after_N, weights=weight_N)),
         warnings=said,
     )
+
+
+def _like(current: Calibrator) -> Calibrator:
+    """Unfitted, of the same kind and options; a Platt that must not fall may become flat."""
+    if isinstance(current, PlattCalibrator) and not current.allow_negative_scale:
+        return PlattCalibrator(smooth_targets=current.smooth_targets, flat_if_falling=True)
+    return current.unfitted()

@@ -91,20 +91,14 @@ def packing_refusal(loaded: LoadedModel, *, causal: bool) -> str:
     types = {str(part.get("rope_type", "default")) for part in ropes}
     if not causal:
         return "attention is bidirectional: the query's states depend on the item"
-    if not layers <= {"full_attention", "sliding_attention"}:
-        return (
-            f"layers of type {', '.join(sorted(layers - {'full_attention', 'sliding_attention'}))} take no block mask"
-        )
+    if unmasked := layers - {"full_attention", "sliding_attention"}:
+        return f"layers of type {', '.join(sorted(unmasked))} take no block mask"
     if not ropes:
         return "no rotary positions (learned absolute positions, ALiBi or none): an item's place in the row would show"
     if not types <= STATIC_ROPE:
         return f"rotary positions of type {', '.join(types - STATIC_ROPE)} depend on the length of the row"
     if any("mrope_section" in part for part in ropes):
         return "multi-axis rotary positions"
-    if not layers <= {"full_attention", "sliding_attention"}:
-        return (
-            f"layers of type {', '.join(sorted(layers - {'full_attention', 'sliding_attention'}))} take no block mask"
-        )
     if not model._supports_attention_backend:
         return "the model computes attention in its own way and may ignore a block mask"
     if config._attn_implementation not in ("sdpa", "flex_attention"):

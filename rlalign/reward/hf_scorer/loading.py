@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -68,9 +69,11 @@ def load(
     config = transformers.AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     architecture = (config.architectures or [type(config).__name__.replace("Config", "Model")])[0]
     auto, _ = _kind(architecture, config, path)
-    model = getattr(transformers, auto).from_pretrained(
-        path, revision=revision, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
-    )
+    model, report = getattr(transformers, auto).from_pretrained(
+        path, revision=revision, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+    )  # fmt: skip
+    _check_loaded(path, architecture, model, report["missing_keys"])
     tokenizer = None
     if any(_read(path, name, revision) is not None for name in ("tokenizer_config.json", "tokenizer.json")):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -117,6 +120,18 @@ def _kind(architecture: str, config: PreTrainedConfig, path: str) -> tuple[str, 
             "and no encoder-decoder"
         )
     return found
+
+
+def _check_loaded(path: str, architecture: str, model: PreTrainedModel, missing: Collection[str]) -> None:
+    """Raise ValueError on what transformers only warns of: a stand-in for the checkpoint's own code, weights made up at random."""
+    if architecture.endswith("RewardModel") and type(model).__name__ != architecture:
+        raise ValueError(
+            f"{path}: {architecture} brings its own code and was loaded as a plain {type(model).__name__}, without its head; "
+            "read that code, then pass trust_remote_code=True"
+        )
+    absent = sorted(name for name in missing if not name.startswith("pooler."))  # an embedder's pooler is not used
+    if absent:
+        raise ValueError(f"{path}: the checkpoint has no {', '.join(absent[:5])}; what transformers fills in is random")
 
 
 def _read(path: str, name: str, revision: str | None) -> str | None:

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Literal, Self
 
 from rlalign.reward.answers import Answer, score_result
+from rlalign.reward.arrays import whole
 from rlalign.reward.hf_scorer import loading
 from rlalign.reward.hf_scorer.describe import attention_balance, describe, window_of
 from rlalign.reward.hf_scorer.forward import outputs
@@ -106,7 +107,8 @@ class HFScorer(Scoring):
             raise ValueError(f"{self.info.id}: items cannot be packed exactly: {self.info.packing_reason}")
         self._packing = packing if self.info.packs else "never"
         self._window, self._balance = window_of(loaded.config), attention_balance(loaded)
-        self._max_batch_tokens, self._max_pack_tokens = max_batch_tokens, max_pack_tokens
+        self._max_batch_tokens = whole(max_batch_tokens, "max_batch_tokens", at_least=1)
+        self._max_pack_tokens = whole(max_pack_tokens, "max_pack_tokens", at_least=1)
         self._sequencer = Sequencer(
             loaded.tokenizer, pairs=not self.info.causal, max_length=self.info.max_length, model=self.info.id
         )
@@ -124,7 +126,7 @@ class HFScorer(Scoring):
 
     def run(self, requests: Sequence[HFRequest]) -> list[ScoreResult]:
         """Score prepared requests in batches of at most max_batch_tokens, of whichever requests they come from."""
-        answers: list[list[Answer | None]] = [[None] * len(request.sequences) for request in requests]
+        answers = [[Answer()] * len(request.sequences) for request in requests]
         todo = [(r, g) for r, request in enumerate(requests) for g in range(len(request.rows))]
         for batch in self._batches(todo, requests):
             found = outputs(self._loaded, [requests[r].rows[g] for r, g in batch])
@@ -138,10 +140,7 @@ class HFScorer(Scoring):
                         values=reading.values.numpy(), state=reading.state, prompt_tokens=len(sequence),
                         truncated=sequence.truncated,
                     )  # fmt: skip
-        return [
-            score_result([a or Answer(error="was not run") for a in row], request.params, self.info)
-            for row, request in zip(answers, requests, strict=True)
-        ]
+        return [score_result(row, request.params, self.info) for row, request in zip(answers, requests, strict=True)]
 
     def _rows(self, sequences: list[TokenSequence]) -> tuple[list[Row], list[list[int]]]:
         """Items with the same query behind each other in one row where packing is on, else a row each."""

@@ -28,7 +28,7 @@ def create_app(scorer: RewardScorer, settings: ServerSettings, calibration: Json
     """The application over `scorer`. calibration: a calibration file's content, as for PUT /v1/calibration.
 
     Works only inside its lifespan (a server, or a test client as a context manager), and in one process: the queue and the
-    calibration live here. Raises ValueError on a scorer that calibrates by itself.
+    calibration live here. Raises ValueError on a scorer that calibrates by itself, and on a calibration that it does not fit.
     """
     if scorer.info.calibration_id is not None:
         raise ValueError(
@@ -40,14 +40,14 @@ def create_app(scorer: RewardScorer, settings: ServerSettings, calibration: Json
         scorer, metrics, max_batch_tokens=settings.max_batch_tokens, max_queued_tokens=settings.max_queued_tokens
     )
     calibrations = Calibrations(scorer.info, settings)
+    if calibration is not None:
+        calibrations.begin_with(calibration)
     service = Service(scorer, settings, batcher, calibrations, metrics)
     metrics.watch_queue(lambda: batcher.queued)
     metrics.calibration(calibrations.in_force.id)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        if calibration is not None:
-            metrics.calibration((await calibrations.replace(calibration)).id)
         working = asyncio.create_task(batcher.run())
         try:
             yield

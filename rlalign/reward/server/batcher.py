@@ -62,14 +62,19 @@ class Batcher:
         self.busy_since: float | None = None  # time.monotonic() of the batch that runs now
 
     async def submit(self, prepare: Callable[[], Sequence[Prepared]]) -> list[ScoreResult]:
-        """Results of what `prepare` returns, in its order. Whatever it raises comes out, ApiError 429
-        when the queue is full, ScoringFailed when `run` fails."""
+        """Results of what `prepare` returns, in its order.
+
+        Raises whatever `prepare` does, ApiError 429 when the queue is full and 413 for more tokens than it can ever hold,
+        ScoringFailed when `run` fails.
+        """
         loop = asyncio.get_running_loop()
         prepared = await loop.run_in_executor(self._preparing, prepare)
         if not prepared:
             return []
         tokens = sum(one.num_tokens for one in prepared)
-        if self._queue and self._queued_tokens + tokens > self.max_queued_tokens:
+        if tokens > self.max_queued_tokens:
+            raise ApiError(413, f"{tokens} tokens, at most {self.max_queued_tokens} a request", type="too_large")
+        if self._queued_tokens + tokens > self.max_queued_tokens:
             raise self.full(f"{self._queued_tokens} tokens wait already, and these are {tokens} more")
         job = _Job(prepared, tokens, loop.create_future())
         self._number += 1

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, StrictInt, model_validator
 from starlette.responses import JSONResponse, Response
 
 from rlalign.reward.server.calibrations import InForce
-from rlalign.reward.server.errors import invalid
+from rlalign.reward.server.errors import ApiError, invalid
 from rlalign.reward.server.service import Service
 from rlalign.reward.server.wire import ERRORS, Body, Str, Whole
 
@@ -104,7 +104,8 @@ def _described(in_force: InForce) -> Response:
 
 async def _label(service: Service, labels: list[Label]) -> LabelsAnswer:
     if len(labels) > service.settings.max_items:
-        raise invalid(f"{len(labels)} labels, at most {service.settings.max_items} a request", "labels")
+        said = f"{len(labels)} labels, at most {service.settings.max_items} a request"
+        raise ApiError(413, said, type="too_large", param="labels")
     total = LabelsAnswer(accepted=0, duplicates=0, revised=0, unknown=[])
     named = [one for one in labels if one.id is not None]
     plain = [one for one in labels if one.id is None]

@@ -63,20 +63,29 @@ class Calibrations:
         self._thread = ThreadPoolExecutor(1, "rlalign-drift")
         self._now = 0
 
+    def begin_with(self, document: Json) -> None:
+        """Put a document in force before any request. Raises ValueError where `replace` would raise ApiError."""
+        try:
+            loaded = self._read(document)
+        except ApiError as error:
+            raise ValueError(f"calibration: {error.detail}") from error
+        self._watch(loaded.calibrator)
+        self.in_force = loaded
+
     async def replace(self, document: Json) -> InForce:
         """Put a calibration document in force for every request that comes in from now on.
 
         Raises ApiError 409 when it is for another model, 400 when it is not a calibration document.
         """
         loaded = await self._in_thread(lambda: self._read(document))
-        await self._in_thread(lambda: self._watch(loaded.calibrator))
-        self.in_force = loaded
+        self._thread.submit(self._watch, loaded.calibrator).add_done_callback(_logged)
+        self.in_force = loaded  # no await since the line above: a cancelled request swaps both or neither
         log.info("calibration %s is in force", loaded.id)
         return loaded
 
     def remember(self, used: InForce, ids: Sequence[str], logits: Sequence[float], policy_version: int | None) -> None:
         """Note scores whose labels may come later."""
-        if self._monitor is None or not ids:
+        if not used.given or not ids:
             return
         self._thread.submit(self._remember, used, ids, logits, policy_version).add_done_callback(_logged)
 
@@ -159,7 +168,7 @@ class Calibrations:
         info, name = self._info, self._settings.model_name
         named = msgspec.structs.replace(info, id=name) if name == calibrator.model_.id else info
         try:
-            require_same_model(calibrator, named, what="PUT /v1/calibration")
+            require_same_model(calibrator, named, what="the document")
         except CalibrationMismatchError as error:
             raise _mismatch(str(error)) from error
         self._try(calibrator)
@@ -180,4 +189,4 @@ def _mismatch(message: str) -> ApiError:
 
 def _logged(done: Future[None]) -> None:
     if not done.cancelled() and (error := done.exception()):
-        log.error("drift monitor: a score was not remembered", exc_info=error)
+        log.error("the drift monitor failed", exc_info=error)

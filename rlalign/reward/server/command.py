@@ -6,15 +6,20 @@ import json
 import logging
 import os
 import signal
+import socket
+import tempfile
 from argparse import ArgumentParser, Namespace
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlalign.reward.server.settings import ServerSettings
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from rlalign.reward.calibration.file import Json
+    from rlalign.reward.model_info import ModelInfo
 
 KEY_VARIABLE = "RLALIGN_API_KEY"
 LIMITS = {
@@ -34,14 +39,14 @@ log = logging.getLogger("rlalign.server")
 def add_options(parser: ArgumentParser) -> None:
     """The command line of `rlalign serve`."""
     defaults = {field.name: field.default for field in fields(ServerSettings)}
-    parser.add_argument(
-        "model", help="a transformers folder or hub id: sequence classifier, cross-encoder or causal LM"
-    )
+    parser.add_argument("model", help="a transformers folder or hub id, or tiny:untied for the demo's own")
     parser.add_argument("--host", default=defaults["host"], help="default %(default)s; any other needs an API key")
     parser.add_argument("--port", type=int, default=defaults["port"], help="default %(default)s")
     parser.add_argument("--model-name", help="what clients call the model (default: as given)")
     parser.add_argument(
-        "--calibration", type=Path, metavar="FILE", help="from rlalign calibrate; without it scores are raw"
+        "--calibration",
+        metavar="FILE",
+        help="from rlalign calibrate, or `own`: beside the weights; without it scores are raw",
     )
     parser.add_argument(
         "--label-token-ids",
@@ -70,19 +75,21 @@ def run(arguments: Namespace) -> int:
     settings = ServerSettings(
         host=arguments.host,
         port=arguments.port,
-        model_name=arguments.model_name,
+        model_name=arguments.model_name or arguments.model,
         api_key=api_key(arguments.api_key_file),
         params=None if labels is None else ScoringParams(label_token_ids=labels),
         **{name: getattr(arguments, name) for name in LIMITS},
     )
+    logging.basicConfig(
+        level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
     return serve(
         arguments.model,
         settings,
-        calibration_file=arguments.calibration,
+        calibration=arguments.calibration,
         revision=arguments.revision,
         dtype=arguments.dtype,
         device=arguments.device,
-        log_level=arguments.log_level,
     )
 
 
@@ -90,68 +97,90 @@ def serve(
     model: str,
     settings: ServerSettings,
     *,
-    calibration_file: Path | None = None,
+    calibration: str | None = None,
     revision: str | None = None,
     dtype: str = "auto",
     device: str = "cpu",
-    log_level: str = "info",
 ) -> int:
     """Serve a transformers model until a signal. Returns 0 after a full drain, 1 where requests were cut off.
 
-    Raises ValueError on a model, a calibration or settings that cannot be served, OSError where the port is taken.
+    model: a folder, a hub id, or tiny:untied / tiny:tied for the demo's own. calibration: a file, or "own" for the one beside
+    the model's weights. Raises ValueError on what cannot be served, OSError where the address is taken, both before the
+    server listens.
     """
-    import uvicorn
-
     from rlalign.reward.hf_scorer import HFScorer
     from rlalign.reward.server.app import create_app
 
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    document = None if calibration_file is None else _document(calibration_file)
-    scorer = HFScorer(model, revision=revision, dtype=dtype, device=device, max_batch_tokens=settings.max_batch_tokens)
+    listener = bound(settings.host, settings.port)  # first: a model may take minutes to load
+    path = _folder(model)
+    scorer = HFScorer(path, revision=revision, dtype=dtype, device=device, max_batch_tokens=settings.max_batch_tokens)
+    document = None if calibration is None else _document(calibration, Path(path), scorer.info, settings)
     app = create_app(scorer, settings, document)
+    info, address = scorer.info, listener.getsockname()
+    log.info("%s: %s, %s, task %s", settings.model_name or info.id, info.architecture, info.dtype, info.tasks[0])
+    log.info("http://%s:%d/docs; calibration %s", address[0], address[1], app.state.service.calibrations.in_force.id)
+    return until_signal(app, settings, listener)
+
+
+def until_signal(app: FastAPI, settings: ServerSettings, listener: socket.socket) -> int:
+    """Answer until SIGTERM or SIGINT, then what has been accepted. Returns the exit code; see `serve`."""
+    import uvicorn
+
+    drain_s = max(1, round(settings.drain_s))
     config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        timeout_graceful_shutdown=max(1, round(settings.drain_s)),
-    )
-    info = scorer.info
-    log.info(
-        "%s (%s, %s), task %s; http://%s:%d/docs",
-        info.id,
-        info.architecture,
-        info.dtype,
-        info.tasks[0],
-        settings.host,
-        settings.port,
+        app, access_log=False, log_config=None, server_header=False, timeout_graceful_shutdown=drain_s
     )
     server = uvicorn.Server(config)
-    signal.signal(
-        signal.SIGTERM, lambda *_: None
-    )  # uvicorn raises it once more after the drain, which then was asked for
-    server.run()
-    if not server.started:
-        return 1
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it once more after the drain that it asked for
+    server.run(sockets=[listener])
     if app.state.service.batcher.busy_since is not None:
-        log.error(
-            "the drain of %g s was not enough: a batch is still running and its requests are cut off", settings.drain_s
-        )
+        log.error("a batch still runs after %g s: whoever waits for it is cut off", settings.drain_s)
         logging.shutdown()
         os._exit(1)  # an ordinary exit would wait for the batch's thread
-    return 0
+    return 0 if server.started else 1
 
 
 def api_key(file: Path | None) -> str | None:
     """From a file, or from RLALIGN_API_KEY; never from the command line, which every user of the machine can read."""
-    if file is not None:
-        return file.read_text().strip()
-    return os.environ.get(KEY_VARIABLE)
+    return os.environ.get(KEY_VARIABLE) if file is None else file.read_text().strip()
 
 
-def _document(file: Path) -> Json:
+def bound(host: str, port: int) -> socket.socket:
+    """A socket on the address, not listening yet. Raises OSError where it is taken."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+    return listener
+
+
+def _folder(model: str) -> str:
+    if not model.startswith("tiny:"):
+        return model
+    from rlalign.reward.training.tiny import cached_reward_model
+
+    return str(cached_reward_model(model.removeprefix("tiny:"), report=log.info))
+
+
+def _document(calibration: str, folder: Path, info: ModelInfo, settings: ServerSettings) -> Json:
+    """The content of a calibration file. The one beside the weights is bound to the name they are served under."""
+    from rlalign.reward.calibration import Calibrator
+    from rlalign.reward.identity import identity_of, require_same_model
+    from rlalign.reward.training.quality import CALIBRATION
+
+    if calibration != "own":
+        return _json(Path(calibration))
+    calibrator = Calibrator.load(folder / CALIBRATION)
+    require_same_model(calibrator, info, what="--calibration own", same_folder=True)
+    with tempfile.TemporaryDirectory(prefix="rlalign-") as temporary:
+        file = Path(temporary) / CALIBRATION
+        calibrator.save(file, model=replace(identity_of(info), id=settings.model_name or info.id))
+        return _json(file)
+
+
+def _json(file: Path) -> Json:
     try:
         return json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

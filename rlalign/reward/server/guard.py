@@ -63,6 +63,9 @@ class Guard:
         except TimeoutError:
             if status == UNANSWERED:
                 await response(self._late())(scope, receive, named)
+        except asyncio.CancelledError:  # by uvicorn, when the drain is over; the task ends here anyway
+            if status == UNANSWERED:
+                await response(_ending())(scope, receive, named)
         except Exception:
             log.exception("request %s failed", request_id)
             if status == UNANSWERED:
@@ -105,13 +108,14 @@ class Guard:
         limit = self._settings.max_body_bytes
         parts: list[bytes] = []
         size = int(announced) if announced is not None and announced.isdigit() else 0
-        more = size <= limit
+        got, more = 0, size <= limit
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
             parts.append(message.get("body", b""))
-            size = sum(map(len, parts))
+            got += len(parts[-1])
+            size = max(size, got)
             more = message.get("more_body", False) and size <= limit
         if size > limit:
             raise ApiError(
@@ -145,3 +149,7 @@ class Guard:
     def _late(self) -> ApiError:
         seconds = self._settings.request_timeout_s
         return ApiError(504, f"no answer within {seconds:g} s; the request was given up", type="timeout")
+
+
+def _ending() -> ApiError:
+    return ApiError(503, "the server is ending and cannot answer any more; ask another one", type="shutting_down")

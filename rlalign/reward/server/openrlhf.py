@@ -49,7 +49,7 @@ def router(service: Service) -> APIRouter:
             given = getattr(body, name)
             if given is not None and len(given) != len(body.query):
                 raise invalid(f"{name}: {len(given)} entries for {len(body.query)} queries", name)
-        ask = Ask(pairs=[("", body.query)], params=service.params, calibration=service.calibration(None))
+        ask = Ask(pairs=[("", body.query)], params=service.params, calibration=service.calibration(None, service.task))
         scored = await service.score(ask, f"reward-{request.state.request_id}")
         (result,) = scored.results
         judge = scored.task == "generative"

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from rlalign.reward.server.metrics import ServerMetrics
     from rlalign.reward.server.settings import ServerSettings
 
+SCORED_TASKS = ("classify", "token_classify", "generative")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
@@ -81,12 +83,17 @@ class Service:
         """Of requests that name none."""
         return self.params.task or self.scorer.info.tasks[0]
 
-    def calibration(self, asked: bool | None) -> InForce | None:
-        """What calibrates a request that says `asked` (None: whenever one is in force). Raises ApiError 400 without one."""
+    def calibration(self, asked: bool | None, task: str) -> InForce | None:
+        """What calibrates a request that says `asked` (None: whenever one is in force).
+
+        Raises ApiError 400 where it was asked for and there is none, or nothing to calibrate.
+        """
         in_force = self.calibrations.in_force
+        if asked and task not in SCORED_TASKS:
+            raise invalid(f"task {task!r} gives no scores that could be calibrated", "calibrate")
         if asked and not in_force.given:
             raise invalid("no calibration is in force; PUT one to /v1/calibration, or leave calibrate out", "calibrate")
-        return in_force if in_force.given and asked is not False else None
+        return in_force if in_force.given and asked is not False and task in SCORED_TASKS else None
 
     async def score(self, ask: Ask, request_id: str) -> Scored:
         """Scores of every item of every pair. Raises ApiError."""

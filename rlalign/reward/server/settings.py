@@ -19,8 +19,9 @@ class ServerSettings:
     model_name: what clients call the model; None: the scorer's own id. api_key: asked of every request but /health and the
     documentation, as `Authorization: Bearer KEY`. params: defaults of every request, such as a judge's label_token_ids.
     max_batch_tokens: budget of one forward pass; a single larger request still runs, alone. max_requests, max_queued_tokens:
-    beyond these 429. max_items and max_body_bytes: beyond these 413. request_timeout_s: from the first byte of a request to
-    its answer. drain_s: what requests in flight get after SIGTERM. drift_window, drift_min_labels: see DriftMonitor.
+    beyond these 429 (413 for one request of more tokens than may ever wait). max_items, max_body_bytes: beyond these 413.
+    request_timeout_s: from the first byte of a request to its answer. drain_s: what requests in flight get after SIGTERM.
+    drift_window, drift_min_labels: see DriftMonitor.
     """
 
     host: str = "127.0.0.1"

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse
 
 from rlalign.reward.server.errors import invalid
-from rlalign.reward.server.service import Ask, Scored, Service
+from rlalign.reward.server.service import SCORED_TASKS, Ask, Scored, Service
 from rlalign.reward.server.wire import (
     ERRORS,
     Body,
@@ -111,15 +111,17 @@ def ask(body: ScoreBody, service: Service) -> Ask:
     if sum(map(bool, (body.apply_softmax, body.use_activation, body.calibrate))) > 1:
         raise invalid("ask for one of apply_softmax, use_activation and calibrate: each makes the probabilities")
     items = [body.items] if isinstance(body.items, str) else body.items
-    generative = (body.task or service.task) == "generative"
-    calibration = service.calibration(False if body.apply_softmax or body.use_activation else body.calibrate)
-    own = _judging(body, calibrated=calibration is not None) if generative else _classifying(body, service)
+    task = body.task or service.task
+    if body.apply_softmax and task not in SCORED_TASKS:
+        raise invalid(f"task {task!r} has no labels to share a softmax", "apply_softmax")
+    calibration = service.calibration(False if body.apply_softmax or body.use_activation else body.calibrate, task)
+    own = _judging(body, calibrated=calibration is not None) if task == "generative" else _classifying(body, service)
     return Ask(
         pairs=[(body.query, items)],
         params=with_params(service.params, _given(body) | own),
         model=body.model,
         calibration=calibration,
-        softmax_temperature=body.temperature if body.apply_softmax and not generative else None,
+        softmax_temperature=body.temperature if body.apply_softmax and task != "generative" else None,
         policy_version=body.policy_version,
     )
 

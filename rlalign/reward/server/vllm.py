@@ -215,7 +215,9 @@ def _listed(texts: Texts) -> list[AnyText]:
 def _ask(body: _Common, service: Service, pairs: list[tuple[AnyText, list[AnyText]]], item_limit: int) -> Ask:
     if body.use_activation is False and body.calibrate:
         raise invalid("calibrate makes probabilities and use_activation=false asks for logits", "calibrate")
-    calibration = service.calibration(False if body.use_activation is False else body.calibrate)
+    if service.task not in ("classify", "generative"):
+        raise invalid(f"this model's task is {service.task!r}: it has no score an item; use /v1/score")
+    calibration = service.calibration(False if body.use_activation is False else body.calibrate, service.task)
     given: dict[str, object] = {
         "truncate_prompt_tokens": body.truncate_prompt_tokens,
         "max_tokens_per_item": item_limit or None,

@@ -51,11 +51,12 @@ def load(path: Path, *, seed: int) -> tuple[RewardNetwork, PreTrainedTokenizerBa
 
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} is not a Hugging Face folder (no config.json there)")
-    torch.manual_seed(seed)  # of the new head
     shown = logging.get_verbosity()
     logging.set_verbosity_error()  # that the head is new is what was asked for
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # of the new head
+            model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
     except ValueError as error:
         raise ValueError(f"{path}: transformers has no sequence classifier of this architecture ({error})") from error
     finally:

@@ -6,10 +6,14 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from rlalign.reward.training import RECORD, Labelled, Recipe, train_reward_model, write_rows
 from rlalign.tasks import load_task
@@ -23,7 +27,8 @@ if TYPE_CHECKING:
     Progress = Callable[[str], None]
 
 RECIPE_VERSION = 1  # raised whenever this file makes another model from the same recipe
-SAMPLES = "samples.jsonl"
+SAMPLES, FOLDER = "samples.jsonl", "reward_models"
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,24 +58,41 @@ class TinyRewardRecipe:
 
 
 def cached_reward_model(kind: str, *, report: Progress = lambda _: None) -> Path:
-    """The folder of the default reward model of a tiny policy, "untied" or "tied". Raises ValueError on another kind."""
+    """The folder of the default reward model of a tiny policy, "untied" or "tied".
+
+    Made in a process of its own, without the launcher's variables: accelerate would take the ranks of the run for its own.
+    Raises ValueError on another kind, RuntimeError when that process fails.
+    """
     if kind not in ("untied", "tied"):
         raise ValueError(f"unknown tiny reward model {kind!r}; choose untied or tied")
-    recipe = TinyRewardRecipe(policy=TinyRecipe(tied=kind == "tied"))
-    return make_tiny_reward_model(cache_root().parent, recipe, progress=report)
+    folder = cache_root().parent / FOLDER / TinyRewardRecipe(policy=TinyRecipe(tied=kind == "tied")).folder
+    if (folder / RECORD).is_file():
+        return folder
+    alone = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+    command = [sys.executable, "-m", "rlalign.reward.training.tiny", kind]
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(command, env=alone, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            for line in process.stdout:
+                report(line.rstrip())
+        errors.seek(0)
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed with {process.returncode}: {errors.read()[-2000:]}")
+    return folder
 
 
 def make_tiny_reward_model(root: Path, recipe: TinyRewardRecipe, *, progress: Progress = lambda _: None) -> Path:
-    """The folder that `recipe` describes under root/reward_models; sampled, verified and trained if it is not there yet.
+    """The folder that `recipe` describes under root; sampled, verified and trained if it is not there yet.
 
     The samples lie in it as samples.jsonl. Raises as `make_tiny_policy` and `train_reward_model`.
     """
-    folder = root / "reward_models" / recipe.folder
+    folder = root / FOLDER / recipe.folder
     if (folder / RECORD).is_file():
         return folder
     policy = make_tiny_policy(root / "policies", recipe.policy, progress=progress)
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{recipe.folder}-", dir=folder.parent))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # makes the model a function of the recipe
     try:
         progress(f"tiny reward model: sampling {recipe.samples} completions of {recipe.policy.train_size} prompts")
         rows = verified_samples(policy, recipe)
@@ -86,6 +108,7 @@ def make_tiny_reward_model(root: Path, recipe: TinyRewardRecipe, *, progress: Pr
             if not (folder / RECORD).is_file():  # else another process was faster, with the same model
                 raise
     finally:
+        torch.set_num_threads(threads)
         shutil.rmtree(work, ignore_errors=True)
     return folder
 
@@ -105,8 +128,7 @@ def verified_samples(policy: Path, recipe: TinyRewardRecipe) -> list[Labelled]:
 
 
 def _sampled(policy: Path, prompts: list[Prompt], recipe: TinyRewardRecipe, *, at_once: int = 1024) -> list[str]:
-    """One completion of each prompt at temperature 1. One seeded thread makes them a function of the recipe."""
-    import torch
+    """One completion of each prompt at temperature 1."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     tokenizer = AutoTokenizer.from_pretrained(policy)
@@ -125,3 +147,11 @@ def _sampled(policy: Path, prompts: list[Prompt], recipe: TinyRewardRecipe, *, a
             )
             texts += tokenizer.batch_decode(written[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
     return texts
+
+
+if __name__ == "__main__":
+    make_tiny_reward_model(
+        cache_root().parent,
+        TinyRewardRecipe(policy=TinyRecipe(tied=sys.argv[1] == "tied")),
+        progress=lambda line: print(line, flush=True),
+    )

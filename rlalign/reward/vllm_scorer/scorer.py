@@ -18,6 +18,7 @@ from rlalign.reward.params import ScoringParams
 from rlalign.reward.reward_func import Scoring
 from rlalign.reward.vllm_scorer import worker
 from rlalign.reward.vllm_scorer.engine_info import engine_info
+from rlalign.rollout import versions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
     from rlalign.reward.result import ScoreResult
     from rlalign.reward.scorer import Text
+
+OLDEST = (0, 32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +55,11 @@ class VLLMScorer(Scoring):
 
     def __init__(self, llm: LLM) -> None:
         """Take over a running engine. States before the head need one that `VLLMScorer.start` made."""
+        import vllm
+
         self.tokenizer = None if llm.model_config.skip_tokenizer_init else llm.get_tokenizer()
         extended = llm.llm_engine.vllm_config.parallel_config.worker_extension_cls == worker.EXTENSION
+        _require_errors(vllm.__version__)
         pools = llm.runner_type == "pooling"
         opened = llm.collective_rpc("rlalign_open_pooler") if extended and pools else None
         self.info = engine_info(llm, self.tokenizer, opened)
@@ -78,6 +84,7 @@ class VLLMScorer(Scoring):
         enforce_eager: bool = True,
         tensor_parallel_size: int = 1,
         gpu_memory_utilization: float = 0.9,
+        cpu_kv_cache_gib: int = 1,
         seed: int = 0,
     ) -> Self:
         """Start an engine on a Hugging Face folder, in this process where vLLM's environment does not say otherwise.
@@ -88,6 +95,9 @@ class VLLMScorer(Scoring):
 
         for name, value in EMBEDDED_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(cpu_kv_cache_gib))
+        if enforce_eager:  # vLLM would compile a helper for seconds at a judge's first request
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         from vllm import LLM
         from vllm.config import PoolerConfig
 
@@ -189,6 +199,16 @@ class VLLMScorer(Scoring):
         if self.info.already_calibrated:  # the engine's affine map is undone; `scores` apply it again, or another one
             values = values.double() * (pooler.logit_sigma or 1.0) + (pooler.logit_mean or 0.0)
         return Answer(values=values.numpy().astype(np.float32), state=state, **facts)
+
+
+def _require_errors(version: str) -> None:
+    """Raise RuntimeError on a vLLM that this was not run on; on an older one a failed request might pass for a score."""
+    versions.require_supported(version)
+    if versions.parse(version) < OLDEST:
+        raise RuntimeError(
+            f"VLLMScorer needs vLLM {OLDEST[0]}.{OLDEST[1]} or newer, got {version}: it was not shown on older ones that a failed "
+            "request is told from a score. Use HTTPScorer or HFScorer there"
+        )
 
 
 def _pooling(kind: type, params: ScoringParams, sequence: TokenSequence) -> object:

@@ -1,0 +1,114 @@
+"""Out-of-tree layers of exact mode: each behaves like vLLM's own unless its engine was built exact."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.custom_op import CustomOp, PluggableLayer, op_registry_oot
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+
+from rlalign import exact
+from rlalign.rollout.exact import enabled
+
+
+class ExactLinearMethod(UnquantizedLinearMethod):
+    """The weight stays as it was loaded, and products are blocked."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Nothing is packed."""
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return exact.linear(x, layer.weight, bias)
+
+
+class ExactHeadMethod(UnquantizedEmbeddingMethod):
+    """Logits in float32 from a body of any dtype."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Nothing is packed."""
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return exact.linear(x, layer.weight, bias, dtype=torch.float32)
+
+
+class ExactRMSNorm(RMSNorm):
+    """The residual is added and rounded first; then transformers' formula."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.exact = enabled()
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if not self.exact:
+            return super().forward(x) if residual is None else super().forward(x, residual)
+        if residual is None:
+            return exact.rms_norm(x, self.weight, self.variance_epsilon)
+        total = residual + x
+        return exact.rms_norm(total, self.weight, self.variance_epsilon), total
+
+
+class ExactRotaryEmbedding(RotaryEmbedding):
+    """Rope in transformers' order of roundings."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.exact = enabled()
+        if self.exact and not (self.is_neox_style and self.rotary_dim == self.head_size):
+            raise RuntimeError("exact mode knows rope over whole heads in NeoX order only")
+
+    def forward(self, positions: Tensor, query: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        if not self.exact:
+            return super().forward(positions, query, key)
+        cos, sin = self._match_cos_sin_cache_dtype(query).index_select(0, positions.flatten()).chunk(2, dim=-1)
+        cos_ND, sin_ND = torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+        turned = [
+            None if x is None else exact.rotate(x.view(len(x), -1, self.head_size), cos_ND, sin_ND).reshape(x.shape)
+            for x in (query, key)
+        ]
+        return turned[0], turned[1]
+
+
+def _with_method(parent: type[PluggableLayer], method: type, plain: type) -> type[PluggableLayer]:
+    """A subclass whose unquantized products are exact in engines built so."""
+
+    def init(self: PluggableLayer, *args: object, **kwargs: object) -> None:
+        parent.__init__(self, *args, **kwargs)
+        if enabled():
+            if type(self.quant_method) is not plain:
+                raise RuntimeError(f"exact mode computes plain weights only; {parent.__name__} has {type(self.quant_method).__name__}")
+            self.quant_method = method()
+
+    return type(f"Exact{parent.__name__}", (parent,), {"__init__": init, "__doc__": method.__doc__})
+
+
+LINEARS = (ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, ReplicatedLinear, RowParallelLinear)
+CLASSES: dict[type, type] = {
+    RMSNorm: ExactRMSNorm,
+    RotaryEmbedding: ExactRotaryEmbedding,
+    ParallelLMHead: _with_method(ParallelLMHead, ExactHeadMethod, UnquantizedEmbeddingMethod),
+    **{parent: _with_method(parent, ExactLinearMethod, UnquantizedLinearMethod) for parent in LINEARS},
+}
+
+
+def register() -> None:
+    """Put every class into its slot. Idempotent. Raises RuntimeError for a slot that somebody else holds."""
+    for parent, ours in CLASSES.items():
+        holder = op_registry_oot.get(parent.__name__)
+        if holder is None:
+            _register(parent, ours)
+        elif holder is not ours:
+            raise RuntimeError(f"exact mode: vLLM's slot for {parent.__name__} is held by {holder.__module__}.{holder.__qualname__}")
+
+
+def _register(parent: type[CustomOp] | type[PluggableLayer], ours: type) -> None:
+    parent.register_oot(ours)

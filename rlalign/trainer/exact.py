@@ -1,0 +1,73 @@
+"""Exact mode of the trainer's model: transformers computing with `rlalign.exact`, for diagnosis without gradients.
+
+Suffixes: B sequences, H heads, G key/value heads, L padded length, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from rlalign import exact
+
+NAME = "rlalign_exact"  # of our function in transformers' registries of attention and masks
+
+
+class ExactLinear(nn.Linear):
+    """Blocked products."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dtype == torch.float64:
+            return super().forward(input)  # the wide reference of attribution
+        return exact.linear(input, self.weight, self.bias)
+
+
+class ExactHead(nn.Linear):
+    """Logits in float32 from a body of any dtype."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dtype == torch.float64:
+            return super().forward(input)
+        return exact.linear(input, self.weight, self.bias, dtype=torch.float32)
+
+
+def make_exact(network: PreTrainedModel) -> PreTrainedModel:
+    """Let this model compute exactly from now on: its linear layers, its head, its attention. Returns it.
+
+    Norms, rope, activations and embeddings already are what `rlalign.exact` copies. Raises ValueError for layers that are not
+    plain linear ones.
+    """
+    exact.require_reproducible()
+    head = network.get_output_embeddings()
+    for name, module in network.named_modules():
+        if type(module) is nn.Linear:
+            module.__class__ = ExactHead if module is head else ExactLinear
+        elif any(p.ndim == 3 for p in module.parameters(recurse=False)):
+            raise ValueError(f"exact mode knows no fused experts: {name} is a {type(module).__name__}")
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    network.set_attn_implementation(NAME)
+    return network
+
+
+def attention(
+    module: nn.Module,
+    query_BHLD: Tensor,
+    key_BGLD: Tensor,
+    value_BGLD: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    **options: object,
+) -> tuple[Tensor, None]:
+    """Plain causal attention of right-padded sequences. Raises ValueError for any other mask."""
+    if mask is not None:
+        allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+        if bool(allowed.triu(1).any()) or not bool(allowed[:, :, 0].all()) or options.get("sliding_window"):
+            raise ValueError("exact mode knows causal masks over right-padded sequences only")
+    parts = [
+        exact.attend(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), first=0, scale=scaling)
+        for q, k, v in zip(query_BHLD, key_BGLD, value_BGLD, strict=True)
+    ]
+    return torch.stack(parts), None

@@ -1,0 +1,50 @@
+"""rlalign serve: what is refused before it listens."""
+
+from __future__ import annotations
+
+import socket
+
+from transformers import Qwen3ForSequenceClassification
+
+from rlalign.cli import main
+from rlalign.reward.calibration import ModelIdentity, PlattCalibrator
+from rlalign.reward.server.command import KEY_VARIABLE, api_key
+from tests.test_reward_server_sglang import qwen, save
+
+
+def test_other_addresses_need_a_key_on_the_command_line_too(capsys, monkeypatch):
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    assert main(["serve", "no/model", "--host", "0.0.0.0"]) == 2
+    assert "no API key is set" in capsys.readouterr().err
+
+
+def test_a_taken_port_is_found_before_the_model_is_loaded(capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert main(["serve", "no/model", "--port", str(port)]) == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+
+
+def test_a_calibration_of_another_model_is_refused_before_it_listens(capsys, tmp_path):
+
+    model = save(Qwen3ForSequenceClassification(qwen(num_labels=1)), tmp_path / "rm")
+    file = tmp_path / "c.json"
+    PlattCalibrator().fit([-3.0, -1.0, 0.5, 2.0] * 20, [0, 0, 1, 1, 0, 1, 0, 1] * 10).save(
+        file, model=ModelIdentity(id="some/other")
+    )
+    assert main(["serve", model, "--port", "0", "--calibration", str(file)]) == 2
+    assert "fitted on another model" in capsys.readouterr().err
+    file.write_text("{")
+    assert main(["serve", model, "--port", "0", "--calibration", str(file)]) == 2
+    assert "not a calibration file" in capsys.readouterr().err
+
+
+def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, "from the environment")
+    (tmp_path / "key").write_text("from a file\n")
+    assert api_key(tmp_path / "key") == "from a file"
+    assert api_key(None) == "from the environment"
+    monkeypatch.delenv(KEY_VARIABLE)
+    assert api_key(None) is None

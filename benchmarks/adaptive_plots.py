@@ -52,7 +52,7 @@ def families(path: Path, rows: dict[str, list[Judged]], of_N: np.ndarray) -> Non
         axis.bar(np.arange(len(FAMILIES)) + i * width, values, width, color=colour, label=name)
     axis.set_xticks(np.arange(len(FAMILIES)) + 0.4 - width / 2, list(FAMILIES))
     axis.set_ylabel("ECE within the family")
-    axis.legend(fontsize=8, frameon=False)
+    axis.legend(fontsize=8, frameon=False, ncols=len(SHOWN), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     _finish(figure, path)
 
 

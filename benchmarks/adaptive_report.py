@@ -77,25 +77,28 @@ def method_table(rows: dict[str, list[Judged]], prompt_N: np.ndarray, of_N: np.n
 
 def verdict(rows: dict[str, list[Judged]], prompt_N: np.ndarray, of_N: np.ndarray) -> str:
     """The default head against the best of the others, by ECE over everything, within families, and by Brier score."""
-    ours = rows[DEFAULT]
     measures = {
         "ECE": lambda j, i: ece(j.top_N[i], j.right_N[i]),
         "Brier": lambda j, i: brier_score(j.top_N[i], j.right_N[i]),
     }
     if len(set(of_N)) > 1:
         measures["ECE within a family"] = lambda j, i: within(j.top_N[i], j.right_N[i], of_N[i])
-    everything = np.arange(len(prompt_N))
-    lines = []
-    for what, measure in measures.items():
-        others = {name: measure(rows[name][0], everything) for name in BASELINES}
-        other = min(others, key=others.get)
-        mine = average(ours, lambda j: measure(j, everything))
-        low, high = paired(lambda i: measure(ours[0], i) / measure(rows[other][0], i) - 1, prompt_N)
-        lines.append(
-            f"- {what}: {DEFAULT} {mine:.4f}, the best of the others ({other}) {others[other]:.4f}: "
-            f"{mine / others[other] - 1:+.0%} (95 %: {low:+.0%} to {high:+.0%})"
-        )
-    return "\n".join(lines)
+    return "\n".join(f"- {what}: {against_the_best(rows, measure, prompt_N)}" for what, measure in measures.items())
+
+
+def against_the_best(
+    rows: dict[str, list[Judged]], measure: Callable[[Judged, np.ndarray], float], prompt_N: np.ndarray
+) -> str:
+    """The default head, the best baseline, and the change from the one to the other."""
+    ours, everything = rows[DEFAULT], np.arange(len(prompt_N))
+    others = {name: measure(rows[name][0], everything) for name in BASELINES}
+    other = min(others, key=others.get)
+    mine = average(ours, lambda j: measure(j, everything))
+    low, high = paired(lambda i: measure(ours[0], i) / measure(rows[other][0], i) - 1, prompt_N)
+    return (
+        f"{DEFAULT} {mine:.4f}, the best of the others ({other}) {others[other]:.4f}: "
+        f"{mine / others[other] - 1:+.0%} (95 %: {low:+.0%} to {high:+.0%})"
+    )
 
 
 def paired(change: Callable[[np.ndarray], float], prompt_N: np.ndarray) -> tuple[float, float]:
@@ -203,7 +206,7 @@ RL, calibrations are fitted on teacher-forced tokens of reference answers and ju
 The policy is the tiny two-digit addition policy after 120 steps of GRPO on 512 problems. Families of problems:
 {families}. Each gives {fit} problems to fit on, {validation} to validate on and {test} to judge on; baselines are fitted
 on the first two together. ECE has 15 equal-width bins; intervals resample prompts. Confidence is the probability of the most likely
-token, right when that is the reference's. ATS rows average three seeds of the head.
+token, right when that is the reference's. ATS rows with our loss average three seeds of the head where a range is given.
 
 ## Where miscalibration depends on context: {problems} problems of all families, {tokens} tokens
 

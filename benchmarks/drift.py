@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import drift_runs
@@ -18,7 +20,7 @@ import drift_simulation
 import numpy as np
 
 from rlalign.tracking.environment import snapshot
-from rlalign.tracking.record import RunRecord
+from rlalign.tracking.record import RunRecord, read_run
 
 RESULTS = Path(__file__).parent / "results"
 SAMPLES = 256  # of one step of the demo
@@ -26,20 +28,43 @@ COLORS = {"rm": "#c8501e", "verifier": "#0b62a8", "accuracy": "#2a8c5a"}
 
 
 def main() -> None:
-    """Run everything; see the module's text."""
+    """Run everything that the work folder does not hold; see the module's text."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("runs/drift-benchmark"), help="the runs; emptied first")
+    parser.add_argument("--work", type=Path, default=Path("runs/drift-benchmark"))
+    parser.add_argument("--keep", action="store_true", help="go on with what the work folder holds; else it is emptied")
+    parser.add_argument("--until", choices=("runs", "page"), default="page", help="runs: stop before the simulation")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--simulated-runs", type=int, default=30)
+    parser.add_argument("--simulated-runs", type=int, default=40)
     arguments = parser.parse_args()
-    began = time.monotonic()
-    shutil.rmtree(arguments.work, ignore_errors=True)
-    simulated = drift_simulation.tables(arguments.simulated_runs, processes=2)
-    model = drift_runs.reward_model(arguments.work.resolve() / "reward_model")
-    records = {name: drift_runs.run(name, model, arguments.work.resolve()) for name in drift_runs.RUNS}
+    work = arguments.work.resolve()
+    if not arguments.keep:
+        shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    seconds: dict[str, float] = {}
+    with timed(seconds, "reward model"):
+        model = drift_runs.reward_model(work / "reward_model")
+    for name in drift_runs.RUNS:
+        with timed(seconds, name):
+            drift_runs.run(name, model, work)
+    if arguments.until == "runs":
+        return
+    table = work / "simulated.md"
+    with timed(seconds, "simulation"):
+        if not table.exists():
+            table.write_text(drift_simulation.tables(arguments.simulated_runs, processes=2))
+    records = {name: read_run(work / name) for name in drift_runs.RUNS}
     plot(arguments.out / "drift.png", records)
-    (arguments.out / "drift.md").write_text(page(simulated, model, records, time.monotonic() - began))
-    print(f"{arguments.out / 'drift.md'}: {time.monotonic() - began:.0f} s")
+    (arguments.out / "drift.md").write_text(page(table.read_text(), model, records, sum(seconds.values())))
+    print(f"{arguments.out / 'drift.md'}")
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Says how long a part took."""
+    began = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - began
+    print(f"{name}: {seconds[name]:.0f} s", flush=True)
 
 
 def plot(path: Path, records: dict[str, RunRecord]) -> None:
@@ -121,9 +146,10 @@ def runs_table(stories: dict[str, drift_runs.Story]) -> str:
 
 
 def refits(record: RunRecord) -> str:
-    """The refits of a run as a list."""
-    said = [e["message"].split(": ", 1)[1] for e in record.events if e["kind"] == "drift/refit"]
-    return "\n".join(f"- {line}" for line in said)
+    """The refits of a run that were taken, and how many were not."""
+    said = [(e["step"], e["message"]) for e in record.events if e["kind"] == "drift/refit"]
+    taken = [f"- before step {step + 2}: {text.split(': ', 1)[1]}" for step, text in said if "(version" in text]
+    return "\n".join([*taken, f"- {len(said) - len(taken)} more refits left the calibration that was in force."])
 
 
 TEXT = """# The drift monitor: false alarms, delays, and a reward model that is hacked while it is watched
@@ -138,8 +164,9 @@ tenth on at every fifth).
 
 {simulated}
 
-The two worlds in italics are what happens to who leaves out `clusters` or `weight`. A change of 0.04 is within the limit of
-0.05, so that no `drift` is the right answer there.
+A calibration on 400 rows of 50 prompts is itself off by chance, so the alarms of that row are not all false. The two worlds in
+italics are what happens to who leaves out `clusters` or `weight`: noise becomes alarms, and a calibration that is right is
+blamed for how its labels were picked. A change of 0.04 is within the limit of 0.05: there, no `drift` is the right answer.
 
 ## A reward model under GRPO
 
@@ -157,6 +184,11 @@ Significantly: the mean of {trailing} samples (4 steps) is lower by more than th
 Shaded: yellow `warn`, red `drift`, grey too few labels since the last refit. Dotted: a new calibration.
 
 {refits}
+
+What a refit does here: where the score no longer tells right from wrong, the slope falls, down to a constant reward, and KL
+pulls the policy back towards what the reward model was trained on; once the score means something again, the next refit gives
+it its say back. It does not make the reward model better, and with `algo.normalize_std=true` it would do nearly nothing.
+One task, one reward model, one seed of each run; the table states what was seen in them.
 """
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import subprocess
@@ -42,7 +43,12 @@ class RewardModel:
 
 
 def reward_model(folder: Path) -> RewardModel:
-    """Trained on completions of `TRAINED` prompts, calibrated on those of `CALIBRATED` others: at step 0 both are right."""
+    """Trained on completions of `TRAINED` prompts, calibrated on those of `CALIBRATED` others: at step 0 both are right.
+
+    A folder that is there already is taken as it is.
+    """
+    if (about := folder / "about.json").exists():
+        return RewardModel(folder=folder, **json.loads(about.read_text()))
     policy, recipe = cached_policy("untied", report=print), TinyRecipe()
     task = load_task(
         recipe.task, recipe.task_params, train_size=recipe.train_size, eval_size=recipe.eval_size, seed=recipe.seed
@@ -61,7 +67,9 @@ def reward_model(folder: Path) -> RewardModel:
     labels = np.array([r.label for r in held])
     own = folder / "calibration.json"
     PlattCalibrator().fit(logits, labels).save(own, model=Calibrator.load(own).model_)
-    return RewardModel(folder=folder, labels=len(training), calibrated_on=len(held), auroc=auroc(logits, labels))
+    found = {"labels": len(training), "calibrated_on": len(held), "auroc": auroc(logits, labels)}
+    about.write_text(json.dumps(found))
+    return RewardModel(folder=folder, **found)
 
 
 def _verified(policy: Path, task: Task, prompts: list[Prompt], *, at_once: int = 1024) -> list[Labelled]:
@@ -86,9 +94,11 @@ def _verified(policy: Path, task: Task, prompts: list[Prompt], *, at_once: int =
     return rows
 
 
-def run(name: str, model: RewardModel, work: Path) -> RunRecord:
-    """One run of the demo with this reward model instead of the verifier, which only watches."""
+def run(name: str, model: RewardModel, work: Path) -> None:
+    """One run of the demo with this reward model instead of the verifier, which only watches; unless it is there already."""
     folder = work / name
+    if folder.exists() and read_run(folder).status == "finished":
+        return
     command = [
         str(Path(sys.executable).with_name("rlalign")), "train", "--config-name", "demo", *COMMON, *RUNS[name],
         f"reward.models.rm.path={model.folder}", f"name={name}", f"steps={STEPS}", f"output_dir={folder}",
@@ -96,7 +106,6 @@ def run(name: str, model: RewardModel, work: Path) -> RunRecord:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    return read_run(folder)
 
 
 @dataclass(frozen=True, kw_only=True)

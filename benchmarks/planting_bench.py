@@ -81,8 +81,9 @@ class Bench:
         self.engine.spec = replace(self.engine.spec, temperature=temperature)
 
     def put_right(self) -> None:
-        """Undo what the plant did."""
+        """Undo what the plant did, and forget keys and values from under it."""
         self.undo()
+        self.engine.reset_prefix_cache()
         self.undo = lambda: None
         self.engine.config.top_p = 1.0
         self.sample_at(1.0)

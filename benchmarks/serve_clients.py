@@ -15,6 +15,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -36,10 +37,9 @@ class Outcome:
     rss_mib: list[float] = field(default_factory=list)
 
     def summary(self, seconds: float) -> dict[str, object]:
-        """growth: MiB a minute over the last two thirds of the samples, least squares."""
-        late = self.rss_mib[len(self.rss_mib) // 3 :]
+        """memory: medians of the samples' middle and last third, and the least-squares slope over both."""
         p50, p99 = np.quantile(self.latencies_s or [np.nan], [0.5, 0.99]) * 1e3
-        return {
+        found = {
             "seconds": round(seconds, 1),
             "requests": self.requests,
             "items": self.items,
@@ -49,11 +49,14 @@ class Outcome:
             "requests_per_s": round(self.requests / seconds, 1),
             "p50_ms": round(p50, 1),
             "p99_ms": round(p99, 1),
-            "rss_mib": [round(late[0], 1), round(late[-1], 1)] if late else None,
-            "growth_mib_per_minute": round(float(np.polyfit(range(len(late)), late, 1)[0]) * 60, 2)
-            if len(late) > 2
-            else None,
         }
+        third = len(self.rss_mib) // 3
+        if third:
+            late = self.rss_mib[third:]
+            slope = float(np.polyfit(range(len(late)), late, 1)[0]) * 60
+            found["rss_mib"] = [round(median(self.rss_mib[third:-third]), 1), round(median(self.rss_mib[-third:]), 1)]
+            found["rss_slope_mib_per_minute"] = round(slope, 2)
+        return found
 
 
 @dataclass(frozen=True)

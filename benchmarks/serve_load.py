@@ -27,7 +27,8 @@ HEADER = """# `rlalign serve` under load
 Written by `python benchmarks/serve_load.py MODE --write`. A random Qwen3 classifier (2 layers, 64 hidden, 4 labels, float32) in a
 server process of its own, one thread; the clients share the machine. Requests have one to eight items. wrong: answers that are
 not those of their own items (tolerance 1e-4, no two answers are closer than ten times that). lost: requests that ended neither
-in an answer nor in an error. failed: by HTTP status; 0 is a connection that broke or was refused.
+in an answer nor in an error. failed: by HTTP status; 0 is a connection that broke or was refused (clients try again every 50 ms
+while there is no server). rss_mib: of the server, medians of the middle and the last third of the time.
 """
 
 

@@ -16,7 +16,9 @@ KEYS = 64  # keys summed at once
 ELEMENTS = 2**22  # of an intermediate result
 
 
-def linear(input_NK: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
+def linear(
+    input_NK: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None, *, dtype: torch.dtype | None = None
+) -> Tensor:
     """input @ weight.T + bias in float32, rounded once to `dtype` (the input's by default). Leading dimensions are kept."""
     flat_NK, outputs = input_NK.reshape(-1, input_NK.shape[-1]).float(), weight_MK.shape[0]
     blocks = _padded(weight_MK.float(), BLOCK).view(-1, BLOCK, weight_MK.shape[1]).transpose(1, 2)
@@ -74,6 +76,12 @@ def rms_norm(hidden_ND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     return weight_D * wide_ND.to(hidden_ND.dtype)
 
 
+def silu(gate: Tensor) -> Tensor:
+    """x / (1 + exp(-x)) in float32. torch's own gives the last few elements of a tensor other bits than the rest."""
+    wide = gate.float()
+    return (wide / (1 + (-wide).exp())).to(gate.dtype)
+
+
 def require_reproducible() -> None:
     """Raise RuntimeError where this machine's kernels give a row other bits at another place of a block."""
     generator = torch.Generator().manual_seed(0)
@@ -84,7 +92,9 @@ def require_reproducible() -> None:
         turned = linear(rows.roll(7, 0), weight.roll(3, 0)).roll(-7, 0).roll(-3, 1)
         alone = torch.cat([linear(row[None], weight) for row in rows])
         if not (torch.equal(whole, turned) and torch.equal(whole, alone)):
-            raise RuntimeError("exact mode: matrix products of this machine depend on where a row lies; no bitwise agreement to be had")
+            raise RuntimeError(
+                "exact mode: matrix products of this machine depend on where a row lies; no bitwise agreement to be had"
+            )
 
 
 def _padded(rows: Tensor, multiple: int) -> Tensor:

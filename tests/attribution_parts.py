@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -63,7 +61,3 @@ def rollout_names() -> dict[str, str]:
 
 def mapping(network: nn.Module) -> ModelMap:
     return match(rollout_names(), module_names(network), BUILT_IN)
-
-
-def ranks(folder: Path) -> Path:
-    return folder / "rank0"

@@ -175,10 +175,10 @@ def test_one_wrong_feature_is_named(tmp_path):
 
 def test_a_scalar_per_token_is_not_taken_for_a_bias(tmp_path):
     """A router's weight, rounded once, moves all features of its token alike; over tokens it averages out."""
-    values = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
-    scalar = 1 + 1e-7 * torch.randn(300, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    values = torch.randn(100, 2048, generator=torch.Generator().manual_seed(0))
+    scalar = 1 + 1e-6 * torch.randn(100, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     one, other = recording(tmp_path / "a", values), recording(tmp_path / "b", (values.double() * scalar).float())
-    assert bias(one, other, "p", (torch.arange(300), torch.arange(300)), width=64).where == ""
+    assert bias(one, other, "p", (torch.arange(100), torch.arange(100)), width=2048).where == ""
 
 
 def test_equal_activations_are_evidence_once(tmp_path):

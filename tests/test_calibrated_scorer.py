@@ -124,6 +124,18 @@ def test_identity_leaves_the_logits_and_says_so():
     assert result.calibration_id == "identity"
 
 
+def test_a_run_finishes_with_the_calibrator_that_it_began_with(monkeypatch):
+    steep, flat = platt(3.0, 0.0), platt(0.1, 1.0)
+    scorer = with_calibration(scorer_of("one_label"), steep)
+    run = scorer.scorer.run
+    monkeypatch.setattr(scorer.scorer, "run", lambda requests: scorer.swap(flat) or run(requests))
+    results = scorer.run([scorer.prepare(QUERY, [item]) for item in ITEMS])
+    assert {result.calibration_id for result in results} == {steep.calibration_id}
+    for result in results:
+        np.testing.assert_allclose(result.scores, sigmoid(3.0 * np.array(result.logits)), rtol=1e-6)
+    assert scorer.info.calibration_id == flat.calibration_id
+
+
 def test_every_result_of_a_swap_under_load_carries_the_one_calibrator_that_made_it():
     steep, flat = platt(3.0, 0.0), platt(0.1, 1.0)
     scorer = with_calibration(scorer_of("one_label"), steep)

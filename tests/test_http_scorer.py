@@ -81,6 +81,14 @@ def test_token_ids_are_sent_as_they_are(serve, name):
     assert server.scored() == before
 
 
+@pytest.mark.parametrize("name", ["vllm", "sglang"])
+def test_token_ids_are_cut_here(serve, name):
+    scorer, _ = serve(DIALECTS[name])
+    result = scorer.score([5, 6], [[7, 8, 9], [10]], ScoringParams(truncate_prompt_tokens=3, max_tokens_per_item=2))
+    assert rewards(result) == pytest.approx([logit([6, 7, 8]), logit([5, 6, 10])])
+    assert result.prompt_tokens == [3, 3] and result.truncated == [True, False]
+
+
 @pytest.mark.parametrize("name", ["tei", "infinity", "openrlhf"])
 def test_text_servers_refuse_token_ids(serve, name):
     scorer, server = serve(DIALECTS[name])
@@ -98,7 +106,9 @@ def test_text_servers_refuse_token_ids(serve, name):
         ("tei", ScoringParams(max_tokens_per_item=5), "no word for max_tokens_per_item"),
         ("vllm", ScoringParams(return_pooled_hidden_states=True), "VLLMScorer does"),
         ("vllm", ScoringParams(task="generative", label_token_ids=[1, 2]), "the model supports classify"),
-        ("sglang", ScoringParams(step_tag_id=3), "no word for step_tag_id"),
+        ("vllm", ScoringParams(max_tokens_per_item=2), "no word for max_tokens_per_item"),
+        ("sglang", ScoringParams(truncate_prompt_tokens=9), "no word for truncate_prompt_tokens"),
+        ("sglang", ScoringParams(step_tag_id=3), "not a parameter of this task"),
         ("tei", ScoringParams(truncate_prompt_tokens=5), "the server cuts to 64 tokens or not at all"),
     ],
 )
@@ -222,6 +232,11 @@ def test_known_logits_are_proof(serve):
     known = KnownLogits(query=QUERY, items=ITEMS[:3], logits=want()[:3])
     scorer, _ = serve(DIALECTS["vllm"], known_logits=known)
     assert not scorer.info.already_calibrated
+    for nothing in (KnownLogits(query="", items=[], logits=[]), KnownLogits(query="", items=["a"], logits=[0.0])):
+        with pytest.raises(ValueError, match="prove nothing"):
+            serve(DIALECTS["vllm"], known_logits=nothing)
+    with pytest.raises(ValueError, match="6 items for 5 logits"):
+        serve(DIALECTS["vllm"], known_logits=KnownLogits(query=QUERY, items=ITEMS, logits=want()[:5]))
     with pytest.raises(ValueError, match="known_logits item 0 is .*, the server gives"):
         serve(http_servers.vllm(mean=0.5, sigma=2.0), known_logits=known)
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1] / "rlalign"
 LEVELS = {
     0: {"types", "config", "install_check", "exits"},
     1: {
-        "head", "head_cache", "products", "logprobs", 
+        "exact", "head", "head_cache", "products", "logprobs", 
         "mismatch", "corrections", "presets", "surrogate", "losses", "objective", "advantages", "ranks",
         "reward.calibration", "reward.adaptive", "reward.metrics",
     },

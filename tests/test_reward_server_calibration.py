@@ -231,6 +231,24 @@ def test_a_failed_item_cannot_be_labelled(tmp_path):
         assert http.post("/v1/labels", json=labels).json()["unknown"] == [f"{answer['id']}/2"]
 
 
+def test_a_score_from_before_a_swap_is_not_judged_by_the_calibration_after_it(tmp_path):
+    gate = threading.Event()
+    answers: list[dict] = []
+    with serving(HashScorer(release=gate)) as url, httpx.Client(base_url=url) as http:
+        first = http.put("/v1/calibration", json=document(tmp_path)).json()["calibration_id"]
+        body = {"query": "q", "items": ["a"]}
+        asking = threading.Thread(target=lambda: answers.append(http.post("/v1/score", json=body, timeout=30).json()))
+        asking.start()
+        while not http.get("/health").json()["batch_seconds"]:
+            pass
+        second = http.put("/v1/calibration", json=document(tmp_path, slope=3.0)).json()["calibration_id"]
+        gate.set()
+        asking.join()
+        assert (answers[0]["calibration_id"], second != first) == (first, True)
+        labels = {"labels": [{"id": f"{answers[0]['id']}/0", "label": 1}]}
+        assert http.post("/v1/labels", json=labels).json()["unknown"] == [f"{answers[0]['id']}/0"]
+
+
 BAD_LABELS = {
     "neither": {"label": 1},
     "both": {"id": "score-1/0", "logit": 0.5, "label": 1},

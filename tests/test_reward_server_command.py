@@ -1,13 +1,15 @@
-"""rlalign serve: what is refused before it listens."""
+"""rlalign serve and its settings: what is refused before it listens."""
 
 from __future__ import annotations
 
 import socket
 
+import pytest
 from transformers import Qwen3ForSequenceClassification
 
 from rlalign.cli import main
 from rlalign.reward.calibration import ModelIdentity, PlattCalibrator
+from rlalign.reward.server import ServerSettings
 from rlalign.reward.server.command import KEY_VARIABLE, api_key
 from tests.test_reward_server_sglang import qwen, save
 
@@ -48,3 +50,27 @@ def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
     assert api_key(None) == "from the environment"
     monkeypatch.delenv(KEY_VARIABLE)
     assert api_key(None) is None
+
+
+def test_other_addresses_need_a_key():
+    for host in ("0.0.0.0", "::", "10.0.0.3", "example.org"):
+        with pytest.raises(ValueError, match="no API key is set"):
+            ServerSettings(host=host)
+    for host in ("127.0.0.1", "::1", "localhost", "127.8.8.8"):
+        assert ServerSettings(host=host).api_key is None
+    assert "correct horse" not in repr(ServerSettings(api_key="correct horse"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_items": 0},
+        {"request_timeout_s": 0},
+        {"request_timeout_s": float("nan")},
+        {"port": 70_000},
+        {"api_key": "short"},
+    ],
+)
+def test_settings_that_cannot_work(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        ServerSettings(**changes)

@@ -88,7 +88,8 @@ def test_a_failed_document_comes_last_with_its_reason(http):
 
 
 def test_classify_gives_the_distribution_of_each_text():
-    with client(HashScorer(classifier(labels=3))) as http:
+    scorer = HashScorer(classifier(labels=3))
+    with client(scorer) as http:
         for given, texts in (("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2]], [[1], [2]])):
             empty = "" if isinstance(texts[0], str) else []
             expected = np.array([[fingerprint(empty, text, k) for k in range(3)] for text in texts])
@@ -98,7 +99,11 @@ def test_classify_gives_the_distribution_of_each_text():
             assert [entry["num_classes"] for entry in data] == [3] * len(texts)
             raw = posted(http, "/classify", input=given, use_activation=False)["data"]
             np.testing.assert_allclose([entry["probs"] for entry in raw], expected, rtol=1e-6)
-        assert "returns one number" in refused(http, "/score", queries="q", documents="a")
+        before = len(scorer.batches)
+        for path, body in (("/score", {"queries": "q", "documents": "a"}), ("/rerank", {"query": "q", "documents": "a"}),
+                           ("/get_reward", {"query": ["a"]})):  # fmt: skip
+            assert "returns one number" in refused(http, path, **body)
+        assert len(scorer.batches) == before
 
 
 def test_rewards_are_raw_logits_in_the_shape_that_openrlhf_reads(http):

@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 import httpx
 import pytest
@@ -88,7 +89,7 @@ def in_parallel(http: httpx.Client, bodies: list[dict], gate: threading.Event) -
     return answers
 
 
-def wait_for(true: object) -> None:
+def wait_for(true: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 20
     while not true():
         assert time.monotonic() < deadline, "it did not happen"
@@ -119,9 +120,9 @@ def test_a_full_queue_says_when_to_come_back():
     ):
         answers: list[httpx.Response] = []
         threads = [threading.Thread(target=lambda: answers.append(http.post("/v1/score", json=BODY))) for _ in range(2)]
-        for thread in threads:
-            thread.start()
+        threads[0].start()
         wait_for(lambda: http.get("/health").json()["batch_seconds"] > 0)
+        threads[1].start()
         wait_for(lambda: http.get("/health").json()["queued_requests"] == 1)
         response = http.post("/v1/score", json=BODY)
         assert error(response, 429)["type"] == "queue_full"
@@ -189,22 +190,24 @@ def test_a_client_that_leaves_is_not_computed_for():
         assert 'status="499"' in http.get("/metrics").text
 
 
-class ShortScorer(HashScorer):
-    """Loses a result, or an item of one."""
+class MiscountingScorer(HashScorer):
+    """Loses a result, or an item of one, or gives one too many."""
 
     def run(self, requests):
         results = super().run(requests)
         if any("lost result" in r.items for r in requests):
             return results[:-1]
+        if any("one more" in r.items for r in requests):
+            return [*results, results[0]]
         return [
             self._answer(self.prepare(r.query, r.items[:-1])) if "lost item" in r.items else a
             for r, a in zip(requests, results, strict=True)
         ]
 
 
-@pytest.mark.parametrize("items", [["lost result"], ["a", "lost item"]])
-def test_a_scorer_that_loses_answers_gives_no_answer_at_all(items):
-    with client(ShortScorer()) as http:
+@pytest.mark.parametrize("items", [["lost result"], ["a", "lost item"], ["one more"]])
+def test_a_scorer_that_miscounts_gives_no_answer_at_all(items):
+    with client(MiscountingScorer()) as http:
         error(http.post("/v1/score", json={"query": "q", "items": items}), 500)
         assert http.post("/v1/score", json=BODY).json()["scores"] == [[fingerprint("q", "a")]]
 
@@ -227,30 +230,6 @@ def test_a_key_is_asked_of_every_path_but_health_and_the_documentation():
         ):
             error(http.post("/v1/score", json=BODY, headers={"Authorization": wrong}), 401)
         assert http.post("/v1/score", json=BODY, headers=right).status_code == 200
-
-
-def test_other_addresses_need_a_key():
-    for host in ("0.0.0.0", "::", "10.0.0.3", "example.org"):
-        with pytest.raises(ValueError, match="no API key is set"):
-            ServerSettings(host=host)
-    for host in ("127.0.0.1", "::1", "localhost", "127.8.8.8"):
-        assert ServerSettings(host=host).api_key is None
-    assert "correct horse" not in repr(ServerSettings(api_key="correct horse"))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"max_items": 0},
-        {"request_timeout_s": 0},
-        {"request_timeout_s": float("nan")},
-        {"port": 70_000},
-        {"api_key": "short"},
-    ],
-)
-def test_settings_that_cannot_work(changes):
-    with pytest.raises(ValueError, match=next(iter(changes))):
-        ServerSettings(**changes)
 
 
 def test_a_scorer_that_calibrates_by_itself_is_refused():

@@ -64,9 +64,10 @@ def test_pointwise_is_the_cross_entropy_of_soft_labels_and_weights_are_repetitio
     p = rewards.double().sigmoid().numpy()
     want = -(labels.numpy() * np.log(p) + (1 - labels.numpy()) * np.log(1 - p))
     assert pointwise_loss(rewards, labels).item() == pytest.approx(want.mean(), rel=1e-6)
-    twice = pointwise_loss(rewards[[0, 0, 1, 2]], labels[[0, 0, 1, 2]])
-    weights = torch.tensor([2.0, 1.0, 1.0]) * 3 / 4  # mean 1
-    assert pointwise_loss(rewards, labels, weights_N=weights).item() == pytest.approx(twice.item())
+    twice, weights = [0, 0, 1, 2], torch.tensor([2.0, 1.0, 1.0]) * 3 / 4  # mean 1
+    assert pointwise_loss(rewards, labels, weights_N=weights).item() == pytest.approx(
+        pointwise_loss(rewards[twice], labels[twice]).item()
+    )
 
 
 @pytest.mark.parametrize(
@@ -149,9 +150,8 @@ def test_mixed_precision_stops_before_the_head(base):
     """A reward in bf16 has eight bits: differences between good answers would be rounded away."""
     network, tokenizer = load(base, seed=1)
     texts = [("a question", f" answer {i}") for i in range(8)]
-    batch = padded(
-        tokenised(tokenizer, texts, max_length=64, chat=False, model="base"), pad_token_id=0, device=torch.device("cpu")
-    )
+    ids = tokenised(tokenizer, texts, max_length=64, chat=False, model="base")
+    batch = padded(ids, pad_token_id=0, device=torch.device("cpu"))
     plain = network(*batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = network(*batch)
@@ -179,11 +179,6 @@ def test_chats_are_tokenised_as_hf_scorer_does(base, tmp_path):
         [[{"role": "user", "content": "q"}]], [[{"role": "assistant", "content": "a"}]]
     )
     np.testing.assert_allclose(ours, chat.logits[0], atol=1e-5)
-
-
-def test_a_folder_that_cannot_become_a_reward_model_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no config.json there"):
-        load(tmp_path, seed=0)
 
 
 # the optimisation
@@ -253,10 +248,8 @@ def test_batches_that_do_not_divide_are_refused():
 @pytest.fixture(scope="module", params=["pairs", "labels"])
 def trained(request, base, tmp_path_factory):
     out = tmp_path_factory.mktemp(request.param) / "rm"
-    recipe = Recipe(epochs=4, **SMALL)
-    record = train_reward_model(
-        rows_of(), base=base, out=out, objective=request.param, recipe=recipe, say=lambda line: None
-    )
+    options = {"objective": request.param, "recipe": Recipe(epochs=4, **SMALL), "say": lambda line: None}
+    record = train_reward_model(rows_of(), base=base, out=out, **options)
     return out, record
 
 
@@ -280,6 +273,8 @@ def test_the_calibration_in_the_folder_is_of_these_scores_and_this_model(trained
 
 
 def test_nothing_is_overwritten_and_pairs_have_no_labels(base, tmp_path):
+    with pytest.raises(ValueError, match="no config.json there"):
+        load(tmp_path, seed=0)
     with pytest.raises(ValueError, match="exists; choose another folder"):
         train_reward_model(rows_of(), base=base, out=tmp_path, objective="pairs", recipe=Recipe(**SMALL))
     pairs = [Pair(prompt=f"{i}", chosen="a", rejected="b") for i in range(40)]
@@ -293,8 +288,14 @@ def test_preferences_alone_give_a_scale_and_no_level(base, tmp_path):
     pairs = [Pair(prompt=f"question {i}?", chosen=" yes", rejected=" no") for i in range(200)]
     pairs += [Pair(prompt=f"odd {i}?", chosen=" no", rejected=" yes") for i in range(40)]
     record = train_reward_model(
-        pairs, base=base, out=tmp_path / "rm", objective="pairs", recipe=Recipe(**SMALL), say=lambda line: None
+        pairs,
+        base=base,
+        out=tmp_path / "rm",
+        objective="pairs",
+        recipe=Recipe(**SMALL),
+        model_id="me/rm",
+        say=lambda _: None,
     )
     assert 0.5 < record["quality"]["pair_accuracy"] <= 1.0
     calibrator = Calibrator.load(tmp_path / "rm" / "calibration.json")
-    assert calibrator.method == "temperature" and calibrator.diagnostics_.pairs
+    assert calibrator.method == "temperature" and calibrator.diagnostics_.pairs and calibrator.model_.id == "me/rm"

@@ -1,4 +1,4 @@
-"""From what an engine answered, item by item, to a ScoreResult: for scorers whose model runs in vLLM or behind HTTP.
+"""From what a model answered, item by item, to a ScoreResult; every backend ends here.
 
 T tokens or steps, K labels, D hidden size.
 """

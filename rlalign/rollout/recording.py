@@ -117,10 +117,6 @@ class Recording:
         pieces = [self._piece(rank, point, rows) for rank in range(len(self._ranks)) if point in self._about[rank]]
         return join(pieces, width, point)
 
-    def read_piece(self, point: str, rows: Sequence[int] | Tensor, rank: int) -> Tensor:
-        """[len(rows), width of the piece]: what one rank recorded."""
-        return self._piece(rank, point, rows)
-
     @property
     def ranks(self) -> int:
         return len(self._ranks)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.activations import SiLUActivation
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from rlalign import exact
@@ -33,17 +34,28 @@ class ExactHead(nn.Linear):
         return exact.linear(input, self.weight, self.bias, dtype=torch.float32)
 
 
-def make_exact(network: PreTrainedModel) -> PreTrainedModel:
-    """Let this model compute exactly from now on: its linear layers, its head, its attention. Returns it.
+class ExactSilu(SiLUActivation):
+    """Without torch's silu."""
 
-    Norms, rope, activations and embeddings already are what `rlalign.exact` copies. Raises ValueError for layers that are not
-    plain linear ones.
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) if input.dtype == torch.float64 else exact.silu(input)
+
+
+def make_exact(network: PreTrainedModel) -> PreTrainedModel:
+    """Let this model compute exactly from now on: its linear layers, head, activations, attention. Returns it.
+
+    Norms, rope and embeddings already are what `rlalign.exact` copies. Raises ValueError for fused experts and for activations
+    other than silu.
     """
     exact.require_reproducible()
     head = network.get_output_embeddings()
     for name, module in network.named_modules():
         if type(module) is nn.Linear:
             module.__class__ = ExactHead if module is head else ExactLinear
+        elif type(module) is SiLUActivation:
+            module.__class__ = ExactSilu
+        elif type(module).__module__ == SiLUActivation.__module__ and not isinstance(module, SiLUActivation):
+            raise ValueError(f"exact mode knows silu only: {name} is {type(module).__name__}")
         elif any(p.ndim == 3 for p in module.parameters(recurse=False)):
             raise ValueError(f"exact mode knows no fused experts: {name} is a {type(module).__name__}")
     AttentionInterface.register(NAME, attention)

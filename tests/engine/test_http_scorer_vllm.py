@@ -68,7 +68,7 @@ def servers(tmp_path_factory):
 def _wait(process, url, folder) -> None:
     import httpx
 
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600  # four servers that import at once, perhaps on a busy machine
     while time.monotonic() < deadline:
         if process.poll() is not None:
             break

@@ -1,4 +1,4 @@
-"""Real servers under load: nothing lost, crossed or leaked; after kill -9 errors and never wrong scores; SIGTERM drains.
+"""Real servers under load: nothing lost, crossed or leaked; after kill -9 errors and never wrong scores.
 
 Shorter runs of benchmarks/serve_load.py, whose long ones are in benchmarks/results/serve.md.
 """
@@ -24,8 +24,8 @@ def test_two_hundred_clients_get_their_own_answers_and_memory_stays(tmp_path):
     found = run(tmp_path, "load", "--clients", "200", "--seconds", "10")
     assert (found["wrong"], found["lost"], found["failed"], found["exit_code"]) == (0, 0, {}, 0), found
     assert found["requests"] > 200
-    start, end = found["rss_mib"]
-    assert end < start + 20, found
+    middle, end = found["rss_mib"]
+    assert end < middle + 40, found  # activations come and go; a leak of 25 KiB a request would show
 
 
 def test_kill_9_gives_errors_and_never_a_wrong_score(tmp_path):
@@ -33,11 +33,4 @@ def test_kill_9_gives_errors_and_never_a_wrong_score(tmp_path):
     assert (found["wrong"], found["lost"], found["exit_code"]) == (0, 0, -9), found
     assert set(found["failed"]) == {"0"}, found
     assert found["before"] > 50, found
-    assert found["after"] > 50, found
-
-
-def test_sigterm_answers_what_it_has_accepted(tmp_path):
-    found = run(tmp_path, "drain", "--clients", "50", "--seconds", "6")
-    assert (found["wrong"], found["lost"], found["exit_code"]) == (0, 0, 0), found
-    assert set(found["failed"]) <= {"0"}, found
     assert found["after"] > 50, found

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,6 +47,12 @@ def slow_server(*, seconds: float, drain_s: float) -> Iterator[tuple[subprocess.
             process.kill()
 
 
+def wait_for(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen"
+
+
 def asked(url: str, count: int) -> tuple[list[threading.Thread], dict[int, object]]:
     """Clients that wait for one answer each; what each got: its scores, an error's code, or the name of what broke."""
     got: dict[int, object] = {}
@@ -59,16 +65,16 @@ def asked(url: str, count: int) -> tuple[list[threading.Thread], dict[int, objec
             got[i] = type(error).__name__
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(count)]
-    for thread in threads:
+    threads[0].start()
+    wait_for(lambda: httpx.get(f"{url}/health").json()["batch_seconds"] > 0)
+    for thread in threads[1:]:
         thread.start()
-    deadline = time.monotonic() + 10
-    while (health := httpx.get(f"{url}/health").json())["queued_requests"] < count - 1 or not health["batch_seconds"]:
-        assert time.monotonic() < deadline, health
+    wait_for(lambda: httpx.get(f"{url}/health").json()["queued_requests"] == count - 1)
     return threads, got
 
 
 def test_sigterm_answers_everything_that_was_accepted():
-    with slow_server(seconds=0.4, drain_s=10) as (process, url):
+    with slow_server(seconds=1.5, drain_s=10) as (process, url):
         threads, got = asked(url, 4)
         process.send_signal(signal.SIGTERM)
         for thread in threads:

@@ -35,7 +35,7 @@ TRAINING = [
     "--save-dtype",
     "float32",
 ]
-RUN = ["tracking=off", "rollout.prompts_per_step=16", "task.eval_size=64", "reward.verifier=0"]
+RUN = ["tracking=off", "rollout.prompts_per_step=16", "task.eval_size=64", "reward=tiny"]
 
 
 def python(*arguments, **options):
@@ -110,32 +110,38 @@ def server(reward_model, tmp_path):
     command = [sys.executable, "-m", "rlalign.cli", "serve", str(reward_model), "--port", str(port)]
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
     url = f"http://127.0.0.1:{port}"
-    for _ in range(300):
+    for _ in range(1200):
         try:
             urllib.request.urlopen(f"{url}/health", timeout=1)
             break
         except OSError:
             assert process.poll() is None, (tmp_path / "server.log").read_text()
             time.sleep(0.1)
+    else:
+        pytest.fail(f"the server did not come up: {(tmp_path / 'server.log').read_text()}")
     yield SimpleNamespace(url=url, process=process)
     process.kill()
     process.wait()
 
 
-def served(server, reward_model) -> str:
-    where = f"{{url: '{server.url}', model: {reward_model}, raw: true, timeout_s: 3, tokenizer: {reward_model}}}"
-    return f"+reward.models.rm={{server: {where}, shape: probability, calibration: {reward_model}/calibration.json, empty: -5.0}}"
+def served(server, reward_model) -> list[str]:
+    where = {"url": server.url, "model": reward_model, "raw": "true", "timeout_s": 3, "tokenizer": reward_model}
+    return [
+        "reward.models.rm.path=''",
+        f"reward.models.rm.calibration={reward_model}/calibration.json",
+        *(f"reward.models.rm.server.{name}={value}" for name, value in where.items()),
+    ]
 
 
 def test_a_served_model_gives_the_rewards_of_the_one_in_process(server, reward_model, learned, tmp_path):
-    run(tmp_path / "there", served(server, reward_model), steps=1)
+    run(tmp_path / "there", *served(server, reward_model), steps=1)
     here, there = rows_of(learned)[0], rows_of(tmp_path / "there")[0]
-    for key in ("reward/rm/raw_mean", "reward/rm/raw_std", "reward/mean", "train/loss", "train/grad_norm"):
+    for key in ("reward/rm/raw_mean", "reward/rm/raw_std", "reward/mean", "train/grad_norm"):
         assert there[key] == pytest.approx(here[key], abs=1e-4), key
 
 
 def test_a_server_killed_in_the_middle_gives_reasons_and_never_zeros(server, reward_model):
-    reward = SharedReward(load(compose("demo", [*RUN, served(server, reward_model)])), say=lambda line: None)
+    reward = SharedReward(load(compose("demo", [*RUN, *served(server, reward_model)])), say=lambda line: None)
     batch = [Sample(prompt="12 + 13 =", completion=f" {n}", verified=0.0, group=0, tokens=3) for n in range(20, 28)]
     assert reward(batch).known_B.all()
     os.kill(server.process.pid, signal.SIGKILL)
@@ -152,9 +158,8 @@ def test_two_ranks_train_the_model_of_one(samples, tmp_path):
     common = ["scripts/train_reward_model.py", "--rows", few, "--base", cached_policy("untied")]
     one = [*TRAINING[:2], "--micro-batch-size", "32", *TRAINING[4:]]
     python(*common, "--out", tmp_path / "one", *one)
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    python(*launch, *common, "--out", tmp_path / "two", *one, env=environment)
+    python(*launch, *common, "--out", tmp_path / "two", *one)
     from safetensors.torch import load_file
 
     alone, together = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))

@@ -184,7 +184,7 @@ def test_a_failed_request_is_an_error_where_vllm_gives_zero(scorers, monkeypatch
             error=RequestError("oom", "no memory"),
         )
         assert ScoringRequestOutput.from_base(outputs[1]).outputs.score == 0.0
-        outputs[2].outputs.data[:] = float("nan")
+        outputs[2].outputs.data = torch.full((1,), float("nan"))
         return outputs
 
     expected = ours.score(QUERY, ITEMS).rewards()

@@ -40,6 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--route", choices=(*ROUTES, "both"), default="both", help="prefill, decode, or both (default)")
     add("--mapping", type=Path, metavar="FILE", help="pairs of modules of an architecture that is not built in (YAML)")
     add("--rows", type=int, default=0, help="sequences in one forward of the trainer (default: the run's micro-batch)")
+    add("--exact", action="store_true", help="both sides in exact mode: bitwise equal on the CPU, and slow")
     add("--no-patch", action="store_true", help="leave out logprob attribution, two forwards a layer")
     add("--no-chunked", action="store_true", help="leave out the second engine that measures the floor of chunking")
     add("--any-weights", action="store_true", help="go on although the two sides hold different weights")
@@ -81,7 +82,7 @@ def run(config: Callable[[], RunConfig], arguments: argparse.Namespace) -> int:
 def _measured(source: Source, arguments: argparse.Namespace) -> tuple[Attribution, list[str]]:
     from dataclasses import replace
 
-    from rlalign.diagnose.attribution import sources
+    from rlalign.diagnose.attribution import exact_sides, sources
     from rlalign.diagnose.attribution.mapping import BUILT_IN, read_pairs
     from rlalign.diagnose.attribution.measure import measure
     from rlalign.diagnose.attribution.same_weights import require_same_weights
@@ -104,8 +105,14 @@ def _measured(source: Source, arguments: argparse.Namespace) -> tuple[Attributio
         )
     kinds = {"dtype": config.model.dtype.value, "head_dtype": head_dtype, "seed": config.seed}
     network = trainer_network(source.model, config.model.dtype.value)
-    engines = [VLLMEngine(source.model, rollout, **kinds)]
+    engines: list[VLLMEngine] = []
     try:
+        if arguments.exact:
+            kinds["head_dtype"] = exact_sides.prepare(network, rollout)
+            notes.append(
+                "exact mode: linear layers, lm_head, norms, rope and attention of both sides are those of rlalign.exact"
+            )
+        engines.append(VLLMEngine(source.model, rollout, **kinds))
         batch = source.batch
         if batch is None:
             batch = sources.sampled(
@@ -116,6 +123,8 @@ def _measured(source: Source, arguments: argparse.Namespace) -> tuple[Attributio
         if not arguments.no_chunked:
             small = replace(rollout, max_num_batched_tokens=CHUNK, max_num_seqs=CHUNK)
             engines.append(VLLMEngine(source.model, small, **kinds))
+        if arguments.exact:
+            exact_sides.require_exact(engines)
         found = measure(
             engines[0],
             network,
@@ -132,3 +141,4 @@ def _measured(source: Source, arguments: argparse.Namespace) -> tuple[Attributio
     finally:
         for engine in engines:
             engine.close()
+        exact_sides.end()

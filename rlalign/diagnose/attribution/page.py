@@ -13,6 +13,7 @@ from rlalign.tracking.files import write_atomic
 from rlalign.tracking.report_page import details, esc, figure, grid, num, page, prose, section, short, table
 
 MOST_ROWS = 400  # points in the table
+GAP = '<div style="height:22px"></div>'  # between the maps of two routes
 ATTENTION, MLP = "#0b62a8", "#e0a32e"  # colours of the two halves of a layer
 
 
@@ -25,8 +26,8 @@ def write(found: Attribution, notes: Sequence[str], out: Path) -> Path:
 def render(found: Attribution, notes: Sequence[str]) -> str:
     """The whole document."""
     about = (
-        f"{found.model} &middot; {found.body_dtype} body, {found.head_dtype} head &middot; tensor parallel {found.tensor_parallel} "
-        f"&middot; {found.sequences} sequences, {found.scored_tokens:,} scored tokens"
+        f"{esc(found.model)} &middot; {found.body_dtype} body, {found.head_dtype} head &middot; "
+        f"tensor parallel {found.tensor_parallel} &middot; {found.sequences} sequences, {found.scored_tokens:,} scored tokens"
     )
     parts = [
         '<p class="over">rlalign attribute</p><h1>Where the mismatch comes from</h1>',
@@ -36,8 +37,8 @@ def render(found: Attribution, notes: Sequence[str]) -> str:
     ]
     routes = found.routes.values()
     parts += [
-        section("Which step", "".join(_steps(route, found) for route in routes), STEPS),
-        section("Which position", "".join(_positions(route, found) for route in routes), POSITIONS),
+        section("Which step", GAP.join(_steps(route, found) for route in routes), STEPS),
+        section("Which position", GAP.join(_positions(route, found) for route in routes), POSITIONS),
         section("Whose logprobs", grid([_shares(r, found) for r in routes]) if found.logprob_share else "", SHARES),
         _experts(found),
         _tables(found),

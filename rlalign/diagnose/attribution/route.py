@@ -25,6 +25,7 @@ from rlalign.rollout.recording import POSITION, Recording
 from rlalign.rollout.teacher_forcing import Forced, Route
 from rlalign.types import RolloutBatch
 
+ROPE = ("q_rope", "k_rope")  # one rounded cosine turns every token of its position: their errors are not independent
 HEAT_POSITIONS = 160  # columns of the heat map; longer sequences are averaged into as many
 
 
@@ -57,7 +58,8 @@ def attribute_route(setup: Setup, route: Route, forced: Forced) -> RouteAttribut
         found = compared(forced.recording, setup.own, point, batch, width, route)
         rows = counted(forced.recording, isolated, point, batch, route)
         step = differences(forced.recording, isolated, point, rows, width=width)
-        tilt = bias(forced.recording, isolated, point, distinct(forced.recording, point, rows, batch), width=width)
+        fresh = distinct(forced.recording, point, rows, batch)
+        tilt = bias(forced.recording, isolated, point, fresh, width=width) if _kind(point) not in ROPE else Bias()
         rounding = compared(setup.own, setup.exact, point, batch, width)
         step_rounding = compared(isolated, exact, point, batch, width)
         points.append(_point(setup, point, found, step, tilt, rounding, step_rounding))
@@ -90,6 +92,11 @@ def attribute_route(setup: Setup, route: Route, forced: Forced) -> RouteAttribut
     )
 
 
+def _kind(point: str) -> str:
+    """ "q_rope" of "layers.3.q_rope"; a point outside the layers is its own kind."""
+    return point.rpartition(".")[2]
+
+
 def by_position(found: TokenDifferences, length: int) -> tuple[float | None, ...]:
     """Mean relative difference by position, neighbours together where there are more than a map can show."""
     bins = min(length, HEAT_POSITIONS)
@@ -108,12 +115,11 @@ def _point(
     rounding: TokenDifferences,
     step_rounding: TokenDifferences,
 ) -> PointDifference:
-    pair = next((p for p in setup.side.mapping.pairs if p.point == point), None)
     unit = one_unit(next(setup.side.network.parameters()).dtype)
     return PointDifference(
         point=point,
-        kind=point if pair is None else pair.kind,
-        layer=None if pair is None else pair.layer,
+        kind=_kind(point),
+        layer=int(point.split(".")[1]) if point != _kind(point) else None,
         tokens=len(found.rows_N3),
         absolute=Spread.of(found.absolute_N),
         relative=Spread.of(found.relative_N),

@@ -45,6 +45,9 @@ def verdict(found: Attribution) -> list[str]:
         delta = route.delta_logp
         size = f"{route.route}: mean |delta logp| {delta['abs_mean']:.2e}, largest {delta['abs_max']:.2e} nats"
         first = route.first_over_floor
+        if first is None and not delta["abs_max"]:
+            lines.append(f"{route.route}: every scored token has the same logprob on both sides, bit for bit.")
+            continue
         if first is None:
             lines.append(f"{size}. No step by itself differs by more than rounding explains{_shares(route)}.")
             continue

@@ -55,50 +55,58 @@ def calibrate_tokens(
     """Fit on some prompts, stop by others, print how it does on the rest, write `out`.
 
     Judged against T = 1 and against the best single temperature, fitted with the same loss on the same prompts. Returns
-    1, and writes nothing, when the Brier score on the test prompts is not below that of the single temperature: then
-    more numbers than one do harm or nothing. Raises ValueError on a folder, file or options that cannot be used.
+    1, and writes nothing, when the Brier score on the test prompts is not below that of the single temperature (of
+    T = 1 for the constant head): then it does harm or nothing. Raises ValueError on what cannot be used.
     """
-    rows = read_completions(data_file)
-    parts = split(rows, options)
+    parts = split(read_completions(data_file), options)
     sets = _batches(model_folder, parts, options)
-    one = AdaptiveTemperature(head="constant", objective=options.objective, training=options.training)
-    one.fit(sets["fit"], validation=sets["validation"])
-    calibrator = AdaptiveTemperature(
-        head=options.head, objective=options.objective, level=options.level, training=options.training
-    ).fit(sets["fit"], validation=sets["validation"], progress=lambda line: print(line, file=sys.stderr))
-    judged = _judge(sets["test"], {"T = 1": None, "one T": one, f"{options.head} head": calibrator})
+    fitted = {"one T" if head == "constant" else f"{head} head": _fit(head, sets, options)
+              for head in dict.fromkeys(("constant", options.head))}  # fmt: skip
+    *others, chosen = ("T = 1", *fitted)
+    calibrator = fitted[chosen]
+    judged = _judge(sets["test"], {"T = 1": None, **fitted})
     table = {name: _quality(each) for name, each in judged.items()}
-    fit = calibrator.diagnostics_
-    print(
-        f"{calibrator.calibration_id}: {options.head} head, loss {options.objective.loss}, a temperature per {options.level}"
-    )
-    print(
-        f"prompts: {', '.join(f'{len(part)} {name}' for name, part in parts.items())}; {fit.n} tokens fitted, epoch "
-        f"{fit.epoch} kept; T {' / '.join(f'{t:.2f}' for t in fit.temperature_quantiles)} "
-        f"(minimum, quartiles, "
-        f"maximum), {fit.clipped:.1%} at the range's ends; one T: {one.diagnostics_.temperature_quantiles[2]:.2f}"
-    )
+    print(_summary(calibrator, {name: len(part) for name, part in parts.items()}))
     print(_lines(table))
     if plot:
         diagrams = {name: reliability_diagram(c.top_N.double().clamp(0, 1), c.right_N) for name, c in judged.items()}
         write_reliability(plot, diagrams, title=f"tokens of {len(parts['test'])} test prompts")
         print(f"plot: {plot}")
     if json_path:
-        content = {"calibration_id": calibrator.calibration_id, "fit": fit.as_json(), "test": table}
+        fit = {name: each.diagnostics_.as_json() for name, each in fitted.items()}
+        content = {"calibration_id": calibrator.calibration_id, "fit": fit, "test": table}
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    if table[f"{options.head} head"]["brier"] >= table["one T"]["brier"] and options.head != "constant":
+    if table[chosen]["brier"] >= table[others[-1]]["brier"]:
         print(
-            f"On the test prompts the {options.head} head is no better than one temperature: {out} was not written. Fit "
-            "--head constant, or give it more prompts and more kinds of them."
+            f"On the test prompts {chosen} is no better than {others[-1]}: {out} was not written. Give it more prompts, "
+            "and more kinds of them, or take a head with fewer numbers (constant has one)."
         )
         return 1
-    model = ModelIdentity(
-        id=str(model_folder), revision=revision, dtype=str(sets["test"][0].hidden.dtype).removeprefix("torch.")
-    )
-    calibrator.save(out, model=model)
+    dtype = str(sets["test"][0].hidden.dtype).removeprefix("torch.")
+    calibrator.save(out, model=ModelIdentity(id=str(model_folder), revision=revision, dtype=dtype))
     print(f"calibration: {out}")
     return 0
+
+
+def _fit(head: Kind, sets: dict[str, Sequence[TokenBatch]], options: Options) -> AdaptiveTemperature:
+    calibrator = AdaptiveTemperature(
+        head=head, objective=options.objective, level=options.level, training=options.training
+    )
+    return calibrator.fit(
+        sets["fit"], validation=sets["validation"], progress=lambda line: print(f"{head}: {line}", file=sys.stderr)
+    )
+
+
+def _summary(calibrator: AdaptiveTemperature, prompts: dict[str, int]) -> str:
+    """What was fitted, and the temperatures it gives."""
+    fit = calibrator.diagnostics_
+    return (
+        f"{calibrator.calibration_id}: {calibrator.kind} head, loss {calibrator.objective.loss}, a temperature per "
+        f"{calibrator.level}; prompts: {', '.join(f'{count} {name}' for name, count in prompts.items())}\n"
+        f"{fit.n} tokens fitted, epoch {fit.epoch} kept; T {' / '.join(f'{t:.2f}' for t in fit.temperature_quantiles)} "
+        f"(minimum, quartiles, maximum), {fit.clipped:.1%} at the range's ends"
+    )
 
 
 def split(rows: Sequence[Completion], options: Options) -> dict[str, list[Completion]]:

@@ -27,12 +27,16 @@ if TYPE_CHECKING:
     from rlalign.reward.scorer import Text
 
 DialectName = Literal["auto", "vllm", "sglang", "tei", "infinity", "openrlhf"]
+CUTS = ("item_first", "truncate_prompt_tokens", "max_tokens_per_item")  # done while tokens are joined
 CLOSE = 1e-3  # relative; a logit that a second calibration would move moves by far more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnownLogits:
-    """Raw logits of the served model that the user has computed elsewhere: proof that the server adds nothing to them."""
+    """Raw logits of the served model, computed elsewhere: proof that the server adds nothing to them.
+
+    logits: of the first label, one an item, two or more.
+    """
 
     query: Text
     items: Sequence[Text]
@@ -89,16 +93,15 @@ class HTTPScorer(Scoring):
     def prepare(self, query: Text, items: Text | Sequence[Text], params: ScoringParams | None = None) -> HTTPRequest:
         """Check a request, and tokenise it where the client does. Raises ValueError before anything is sent."""
         params = params or ScoringParams()
-        self._refuse(params)
         resolved = params.verify(self.info)
         query, items = checked_inputs(query, items, self.info.vocab_size)
+        here = self._sequencer is not None and not (isinstance(query, str) and self.tokenizer is None)
+        self._refuse(params, here=here, text=isinstance(query, str))
         if not self._takes_ids and not isinstance(query, str):
             raise ValueError(f"{self.info.id}: the {self.dialect} server reads text here, got token ids")
         labels = resolved.label_ids(len(items)) if resolved.task == "generative" else []
-        sequences = None if self._sequencer is None else self._sequencer.sequences(query, items, resolved)
-        request = HTTPRequest(params=resolved, query=query, items=items, sequences=sequences, labels=labels)
-        self._check_lengths(request, given=params)
-        return request
+        sequences = self._sequencer.sequences(query, items, resolved) if here else None
+        return HTTPRequest(params=resolved, query=query, items=items, sequences=sequences, labels=labels)
 
     def run(self, requests: Sequence[HTTPRequest]) -> list[ScoreResult]:
         """Score prepared requests, several calls at a time."""
@@ -161,42 +164,29 @@ class HTTPScorer(Scoring):
         return [score_result(row, request.params, self.info) for row, request in zip(found, requests, strict=True)]
 
     def _make_sequencer(self) -> Sequencer | None:
-        if self.tokenizer is None or not self._dialect.takes_ids or not self.info.causal:
+        """Cuts and joins token ids, and text too where there is a tokenizer; None where the server reads query and item apart."""
+        if not self._dialect.takes_ids or not self.info.causal:
             return None
         return Sequencer(self.tokenizer, pairs=False, max_length=self.info.max_length, model=self.info.id)
 
-    def _refuse(self, params: ScoringParams) -> None:
+    def _refuse(self, params: ScoringParams, *, here: bool, text: bool) -> None:
+        """Raise InvalidParams on what neither this client nor the server can do. here: token ids are made in this client."""
         refused = [
             name
             for name in self._served.refuses
             if getattr(params, name) not in (None, False, getattr(self.info.pooler, name, None))
-            and not (
-                self._sequencer is not None and name in ("item_first", "truncate_prompt_tokens", "max_tokens_per_item")
-            )
+            and not (here and name in CUTS)
         ]
         if refused:
             raise InvalidParams(
                 f"{self.info.id}: the {self.dialect} server has no word for {', '.join(refused)}; leave them out",
                 refused,
             )
-
-    def _check_lengths(self, request: HTTPRequest, *, given: ScoringParams) -> None:
-        """Token ids that are too long, and text whose length only a server knows that cuts without saying so."""
-        if request.sequences is None and isinstance(request.query, str):
-            if self.dialect == "vllm" and request.params.task == "generative":
-                raise ValueError(
-                    f"{self.info.id}: vLLM's judge cuts text that is too long without saying so; give HTTPScorer the model's "
-                    "tokenizer, or pass token ids"
-                )
-            return
-        limit = self.info.max_length
-        for i in range(len(request.items)):
-            ids = request.ids(i) or []
-            if limit is not None and len(ids) > limit and given.truncate_prompt_tokens is None:
-                raise ValueError(
-                    f"item {i}: {len(ids)} tokens with its query, but {self.info.id} reads at most {limit}; shorten it, or ask "
-                    "for truncation with truncate_prompt_tokens=-1"
-                )
+        if text and not here and self.dialect == "vllm" and self.info.tasks == ("generative",):
+            raise ValueError(
+                f"{self.info.id}: vLLM's judge cuts text that is too long without saying so; give HTTPScorer the model's "
+                "tokenizer, or pass token ids"
+            )
 
     def _settle(self, stated: bool | None, known_logits: KnownLogits | None) -> None:
         """Decide whether scores arrive raw, and refuse contradictions. Without any proof they count as calibrated."""
@@ -214,6 +204,8 @@ class HTTPScorer(Scoring):
         self.info = msgspec.structs.replace(self.info, already_calibrated=already)
 
     def _compare(self, known_logits: KnownLogits) -> None:
+        if len(known_logits.logits) < 2:
+            raise ValueError(f"known_logits: {len(known_logits.logits)} logits prove nothing; give two or more")
         result = self.score(known_logits.query, known_logits.items)
         failed = [f"item {i}: {error}" for i, error in enumerate(result.errors) if error is not None]
         if failed or len(result) != len(known_logits.logits):

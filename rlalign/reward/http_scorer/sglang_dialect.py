@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 BATCH = 256
 OURS = "rlalign"  # owned_by in /v1/models
-SGLANG_REFUSES = ("step_tag_id", "returned_token_ids", "skip_reading_prefix_cache")
+SGLANG_REFUSES = (
+    "step_tag_id", "returned_token_ids", "skip_reading_prefix_cache", "truncate_prompt_tokens", "max_tokens_per_item",
+)  # fmt: skip
 OURS_REFUSES = ("skip_reading_prefix_cache",)
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 PROBE = [[1, 2, 3], [3, 2]]  # token ids that every vocabulary has
 SHAPES = {"classify": (-1,), "token_classify": (-1, -1), "embed": (-1,), "token_embed": (-1, -1)}
 BATCH = 256
+REFUSES = ("max_tokens_per_item", "step_tag_id", "returned_token_ids", "skip_reading_prefix_cache")
 
 
 class VLLMDialect:
@@ -51,7 +52,7 @@ class VLLMDialect:
             pooler=pooler,
             already_calibrated=pooler.logit_mean is not None or pooler.logit_sigma is not None,
         )
-        return Served(info=info, batch=BATCH, proof=proof)
+        return Served(info=info, batch=BATCH, refuses=REFUSES + (("item_first",) if pairs else ()), proof=proof)
 
     def calls(self, request: HTTPRequest, served: Served, span: range) -> list[Call]:
         """One call; a judge's needs one a label, since the server returns the first label's probability only."""

@@ -53,25 +53,25 @@ def error_of_bins(bins: BinStats, *, norm: Norm = "l1", debias: bool = False) ->
     gap_M = np.abs(bins.outcome_M - bins.confidence_M)
     if norm == "max":
         return float(gap_M.max())
-    if not debias:
-        return float(bins.share_M @ gap_M) if norm == "l1" else float(np.sqrt(bins.share_M @ gap_M**2))
-    return _debiased(bins, gap_M, norm)
+    if debias:
+        return float(debiased(gap_M, bins.outcome_M, bins.share_M, bins.effective_M, norm=norm))
+    return float(bins.share_M @ gap_M) if norm == "l1" else float(np.sqrt(bins.share_M @ gap_M**2))
 
 
-def _debiased(bins: BinStats, gap_M: Floats, norm: Norm) -> float:
+def debiased(gap_M: Floats, outcome_M: Floats, share_M: Floats, effective_M: Floats, *, norm: Norm) -> Floats:
+    """The debiased error of one set of bins, [M], or of many, [..., M]: reduces the last axis."""
     from scipy.special import ndtr
 
-    several_M = bins.effective_M > 1 + 1e-9
-    spread_M = bins.outcome_M * (1 - bins.outcome_M)
-    variance_M = np.divide(spread_M, bins.effective_M - (norm == "l2"), out=np.zeros_like(spread_M), where=several_M)
+    several_M = effective_M > 1 + 1e-9
+    spread_M = outcome_M * (1 - outcome_M)
+    variance_M = np.divide(spread_M, effective_M - (norm == "l2"), out=np.zeros_like(spread_M), where=several_M)
     if norm == "l2":
-        square = bins.share_M @ np.where(several_M, gap_M**2 - variance_M, 0.0)
-        return float(np.sqrt(max(square, 0.0)))
+        return np.sqrt(np.maximum((share_M * np.where(several_M, gap_M**2 - variance_M, 0.0)).sum(-1), 0.0))
     sd_M = np.sqrt(variance_M)
     z_M = np.divide(gap_M, sd_M, out=np.zeros_like(gap_M), where=sd_M > 0)
     folded_M = sd_M * np.sqrt(2 / np.pi) * np.exp(-(z_M**2) / 2) + gap_M * (1 - 2 * ndtr(-z_M))
     expected_M = np.where(sd_M > 0, folded_M, gap_M)
-    return float(max(bins.share_M @ (2 * gap_M - expected_M), 0.0))
+    return np.maximum((share_M * (2 * gap_M - expected_M)).sum(-1), 0.0)
 
 
 def classwise_ece(

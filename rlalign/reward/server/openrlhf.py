@@ -45,6 +45,7 @@ def router(service: Service) -> APIRouter:
     @paths.post("/get_reward", response_model=RewardAnswer, responses=ERRORS)
     async def get_reward(body: RewardBody, request: Request) -> JSONResponse:
         """One reward a sequence."""
+        service.require_one_number()
         for name in ("prompts", "labels"):
             given = getattr(body, name)
             if given is not None and len(given) != len(body.query):
@@ -54,7 +55,7 @@ def router(service: Service) -> APIRouter:
         (result,) = scored.results
         judge = scored.task == "generative"
         rows = [row[:1] if judge and row is not None else row for row in result.scores]
-        rewards = [one_number(*pair, service.model_name) for pair in zip(rows, result.errors, strict=True)]
+        rewards = [one_number(*pair) for pair in zip(rows, result.errors, strict=True)]
         logits = single_logits(result, generative=judge)
         answer = RewardAnswer(
             rewards=rewards,

@@ -95,6 +95,14 @@ class Service:
             raise invalid("no calibration is in force; PUT one to /v1/calibration, or leave calibrate out", "calibrate")
         return in_force if in_force.given and asked is not False and task in SCORED_TASKS else None
 
+    def require_one_number(self) -> None:
+        """Raise ApiError 400 unless the model gives an item one number, before anything is computed for nothing."""
+        labels = self.scorer.info.num_labels
+        if self.task not in ("classify", "generative") or (self.task == "classify" and labels != 1):
+            raise invalid(
+                f"this path returns one number an item; the model's task is {self.task} with {labels} labels; use /v1/score"
+            )
+
     async def score(self, ask: Ask, request_id: str) -> Scored:
         """Scores of every item of every pair. Raises ApiError."""
         self._check(ask)

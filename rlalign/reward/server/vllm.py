@@ -145,12 +145,11 @@ def router(service: Service) -> APIRouter:
     @paths.post("/score", response_model=ScoreAnswer, responses=ERRORS)
     async def score(body: ScoreBody, request: Request) -> JSONResponse:
         """One score a pair."""
+        service.require_one_number()
         first, second = _sides(body)
         request_id = f"score-{request.state.request_id}"
         scored = await service.score(_ask(body, service, _pairs(first, second), body.max_tokens_per_doc), request_id)
-        data = [
-            ScoreData(index=i, score=number, error=error) for i, (number, error) in enumerate(_numbers(scored, service))
-        ]
+        data = [ScoreData(index=i, score=number, error=error) for i, (number, error) in enumerate(_numbers(scored))]
         return _json(ScoreAnswer(**_head(scored, request_id, service), created=int(time.time()), data=data))
 
     @paths.post("/rerank", response_model=RerankAnswer, responses=ERRORS)
@@ -158,6 +157,7 @@ def router(service: Service) -> APIRouter:
     @paths.post("/v2/rerank", response_model=RerankAnswer, responses=ERRORS)
     async def rerank(body: RerankBody, request: Request) -> JSONResponse:
         """Documents by falling relevance; failed ones come last."""
+        service.require_one_number()
         documents = _listed(body.documents)
         request_id = f"rerank-{request.state.request_id}"
         scored = await service.score(
@@ -165,7 +165,7 @@ def router(service: Service) -> APIRouter:
         )
         results = [
             RerankResult(index=i, document=_document(documents[i]), relevance_score=number, error=error)
-            for i, (number, error) in enumerate(_numbers(scored, service))
+            for i, (number, error) in enumerate(_numbers(scored))
         ]
         results.sort(
             key=lambda result: -np.inf if result.relevance_score is None else result.relevance_score, reverse=True
@@ -235,13 +235,13 @@ def _ask(body: _Common, service: Service, pairs: list[tuple[AnyText, list[AnyTex
     return Ask(pairs=pairs, params=params, model=body.model, calibration=calibration)
 
 
-def _numbers(scored: Scored, service: Service) -> list[tuple[float | None, str | None]]:
+def _numbers(scored: Scored) -> list[tuple[float | None, str | None]]:
     """(score, error) of every item; a judge's score is that of its first label."""
     found = []
     for result in scored.results:
         for values, error in zip(result.scores, result.errors, strict=True):
             first = values[:1] if values is not None and scored.task == "generative" else values
-            found.append((one_number(first, error, service.model_name), error))
+            found.append((one_number(first, error), error))
     return found
 
 
@@ -250,8 +250,7 @@ def _classes(scored: Scored) -> list[ClassifyData]:
     (result,) = scored.results
     found = []
     for i, (values, error) in enumerate(zip(result.scores, result.errors, strict=True)):
-        if values is not None and values.ndim != 1:
-            raise invalid("this model scores every token or step; use /v1/score")
+        values = values if error is None else None
         several = values is not None and len(values) > 1
         found.append(
             ClassifyData(

@@ -94,17 +94,12 @@ def row(values: np.ndarray | None) -> Row:
     return None if values is None else values.tolist()
 
 
-def one_number(values: np.ndarray | None, error: str | None, model: str) -> float | None:
-    """The single score of an item, None for one with an error, also where a score stands beside it (low_label_mass).
-
-    Raises ApiError 400 where the model has several: nobody said which one is meant.
-    """
+def one_number(values: np.ndarray | None, error: str | None) -> float | None:
+    """The single score of an item; None for one with an error, also where a score stands beside it (low_label_mass)."""
     if values is None or error is not None:
         return None
     if values.shape != (1,):
-        raise invalid(
-            f"{model} gives scores of shape {values.shape} an item, and this path returns one number; use /v1/score or /classify"
-        )
+        raise RuntimeError(f"expected one score an item, got shape {values.shape}")
     return float(values[0])
 
 

@@ -52,12 +52,14 @@ def train_reward_model(
     recipe: Recipe,
     pairs_per_prompt: int = 8,
     save_dtype: str = "auto",
+    model_id: str = "",
     say: Callable[[str], None] = print,
 ) -> dict[str, object]:
     """Train, save, judge on held-out prompts, calibrate; the record, which is also in the folder.
 
     base: a causal language model, or a reward model to go on with. out: must not exist. objective: "pairs" (labelled rows are
     paired, right against wrong of one prompt) or "labels". save_dtype: of the weights; "auto" is the base's.
+    model_id: what scorers will call it, for the calibration; the folder's path by default.
     Under `accelerate launch` every process calls this; the first one writes. Raises ValueError for whatever the user can
     repair, RuntimeError when the loss is not finite.
     """
@@ -86,7 +88,7 @@ def train_reward_model(
     }
     if accelerator.is_main_process:
         _save(network.model, tokenizer, out, dtype=save_dtype, base=base)
-        record |= {"quality": judge(out, held_out, chat=recipe.chat_template)}
+        record |= {"quality": judge(out, held_out, chat=recipe.chat_template, model_id=model_id)}
         say(f"{out}: {record['quality']}")
         (out / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     accelerator.wait_for_everyone()
@@ -98,10 +100,16 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     import torch
     from accelerate import Accelerator, PartialState
 
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    cpu = not torch.cuda.is_available()  # without being told so, accelerate takes CPU ranks for runs of their own
+    processes = PartialState(cpu=cpu).num_processes
+    if processes != (launched := int(os.environ.get("WORLD_SIZE", "1"))):
+        raise RuntimeError(
+            f"the launcher started {launched} processes, accelerate sees {processes}: each would train for itself"
+        )
     accelerator = Accelerator(
-        gradient_accumulation_steps=accumulation(recipe, PartialState().num_processes),
-        mixed_precision="bf16" if bf16 else "no",
+        cpu=cpu,
+        gradient_accumulation_steps=accumulation(recipe, processes),
+        mixed_precision="no" if cpu or not torch.cuda.is_bf16_supported() else "bf16",
     )
     if accelerator.distributed_type.value not in ("NO", "MULTI_CPU", "MULTI_GPU"):
         raise ValueError(

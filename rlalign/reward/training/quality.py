@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from rlalign.reward.training.rows import Pair, Row
 SCORES, CALIBRATION = "scores.jsonl", "calibration.json"
 
 
-def judge(folder: Path, held_out: Sequence[Row], *, chat: bool = False) -> dict[str, object]:
+def judge(folder: Path, held_out: Sequence[Row], *, chat: bool = False, model_id: str = "") -> dict[str, object]:
     """Score held-out rows, write scores.jsonl and calibration.json into the folder, and return what they say.
 
     A soft label counts as right from one half. Rows that cannot be scored are counted. A model whose scores fall with success
@@ -50,7 +51,8 @@ def judge(folder: Path, held_out: Sequence[Row], *, chat: bool = False) -> dict[
             fit_on(calibrator, rows)
     except ValueError as error:
         return found | {"calibration": None, "calibration_refused": str(error)}
-    calibrator.save(folder / CALIBRATION, model=identity_of(scorer.info))
+    identity = identity_of(scorer.info)
+    calibrator.save(folder / CALIBRATION, model=replace(identity, id=model_id or identity.id))
     return found | {"calibration": calibrator.calibration_id, "calibration_warnings": [str(w.message) for w in said]}
 
 

@@ -99,7 +99,8 @@ def make_tiny_reward_model(root: Path, recipe: TinyRewardRecipe, *, progress: Pr
         progress(f"tiny reward model: {len(rows)} verified samples, {sum(r.label for r in rows) / len(rows):.0%} right")
         train_reward_model(
             rows, base=policy, out=work / "model", objective=recipe.objective, recipe=recipe.training,
-            pairs_per_prompt=recipe.pairs_per_prompt, save_dtype="float32", say=lambda line: progress(f"tiny reward model: {line}"),
+            pairs_per_prompt=recipe.pairs_per_prompt, save_dtype="float32", model_id=str(folder.resolve()),
+            say=lambda line: progress(f"tiny reward model: {line}"),
         )  # fmt: skip
         write_rows(work / "model" / SAMPLES, rows)
         try:

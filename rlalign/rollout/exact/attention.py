@@ -28,9 +28,13 @@ class ExactAttentionImpl(CPUAttentionBackendImpl):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
-        plain = self.sliding_window == -1 and not self.logits_soft_cap and self.alibi_slopes is None and self.sinks is None
+        plain = (
+            self.sliding_window == -1 and not self.logits_soft_cap and self.alibi_slopes is None and self.sinks is None
+        )
         if not plain or self.is_fp8_kv_cache or self.attn_type != AttentionType.DECODER:
-            raise RuntimeError("exact mode knows plain causal attention only: no window, soft cap, alibi, sinks, or fp8 cache")
+            raise RuntimeError(
+                "exact mode knows plain causal attention only: no window, soft cap, alibi, sinks, or fp8 cache"
+            )
 
     def do_kv_cache_update(
         self, layer: nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -75,5 +79,7 @@ def register() -> None:
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
-        raise RuntimeError(f"exact mode is for the CPU so far; this is {current_platform.device_name or torch.device('cuda')}")
+        raise RuntimeError(
+            f"exact mode is for the CPU so far; this is {current_platform.device_name or torch.device('cuda')}"
+        )
     register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.ExactAttentionBackend")

@@ -1,10 +1,11 @@
-"""Out-of-tree layers of exact mode: each behaves like vLLM's own unless its engine was built exact."""
+"""Out-of-tree layers of exact mode: each turns into vLLM's own at once unless its engine is built exact."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.custom_op import CustomOp, PluggableLayer, op_registry_oot
+from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -46,11 +47,10 @@ class ExactRMSNorm(RMSNorm):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
-        self.exact = enabled()
+        if not enabled():
+            self.__class__ = RMSNorm
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        if not self.exact:
-            return super().forward(x) if residual is None else super().forward(x, residual)
         if residual is None:
             return exact.rms_norm(x, self.weight, self.variance_epsilon)
         total = residual + x
@@ -62,13 +62,12 @@ class ExactRotaryEmbedding(RotaryEmbedding):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
-        self.exact = enabled()
-        if self.exact and not (self.is_neox_style and self.rotary_dim == self.head_size):
+        if not enabled():
+            self.__class__ = RotaryEmbedding
+        elif not (self.is_neox_style and self.rotary_dim == self.head_size):
             raise RuntimeError("exact mode knows rope over whole heads in NeoX order only")
 
     def forward(self, positions: Tensor, query: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        if not self.exact:
-            return super().forward(positions, query, key)
         cos, sin = self._match_cos_sin_cache_dtype(query).index_select(0, positions.flatten()).chunk(2, dim=-1)
         cos_ND, sin_ND = torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
         turned = [
@@ -78,14 +77,31 @@ class ExactRotaryEmbedding(RotaryEmbedding):
         return turned[0], turned[1]
 
 
+class ExactSiluAndMul(SiluAndMul):
+    """silu(gate) * up without torch's silu."""
+
+    def __init__(self, *, compile_native: bool = True) -> None:
+        super().__init__(compile_native=compile_native)
+        if not enabled():
+            self.__class__ = SiluAndMul
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return exact.silu(gate) * up
+
+
 def _with_method(parent: type[PluggableLayer], method: type, plain: type) -> type[PluggableLayer]:
     """A subclass whose unquantized products are exact in engines built so."""
 
     def init(self: PluggableLayer, *args: object, **kwargs: object) -> None:
         parent.__init__(self, *args, **kwargs)
-        if enabled():
-            if type(self.quant_method) is not plain:
-                raise RuntimeError(f"exact mode computes plain weights only; {parent.__name__} has {type(self.quant_method).__name__}")
+        if not enabled():
+            self.__class__ = parent
+        elif type(self.quant_method) is not plain:
+            raise RuntimeError(
+                f"exact mode computes plain weights only; {parent.__name__} has {type(self.quant_method).__name__}"
+            )
+        else:
             self.quant_method = method()
 
     return type(f"Exact{parent.__name__}", (parent,), {"__init__": init, "__doc__": method.__doc__})
@@ -95,6 +111,7 @@ LINEARS = (ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, 
 CLASSES: dict[type, type] = {
     RMSNorm: ExactRMSNorm,
     RotaryEmbedding: ExactRotaryEmbedding,
+    SiluAndMul: ExactSiluAndMul,
     ParallelLMHead: _with_method(ParallelLMHead, ExactHeadMethod, UnquantizedEmbeddingMethod),
     **{parent: _with_method(parent, ExactLinearMethod, UnquantizedLinearMethod) for parent in LINEARS},
 }
@@ -107,7 +124,9 @@ def register() -> None:
         if holder is None:
             _register(parent, ours)
         elif holder is not ours:
-            raise RuntimeError(f"exact mode: vLLM's slot for {parent.__name__} is held by {holder.__module__}.{holder.__qualname__}")
+            raise RuntimeError(
+                f"exact mode: vLLM's slot for {parent.__name__} is held by {holder.__module__}.{holder.__qualname__}"
+            )
 
 
 def _register(parent: type[CustomOp] | type[PluggableLayer], ours: type) -> None:

@@ -11,7 +11,7 @@ test: install-test       ## every test
 	$(PY) -m pytest
 
 quick: install-test      ## the tests that start no engine
-	$(PY) -m pytest -m "not engine and not slurm"
+	$(PY) -m pytest -m "not engine and not slurm and not slow"
 
 install:                 ## .venv with the locked CPU requirements
 	@scripts/setup.sh cpu

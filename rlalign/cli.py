@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
@@ -198,7 +197,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     attribute = commands.add_parser(
-        "attribute", help="which layer, and which step of it, the mismatch comes from: both sides captured point by point"
+        "attribute",
+        help="which layer, and which step of it, the mismatch comes from: both sides captured point by point",
     )
     _takes_config(attribute, default="demo")
     attribute_command.add_options(attribute)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -122,7 +122,7 @@ def train_step(step: int, parties: Parties, config: RunConfig) -> StepResult:
             [parties.encode(p.text) for p in prompts],
             prompt_ids=[p.prompt_id for p in prompts],
             samples=config.rollout.group_size,
-            seed=config.seed * 1_000_003 + step,
+            seed=step_seed(config, step),
         )
         batch = collate(rollouts, pad_token_id=parties.pad_token_id, spec=parties.engine.spec)
     metrics |= rollout_metrics(rollouts, metrics["time/rollout_s"])
@@ -165,6 +165,11 @@ def train_step(step: int, parties: Parties, config: RunConfig) -> StepResult:
     metrics |= publish_metrics(report)
     metrics["time/step_s"] = time.perf_counter() - began
     return result
+
+
+def step_seed(config: RunConfig, step: int) -> int:
+    """The seed of a step's rollouts: the same after a resume, and in a replay."""
+    return config.seed * 1_000_003 + step
 
 
 def update(
@@ -280,14 +285,7 @@ def correction_metrics(correction: Correction, old_BL: Tensor, batch: RolloutBat
 
 def publish_metrics(report: PublishReport) -> dict[str, float]:
     """What was moved, and what had to be repaired on the way."""
-    return {
-        "publish/version": float(report.version),
-        "publish/seconds": report.seconds,
-        "publish/bytes": float(report.bytes),
-        "publish/tensors": float(report.tensors),
-        "publish/repaired": float(report.repaired),
-        "publish/rebuilds": float(report.rebuilds),
-    }
+    return {f"publish/{name}": float(value) for name, value in asdict(report).items() if name != "ranks"}
 
 
 @contextmanager

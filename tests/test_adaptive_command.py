@@ -64,6 +64,7 @@ def data(loaded, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_it_judged_better(folder, data, tmp_path, capsys):
     out = tmp_path / "policy.ats.json"
     code = calibrate_tokens(
@@ -85,6 +86,7 @@ def test_the_command_writes_what_it_judged_better(folder, data, tmp_path, capsys
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_harm_is_not_written(folder, data, tmp_path, capsys, monkeypatch):
     from rlalign.reward.adaptive import command
 

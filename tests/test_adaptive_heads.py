@@ -77,6 +77,7 @@ def test_only_the_head_is_trained(head):
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp", "transformer"])
+@pytest.mark.slow
 def test_temperatures_that_depend_on_the_state_are_found(head):
     """Tokens drawn at T = exp(1 + h0): one temperature cannot follow, a head does, on sequences it has not seen."""
     head_of = projection()
@@ -94,6 +95,7 @@ def test_temperatures_that_depend_on_the_state_are_found(head):
     assert wrong[0] < 0.9 * wrong[1]
 
 
+@pytest.mark.slow
 def test_the_constant_head_is_the_best_single_temperature():
     tokens = [batch(i, b=20) for i in range(4)]
     training = Training(epochs=2, least_steps=1)
@@ -107,6 +109,7 @@ def test_the_constant_head_is_the_best_single_temperature():
     assert float(found) == pytest.approx(float(grid[nll.argmin()]), abs=0.02)
 
 
+@pytest.mark.slow
 def test_noise_leaves_a_single_temperature():
     """States that say nothing about the temperature: validation keeps the head from learning them by heart."""
     g = torch.Generator().manual_seed(0)
@@ -143,6 +146,7 @@ def test_the_epoch_with_the_lowest_validation_loss_is_kept(monkeypatch):
     assert found.validation_before == epochs[0] and found.epoch == epochs.index(min(epochs)) < 12
 
 
+@pytest.mark.slow
 def test_what_holds_the_other_way_round_on_validation_is_not_kept():
     """Nor is it turned round: one temperature remains."""
     fit, held = ([batch(i, b=20, slope=slope) for i in range(4)] for slope in (1.0, -1.0))

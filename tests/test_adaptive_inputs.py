@@ -108,6 +108,7 @@ def test_reordered_rewards_are_reported():
     assert AdaptiveTemperature(head="linear", training=QUICK).fit([pooled(50, k=3)]).diagnostics_.kendall_tau is None
 
 
+@pytest.mark.slow
 def test_multi_class_rewards_keep_their_argmax_and_become_calibrated():
     fit, held, fresh = pooled(3000, 1, k=4), pooled(600, 2, k=4), pooled(3000, 3, k=4)
     calibrator = AdaptiveTemperature(head="linear", training=Training(epochs=100, least_steps=1)).fit(

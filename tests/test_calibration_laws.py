@@ -38,6 +38,7 @@ data = st.integers(0, 10_000).map(lambda seed: scored(80, seed))
 @pytest.mark.parametrize("kind", FITTED)
 @settings(max_examples=20, deadline=None)
 @given(data=data, order=st.randoms(use_true_random=False))
+@pytest.mark.slow
 def test_law_permutation(kind, data, order):
     x, y, w = data
     shuffled = np.array(order.sample(range(len(x)), len(x)))
@@ -49,6 +50,7 @@ def test_law_permutation(kind, data, order):
 @pytest.mark.parametrize("kind", FITTED)
 @settings(max_examples=20, deadline=None)
 @given(data=data)
+@pytest.mark.slow
 def test_law_a_weight_is_a_duplicate_and_zero_is_absence(kind, data):
     x, y, w = data
     w = w - 1  # 0, 1 or 2
@@ -60,6 +62,7 @@ def test_law_a_weight_is_a_duplicate_and_zero_is_absence(kind, data):
 @pytest.mark.parametrize("kind", FITTED)
 @settings(max_examples=20, deadline=None)
 @given(data=data, points=st.lists(st.floats(-1e4, 1e4), min_size=2, max_size=30))
+@pytest.mark.slow
 def test_law_monotone_and_finite_at_any_logit(kind, data, points):
     x, y, _ = data
     p = kind().fit(x, y).transform(np.sort([*points, -1e4, -30.0, 30.0, 1e4]))

@@ -15,6 +15,9 @@ from rlalign.reward.drift import DriftMonitor, DriftState
 PROMPTS, GROUP = 8, 8  # of a step: 64 rows
 
 
+pytestmark = pytest.mark.slow
+
+
 def responses(random, prompts, *, shift=0.0, slope=0.7) -> tuple[np.ndarray, np.ndarray]:
     """Rows of `prompts` groups; prompts differ in a difficulty that the score does not see."""
     difficulty = np.repeat(random.normal(0, 1, prompts), GROUP)

@@ -67,6 +67,7 @@ def test_labels_of_rows_scored_before_the_refit_feed_the_next_one_but_judge_noth
     assert monitor.refit().labels == 641
 
 
+@pytest.mark.slow
 def test_nothing_changes_where_nothing_drifted():
     adopted = [watched(seed=seed, steps=5).refit() for seed in range(8)]
     assert sum(outcome.adopted for outcome in adopted) <= 1  # one in twenty by chance

@@ -136,6 +136,7 @@ def test_a_refit_changes_the_reward_of_the_next_step_and_its_version_is_logged(p
     assert rows[-1]["reward/drift/rm/state"] == 0 and "stays" in log.events[-1][1]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_refitted_calibration(platt, log, tmp_path):
     whole = run(watch_of(Model(platt), log, tmp_path / "a", refit_every=4), range(12), shift=2.0)
     first = watch_of(Model(platt), log, tmp_path / "b", refit_every=4)

@@ -39,6 +39,7 @@ def test_products_are_those_of_float64_up_to_one_accumulation():
 
 @given(st.integers(1, 150), st.integers(0, 149), st.integers(0, 3))
 @settings(max_examples=25, deadline=None)
+@pytest.mark.slow
 def test_a_query_has_the_same_bits_whatever_comes_after_it_and_beside_it(length, at, seed):
     at = min(at, length - 1)
     query, key, value = (

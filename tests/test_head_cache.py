@@ -112,6 +112,7 @@ def partial_write(weight, kind, share, generator):
 
 
 @pytest.mark.parametrize(("kind", "share"), [("elements", 1e-3), ("elements", 3e-3), ("rows", 1e-3), ("rows", 3e-3)])
+@pytest.mark.slow
 def test_partial_writes_are_missed_as_often_as_stated(kind, share):
     """(1-p)^K per use. 300 trials: the measured rate lies within four standard errors of the stated one."""
     torch.manual_seed(0)
@@ -166,6 +167,7 @@ print(once, peak_mib() - before)
 """
 
 
+@pytest.mark.slow
 def test_rebuilding_peaks_at_one_copy_not_two():
     out = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     once, after_rebuilds = map(float, out.stdout.split())

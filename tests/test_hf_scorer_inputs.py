@@ -92,6 +92,7 @@ def test_one_reward_an_item_needs_to_know_the_label():
 
 
 @pytest.mark.parametrize("kind", ["one_label", "jamba", "bert", "xlmr", "gpt2", "process", "bert_embedder"])
+@pytest.mark.slow
 def test_an_item_s_score_does_not_depend_on_what_else_is_in_the_batch(kind):
     items = [("word " * n).strip() for n in (1, 9, 3, 14, 2, 6, 1, 11)]
     together = scorer_of(kind, "never").score(QUERY, items)

@@ -147,6 +147,7 @@ def test_entry_t_is_about_token_t_and_reads_the_hidden_state_before_it() -> None
     assert moved.nonzero().tolist() == [[1, 5]]
 
 
+@pytest.mark.slow
 def test_tiles_and_many_blocks_change_nothing_but_the_last_bits() -> None:
     case = make(2, 30, 32, 5000, dtype=torch.bfloat16, scale=0.3)
     want = formula(case.double())[0]

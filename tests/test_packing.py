@@ -198,6 +198,7 @@ def test_a_model_that_ignores_the_block_mask_is_found_out_by_measuring(monkeypat
         st.tuples(st.integers(0, 40), st.lists(st.integers(1, 40), min_size=1, max_size=9)), min_size=1, max_size=4
     )
 )
+@pytest.mark.slow
 def test_any_mixture_of_sizes_in_one_run_equals_every_item_alone(shapes):
     asked = [(words(q, q), [words(n, i) for i, n in enumerate(sizes)]) for q, sizes in shapes]
     packed, alone = scorer_of("one_label", "always"), scorer_of("one_label", "never")

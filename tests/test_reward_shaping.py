@@ -82,6 +82,7 @@ def labelled(n, *, seed=0, groups=None):
     return ScoreRows(shape="binary", logits=logits, labels_N=labels, weight_N=None, group_N=group_N)
 
 
+@pytest.mark.slow
 def test_the_lower_bound_is_below_and_closes_in_with_labels():
     grid, gaps = np.linspace(-4, 4, 9), []
     for n in (200, 800, 3200):
@@ -93,6 +94,7 @@ def test_the_lower_bound_is_below_and_closes_in_with_labels():
     assert gaps[0] > 1.5 * gaps[1] > 2.25 * gaps[2]  # about the square root of four each
 
 
+@pytest.mark.slow
 def test_the_lower_bound_covers_as_often_as_it_says():
     truth, hits = 1 / (1 + math.exp(-0.8)), []
     for seed in range(25):
@@ -104,6 +106,7 @@ def test_the_lower_bound_covers_as_often_as_it_says():
     assert np.mean(hits) >= 0.76  # 0.9 in the long run; 0.5 without a bound
 
 
+@pytest.mark.slow
 def test_whole_groups_are_resampled_together():
     """Copies of one group are not independent labels: the bound must be as wide as without the copies."""
     alone = labelled(150)

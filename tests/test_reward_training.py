@@ -65,9 +65,8 @@ def test_pointwise_is_the_cross_entropy_of_soft_labels_and_weights_are_repetitio
     want = -(labels.numpy() * np.log(p) + (1 - labels.numpy()) * np.log(1 - p))
     assert pointwise_loss(rewards, labels).item() == pytest.approx(want.mean(), rel=1e-6)
     twice, weights = [0, 0, 1, 2], torch.tensor([2.0, 1.0, 1.0]) * 3 / 4  # mean 1
-    assert pointwise_loss(rewards, labels, weights_N=weights).item() == pytest.approx(
-        pointwise_loss(rewards[twice], labels[twice]).item()
-    )
+    repeated = pointwise_loss(rewards[twice], labels[twice]).item()
+    assert pointwise_loss(rewards, labels, weights_N=weights).item() == pytest.approx(repeated)
 
 
 @pytest.mark.parametrize(
@@ -253,6 +252,7 @@ def trained(request, base, tmp_path_factory):
     return out, record
 
 
+@pytest.mark.slow
 def test_it_learns_what_makes_an_answer_right_on_prompts_it_never_saw(trained):
     out, record = trained
     assert record["quality"]["auroc"] > 0.95 and record["quality"]["held_out_scored"] == 48
@@ -263,12 +263,11 @@ def test_it_learns_what_makes_an_answer_right_on_prompts_it_never_saw(trained):
 def test_the_calibration_in_the_folder_is_of_these_scores_and_this_model(trained):
     out, record = trained
     calibrator = Calibrator.load(out / "calibration.json")
-    scores = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    first = json.loads((out / "scores.jsonl").read_text().splitlines()[0])
     assert calibrator.calibration_id == record["quality"]["calibration"]
     assert calibrator.model_.id == str(out.resolve()) and calibrator.model_.head_dtype == "float32"
-    prompt = scores[0]["group"]
-    again = HFScorer(str(out)).score(prompt, [" yes", " no", " maybe"]).rewards()
-    assert min(abs(scores[0]["logit"] - s) for s in again) < 1e-5
+    again = HFScorer(str(out)).score(first["group"], [" yes", " no", " maybe"]).rewards()
+    assert min(abs(first["logit"] - s) for s in again) < 1e-5
     assert json.loads((out / "reward_model.json").read_text()) == record
 
 

@@ -19,6 +19,7 @@ from rlalign.assemble import load_tokenizer, start_engine
 from rlalign.config import HeadDtype, RunConfig, load
 from rlalign.diagnose import noise_floor
 from rlalign.diagnose.both_sides import trainer_network, trainer_scores
+from rlalign.loop import step_seed
 from rlalign.tracking import environment
 from rlalign.tracking.record import RunRecord, read_run
 from rlalign.tracking.replay_files import SavedStep, read_step
@@ -195,7 +196,7 @@ def _sampled_again(engine: VLLMEngine, saved: SavedStep, config: RunConfig) -> t
     prompts = [batch.token_ids_BL[i, : first[i]].tolist() for i in range(0, len(batch), samples)]
     ids = batch.prompt_id_B[::samples].tolist()
     pad = load_tokenizer(saved.model).pad_token_id
-    seed = config.seed * 1_000_003 + saved.step  # as the training step asks
+    seed = step_seed(config, saved.step)
 
     def sampled(count: int) -> RolloutBatch:
         rollouts = engine.generate(prompts[:count], prompt_ids=ids[:count], samples=samples, seed=seed)

@@ -116,8 +116,9 @@ def _probabilities(logits: NDArray[np.float32], calibrator: Calibrator, generati
 def _check(calibrator: Calibrator, info: ModelInfo, *, strict: bool) -> None:
     if info.already_calibrated:
         raise ValueError(
-            f"{info.id}: the server shifts and scales its scores already (logit_mean, logit_sigma); calibrating them again would "
-            "be wrong. Serve the model without, or do without this calibrator"
+            f"{info.id}: the server shifts and scales its scores already (logit_mean, logit_sigma), or nothing shows that it does "
+            "not; calibrating them again would be wrong. Serve the model without, show that it is (HTTPScorer: known_logits, "
+            "server_calibrated=False), or do without this calibrator"
         )
     columns = 1 if info.tasks[0] == "generative" else max(info.num_labels, 1)
     try:

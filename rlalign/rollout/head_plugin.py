@@ -21,7 +21,7 @@ def register() -> None:
     from vllm.model_executor.custom_op import op_registry_oot
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
-    from rlalign.rollout import epoch_hooks, versions
+    from rlalign.rollout import epoch_hooks, exact, versions
 
     if SLOT in op_registry_oot:
         return
@@ -31,6 +31,8 @@ def register() -> None:
         from rlalign.rollout.head_layer_early import EarlyLogitsProcessor as Layer
     LogitsProcessor.register_oot(Layer)
     epoch_hooks.install()
+    if exact.enabled():  # engines in processes of their own learn it here
+        exact.register()
     if versions.has_folder_transfer(vllm.__version__):
         from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 

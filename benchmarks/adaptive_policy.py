@@ -9,7 +9,7 @@ import os
 from functools import partial
 from pathlib import Path
 
-from rlalign.cli import compose, set_environment
+from rlalign.compose import compose, set_environment
 from rlalign.tiny_policy import cached_policy
 
 

@@ -122,7 +122,8 @@ def page(
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("rlalign", "vllm", "torch", "deepspeed"))
     stories = {name: drift_runs.story(record, SAMPLES) for name, record in records.items()}
     return TEXT.format(
-        seconds=", ".join(f"{name} {took:.0f} s" for name, took in seconds.items()), machine=f"{machine['cpu']}, {machine['cores_usable']} cores; {versions}",
+        seconds=", ".join(f"{name} {took:.0f} s" for name, took in seconds.items()),
+        machine=f"{machine['cpu']}, {machine['cores_usable']} cores; {versions}",
         simulated=simulated, steps=drift_runs.STEPS, model=model, right=drift_runs.TRAINED, runs=runs_table(stories),
         refits=refits(records["refit"]), common=" ".join(drift_runs.COMMON), refit=" ".join(drift_runs.RUNS["refit"]),
         trailing=drift_runs.TRAILING * SAMPLES,

@@ -8,7 +8,8 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from rlalign.cli import register_schema, set_environment
+from rlalign.cli import set_environment
+from rlalign.compose import register_schema
 from rlalign.config import load
 from rlalign.exits import REQUEUE, Preempted
 

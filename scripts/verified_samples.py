@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from rlalign.cli import compose, set_environment
+from rlalign.compose import compose, set_environment
 from rlalign.config import load
 
 set_environment()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rlalign.cli import compose
+from rlalign.compose import compose
 from rlalign.config import Dtype, HeadDtype, load, to_plain
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -21,14 +21,14 @@ LEVELS = {
         "reward.adaptive.model_batches", "reward.adaptive.command",
     },
     3: {"rollout", "trainer", "reward.vllm_scorer", "reward.http_scorer"},
-    4: {"loop", "train", "assemble", "observe", "verified_samples", "watch", "resume", "cli", "diagnose"},
+    4: {"loop", "train", "assemble", "observe", "verified_samples", "watch", "resume", "cli", "commands", "compose", "diagnose"},
 }  # fmt: skip
 HOMES = {
     "vllm": ("rollout", "diagnose", "tracking.environment", "reward.vllm_scorer"),
     "deepspeed": ("trainer", "tracking.environment"),
     "wandb": ("tracking",),
-    "hydra": ("cli",),
-    "omegaconf": ("config", "cli"),
+    "hydra": ("compose",),
+    "omegaconf": ("config", "compose"),
     "reasoning_gym": ("tasks",),
     "fastapi": ("reward.server",),
     "httpx": ("reward.http_scorer",),

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from rlalign.cli import compose
+from rlalign.compose import compose
 from rlalign.config import load
 from rlalign.train import train
 from tests.engine.conftest import build_model

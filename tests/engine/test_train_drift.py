@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification
 
-from rlalign.cli import compose
+from rlalign.compose import compose
 from rlalign.config import load
 from rlalign.reward.calibration import Calibrator, PlattCalibrator
 from rlalign.reward.drift.watch import RewardDriftError

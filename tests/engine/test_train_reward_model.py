@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from rlalign.assemble import SharedReward
-from rlalign.cli import compose
+from rlalign.compose import compose
 from rlalign.config import load
 from rlalign.reward.mixture import Sample
 from rlalign.reward.training.losses import bradley_terry_loss

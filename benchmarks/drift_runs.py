@@ -22,7 +22,7 @@ from rlalign.tasks import Prompt, Task, load_task
 from rlalign.tiny_policy import TinyRecipe, cached_policy
 from rlalign.tracking.record import RunRecord, read_run
 
-TRAINED, CALIBRATED, SAMPLES = 600, 400, 8  # prompts, prompts, completions of each
+TRAINED, CALIBRATED, SAMPLES = 400, 400, 8  # prompts, prompts, completions of each
 STEPS, WINDOW = 60, 1024
 TRAILING = 4  # steps of the verifier's mean, 1024 samples
 COMMON = (

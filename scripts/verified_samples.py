@@ -7,7 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from rlalign.compose import compose, set_environment
+from rlalign.cli import set_environment
+from rlalign.compose import compose
 from rlalign.config import load
 
 set_environment()

@@ -111,6 +111,11 @@ class CaptureExtension:
         """{name: class} of the engine's modules, for pairing them with the trainer's."""
         return {name: type(module).__qualname__ for name, module in self.get_model().named_modules()}
 
+    def rlalign_attention(self) -> list[str]:
+        """Class of every attention layer's implementation, which is no module of its own."""
+        layers = self.vllm_config.compilation_config.static_forward_context.values()
+        return sorted({type(layer.impl).__qualname__ for layer in layers if hasattr(layer, "impl")})
+
     def rlalign_capture_start(self, directory: str, taps: list[tuple]) -> int:
         """Record these taps of every forward from now on, under directory/rank<N>; returns how many there are.
 

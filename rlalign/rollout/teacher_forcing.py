@@ -35,6 +35,11 @@ class Forced:
     logprobs_BL: Tensor
 
 
+def attention(engine: VLLMEngine) -> list[str]:
+    """Classes that compute the engine's attention on its first rank."""
+    return engine._llm.collective_rpc("rlalign_attention")[0]
+
+
 def modules(engine: VLLMEngine) -> dict[str, str]:
     """{name: class} of the engine's modules on its first rank."""
     return engine._llm.collective_rpc("rlalign_modules")[0]

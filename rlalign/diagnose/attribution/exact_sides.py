@@ -36,8 +36,9 @@ def prepare(network: nn.Module, rollout: RolloutConfig) -> str:
 def require_exact(engines: Sequence[VLLMEngine]) -> None:
     """Raise RuntimeError for an engine that was built with vLLM's own layers."""
     for engine in engines:
-        classes = set(teacher_forcing.modules(engine).values())
-        if left := sorted(c for c in classes if c.endswith(REPLACED) and not c.startswith("Exact")):
+        classes = {c for c in teacher_forcing.modules(engine).values() if c.endswith(REPLACED)}
+        classes |= set(teacher_forcing.attention(engine))
+        if left := sorted(c for c in classes if not c.startswith("Exact")):
             raise RuntimeError(
                 f"exact mode: the engine still runs vLLM's {', '.join(left)}: either exact mode does not know that layer, or the "
                 "engine was built in a process that exact.register() did not reach (keep VLLM_ENABLE_V1_MULTIPROCESSING=0)"

@@ -77,9 +77,11 @@ class ExactAttentionImpl(CPUAttentionBackendImpl):
 def register() -> None:
     """Override the CPU backend. Raises RuntimeError on another platform."""
     from vllm.platforms import current_platform
+    from vllm.v1.attention import selector
 
     if not current_platform.is_cpu():
         raise RuntimeError(
             f"exact mode is for the CPU so far; this is {current_platform.device_name or torch.device('cuda')}"
         )
     register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.ExactAttentionBackend")
+    selector._cached_get_attn_backend.cache_clear()  # an earlier engine of this process has filled it with vLLM's own

@@ -92,7 +92,7 @@ def test_a_mismatch_that_climbs_in_a_frozen_run_accuses_weight_sync():
 
 def test_any_logged_key_can_have_a_rule_such_as_the_version_lag(tmp_path):
     rule = {"metric": "staleness/policy/max", "limit": 4, "window": 1, "action": "stop"}
-    log, watching = watch(tmp_path, rules=[rule])
+    _, watching = watch(tmp_path, rules=[rule])
     watching.step(0, metrics(0.0) | {"staleness/policy/max": 4.0})
     with pytest.raises(MismatchLimitError, match="step 1: staleness/policy/max = 5"):
         watching.step(1, metrics(0.0) | {"staleness/policy/max": 5.0})

@@ -241,10 +241,10 @@ def kv_spans(version_spans: Sequence[tuple[int, int, int]]) -> list[tuple[int, i
 
 
 def _start(model: Path, config: RolloutConfig, *, dtype: str, head_dtype: str, seed: int) -> LLM:
-    if (
-        int(os.environ.get("WORLD_SIZE", "1")) > 1
-    ):  # the trainer's process group is larger than vLLM's, and a process has one
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Whatever was set: a process has one process group, the trainer's is larger than vLLM's, and inside it vLLM would wait
+        # for ranks that never come.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     for name, value in EMBEDDED_ENVIRONMENT.items():
         os.environ.setdefault(name, value)

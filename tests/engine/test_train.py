@@ -183,6 +183,7 @@ def test_ctrl_c_leaves_a_readable_run_and_no_processes(tmp_path, untied):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell's children ignore it
     )
     metrics = directory / "metrics.jsonl"
     deadline = time.monotonic() + 120

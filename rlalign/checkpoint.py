@@ -24,13 +24,17 @@ FREE_KEYS = ("name", "output_dir", "overwrite", "steps", "checkpoint", "tracking
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A whole checkpoint. step: the last one completed; state: what the run stored beside its folders."""
+    """A whole checkpoint. step: the last one completed; state: what the run stored beside its folders.
+
+    passed_over: newer ones that were damaged, and how.
+    """
 
     folder: Path
     step: int
     ranks: int
     config: dict
     state: dict
+    passed_over: list[str]
 
 
 def save(
@@ -78,7 +82,8 @@ def newest(run: Path) -> tuple[Checkpoint | None, list[str]]:
         if problem is None:
             found = json.loads((folder / MANIFEST).read_text())
             names = ("step", "ranks", "config", "state")
-            return Checkpoint(folder=folder, **{name: found[name] for name in names}), passed_over
+            kept = {name: found[name] for name in names}
+            return Checkpoint(folder=folder, passed_over=passed_over, **kept), passed_over
         passed_over.append(f"{folder.name}: {problem}")
     return None, passed_over
 

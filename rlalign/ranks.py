@@ -5,6 +5,7 @@ Without torch.distributed, or with one rank, everything here is a plain call.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -12,6 +13,12 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def environment_without_launcher() -> dict[str, str]:
+    """This process's environment for a program of its own, which would else take itself for one of our ranks."""
+    return {name: value for name, value in os.environ.items() if name not in LAUNCHER}
 
 
 def rank() -> int:

@@ -38,7 +38,7 @@ class Stateful(Protocol):
 def find(config: RunConfig) -> Checkpoint | None:
     """The checkpoint to go on from, on every rank. Raises ValueError when one must exist and does not, or does not fit.
 
-    What was passed over because it is damaged is told on standard error by the run's first event; see `Checkpoints.restore`.
+    `Checkpoints.restore` writes into the run's events what was passed over as damaged.
     """
     if config.checkpoint.resume == "never":
         return None
@@ -83,9 +83,8 @@ class Checkpoints:
     log: Log
     policy: Policy
     signals: Signals
-    parts: dict[str, Stateful] = field(
-        default_factory=dict
-    )  # of the first rank: name -> what is saved beside the policy
+    # Of the first rank: name -> what is saved beside the policy.
+    parts: dict[str, Stateful] = field(default_factory=dict)
 
     def restore(self, found: Checkpoint | None) -> int:
         """Load everything; returns the step to run next."""
@@ -96,8 +95,7 @@ class Checkpoints:
         def others() -> None:
             for name, part in self.parts.items():
                 part.load_state(found.folder / name)
-            _, passed_over = checkpoint.newest(Path(self.config.output_dir))
-            for problem in passed_over:
+            for problem in found.passed_over:
                 self.log.event("checkpoint", f"passed over a damaged one: {problem}")
             self.log.event("checkpoint", f"goes on after step {found.step}, policy version {self.policy.version}")
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from rlalign import mismatch
 from rlalign.assemble import load_tokenizer, start_engine
-from rlalign.config import HeadDtype, RunConfig, load
+from rlalign.config import HeadDtype, RunConfig
 from rlalign.diagnose import noise_floor
 from rlalign.diagnose.both_sides import trainer_network, trainer_scores
 from rlalign.loop import step_seed
 from rlalign.tracking import environment
-from rlalign.tracking.record import RunRecord, read_run
+from rlalign.tracking.record import RunRecord, config_of, read_run
 from rlalign.tracking.replay_files import SavedStep, read_step
 from rlalign.types import RolloutBatch, collate
 
@@ -84,7 +84,7 @@ def replay(run: Path, step: int, *, any_version: bool = False) -> Replay:
     row = _logged(record, step)
     saved = read_step(Path(run), step)
     notes = _surroundings(record, any_version=any_version)
-    config = _config_of(record)
+    config = config_of(record)
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     network = trainer_network(saved.model, config.model.dtype.value)
@@ -137,16 +137,6 @@ def _logged(record: RunRecord, step: int) -> Mapping[str, float]:
         return rows[step]
     logged = f"it logged steps {min(rows)} to {max(rows)}" if rows else "it logged no step"
     raise ValueError(f"{record.directory}: step {step} was not logged; {logged}")
-
-
-def _config_of(record: RunRecord) -> RunConfig:
-    try:
-        return load(record.config)
-    except ValueError as error:
-        wrote = record.environment.get("versions", {}).get("rlalign")
-        raise ValueError(
-            f"{record.directory}: its configuration, by rlalign {wrote}, is not one of this version: {error}"
-        ) from error
 
 
 def _surroundings(record: RunRecord, *, any_version: bool) -> list[str]:

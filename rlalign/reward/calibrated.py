@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from rlalign.reward.calibration import CalibrationMismatchError, CalibrationWarning, ModelIdentity
+from rlalign.reward.identity import identity_of
 from rlalign.reward.params import ModelInfo, ScoringParams
 from rlalign.reward.reward_func import Scoring
 
@@ -126,10 +127,7 @@ def _check(calibrator: Calibrator, info: ModelInfo, *, strict: bool) -> None:
     except ValueError as error:
         raise ValueError(f"{info.id}: the calibrator cannot read {columns} logits an item ({error})") from error
     fitted = calibrator.model_
-    now = ModelIdentity(
-        id=info.id, revision=info.revision, template_sha256=info.template_sha256, dtype=info.dtype,
-        head_dtype=info.head_dtype, num_labels=info.num_labels or None,
-    )  # fmt: skip
+    now = identity_of(info)
     known = {f.name: getattr(fitted, f.name) for f in fields(now) if getattr(now, f.name) is not None}
     different = now.differences(ModelIdentity(**known))
     if different:

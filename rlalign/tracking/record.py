@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlalign.tracking import files
 from rlalign.tracking.summary import summarize
+
+if TYPE_CHECKING:
+    from rlalign.config import RunConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,3 +118,16 @@ def overlay(under: dict, over: dict) -> dict:
         both = isinstance(value, dict) and isinstance(under.get(key), dict)
         merged[key] = overlay(under[key], value) if both else value
     return merged
+
+
+def config_of(record: RunRecord) -> RunConfig:
+    """The run's configuration as this version reads it. Raises ValueError, naming who wrote it, when it cannot."""
+    from rlalign.config import load
+
+    try:
+        return load(record.config)
+    except ValueError as error:
+        wrote = record.environment.get("versions", {}).get("rlalign")
+        raise ValueError(
+            f"{record.directory}: its configuration, by rlalign {wrote}, is not one of this version: {error}"
+        ) from error

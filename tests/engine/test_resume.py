@@ -1,7 +1,6 @@
 """A run that is killed and started again gives the numbers of one that was not: bit for bit, on this engine."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -11,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from rlalign.ranks import environment_without_launcher
+
 ROOT = Path(__file__).parents[2]
 STEPS = 4
 TIMED = ("time/", "seconds", "publish/seconds", "rollout/tokens_per_s")
 
 
 def start(folder: Path, *overrides: str) -> subprocess.Popen:
-    outside = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {k: v for k, v in os.environ.items() if k not in outside}
+    environment = environment_without_launcher()
     command = [sys.executable, "-m", "rlalign.cli", "train", "--config-name", "demo", f"output_dir={folder}"]
     small = [f"steps={STEPS}", "rollout.prompts_per_step=8", "task.eval_size=16", "tracking.wandb=disabled"]
     return subprocess.Popen(

@@ -17,9 +17,9 @@ import torch
 from rlalign.assemble import SharedReward
 from rlalign.compose import compose
 from rlalign.config import load
+from rlalign.ranks import environment_without_launcher
 from rlalign.reward.mixture import Sample
 from rlalign.reward.training.losses import bradley_terry_loss
-from rlalign.reward.training.tiny import LAUNCHER
 from rlalign.tiny_policy import cached_policy
 from rlalign.train import train
 
@@ -40,11 +40,10 @@ RUN = ["tracking=off", "rollout.prompts_per_step=16", "task.eval_size=64", "rewa
 
 
 def python(*arguments, **options):
-    alone = {
-        name: value for name, value in os.environ.items() if name not in LAUNCHER
-    }  # an earlier policy's group of one
     command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, **options)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment_without_launcher(), capture_output=True, text=True, **options
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -1,6 +1,5 @@
 """Two trainer ranks are one trainer: the same logprobs, gradients and weights as one rank, for every ZeRO stage."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rlalign.ranks import environment_without_launcher
 from tests.engine.updates import RANK_CASES, plain_loop, run_case
 
 ROOT = Path(__file__).parents[2]
@@ -18,8 +18,7 @@ ROOT = Path(__file__).parents[2]
 def two_ranks(untied, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    outside = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {k: v for k, v in os.environ.items() if k not in outside} | {"OMP_NUM_THREADS": "1"}
+    environment = environment_without_launcher() | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "-m", "tests.engine.updates", str(untied), str(folder)],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400,

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlalign.assemble import encode, load_task_of, load_tokenizer, resolve_model
-from rlalign.config import RunConfig, load
+from rlalign.config import RunConfig
 from rlalign.diagnose.both_sides import task_prompts
 from rlalign.diagnose.prompt_file import read_prompts
-from rlalign.tracking.record import RunRecord, read_run
+from rlalign.tracking.record import config_of, read_run
 from rlalign.tracking.replay_files import read_step, saved_steps
 from rlalign.tracking.tokens import read_tokens
 from rlalign.types import LogprobSpec, Rollout, RolloutBatch, collate
@@ -42,7 +42,7 @@ def of_run(directory: Path, step: int | None, tokens: int) -> Source:
     prompts that are no longer those of the run.
     """
     record = read_run(directory)
-    config = _config_of(record)
+    config = config_of(record)
     saved = saved_steps(directory)
     if saved and (step is None or step in saved):
         found = read_step(directory, saved[-1] if step is None else step)
@@ -94,16 +94,6 @@ def budget(batch: RolloutBatch, tokens: int) -> RolloutBatch:
 def _narrowed(batch: RolloutBatch, length: int) -> RolloutBatch:
     values = {f.name: getattr(batch, f.name) for f in fields(batch)}
     return RolloutBatch(**{n: v[:, :length] if n.endswith("_BL") else v for n, v in values.items()})
-
-
-def _config_of(record: RunRecord) -> RunConfig:
-    try:
-        return load(record.config)
-    except ValueError as error:
-        wrote = record.environment.get("versions", {}).get("rlalign")
-        raise ValueError(
-            f"{record.directory}: its configuration, by rlalign {wrote}, is not one of this version: {error}"
-        ) from error
 
 
 def _from_tokens(file: Path, config: RunConfig, model: Path) -> RolloutBatch:

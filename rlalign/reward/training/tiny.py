@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rlalign.ranks import environment_without_launcher
 from rlalign.reward.training import RECORD, Labelled, Recipe, train_reward_model, write_rows
 from rlalign.tasks import load_task
 from rlalign.tiny_policy import TinyRecipe, cache_root, make_tiny_policy
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 RECIPE_VERSION = 1  # raised whenever this file makes another model from the same recipe
 SAMPLES, FOLDER = "samples.jsonl", "reward_models"
-LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,9 +68,9 @@ def cached_reward_model(kind: str, *, report: Progress = lambda _: None) -> Path
     folder = cache_root().parent / FOLDER / TinyRewardRecipe(policy=TinyRecipe(tied=kind == "tied")).folder
     if (folder / RECORD).is_file():
         return folder
-    alone = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
     command = [sys.executable, "-m", "rlalign.reward.training.tiny", kind]
     with tempfile.TemporaryFile("w+") as errors:
+        alone = environment_without_launcher()
         with subprocess.Popen(command, env=alone, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
             for line in process.stdout:
                 report(line.rstrip())

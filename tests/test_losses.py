@@ -54,7 +54,10 @@ def test_nan_outside_keep_reaches_neither_loss_nor_gradient(name, seed):
     loss, metrics = LOSSES[name](a, *counts(a[3].keep))
     (gradient,) = torch.autograd.grad(loss, a[0])
     assert loss.isfinite() and all(m.isfinite() and not m.requires_grad for m in metrics.values())
-    assert gradient.isfinite().all() and not gradient[~a[3].keep].any() and gradient.any()
+    assert gradient.isfinite().all() and not gradient[~a[3].keep].any()
+    # GSPO's narrow clip can take all five sequences at once (6 of 1000 seeds): exactly then nothing is left to learn from.
+    all_clipped = name == "gspo" and float(metrics["clipped_low"] + metrics["clipped_high"]) > 1 - 1e-6
+    assert bool(gradient.any()) != all_clipped
 
 
 @every

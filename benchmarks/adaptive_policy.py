@@ -21,7 +21,8 @@ def overconfident_policy(folder: Path, steps: int) -> Path:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from rlalign import assemble
     from rlalign.config import load
-    from rlalign.loop import Parties, train_step
+    from rlalign.loop import train_step
+    from rlalign.parties import Parties
     from rlalign.weights import publish
 
     overrides = ["task.train_size=512", "task.eval_size=128", "rollout.prompts_per_step=32", f"steps={steps}"]

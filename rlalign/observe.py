@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rlalign import ranks
 from rlalign.config import RunConfig
-from rlalign.loop import Parties, StepResult
+from rlalign.parties import Parties, StepResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

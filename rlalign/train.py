@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from rlalign import assemble, observe, ranks, resume
 from rlalign.config import RunConfig, to_plain
-from rlalign.loop import MismatchLimitError, Parties, StepResult, train_step
+from rlalign.loop import train_step
+from rlalign.parties import MismatchLimitError, Parties, StepResult
 from rlalign.tracking import replay_files
 from rlalign.watch import Watch, self_test
 

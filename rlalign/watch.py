@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from rlalign.config import GateAction, RunConfig
-from rlalign.loop import MismatchLimitError
 from rlalign.mismatch.causes import Evidence, frozen_run_verdict
 from rlalign.mismatch.monitor import DEFAULT_RULES, Action, Alert, Monitor, Rule
+from rlalign.parties import MismatchLimitError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -21,7 +21,10 @@ LEVELS = {
         "reward.adaptive.model_batches", "reward.adaptive.command",
     },
     3: {"rollout", "trainer", "reward.vllm_scorer", "reward.http_scorer"},
-    4: {"loop", "train", "assemble", "observe", "verified_samples", "watch", "resume", "cli", "commands", "compose", "diagnose"},
+    4: {
+        "loop", "parties", "step_metrics", "train", "assemble", "observe", "verified_samples", "watch", "resume",
+        "cli", "commands", "compose", "diagnose",
+    },
 }  # fmt: skip
 HOMES = {
     "vllm": ("rollout", "diagnose", "tracking.environment", "reward.vllm_scorer"),

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from rlalign.config import GateAction, load
-from rlalign.loop import MismatchLimitError, staleness_metrics, train_step
+from rlalign.loop import train_step
+from rlalign.parties import MismatchLimitError
+from rlalign.step_metrics import staleness_metrics
 from rlalign.types import LogprobSpec, RolloutBatch
 from tests.fakes import FakeEngine, FakeTask, FakeTrainer, parties
 

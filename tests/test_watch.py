@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from rlalign.config import load
-from rlalign.loop import MismatchLimitError
 from rlalign.mismatch.monitor import Action
+from rlalign.parties import MismatchLimitError
 from rlalign.types import LogprobSpec
 from rlalign.watch import Watch, rules_of, self_test
 

@@ -25,9 +25,14 @@ EMBEDDED_ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
+EMBEDDED = "embedded"  # the name of the one engine inside this process
+
 
 class VLLMEngine:
     """One vLLM engine with rlalign's head. Refuses to generate while its weights are in doubt."""
+
+    engines = [EMBEDDED]
+    in_flight_updates = False  # weights change between two calls of `generate`, never during one
 
     def __init__(self, model: Path, config: RolloutConfig, *, dtype: str, head_dtype: str, seed: int) -> None:
         """Start vLLM on a Hugging Face folder and prove that every rank runs the head asked for.
@@ -111,6 +116,18 @@ class VLLMEngine:
         logprobs = [o.outputs[0].logprobs[0][token].logprob for o, token in zip(outputs, tokens, strict=True)]
         return logprobs, sum(o.num_cached_tokens or 0 for o in outputs)
 
+    # --- what everything about workers is built on ---
+
+    def ask(self, method: str, *args: object) -> list[dict]:
+        """One RPC of the worker extension on every rank; each answer with its "rank" and its "engine"."""
+        answers = self._llm.collective_rpc(method, args=args)
+        return [labelled(answer, rank, EMBEDDED, method) for rank, answer in enumerate(answers)]
+
+    def ask_each(self, method: str, args_of_engine: Sequence[tuple]) -> list[dict]:
+        """`ask` with a tuple of arguments for each of `engines`, in their order."""
+        (args,) = args_of_engine
+        return self.ask(method, *args)
+
     # --- the receiving side of weights.publish ---
 
     def suspend(self, reason: str) -> None:
@@ -119,7 +136,7 @@ class VLLMEngine:
 
     def load(self, directory: Path) -> list[dict]:
         """Load a published folder on every rank and verify it there."""
-        return self._llm.collective_rpc("rlalign_load", args=(str(directory),))
+        return self.ask("rlalign_load", str(directory))
 
     def reset_prefix_cache(self) -> None:
         """Forget key/value blocks of older weights. Raises RuntimeError when vLLM keeps some (requests still running)."""
@@ -130,7 +147,7 @@ class VLLMEngine:
 
     def acknowledge(self, version: int) -> None:
         """Stamp `version` on everything sampled from now on."""
-        self._llm.collective_rpc("rlalign_acknowledge", args=(version,))
+        self.ask("rlalign_acknowledge", version)
         if has_weight_version(self.version):
             self._llm.update_weight_version(str(version))
         self.policy_version = version
@@ -140,7 +157,7 @@ class VLLMEngine:
 
     def status(self) -> list[dict]:
         """What each rank's head is and did (see WorkerExtension.rlalign_status)."""
-        return self._llm.collective_rpc("rlalign_status")
+        return self.ask("rlalign_status")
 
     def settings(self) -> dict[str, str]:
         """What the running engine says of itself, as far as it decides numbers."""
@@ -156,11 +173,11 @@ class VLLMEngine:
 
     def set_head(self, mode: str) -> None:
         """Switch the head of a live engine; for `rlalign parity` only."""
-        self._llm.collective_rpc("rlalign_set_head", args=(mode,))
+        self.ask("rlalign_set_head", mode)
 
     def head_logits(self, hidden_file: Path, *, batch: int) -> Path:
         """Project stored hidden states through the engine's head, `batch` rows at a time; returns the file of logits."""
-        return Path(self._llm.collective_rpc("rlalign_head_logits", args=(str(hidden_file), batch))[0])
+        return Path(self.ask("rlalign_head_logits", str(hidden_file), batch)[0]["file"])
 
     def close(self) -> None:
         """Stop the engine and its processes. Safe to call twice."""
@@ -223,6 +240,13 @@ class VLLMEngine:
         if not has_output_spans(self.version):
             return [(start, start + count, self.policy_version)]
         return [(start + s.start, start + s.end, int(s.version)) for s in completion.weight_versions]
+
+
+def labelled(answer: object, rank: int, engine: str, method: str) -> dict:
+    """A worker's answer with where it came from. Raises RuntimeError when it is no dict: HTTP would make a string of it."""
+    if not isinstance(answer, dict):
+        raise RuntimeError(f"{engine}, rank {rank}: {method} answered {type(answer).__name__}; worker RPCs return dicts")
+    return {"rank": rank, **answer, "engine": engine}
 
 
 def kv_spans(version_spans: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:

@@ -22,9 +22,10 @@ class SharedEngine:
 
         def begin() -> tuple:
             self._engine = start()
-            return self._engine.spec, self._engine.mode, self._engine.version
+            e = self._engine
+            return e.spec, e.mode, e.version, e.engines, e.in_flight_updates
 
-        self.spec, self.mode, self.version = ranks.on_first(begin)
+        self.spec, self.mode, self.version, self.engines, self.in_flight_updates = ranks.on_first(begin)
 
     @property
     def policy_version(self) -> int:
@@ -42,6 +43,14 @@ class SharedEngine:
     ) -> list[Rollout]:
         """As `VLLMEngine.generate`; every rank gets all rollouts."""
         return ranks.on_first(lambda: self.local.generate(prompts, prompt_ids=prompt_ids, samples=samples, seed=seed))
+
+    def ask(self, method: str, *args: object) -> list[dict]:
+        """As `VLLMEngine.ask`; every rank gets all answers."""
+        return ranks.on_first(lambda: self.local.ask(method, *args))
+
+    def ask_each(self, method: str, args_of_engine: Sequence[tuple]) -> list[dict]:
+        """As `VLLMEngine.ask_each`; every rank gets all answers."""
+        return ranks.on_first(lambda: self.local.ask_each(method, args_of_engine))
 
     def status(self) -> list[dict]:
         """As `VLLMEngine.status`."""

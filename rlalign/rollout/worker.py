@@ -110,21 +110,21 @@ class WorkerExtension(CaptureExtension):
             "seconds": time.perf_counter() - started,
         }
 
-    def rlalign_acknowledge(self, version: int) -> int:
+    def rlalign_acknowledge(self, version: int) -> dict[str, object]:
         """Serve this version from now on; called once every rank has loaded it."""
         self.rlalign_version = version
-        return version
+        return {"rank": self.rank, "version": version}
 
-    def rlalign_set_head(self, mode: str) -> str:
+    def rlalign_set_head(self, mode: str) -> dict[str, object]:
         """Switch the head mode of a live engine: for `rlalign parity`, never inside a run."""
         self._rlalign_layer().set_mode(HeadMode(mode))
-        return mode
+        return {"rank": self.rank, "mode": mode}
 
-    def rlalign_head_logits(self, hidden_file: str, batch: int) -> str:
+    def rlalign_head_logits(self, hidden_file: str, batch: int) -> dict[str, object]:
         """Project stored hidden states through this engine's head, `batch` rows at a time as decoding would.
 
-        hidden_file: safetensors with `hidden_ND`. Writes `logits_NV` beside it and returns that file's path. The model's own
-        compute_logits runs, so bias, soft cap and scale are in.
+        hidden_file: safetensors with `hidden_ND`. Writes `logits_NV` beside it and answers with that file's path. The model's
+        own compute_logits runs, so bias, soft cap and scale are in.
         """
         with safe_open(hidden_file, framework="pt") as file:
             hidden_ND = file.get_tensor("hidden_ND")
@@ -132,10 +132,10 @@ class WorkerExtension(CaptureExtension):
         with torch.inference_mode():
             logits = [model.compute_logits(rows.to(device)) for rows in hidden_ND.split(batch)]
         if logits[0] is None:
-            return ""  # the logits of a tensor-parallel group are gathered on its first rank
+            return {"rank": self.rank, "file": None}  # a tensor-parallel group gathers its logits on the first rank
         out = str(Path(hidden_file).with_suffix(".logits.safetensors"))
         save_file({"logits_NV": torch.cat(logits).float().cpu().contiguous()}, out)
-        return out
+        return {"rank": self.rank, "file": out}
 
     def _rlalign_layer(self) -> LogitsProcessor:
         layers = [m for m in self.get_model().modules() if isinstance(m, LogitsProcessor)]

@@ -112,4 +112,4 @@ def logits_through(llm, hidden: torch.Tensor, folder: Path, *, batch: int = 16) 
 
     file = folder / "hidden.safetensors"
     save_file({"hidden_ND": hidden}, file)
-    return load_file(llm.collective_rpc("rlalign_head_logits", args=(str(file), batch))[0])["logits_NV"]
+    return load_file(llm.collective_rpc("rlalign_head_logits", args=(str(file), batch))[0]["file"])["logits_NV"]

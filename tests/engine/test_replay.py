@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from rlalign import assemble, cli
 from rlalign.diagnose.replay import replay as once_more
-from rlalign.loop import MismatchLimitError
+from rlalign.parties import MismatchLimitError
 from tests.engine.test_train import lively, small_run
 
 __all__ = ["lively"]  # a fixture

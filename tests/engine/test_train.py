@@ -125,7 +125,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(tmp_path, untie
 
 
 def test_a_gate_that_stops_keeps_what_stopped_it(tmp_path, untied, lively):
-    from rlalign.loop import MismatchLimitError
+    from rlalign.parties import MismatchLimitError
 
     with pytest.raises(MismatchLimitError, match="step 0: mismatch k3"):
         small_run(untied, tmp_path / "run", "mismatch.k3_limit=1e-12", "tracking.tokens_every=0")

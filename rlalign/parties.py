@@ -1,0 +1,111 @@
+"""Who takes part in a step, as the loop sees them, and what passes between its halves; `rlalign.train` puts them together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from rlalign.reward.mixture import RewardMixture, Rewards, Sample
+from rlalign.types import LogprobSpec, Rollout, RolloutBatch, TrainBatch
+
+if TYPE_CHECKING:
+    from rlalign.weights import PublishReport
+
+
+class Prompt(Protocol):
+    """What the loop reads of a prompt."""
+
+    prompt_id: int
+    text: str
+
+
+class RolloutEngine(Protocol):
+    """Samples completions and says under which convention and version."""
+
+    spec: LogprobSpec
+    policy_version: int
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, prompt_ids: Sequence[int], samples: int, seed: int
+    ) -> list[Rollout]: ...
+
+
+class Trainer(Protocol):
+    """Scores and trains the policy."""
+
+    version: int
+
+    def score(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]: ...
+    def score_reference(self, batch: RolloutBatch) -> Tensor | None: ...
+    def forward_backward(
+        self, batch: TrainBatch, loss_function: Callable[[Tensor, TrainBatch], tuple[Tensor, dict[str, float]]]
+    ) -> dict[str, float]: ...
+    def optim_step(self) -> dict[str, float]: ...
+    def named_weights(self) -> Iterable[tuple[str, Tensor]]: ...
+
+
+class Task(Protocol):
+    """Prompts and verifiable rewards."""
+
+    def train_prompts(self, step: int, count: int) -> Sequence[Prompt]: ...
+    def eval_prompts(self) -> Sequence[Prompt]: ...
+    def reward(self, prompt: Prompt, completion: str) -> float: ...
+
+
+class Publisher(Protocol):
+    """Moves weights to the rollout engine; returns when every rank has proved it computes with them."""
+
+    def __call__(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> PublishReport: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parties:
+    """Everyone a step talks to."""
+
+    engine: RolloutEngine
+    trainer: Trainer
+    task: Task
+    publish: Publisher
+    encode: Callable[[str], list[int]]
+    pad_token_id: int
+    reward: Callable[[Sequence[Sample]], Rewards] = field(default_factory=RewardMixture)  # the verifier alone
+    floor: Mapping[str, float] | None = None  # the engine's noise floor: name -> nats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """One step's samples with their rewards, not yet seen by the trainer."""
+
+    batch: RolloutBatch
+    rewards: Rewards  # with every component's raw score; rewards.components["verifier"] holds the labels
+    texts: list[str]
+    metrics: dict[str, float]  # of sampling and rewarding
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a step produced: metrics by their logged names, and the per-token tensors behind them."""
+
+    metrics: dict[str, float]
+    version: int  # of the trainer that scored it, before the update
+    batch: RolloutBatch
+    old_logprobs_BL: Tensor
+    entropy_BL: Tensor  # of the trainer's distribution, nats
+    advantages_BL: Tensor
+    rewards: Rewards  # with every component's raw score; rewards.components["verifier"] holds the labels
+    texts: list[str]
+    warnings: list[str] = field(default_factory=list)
+
+
+class MismatchLimitError(RuntimeError):
+    """The mismatch passed its limit: training on these ratios would follow an error, not the reward.
+
+    result: the step that showed it, scored and not trained on; None when a rule over several steps stopped the run.
+    """
+
+    def __init__(self, message: str, result: StepResult | None = None) -> None:
+        super().__init__(message)
+        self.result = result

@@ -7,8 +7,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: install            ## install, then a real GRPO run on this machine
 	$(PY) -m rlalign.cli train --config-name demo
 
-test: install-test       ## every test
-	$(PY) -m pytest
+test: install-test       ## every test, two at a time; the tests of one file stay together and share their engines
+	$(PY) -m pytest -n 2 --dist loadfile
 
 quick: install-test      ## the tests that start no engine
 	$(PY) -m pytest -m "not engine and not slurm and not slow"

@@ -19,7 +19,10 @@ from pathlib import Path
 HIDDEN, VOCABULARY = 1024, 151936
 SIZES = (1, 8, 64, 256)
 BASE, NATIVE, OURS = "vLLM bf16", "vLLM float32 (casts the weight)", "rlalign"
-PATHS = (BASE, "vLLM bf16, then float32 for the sampler", NATIVE, OURS, "rlalign with an fp32 copy", "rlalign, master")
+LIBRARY = "rlalign, without the compiled kernel"
+PATHS = (
+    BASE, "vLLM bf16, then float32 for the sampler", NATIVE, OURS, LIBRARY, "rlalign with an fp32 copy", "rlalign, master",
+)  # fmt: skip
 
 
 def measure(wrapper: object, sizes: tuple[int, ...], rounds: int) -> dict:
@@ -42,6 +45,7 @@ def measure(wrapper: object, sizes: tuple[int, ...], rounds: int) -> dict:
     return {
         "device": f"{platform.machine()} ({isa}), {torch.get_num_threads()} thread(s) a rank, torch {torch.__version__}",
         "route": worker.rlalign_status()["route"],
+        "kernel": worker.rlalign_status()["kernel"],
         "rows": lm_head.weight.shape[0],
         "seconds": seconds,
         "memory": held,
@@ -70,14 +74,16 @@ def sample_cost(weight: object) -> float:
 
 def paths_of(layer: object, lm_head: object) -> dict[str, Callable]:
     """hidden -> logits for each path, through the layer as vLLM calls it."""
+    from rlalign import head_kernel
     from rlalign.rollout import head_layer
     from rlalign.rollout.head_layer import HeadMode
 
-    chosen = head_layer.reads_weight_directly
+    chosen, loaded = head_layer.reads_weight_directly, head_kernel.loaded
 
-    def through(mode: HeadMode, *, copies: bool = False, widen: bool = False) -> Callable:
+    def through(mode: HeadMode, *, copies: bool = False, widen: bool = False, library: bool = False) -> Callable:
         def call(hidden: object) -> object:
             layer.set_mode(mode)
+            head_kernel.loaded = (lambda size: None) if library else loaded
             head_layer.reads_weight_directly = (lambda hidden, weight: False) if copies else chosen
             logits = layer._apply_head(lm_head, hidden, None)
             head_layer.reads_weight_directly = chosen
@@ -90,6 +96,7 @@ def paths_of(layer: object, lm_head: object) -> dict[str, Callable]:
         through(HeadMode.OFF, widen=True),
         through(HeadMode.NATIVE),
         through(HeadMode.CACHED),
+        through(HeadMode.CACHED, library=True),
         through(HeadMode.CACHED, copies=True),
         through(HeadMode.MASTER),
     )
@@ -206,10 +213,11 @@ def memory_table(ranks: list[dict]) -> list[str]:
 def notes_of(ranks: list[dict]) -> dict[str, str]:
     """What the tables do not say."""
     return {
-        "decode_head": " vLLM's bf16 kernel reads a weight that it packed at start-up and writes bf16; no library of torch's "
-        "multiplies a packed weight into float32, which is the distance left to it. The sampler then widens vLLM's bf16 logits to "
-        "float32 (second path) and has nothing to do for ours. Where an fp32 copy is needed, the sample of the content that guards "
-        f"it adds {max(r['sample_us'] for r in ranks):.0f} microseconds a call, whatever the number of rows.",
+        "decode_head": " vLLM's bf16 kernel reads a weight that it packed at start-up and writes bf16, which the sampler then "
+        "widens to float32 (second path). Ours reads the bf16 weight as it lies and writes float32: through the compiled kernel "
+        "(`rlalign build-kernel`), or without a compiler through the library product, bit for bit the same. Where an fp32 copy "
+        f"is needed, the sample of the content that guards it adds {max(r['sample_us'] for r in ranks):.0f} microseconds a call, "
+        "whatever the number of rows.",
         "head_memory": " Beyond the engine's own bf16 weight, at 8 rows, logits included. A copy or a master is one float32 weight "
         "(4 bytes x vocabulary x hidden / tensor parallel) at rest and at the peak; it is released before weights change, a master "
         "excepted. Logits that go straight from the weight reuse one block of at most 512 MiB (rows x vocabulary x 4 bytes), "
@@ -228,7 +236,8 @@ def main() -> None:
     suffix = "" if options.tensor_parallel == 1 else f"_tp{options.tensor_parallel}"
     title = f"tensor parallel {options.tensor_parallel}"
     for name, table in (("decode_head", speed_table(ranks)), ("head_memory", memory_table(ranks))):
-        note = f"{what}; rlalign's route here: {ranks[0]['route']}. Written by benchmarks/decode_head.py."
+        ours = f"rlalign's route here: {ranks[0]['route']}, kernel: {ranks[0]['kernel']}"
+        note = f"{what}; {ours}. Written by benchmarks/decode_head.py."
         note += notes_of(ranks)[name]
         text = "\n".join([f"# {name.replace('_', ' ')}, {title}", "", note, "", *table, ""])
         (options.out / f"{name}{suffix}.md").write_text(text)

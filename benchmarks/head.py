@@ -5,7 +5,7 @@
 Rows are added to the file: device, path, fp32_output, n, hidden, vocab, what (forward | forward_backward | decode),
 seconds (minimum), peak_extra_bytes, max_error, mean_error (against float64), repeats. All paths of
 a shape run interleaved in one process; a path slower than --slow seconds runs once. A peer that is not installed gets a
-row with `status`. Peers: pip install --no-deps trl verl liger-kernel cut-cross-entropy triton ray tensordict datasets.
+row with `status`; head_peers.py says how to get them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import ctypes
 import functools
 import gc
-import importlib
 import json
 import platform
 import time
@@ -22,14 +21,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import head_peers as peers
 import torch
 import torch.nn.functional as F
+from head_peers import Score
 from torch import Tensor
 
 from rlalign import head
 from rlalign.logprobs import token_logprobs
-
-Score = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden [N, D], weight [V, D], target [N] -> logprobs [N]
 
 
 def ours(mode: str) -> Score:
@@ -54,31 +53,6 @@ def torch_core(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor
     return -F.linear_cross_entropy(hidden_ND, weight_VD, target_N, reduction="none")
 
 
-def trl(dtype: torch.dtype) -> Score:
-    function = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
-    return lambda h, w, t: function.apply(h.to(dtype), w.to(dtype), None, t, 1.0, 8192, None, 1.0, ())[0]
-
-
-def verl(dtype: torch.dtype) -> Score:
-    module = importlib.import_module("verl.utils.experimental.torch_functional").FusedLinearForPPO(impl_backend="torch")
-    return lambda h, w, t: module(h[None].to(dtype), w.to(dtype), t[None])[0][0]
-
-
-def liger(dtype: torch.dtype) -> Score:
-    loss = importlib.import_module("liger_kernel.chunked_loss.fused_linear_ppo").LigerFusedLinearPPOBase
-    return lambda h, w, t: loss.chunk_forward(h[None].to(dtype), w.to(dtype), t[None])[0]
-
-
-def cut_cross_entropy() -> Score:
-    function = importlib.import_module("cut_cross_entropy").linear_cross_entropy
-    return lambda h, w, t: -function(h, w, t, impl="torch_compile", reduction="none")
-
-
-def no_adapter(module: str) -> Score:
-    importlib.import_module(module)
-    raise NotImplementedError(f"{module} is installed, but no adapter for it was written or tested")
-
-
 # name -> (float32 logits, how to get it)
 PATHS: dict[str, tuple[bool, Callable[[], Score]]] = {
     "rlalign fast": (True, lambda: ours("fast")),
@@ -86,17 +60,19 @@ PATHS: dict[str, tuple[bool, Callable[[], Score]]] = {
     "full logits fp32": (True, lambda: full_fp32),
     "full logits bf16": (False, lambda: full_bf16),
     "torch.compile fp32": (True, lambda: torch.compile(full_fp32)),
-    "cut-cross-entropy (torch_compile)": (False, cut_cross_entropy),
-    "TRL chunked bf16": (False, lambda: trl(torch.bfloat16)),
-    "TRL chunked fp32": (True, lambda: trl(torch.float32)),
-    "verl fused linear bf16": (False, lambda: verl(torch.bfloat16)),
-    "verl fused linear fp32": (True, lambda: verl(torch.float32)),
-    "Liger selective bf16": (False, lambda: liger(torch.bfloat16)),
-    "Liger selective fp32": (True, lambda: liger(torch.float32)),
+    "cut-cross-entropy (torch_compile)": (False, peers.cut_cross_entropy),
+    "TRL chunked bf16": (False, lambda: peers.trl(torch.bfloat16)),
+    "TRL chunked fp32": (True, lambda: peers.trl(torch.float32)),
+    "verl fused linear bf16": (False, lambda: peers.verl(torch.bfloat16)),
+    "verl fused linear fp32": (True, lambda: peers.verl(torch.float32)),
+    "Liger selective bf16": (False, lambda: peers.liger(torch.bfloat16)),
+    "Liger selective fp32": (True, lambda: peers.liger(torch.float32)),
     "torch core linear_cross_entropy": (False, lambda: torch_core),
-    "prime-rl": (True, lambda: no_adapter("prime_rl")),
-    "Unsloth": (False, lambda: no_adapter("unsloth_zoo")),
-    "RL-Kernel": (True, lambda: no_adapter("rl_kernel")),
+    "prime-rl chunked bf16": (False, lambda: peers.prime_rl(torch.bfloat16)),
+    "prime-rl chunked fp32": (True, lambda: peers.prime_rl(torch.float32)),
+    "Unsloth chunked bf16 (torch_compile)": (False, peers.unsloth),
+    "RL-Kernel native bf16": (False, lambda: peers.rl_kernel(torch.bfloat16)),
+    "RL-Kernel native fp32": (True, lambda: peers.rl_kernel(torch.float32)),
 }
 SLOW_BY_DESIGN = "torch core linear_cross_entropy"  # minutes per call on CPU: only when asked for by name
 
@@ -185,7 +161,7 @@ def score_rows(args: argparse.Namespace, n: int, v: int, what: str, device: torc
         rows[name] = {"path": name, "fp32_output": fp32, "n": n, "hidden": args.hidden, "vocab": v, "what": what}
         try:
             score = make()
-        except (ImportError, NotImplementedError) as missing:
+        except ImportError as missing:
             rows[name]["status"] = f"not measured: {missing}"
             print(f"{name}: {rows[name]['status']}", flush=True)
             continue

@@ -6,13 +6,13 @@ B sequences, L padded length.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.planting_bench import WIDTH, Bench
@@ -183,22 +183,18 @@ def _with_adapter(linear: nn.Linear, x: Tensor) -> Tensor:
 
 def stale_rank(bench: Bench) -> Case:
     """One of two tensor-parallel ranks goes on with the old weights."""
-    from rlalign.weights import _write
-
     bench.undo = bench.restore
-    old = bench.shared / "old"
-    shutil.rmtree(old, ignore_errors=True)
-    old.mkdir()
-    _write(bench.move().items(), 1, old)
+    old = bench.shared / "old.safetensors"
+    save_file({name: tensor.detach().contiguous() for name, tensor in bench.move().items()}, old)
     bench.publish(dict(bench.network.named_parameters()))
     bench.engine._llm.collective_rpc(_load_on_rank_one, args=(str(old),))
-    shutil.rmtree(old)
+    old.unlink()
     return bench.case(bench.sample())
 
 
-def _load_on_rank_one(worker: object, directory: str) -> None:
+def _load_on_rank_one(worker: object, file: str) -> None:
     if worker.rank == 1:
-        worker.rlalign_load(directory)
+        worker.reload_weights(weights_iterator=iter(load_file(file).items()))
 
 
 FLOAT32, BFLOAT16, TWO_RANKS, FP8_CACHE = "float32", "bfloat16", "float32, 2 ranks", "bfloat16, fp8 cache"

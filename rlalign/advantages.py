@@ -98,6 +98,38 @@ def gae(
     return advantages_BL.float(), (advantages_BL + values_BL).float()
 
 
+def token_rewards(rewards_B: Tensor, loss_mask_BL: Tensor, penalty_BL: Tensor | None = None) -> Tensor:
+    """[B, L] float32: minus the penalty on every masked token, and the sequence's reward on its last one; 0 outside.
+
+    rewards_B: [B]; only read where a token is masked. penalty_BL: [B, L], such as kl_coef times `reference_kl.per_token`.
+    Reference: the KL-penalised reward of arXiv 1909.08593 and 2203.02155.
+    """
+    positions_L = torch.arange(loss_mask_BL.shape[1], device=loss_mask_BL.device)
+    last_B1 = torch.where(loss_mask_BL, positions_L, -1).amax(1, keepdim=True)
+    token_BL = torch.where(positions_L == last_B1, rewards_B[:, None].float(), 0.0)
+    if penalty_BL is not None:
+        token_BL = token_BL - penalty_BL
+    return torch.where(loss_mask_BL, token_BL, 0.0)
+
+
+def explained(values_BL: Tensor, returns_BL: Tensor, loss_mask_BL: Tensor) -> dict[str, float]:
+    """How well values tell what sequences earned, over masked tokens.
+
+    explained_variance: 1 - Var(returns - values) / Var(returns); at most 1, 0 for any constant. bias: mean of values -
+    returns. slope: of returns over values; 1 where a difference in value is worth what it says, below 1 where values are too
+    extreme. NaN where returns (for slope: values) do not vary. Give it what was really earned, `gae(rewards, 0, lam=1)`: returns
+    that contain the critic's own values would flatter it. Reference for slope and bias: Mincer and Zarnowitz 1969.
+    """
+    value_N, return_N = values_BL[loss_mask_BL].double(), returns_BL[loss_mask_BL].double()
+    error_N, centred_N = return_N - value_N, value_N - value_N.mean()
+    spread, of_values = float(return_N.var(correction=0)), float(centred_N.square().mean())
+    return {
+        "explained_variance": 1.0 - float(error_N.var(correction=0)) / spread if spread > 0 else float("nan"),
+        "bias": -float(error_N.mean()),
+        "slope": float((centred_N * return_N).mean()) / of_values if of_values > 0 else float("nan"),
+    }
+
+
 def whiten(advantages_BL: Tensor, loss_mask_BL: Tensor, *, eps: float = 1e-8) -> Tensor:
     """Advantages with mean 0 and variance 1 over this batch's masked tokens; 0 outside. Unbiased variance.
 

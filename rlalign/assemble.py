@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlalign import ranks
-from rlalign.config import RewardConfig, RunConfig
+from rlalign.config import RewardConfig, RunConfig, ScheduleMode
 from rlalign.reward.mixture import RewardMixture, Rewards, Sample
 
 if TYPE_CHECKING:
@@ -17,32 +16,13 @@ if TYPE_CHECKING:
 
     from rlalign.reward.drift.watch import DriftWatch, EventLog
     from rlalign.rollout.engine import VLLMEngine
+    from rlalign.rollout.server.pool import ServerPool
     from rlalign.tasks import Task
+    from rlalign.trainer.critic import Critic
     from rlalign.trainer.policy import Policy
 
 
-def join_ranks() -> int:
-    """Join the process group of torchrun, deepspeed or srun, where one of them started this process; returns the rank.
-
-    Alone, nothing is joined yet: the embedded vLLM makes the group of one that the trainer then shares. Raises ValueError for
-    a launcher's variables that do not fit together.
-    """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        return 0
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise ValueError(
-            f"WORLD_SIZE={size}, but {', '.join(missing)} is not set; start the ranks with torchrun, deepspeed or srun "
-            "(slurm/ has working files), or unset WORLD_SIZE for one process"
-        )
-    from rlalign.trainer.deepspeed_setup import join_process_group
-
-    join_process_group()
-    return ranks.rank()
-
-
-def resolve_model(path: str, say: Callable[[str], None] = print) -> Path:
+def resolve_model(path: str, say: Callable[[str], None] = print, *, what: str = "model.path") -> Path:
     """The folder of a model: a local Hugging Face folder, or the tiny policy named tiny:untied or tiny:tied.
 
     Raises ValueError for anything else.
@@ -54,7 +34,7 @@ def resolve_model(path: str, say: Callable[[str], None] = print) -> Path:
     folder = Path(path).expanduser()
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"model.path={path!r} is not a Hugging Face folder (no config.json there). Give a local folder with config.json, "
+            f"{what}={path!r} is not a Hugging Face folder (no config.json there). Give a local folder with config.json, "
             "weights and tokenizer, or tiny:untied / tiny:tied for the built-in demo policy."
         )
     return folder
@@ -129,12 +109,30 @@ def start_drift_watch(
     return DriftWatch(reward.local.models, config.reward.drift, folder=folder, log=log, say=say)
 
 
-def start_engine(model: Path, config: RunConfig) -> VLLMEngine:
-    """vLLM with the run's head, proved on every rank."""
+def start_engine(model: Path, config: RunConfig) -> VLLMEngine | ServerPool:
+    """vLLM with the run's head, proved on every rank: inside this process, or behind HTTP (rollout.backend)."""
+    if config.rollout.backend == "server":
+        from rlalign.rollout.server.launching import Launch, open_pool
+
+        return open_pool(Launch.of(config, model), logs=Path(config.output_dir) / "servers")
+    return start_embedded(model, config, beside_training=config.schedule.mode is not ScheduleMode.synchronous)
+
+
+def start_embedded(model: Path, config: RunConfig, *, beside_training: bool = False) -> VLLMEngine:
+    """vLLM inside this process, whatever rollout.backend says: diagnosis looks into it, and servers sample the same.
+
+    beside_training: in a process of its own instead.
+    """
     from rlalign.rollout.engine import VLLMEngine
 
     return VLLMEngine(
-        model, config.rollout, dtype=config.model.dtype.value, head_dtype=config.head_dtype.value, seed=config.seed
+        model,
+        config.rollout,
+        dtype=config.model.dtype.value,
+        head_dtype=config.head_dtype.value,
+        seed=config.seed,
+        exact=config.exact,
+        beside_training=beside_training,
     )
 
 
@@ -153,4 +151,33 @@ def start_policy(model: Path, config: RunConfig) -> Policy:
         head_dtype=config.head_dtype.value,
         temperature=config.rollout.temperature,
         seed=config.seed,
+        exact=config.exact,
     )
+
+
+def critic_folder(model: Path, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Path | None:
+    """The folder the critic starts from; None where advantages need none.
+
+    Raises ValueError for one that cannot be found, or that reads other tokens than the policy writes.
+    """
+    if config.algo.advantage != "gae":
+        return None
+    path = config.algo.critic.path
+    if not path:
+        return model
+    folder = resolve_model(path, what="algo.critic.path")
+    if load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"algo.critic.path={path}: its tokenizer gives tokens other ids than the policy's; a critic reads the policy's own "
+            "tokens. Give a model of the same family, or leave the path empty"
+        )
+    return folder
+
+
+def start_critic(folder: Path | None, config: RunConfig) -> Critic | None:
+    """The critic in DeepSpeed, beside the policy."""
+    if folder is None:
+        return None
+    from rlalign.trainer.critic import Critic
+
+    return Critic(folder, config.trainer, config.algo.critic, dtype=config.model.dtype.value)

@@ -6,6 +6,7 @@ the state after step N: a resumed run goes on with N + 1.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -17,9 +18,14 @@ from pathlib import Path
 
 from rlalign import ranks
 
-FOLDER, MANIFEST, FORMAT = "checkpoints", "checkpoint.json", 1
-# What may differ between a checkpoint and the run that goes on from it: none of it changes a number.
-FREE_KEYS = ("name", "output_dir", "overwrite", "steps", "checkpoint", "tracking")
+FOLDER, MANIFEST, FORMAT = "checkpoints", "checkpoint.json", 2
+WRITING = ".writing"
+FULL = 2**20  # bytes; with less left a failed write is taken for a full disk's
+# What may differ between a checkpoint and the run that goes on from it: none of it changes a number. Sections, or single keys.
+FREE_KEYS = (
+    "name", "output_dir", "overwrite", "steps", "checkpoint", "tracking",
+    "rollout.servers", "rollout.server_folder", "rollout.wait_for", "weights.address", "weights.port", "weights.shared",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,17 +48,19 @@ def save(
 ) -> Path:
     """Write the checkpoint of `step` and remove all but the newest `keep`. Every trainer rank must call it.
 
-    write: puts its files into the folder it is given; called on every rank. A failure (a full disk) is raised and leaves the
-    older checkpoints as they are.
+    write: puts its files into the folder it is given; called on every rank. A failure (a full disk) on any rank is raised there
+    and leaves the older checkpoints as they are.
     """
     final = run / FOLDER / f"step-{step:06d}"
-    hidden = final.with_name(f".{final.name}.writing")
+    hidden = final.with_name(f".{final.name}{WRITING}")
 
     def prepare() -> None:
-        shutil.rmtree(hidden, ignore_errors=True)
+        for left in final.parent.glob(f".step-*{WRITING}"):  # by a run that was killed while it wrote
+            shutil.rmtree(left, ignore_errors=True)
         hidden.mkdir(parents=True)
 
     def complete() -> None:
+        _flush(hidden)
         manifest = {
             "format": FORMAT, "step": step, "ranks": ranks.world_size(), "config": config, "state": dict(state),
             "files": _digests(hidden),
@@ -61,15 +69,25 @@ def save(
         if final.exists():
             shutil.rmtree(final)
         os.replace(hidden, final)
+        flush(final.parent)
         for old in _folders(run)[:-keep]:
             shutil.rmtree(old)
 
     ranks.on_first(prepare)
     try:
         write(hidden)
-    except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
+    except BaseException as error:
+        free = shutil.disk_usage(final.parent).free
+        if ranks.world_size() == 1:  # the others may still be writing, and the next save clears what is left
+            shutil.rmtree(hidden, ignore_errors=True)
+        if isinstance(error, OSError | RuntimeError) and free < FULL:  # torch says only that a write failed
+            raise OSError(
+                errno.ENOSPC,
+                f"No space left on device for the checkpoint of step {step}; the older ones are kept",
+                str(final.parent),
+            ) from error
         raise
+    ranks.wait_for_all()  # a rank that failed never comes: what is not whole is not made visible
     ranks.on_first(complete)
     return final
 
@@ -103,7 +121,7 @@ def require_same(checkpoint: Checkpoint, config: Mapping[str, object], *, accept
     changed = [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if key.split(".")[0] not in FREE_KEYS and before.get(key) != now.get(key)
+        if not {key, key.split(".")[0]} & set(FREE_KEYS) and before.get(key) != now.get(key)
     ]
     if changed and not accept_changes:
         raise ValueError(
@@ -141,6 +159,20 @@ def _digests(folder: Path, only: Mapping[str, str] | None = None) -> dict[str, s
 def _digest(path: Path) -> str:
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Have what was written to a file, or the names in a folder, on disk when this returns: a power cut must not take it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _flush(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        flush(path)
 
 
 def _write_durably(path: Path, text: str) -> None:

@@ -9,15 +9,15 @@ import warnings
 from collections.abc import Sequence
 
 from rlalign.commands import parser
-from rlalign.exits import INTERRUPTED, REQUEUE, Preempted
+from rlalign.exits import INTERRUPTED, LOST, REQUEUE, Lost, Preempted
 from rlalign.install_check import require_working
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0: fine; 1: the check or the run failed; 2: wrong usage or configuration; 75: a signal ended the run, which is saved; 130:
-    interrupted.
+    0: fine; 1: the check or the run failed; 2: wrong usage or configuration; 69: a process the run needs died, start again; 75: a
+    signal ended the run, which is saved; 130: interrupted.
     """
     set_environment()
     arguments = parser().parse_args(argv)
@@ -34,8 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rlalign: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, OSError) as error:
-        print(f"rlalign: {error}", file=sys.stderr)
-        return 1
+        from rlalign.ranks import explained
+
+        print(f"rlalign: {explained(error)}", file=sys.stderr)
+        return LOST if isinstance(error, Lost) else 1
 
 
 def set_environment() -> None:

@@ -11,6 +11,8 @@ from rlalign.compose import compose
 from rlalign.diagnose.attribution import command as attribute_command
 from rlalign.diagnose.parity import command as parity_command
 from rlalign.reward.server import command as serve_command
+from rlalign.rollout.server import command as rollout_command
+from rlalign.tracking import dashboard
 
 if TYPE_CHECKING:
     from rlalign.config import RunConfig
@@ -27,6 +29,14 @@ def _train(arguments: argparse.Namespace) -> int:
 
     train(_config(arguments))
     return 0
+
+
+def _rollout_server(arguments: argparse.Namespace) -> int:
+    from rlalign import assemble
+
+    arguments.overrides, options = rollout_command.split(arguments.overrides)
+    config = _config(arguments)
+    return rollout_command.run(config, assemble.resolve_model(config.model.path), arguments, options)
 
 
 def _parity(arguments: argparse.Namespace) -> int:
@@ -126,6 +136,13 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _build_kernel(arguments: argparse.Namespace) -> int:
+    from rlalign import head_kernel
+
+    print(head_kernel.build(arguments.compiler))
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands; each sets `run`, a function of the parsed arguments that returns the exit code."""
     whole = argparse.ArgumentParser(prog="rlalign", description="Make the rollout engine and the trainer agree.")
@@ -134,6 +151,13 @@ def parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="run a configuration")
     _takes_config(train, default="train")
     train.set_defaults(run=_train)
+
+    rollout_server = commands.add_parser(
+        "rollout-server", help="vLLM's HTTP server for a run with rollout.backend=server; vLLM's own options after --"
+    )
+    _takes_config(rollout_server, default="train")
+    rollout_command.add_options(rollout_server)
+    rollout_server.set_defaults(run=_rollout_server)
 
     parity = commands.add_parser(
         "parity", help="the same tokens through both engines: {model, float32} head on each side"
@@ -207,6 +231,16 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     report.add_argument("--out", type=Path, help="default: RUN/report.html, or report.html for several runs")
     report.set_defaults(run=_report)
+
+    board = commands.add_parser("dashboard", help="the mismatch workspace and a report of a wandb project, as code")
+    dashboard.add_options(board)
+    board.set_defaults(run=dashboard.run)
+
+    kernel = commands.add_parser(
+        "build-kernel", help="compile the decode head for this CPU (AMX): same bits, less time"
+    )
+    kernel.add_argument("--compiler", metavar="CC", help="default: $CC, gcc, clang or cc")
+    kernel.set_defaults(run=_build_kernel)
     return whole
 
 

@@ -161,7 +161,7 @@ class MasterHead:
             raise RuntimeError(
                 f"master lm_head: expected float32 {tuple(weight_VD.shape)}, got {master_VD.dtype} {tuple(master_VD.shape)}"
             )
-        if not _rounds_to(master_VD, weight_VD):
+        if not rounds_to(master_VD, weight_VD):
             raise RuntimeError(
                 f"master lm_head: rounded to {weight_VD.dtype} it is not the engine's lm_head.weight; "
                 "publish both from the same optimizer step"
@@ -184,7 +184,7 @@ class MasterHead:
         if unchanged and _sample_agrees(weight_VD, self._master_VD, turn=self.calls):
             return self._master_VD
         self.verifications += 1
-        if not _rounds_to(self._master_VD, weight_VD):
+        if not rounds_to(self._master_VD, weight_VD):
             raise RuntimeError(
                 "lm_head.weight has changed and no unrounded weight came with it: its fp32 master is stale. "
                 "Publish through rlalign with head_dtype=master, which ships both, or run with head_dtype=float32."
@@ -218,7 +218,8 @@ def _sample_agrees(weight_VD: Tensor, wide_VD: Tensor, *, turn: int) -> bool:
     return same_bits(fingerprint(wide_VD, offset=offset).to(weight_VD.dtype), expected.contiguous())
 
 
-def _rounds_to(wide_VD: Tensor, weight_VD: Tensor) -> bool:
+def rounds_to(wide_VD: Tensor, weight_VD: Tensor) -> bool:
+    """True when the fp32 weight, rounded to the other's dtype, has its bits; a bounded number of rows at a time."""
     return all(
         same_bits(wide.to(weight_VD.device, weight_VD.dtype), rows.contiguous())
         for wide, rows in zip(wide_VD.split(ROWS_AT_ONCE), weight_VD.detach().split(ROWS_AT_ONCE), strict=True)

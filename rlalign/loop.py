@@ -3,146 +3,190 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
 
-from rlalign import advantages, mismatch, objective
-from rlalign.config import GateAction, MismatchConfig, RunConfig
-from rlalign.parties import Collected, MismatchLimitError, Parties, Prompt, StepResult, Task, Trainer
+from rlalign import gate, mismatch, objective
+from rlalign.config import RunConfig, ScheduleMode
+from rlalign.parties import Collected, Learner, Parties, Prompt, StepResult, Task, Trainer
 from rlalign.reward.mixture import Sample
+from rlalign.sampler import Sampler, request, sample_probe
 from rlalign.step_metrics import (
+    by_lag,
     correction_metrics,
-    lag_of,
+    lags_of,
     mismatch_metrics,
     publish_metrics,
     rollout_metrics,
     staleness_metrics,
 )
-from rlalign.types import Correction, Rollout, TrainBatch, collate
+from rlalign.tracking.timeline import Clock, Span
+from rlalign.types import Rollout, RolloutBatch, TrainBatch, collate
 
 
-def train_step(step: int, parties: Parties, config: RunConfig) -> StepResult:
-    """Run step `step` (from 0). Raises MismatchLimitError before anything was trained when the gate is set to stop."""
+def train_step(step: int, parties: Parties, config: RunConfig, sampler: Sampler | None = None) -> StepResult:
+    """Run step `step` (from 0). sampler: of an asynchronous schedule.
+
+    Raises MismatchLimitError or StalenessLimitError before anything was trained when the gate is set to stop.
+    """
     began = time.perf_counter()
-    result = learn(step, collect(step, parties, config), parties, config)
-    result.metrics["time/step_s"] = time.perf_counter() - began
+    result = learn(step, collect(step, parties, config, sampler), parties, config, sampler)
+    seconds = time.perf_counter() - began
+    phases = sum(value for name, value in result.metrics.items() if name.startswith("time/"))
+    result.metrics.update({"time/step_s": seconds, "time/other_s": seconds - phases})
     return result
 
 
-def collect(step: int, parties: Parties, config: RunConfig) -> Collected:
-    """Sample the step's completions and reward them."""
+def collect(step: int, parties: Parties, config: RunConfig, sampler: Sampler | None = None) -> Collected:
+    """Sample the step's completions, or take those that were sampled ahead, and reward them."""
     metrics: dict[str, float] = {}
-    clock = partial(_timed, metrics)
+    spans: list[Span] = []
+    clock = Clock(step, metrics, spans)
     with clock("rollout"):
-        prompts = parties.task.train_prompts(step, config.rollout.prompts_per_step)
-        rollouts = parties.engine.generate(
-            [parties.encode(p.text) for p in prompts],
-            prompt_ids=[p.prompt_id for p in prompts],
-            samples=config.rollout.group_size,
-            seed=step_seed(config, step),
-        )
+        sampled = request(step, parties, config)(parties.engine) if sampler is None else sampler.take(step)
+        rollouts = sampled.rollouts
         batch = collate(rollouts, pad_token_id=parties.pad_token_id, spec=parties.engine.spec)
-    metrics |= rollout_metrics(rollouts, metrics["time/rollout_s"])
+    metrics |= rollout_metrics(rollouts, sampled.seconds)
+    probe = None
+    if sampler is not None:
+        spans.append(Span("rollout", sampled.start, sampled.start + sampled.seconds, step))
+        with clock("probe"):
+            probe = _probe(step, batch, parties, config)
+        sampler.run_ahead(step)
     with clock("reward"):
+        prompts = parties.task.train_prompts(step, config.rollout.prompts_per_step)
         rewards = parties.reward([sample_of(r, prompts[r.group_id], parties.task) for r in rollouts])
     metrics |= rewards.metrics()
-    return Collected(batch=batch, rewards=rewards, texts=[r.text for r in rollouts], metrics=metrics)
+    texts = [r.text for r in rollouts]
+    return Collected(batch=batch, rewards=rewards, texts=texts, metrics=metrics, spans=spans, probe=probe)
 
 
-def learn(step: int, collected: Collected, parties: Parties, config: RunConfig) -> StepResult:
+def learn(
+    step: int, collected: Collected, parties: Parties, config: RunConfig, sampler: Sampler | None = None
+) -> StepResult:
     """Score what was collected, compare, correct, train on it and publish the result."""
     batch, rewards, trainer = collected.batch, collected.rewards, parties.trainer
-    metrics = dict(collected.metrics)
-    clock = partial(_timed, metrics)
+    metrics, spans = dict(collected.metrics), list(collected.spans)
+    clock = Clock(step, metrics, spans)
     with clock("score"):
         old_BL, entropy_BL = trainer.score(batch)
         ref_BL = trainer.score_reference(batch)
-        measured = mismatch.compare(old_BL, batch.rollout_logprobs_BL, batch.loss_mask_BL, group_B=batch.group_id_B)
-        metrics |= mismatch_metrics(measured, lag_of(batch, trainer.version), parties.floor)
-        metrics |= staleness_metrics(batch, trainer.version)
+        at_lag = _compare(old_BL, collected, trainer, config)
+        metrics |= mismatch_metrics(at_lag, parties.floor) | staleness_metrics(batch, trainer.version, at_lag)
         metrics["train/entropy"] = float(entropy_BL[batch.loss_mask_BL].mean())
+        values_BL = None if parties.critic is None else parties.critic.values(batch)
 
-    advantages_B = advantages.group_relative(
-        rewards.values_B, batch.group_id_B, normalize_std=config.algo.normalize_std
+    coefficient = 0.0 if parties.kl_penalty is None else parties.kl_penalty.coef
+    credit = objective.credit(
+        rewards.values_B, batch, config.algo, old_BL=old_BL, ref_BL=ref_BL, values_BL=values_BL, kl_coef=coefficient
     )
+    metrics |= credit.metrics
     result = StepResult(
         metrics=metrics,
         version=trainer.version,
         batch=batch,
         old_logprobs_BL=old_BL,
         entropy_BL=entropy_BL,
-        advantages_BL=advantages_B[:, None].expand_as(old_BL),
+        advantages_BL=credit.advantages_BL,
+        values_BL=credit.values_BL,
+        returns_BL=credit.returns_BL,
         rewards=rewards,
         texts=collected.texts,
+        spans=spans,
+        probe=collected.probe,
     )
-    result.warnings.extend(gate(result, measured, config.mismatch, step=step))
+    result.warnings.extend(gate.check(result, config, step=step))
 
     with clock("train"):
         rewarded = replace(batch, loss_mask_BL=batch.loss_mask_BL & rewards.known_B[:, None])
         correction = objective.correct(old_BL, rewarded, result.advantages_BL, config.algo)
         metrics |= correction_metrics(correction, old_BL, rewarded)
-        metrics |= update(trainer, result, ref_BL, correction, config)
+        whole = TrainBatch(
+            rollouts=batch,
+            old_logprobs_BL=old_BL,
+            advantages_BL=credit.advantages_BL,
+            correction=correction,
+            num_tokens=0,  # counted for each optimizer step
+            num_sequences=0,
+            ref_logprobs_BL=ref_BL,
+            values_BL=credit.values_BL,
+            returns_BL=credit.returns_BL,
+        )
+        metrics |= update(step, parties, whole, config)
+        if parties.kl_penalty is not None and trainer.version > result.version:  # a policy that waits has not moved
+            parties.kl_penalty.update(credit.kl, int(rewards.known_B.sum()))
 
-    with clock("publish"):
-        report = parties.publish(trainer.named_weights(), trainer.version)
-    metrics |= publish_metrics(report)
+    metrics |= _publish(parties, sampler, clock)
     return result
 
 
-def step_seed(config: RunConfig, step: int) -> int:
-    """The seed of a step's rollouts: the same after a resume, and in a replay."""
-    return config.seed * 1_000_003 + step
+def _probe(step: int, batch: RolloutBatch, parties: Parties, config: RunConfig) -> RolloutBatch | None:
+    """Samples of the current version, where they are due and the batch has older tokens."""
+    every, version = config.schedule.probe_every, parties.trainer.version
+    if not every or step % every or bool((batch.policy_version_BL[batch.loss_mask_BL] == version).all()):
+        return None
+    rollouts = sample_probe(step, parties, config)
+    return collate(rollouts, pad_token_id=parties.pad_token_id, spec=parties.engine.spec)
 
 
-def update(
-    trainer: Trainer, scored: StepResult, ref_BL: Tensor | None, correction: Correction, config: RunConfig
-) -> dict[str, float]:
-    """One optimizer step per minibatch; metrics are means over the kept tokens of each, averaged over minibatches."""
-    minibatches = config.algo.minibatches
-    size = len(scored.batch) // minibatches
-    loss_function = partial(objective.policy_loss, algo=config.algo, max_tokens=config.rollout.max_tokens)
+def _compare(old_BL: Tensor, collected: Collected, trainer: Trainer, config: RunConfig) -> dict[int, mismatch.Stats]:
+    """Old against rollout, by lag. Raises RuntimeError for lags that the schedule cannot have made."""
+
+    def at_lags(batch: RolloutBatch, old_BL: Tensor, allowed: int | None) -> mismatch.Stats:
+        lag_BL, rollout_BL = lags_of(batch, trainer.version, allowed=allowed), batch.rollout_logprobs_BL
+        return mismatch.collect(old_BL, rollout_BL, batch.loss_mask_BL, lag_B=lag_BL, group_B=batch.group_id_B)
+
+    algo, schedule, probe = config.algo, config.schedule, collected.probe
+    synchronous = schedule.mode is ScheduleMode.synchronous
+    allowed = None if synchronous else schedule.max_lag * algo.minibatches * algo.epochs
+    measured = at_lags(collected.batch, old_BL, allowed)
+    return by_lag(measured, None if probe is None else at_lags(probe, trainer.score(probe)[0], 0))
+
+
+def _publish(parties: Parties, sampler: Sampler | None, clock: Clock) -> dict[str, float]:
+    if sampler is not None:
+        with clock("wait"):
+            sampler.before_publish()
+    with clock("publish"):
+        report = parties.publish(parties.trainer.named_weights(), parties.trainer.version)
+    return publish_metrics(report)
+
+
+def update(step: int, parties: Parties, whole: TrainBatch, config: RunConfig) -> dict[str, float]:
+    """One optimizer step per minibatch and epoch, of the critic too where there is one; its first steps are its own.
+
+    Metrics are means over the kept tokens of each minibatch, averaged over the minibatches.
+    """
+    algo = config.algo
+    learners: list[tuple[str, Learner, Callable]] = []
+    if parties.critic is not None:
+        learners.append(("critic", parties.critic, partial(objective.value_loss, algo=algo)))
+    if parties.critic is None or step >= algo.critic.warmup_steps:
+        loss_function = partial(objective.policy_loss, algo=algo, max_tokens=config.rollout.max_tokens)
+        learners.append(("train", parties.trainer, loss_function))
+    size = len(whole.rollouts) // algo.minibatches
     sums: dict[str, float] = {}
-    last: dict[str, float] = {}
-    for start in range(0, len(scored.batch), size):
-        rows = slice(start, start + size)
-        kept = correction.rows(rows)
-        minibatch = TrainBatch(
-            rollouts=scored.batch.rows(rows),
-            old_logprobs_BL=scored.old_logprobs_BL[rows],
-            advantages_BL=scored.advantages_BL[rows],
-            correction=kept,
-            num_tokens=int(kept.keep.sum()),
-            num_sequences=int(kept.keep.any(-1).sum()),
-            ref_logprobs_BL=None if ref_BL is None else ref_BL[rows],
+    last = {"train/lr": 0.0}  # of a policy that waits for its critic
+    for start in [*range(0, len(whole.rollouts), size)] * algo.epochs:
+        minibatch = _counted(whole.rows(slice(start, start + size)))
+        for room, learner, loss_function in learners:
+            for name, value in learner.forward_backward(minibatch, loss_function).items():
+                sums[f"{room}/{name}"] = sums.get(f"{room}/{name}", 0.0) + value / (algo.minibatches * algo.epochs)
+            last |= {f"{room}/{name}": value for name, value in learner.optim_step().items()}
+    return sums | last
+
+
+def _counted(minibatch: TrainBatch) -> TrainBatch:
+    """With the denominators of its own optimizer step. Raises RuntimeError when nothing is left to train on."""
+    keep_BL = minibatch.correction.keep
+    if not bool(keep_BL.any()):
+        raise RuntimeError(
+            "the correction rejected every token of a minibatch: nothing is left to train on; loosen its bounds"
         )
-        if minibatch.num_tokens == 0:
-            raise RuntimeError(
-                "the correction rejected every token of a minibatch: nothing is left to train on; loosen its bounds"
-            )
-        for name, value in trainer.forward_backward(minibatch, loss_function).items():
-            sums[name] = sums.get(name, 0.0) + value / minibatches
-        last = trainer.optim_step()
-    return {f"train/{name}": value for name, value in (sums | last).items()}
-
-
-def gate(scored: StepResult, measured: dict[str, float], config: MismatchConfig, *, step: int) -> list[str]:
-    """Compare k3 with its limit. Returns warnings, or raises MismatchLimitError, as configured. NaN passes no limit."""
-    k3 = measured["k3"]
-    if k3 <= config.k3_limit:
-        return []
-    message = (
-        f"step {step}: mismatch k3 = {k3:.3g} nats/token is over mismatch.k3_limit = {config.k3_limit:.3g} "
-        f"(mean |log_ratio| {measured['abs_mean']:.3g}, max {measured['abs_max']:.3g}, {measured['nonfinite']:.0f} not finite). "
-        "Usual causes: a head in another dtype on one side, weights that did not arrive, another temperature or tokenizer. "
-        "`rlalign parity` on this checkpoint tells the first from the rest."
-    )
-    if config.action is GateAction.stop:
-        raise MismatchLimitError(message, scored)
-    return [message]
+    return replace(minibatch, num_tokens=int(keep_BL.sum()), num_sequences=int(keep_BL.any(-1).sum()))
 
 
 def sample_of(rollout: Rollout, prompt: Prompt, task: Task) -> Sample:
@@ -154,10 +198,3 @@ def sample_of(rollout: Rollout, prompt: Prompt, task: Task) -> Sample:
         group=rollout.group_id,
         tokens=sum(rollout.loss_mask),
     )
-
-
-@contextmanager
-def _timed(metrics: dict[str, float], phase: str) -> Iterator[None]:
-    began = time.perf_counter()
-    yield
-    metrics[f"time/{phase}_s"] = time.perf_counter() - began

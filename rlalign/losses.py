@@ -30,6 +30,7 @@ from rlalign.surrogate import (
     per_token,
     ratio_metrics,
     surrogate_loss,
+    with_reference,
 )
 
 if TYPE_CHECKING:
@@ -144,10 +145,13 @@ def ppo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float = 3.0,
+    ref_logprobs_BL: Tensor | None = None,
+    kl_coef: float = 0.0,
 ) -> Loss:
     """PPO with dual clip: where A < 0 the loss is at most -dual_clip * A, however large the ratio.
 
-    dual_clip > 1; math.inf is plain PPO. References: PPO arXiv 1707.06347, dual clip arXiv 1912.09729.
+    dual_clip > 1; math.inf is plain PPO. The reference term is that of `grpo_loss`.
+    References: PPO arXiv 1707.06347, dual clip arXiv 1912.09729.
     """
     if not dual_clip > 1.0:
         raise ValueError(f"ppo_loss: dual_clip must exceed 1, got {dual_clip}")
@@ -162,7 +166,8 @@ def ppo_loss(
     loss = (torch.minimum(surrogate_BL, bound_BL) * correction.weights * scale_BL).sum()
     metrics = ratio_metrics(ratio_BL, log_ratio_BL, advantages_BL, scale_BL, clip_low, clip_high)
     metrics["dual_clipped"] = ((surrogate_BL > bound_BL) * scale_BL).sum().detach()
-    return loss, metrics | {"policy_loss": loss.detach()}
+    metrics["policy_loss"] = loss.detach()
+    return with_reference(loss, metrics, logprobs_BL, ref_logprobs_BL, keep_BL, scale_BL, kl_coef)
 
 
 def gspo_loss(
@@ -234,7 +239,9 @@ def value_loss(
 ) -> Loss:
     """Half the squared error of the critic, the worse of raw and clipped to old_values +- clip, mean over tokens.
 
-    math.inf turns clipping off. Reference: PPO arXiv 1707.06347, value clipping as in its reference implementation.
+    A value that has moved further than the clip towards the return has no gradient; away from it, it has. math.inf turns
+    clipping off. value_clipped: tokens whose clipped error was the worse.
+    Reference: PPO arXiv 1707.06347, value clipping as in its reference implementation.
     """
     if num_tokens < 1 or not clip > 0.0:
         raise ValueError(f"value_loss: num_tokens and clip must be positive, got {num_tokens} and {clip}")

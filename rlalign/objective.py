@@ -1,13 +1,16 @@
-"""From the algorithm's configuration to its correction and its loss: which function, with which arguments."""
+"""From the algorithm's configuration to its advantages, correction and losses: which function, with which arguments."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from rlalign import corrections, losses, presets
+from rlalign import advantages, corrections, losses, presets, reference_kl
 from rlalign.config import AlgoConfig
+from rlalign.config.algo import WITH_REFERENCE
 from rlalign.types import Correction, RolloutBatch, TrainBatch
 
 NEEDS_ADVANTAGES = {"opsm": presets.opsm, "dppo_tv": presets.dppo_tv}
@@ -24,7 +27,63 @@ PRESETS: dict[str, Callable[..., Correction]] = {
 }
 BY_TOKEN = {"grpo": losses.grpo_loss, "dapo": losses.dapo_loss, "cispo": losses.cispo_loss, "ppo": losses.ppo_loss}
 BY_SEQUENCE = {"grpo_sequence": losses.grpo_sequence_loss, "dr_grpo": losses.dr_grpo_loss, "gspo": losses.gspo_loss}
-WITH_REFERENCE = ("grpo", "grpo_sequence", "dr_grpo")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credit:
+    """Which token earned what. advantages, values, returns: [B, L] float32; the last two with a critic only.
+
+    kl: KL(policy || reference) of a sequence, nats, mean over those with a reward; None without a penalty.
+    """
+
+    advantages_BL: Tensor
+    values_BL: Tensor | None = None
+    returns_BL: Tensor | None = None
+    kl: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def credit(
+    rewards_B: Tensor,
+    batch: RolloutBatch,
+    algo: AlgoConfig,
+    *,
+    old_BL: Tensor,
+    ref_BL: Tensor | None = None,
+    values_BL: Tensor | None = None,
+    kl_coef: float = 0.0,
+) -> Credit:
+    """The configured advantages of a step's samples. A sample without a reward (NaN) is in no statistic and gets 0.
+
+    values_BL: the critic's, which gae needs. kl_coef: of the penalty on every token's reward, in units of the reward per nat.
+    """
+    if algo.advantage == "group":
+        advantage_B = advantages.group_relative(rewards_B, batch.group_id_B, normalize_std=algo.normalize_std)
+        return Credit(advantages_BL=advantage_B[:, None].expand_as(old_BL))
+    mask_BL = batch.loss_mask_BL & ~rewards_B.isnan()[:, None]
+    penalty_BL, kl, metrics = None, None, {}
+    if algo.kl_penalty.coef:
+        kl_BL = reference_kl.per_token(old_BL, ref_BL, mask_BL, algo.kl_penalty.estimator)
+        penalty_BL, kl = kl_coef * kl_BL, float(kl_BL.sum(1)[mask_BL.any(1)].mean())
+        metrics = {"token": float(kl_BL[mask_BL].mean()), "sequence": kl, "coef": kl_coef, "penalty": kl_coef * kl}
+    reward_BL = advantages.token_rewards(rewards_B, mask_BL, penalty_BL)
+    raw_BL, returns_BL = advantages.gae(reward_BL, values_BL, mask_BL, gamma=algo.gae.gamma, lam=algo.gae.lam)
+    earned_BL = advantages.gae(reward_BL, torch.zeros_like(values_BL), mask_BL, gamma=algo.gae.gamma, lam=1.0)[1]
+    measured = advantages.explained(values_BL, earned_BL, mask_BL) | {
+        "value_mean": float(values_BL[mask_BL].mean()),
+        "return_mean": float(earned_BL[mask_BL].mean()),
+        "return_std": float(earned_BL[mask_BL].std(correction=0)),
+        "advantage_mean": float(raw_BL[mask_BL].mean()),
+        "advantage_std": float(raw_BL[mask_BL].std(correction=0)),
+    }
+    return Credit(
+        advantages_BL=advantages.whiten(raw_BL, mask_BL) if algo.gae.whiten else raw_BL,
+        values_BL=values_BL,
+        returns_BL=returns_BL,
+        kl=kl,
+        metrics={f"ref_kl/{name}": value for name, value in metrics.items()}
+        | {f"critic/{name}": value for name, value in measured.items()},
+    )
 
 
 def correct(old_BL: Tensor, batch: RolloutBatch, advantages_BL: Tensor, algo: AlgoConfig) -> Correction:
@@ -61,3 +120,11 @@ def policy_loss(
     if algo.loss == "dr_grpo":
         options["max_tokens"] = max_tokens
     return BY_SEQUENCE[algo.loss](*given, num_sequences=batch.num_sequences, **options)
+
+
+def value_loss(values_BL: Tensor, batch: TrainBatch, *, algo: AlgoConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """The critic's loss on one micro-batch, over the tokens that the policy trains on, divided by their count in the step."""
+    old_BL, returns_BL, keep_BL = (
+        x.to(values_BL.device) for x in (batch.values_BL, batch.returns_BL, batch.correction.keep)
+    )
+    return losses.value_loss(values_BL, old_BL, returns_BL, keep_BL, num_tokens=batch.num_tokens, clip=algo.critic.clip)

@@ -62,12 +62,11 @@ def log_step(
     *,
     tokens: bool,
 ) -> None:
-    """One line of metrics; with `tokens` also the metrics by position, one row per sampled token, and their histogram."""
+    """One line of metrics and when its phases ran; with `tokens` also the metrics by position and one row per sampled token."""
+    run.log_timeline(result.spans)
     run.log(step, metrics if tokens else {key: value for key, value in metrics.items() if "/position" not in key})
     if tokens:
-        columns = token_columns(step, result, tokenizer)
-        run.log_tokens(step, columns)
-        run.log_histogram(step, "mismatch/log_ratio", columns["log_ratio"])
+        run.log_tokens(step, token_columns(step, result, tokenizer))
 
 
 def token_columns(step: int, result: StepResult, tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:

@@ -12,6 +12,8 @@ from rlalign.reward.mixture import RewardMixture, Rewards, Sample
 from rlalign.types import LogprobSpec, Rollout, RolloutBatch, TrainBatch
 
 if TYPE_CHECKING:
+    from rlalign.reference_kl import KlController
+    from rlalign.tracking.timeline import Span
     from rlalign.weights import PublishReport
 
 
@@ -33,18 +35,29 @@ class RolloutEngine(Protocol):
     ) -> list[Rollout]: ...
 
 
-class Trainer(Protocol):
+class Learner(Protocol):
+    """Follows a loss."""
+
+    def forward_backward(
+        self, batch: TrainBatch, loss_function: Callable[[Tensor, TrainBatch], tuple[Tensor, dict[str, float]]]
+    ) -> dict[str, float]: ...
+    def optim_step(self) -> dict[str, float]: ...
+
+
+class Trainer(Learner, Protocol):
     """Scores and trains the policy."""
 
     version: int
 
     def score(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]: ...
     def score_reference(self, batch: RolloutBatch) -> Tensor | None: ...
-    def forward_backward(
-        self, batch: TrainBatch, loss_function: Callable[[Tensor, TrainBatch], tuple[Tensor, dict[str, float]]]
-    ) -> dict[str, float]: ...
-    def optim_step(self) -> dict[str, float]: ...
     def named_weights(self) -> Iterable[tuple[str, Tensor]]: ...
+
+
+class Critic(Learner, Protocol):
+    """Tells what a sequence will still earn, and learns it."""
+
+    def values(self, batch: RolloutBatch) -> Tensor: ...
 
 
 class Task(Protocol):
@@ -73,6 +86,8 @@ class Parties:
     pad_token_id: int
     reward: Callable[[Sequence[Sample]], Rewards] = field(default_factory=RewardMixture)  # the verifier alone
     floor: Mapping[str, float] | None = None  # the engine's noise floor: name -> nats
+    critic: Critic | None = None  # with algo.advantage=gae
+    kl_penalty: KlController | None = None  # with algo.kl_penalty
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +98,8 @@ class Collected:
     rewards: Rewards  # with every component's raw score; rewards.components["verifier"] holds the labels
     texts: list[str]
     metrics: dict[str, float]  # of sampling and rewarding
+    spans: list[Span] = field(default_factory=list)  # when that was
+    probe: RolloutBatch | None = None  # samples at lag 0 to measure the engine mismatch on, no part of the batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +112,17 @@ class StepResult:
     old_logprobs_BL: Tensor
     entropy_BL: Tensor  # of the trainer's distribution, nats
     advantages_BL: Tensor
+    values_BL: Tensor | None = None  # the critic's, before the update
+    returns_BL: Tensor | None = None  # what it is taught
     rewards: Rewards  # with every component's raw score; rewards.components["verifier"] holds the labels
     texts: list[str]
     warnings: list[str] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)  # when each phase ran
+    probe: RolloutBatch | None = None
 
 
-class MismatchLimitError(RuntimeError):
-    """The mismatch passed its limit: training on these ratios would follow an error, not the reward.
+class StepRefused(RuntimeError):
+    """A limit stopped the run.
 
     result: the step that showed it, scored and not trained on; None when a rule over several steps stopped the run.
     """
@@ -109,3 +130,11 @@ class MismatchLimitError(RuntimeError):
     def __init__(self, message: str, result: StepResult | None = None) -> None:
         super().__init__(message)
         self.result = result
+
+
+class MismatchLimitError(StepRefused):
+    """The engine mismatch passed its limit: training on these ratios would follow an error, not the reward."""
+
+
+class StalenessLimitError(StepRefused):
+    """The policy moved further between sampling and training than the schedule's limit: the tokens are too old."""

@@ -55,28 +55,13 @@ def on_first(action: Callable[[], T]) -> T:
     return message[0]
 
 
-def share_of(count: int, what: str) -> slice:
-    """This rank's contiguous share of `count` rows. Raises ValueError when the ranks cannot have equal ones.
-
-    Equal, because every rank must make the same number of passes: under ZeRO-3 each pass gathers weights from all.
-    """
-    size = world_size()
-    if count % size:
-        raise ValueError(
-            f"{count} {what} cannot be divided evenly among {size} trainer ranks; "
-            "choose rollout.prompts_per_step x rollout.group_size / algo.minibatches as a multiple of the ranks"
-        )
-    share = count // size
-    return slice(rank() * share, (rank() + 1) * share)
-
-
-def gathered(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The ranks' equal shares put together in rank order, on CPU. device: where the process group's backend works."""
+def merged(part: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The ranks' parts of one tensor, each zero where the others are not, on CPU. device: where the group's backend works."""
     if world_size() == 1:
-        return rows.cpu()
-    found = [torch.empty_like(rows, device=device) for _ in range(world_size())]
-    dist.all_gather(found, rows.to(device).contiguous())
-    return torch.cat([part.cpu() for part in found])
+        return part
+    whole = part.to(device, copy=True)
+    dist.all_reduce(whole)
+    return whole.cpu()
 
 
 def summed(values: dict[str, float], device: torch.device) -> dict[str, float]:
@@ -87,6 +72,25 @@ def summed(values: dict[str, float], device: torch.device) -> dict[str, float]:
     total = torch.tensor([values[name] for name in names], dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return dict(zip(names, total.tolist(), strict=True))
+
+
+def explained(error: BaseException) -> str:
+    """What to tell of an error: gloo and NCCL name sockets where a rank that waited for another one must be told of that one."""
+    said = str(error)
+    if world_size() > 1 and any(
+        words in said for words in ("closed by peer", "reset by peer", "remote process exited")
+    ):
+        first = " ".join(said.split("\n")[0].split())[:200]
+        return (
+            f"another trainer rank ended, and its own log says why ({first}). Start again with checkpoint.resume=auto"
+        )
+    return said
+
+
+def wait_for_all() -> None:
+    """Return when every rank has come here. Raises torch's error where one died first."""
+    if world_size() > 1:
+        dist.barrier()
 
 
 def any_of(flag: bool, device: torch.device) -> bool:

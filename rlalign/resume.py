@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from rlalign import checkpoint, ranks
 from rlalign.checkpoint import Checkpoint
 from rlalign.config import RunConfig, to_plain
 from rlalign.exits import Preempted
+from rlalign.tracking.files import METRICS
 
 if TYPE_CHECKING:
     from rlalign.trainer.policy import Policy
@@ -75,6 +77,35 @@ class Signals:
         self.asked = signal.Signals(number)
 
 
+class RandomStates:
+    """Every generator that a rank may draw from: Python's, numpy's, torch's, those of its devices."""
+
+    def save_state(self, folder: Path) -> None:
+        """Every rank its own file."""
+        import numpy as np
+        import torch
+
+        folder.mkdir(exist_ok=True)
+        states = {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+        _, keys, *rest = np.random.get_state()
+        torch.save(states | {"numpy": (torch.from_numpy(keys.astype(np.int64)), *rest)}, self._file(folder))
+
+    def load_state(self, folder: Path) -> None:
+        """Draw on from where this rank was."""
+        import numpy as np
+        import torch
+
+        states = torch.load(self._file(folder), weights_only=True)
+        random.setstate(states["python"])
+        torch.set_rng_state(states["torch"])
+        torch.cuda.set_rng_state_all(states["cuda"])
+        keys, *rest = states["numpy"]
+        np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
+
+    def _file(self, folder: Path) -> Path:
+        return folder / f"rank-{ranks.rank()}.pt"
+
+
 @dataclass(kw_only=True)
 class Checkpoints:
     """Saves after steps, when due or when a signal asks for the end."""
@@ -85,12 +116,15 @@ class Checkpoints:
     signals: Signals
     # Of the first rank: name -> what is saved beside the policy.
     parts: dict[str, Stateful] = field(default_factory=dict)
+    shared: dict[str, Stateful] = field(default_factory=dict)  # the same, of every rank
 
     def restore(self, found: Checkpoint | None) -> int:
         """Load everything; returns the step to run next."""
         if found is None:
             return 0
         self.policy.load_state(found.folder / "policy")
+        for name, part in (self.shared | {"random": RandomStates()}).items():
+            part.load_state(found.folder / name)
 
         def others() -> None:
             for name, part in self.parts.items():
@@ -122,7 +156,11 @@ class Checkpoints:
     def _save(self, step: int) -> None:
         def write(folder: Path) -> None:
             self.policy.save_state(folder / "policy")
+            for name, part in (self.shared | {"random": RandomStates()}).items():
+                part.save_state(folder / name)
             if ranks.rank() == 0:
+                # The row first: a run cannot go on after a step that was never logged.
+                checkpoint.flush(self.log.directory / METRICS)
                 for name, part in self.parts.items():
                     (folder / name).mkdir()
                     part.save_state(folder / name)

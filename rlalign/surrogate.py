@@ -35,6 +35,19 @@ def clipped_loss(
     keep_BL = correction.keep
     log_ratio_BL, advantages_BL = log_ratio(logprobs_BL, old_logprobs_BL, keep_BL), inside(advantages_BL, keep_BL)
     loss, metrics = surrogate_loss(log_ratio_BL, advantages_BL, correction, scale_BL, clip_low, clip_high)
+    return with_reference(loss, metrics, logprobs_BL, ref_logprobs_BL, keep_BL, scale_BL, kl_coef)
+
+
+def with_reference(
+    loss: Tensor,
+    metrics: dict[str, Tensor],
+    logprobs_BL: Tensor,
+    ref_logprobs_BL: Tensor | None,
+    keep_BL: Tensor,
+    scale_BL: Tensor,
+    kl_coef: float,
+) -> Loss:
+    """The loss plus kl_coef times k3 of KL(policy || reference). Raises ValueError for kl_coef without a reference."""
     if ref_logprobs_BL is None:
         if kl_coef:
             raise ValueError(f"kl_coef={kl_coef} needs ref_logprobs_BL, the reference policy's log-probabilities")

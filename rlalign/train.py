@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlalign import assemble, observe, ranks, resume
-from rlalign.config import RunConfig, to_plain
+from rlalign import assemble, joining, observe, ranks, resume
+from rlalign.config import RunConfig, ScheduleMode, to_plain
 from rlalign.loop import train_step
-from rlalign.parties import MismatchLimitError, Parties, StepResult
+from rlalign.parties import MismatchLimitError, Parties, StepRefused, StepResult
+from rlalign.sampler import Sampler
 from rlalign.tracking import replay_files
 from rlalign.watch import Watch, self_test
 
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from rlalign.tracking.console import Progress
     from rlalign.tracking.run import Run
     from rlalign.tracking.silent import SilentProgress, SilentRun
+    from rlalign.trainer.critic import Critic
     from rlalign.trainer.policy import Policy
+    from rlalign.weights import Transport
 
 
 def train(config: RunConfig) -> dict:
@@ -34,8 +37,9 @@ def train(config: RunConfig) -> dict:
     others only take part.
 
     The directory holds everything up to the last whole step, however the run ends. Raises ValueError for input that cannot
-    be used, RuntimeError when the two engines break their contract, MismatchLimitError when a mismatch limit stops the run.
+    be used, RuntimeError when the two engines break their contract, StepRefused when a limit stops the run.
     """
+    from rlalign.tracking.backends import places_of
     from rlalign.tracking.console import Progress
     from rlalign.tracking.report import write_report
     from rlalign.tracking.run import Run
@@ -44,7 +48,7 @@ def train(config: RunConfig) -> dict:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     directory = Path(config.output_dir)
     signals = resume.Signals()
-    first = assemble.join_ranks() == 0
+    first = joining.join_ranks() == 0
     found = resume.find(config)
     if not first:
         with signals, SilentRun(directory) as run, SilentProgress() as progress:
@@ -53,9 +57,9 @@ def train(config: RunConfig) -> dict:
     run = Run(
         directory,
         config=to_plain(config),
-        wandb_mode=config.tracking.wandb,
         project=config.tracking.project,
         name=config.name,
+        places=places_of(config.tracking),
         resume=found is not None,
         overwrite=config.overwrite or (config.checkpoint.resume == "auto" and found is None),
     )
@@ -76,27 +80,43 @@ def _run(
     signals: resume.Signals,
 ) -> dict:
     from rlalign.rollout.shared import SharedEngine
+    from rlalign.weights import open_transport
 
     model = ranks.on_first(lambda: assemble.resolve_model(config.model.path, progress.stage))
     tokenizer = assemble.load_tokenizer(model)
+    critic_from = ranks.on_first(lambda: assemble.critic_folder(model, config, tokenizer))
     task = assemble.load_task_of(config)
     reward = assemble.SharedReward(config, progress.stage)
+    transport = open_transport(config.weights)
     progress.stage("starting vLLM")
     engine = SharedEngine(lambda: assemble.start_engine(model, config))
     try:
         run.log_head_status(engine.status())
         progress.stage("starting DeepSpeed")
         policy = assemble.start_policy(model, config)
+        critic = None
         try:
-            parties = _parties(config, engine, policy, task, reward, tokenizer)
+            critic = assemble.start_critic(critic_from, config)
+            parties = _parties(config, engine, policy, critic, task, reward, tokenizer, transport)
             drift = assemble.start_drift_watch(reward, config, run, progress.stage)
-            parts = {} if drift is None else {"drift": drift}
-            checkpoints = resume.Checkpoints(config=config, log=run, policy=policy, signals=signals, parts=parts)
-            steps = _Steps(config, run, progress, engine, policy, parties, tokenizer, drift, checkpoints)
+            sampler = None
+            if config.schedule.mode is not ScheduleMode.synchronous:
+                sampler = Sampler(parties, config, engine=lambda: engine.local, say=partial(run.event, "rollouts"))
+            parts = {"drift": drift, "rollouts": sampler}
+            shared = {"critic": critic, "kl_penalty": parties.kl_penalty}
+            checkpoints = resume.Checkpoints(
+                config=config, log=run, policy=policy, signals=signals, 
+                parts={name: part for name, part in parts.items() if part is not None},
+                shared={name: part for name, part in shared.items() if part is not None},
+            )  # fmt: skip
+            steps = _Steps(config, run, progress, engine, policy, parties, sampler, tokenizer, drift, checkpoints)
             return steps.run_all(found)
         finally:
             policy.close()
+            if critic is not None:
+                critic.close()
     finally:
+        transport.close()
         engine.close()
 
 
@@ -104,20 +124,25 @@ def _parties(
     config: RunConfig,
     engine: SharedEngine,
     policy: Policy,
+    critic: Critic | None,
     task: assemble.Task,
     reward: assemble.SharedReward,
     tokenizer: PreTrainedTokenizerBase,
+    transport: Transport,
 ) -> Parties:
     from rlalign.diagnose import noise_floor
+    from rlalign.reference_kl import KlController
     from rlalign.weights import publish_from_ranks
 
     floor = noise_floor.read(Path(config.mismatch.floor), config.model.dtype.value) if config.mismatch.floor else None
     return Parties(
         engine=engine,
         trainer=policy,
+        critic=critic,
+        kl_penalty=KlController(config.algo.kl_penalty) if config.algo.kl_penalty.coef else None,
         task=task,
         reward=reward,
-        publish=partial(publish_from_ranks, receiver=lambda: engine.local, shared=Path(config.weights.shared)),
+        publish=partial(publish_from_ranks, receiver=lambda: engine.local, transport=transport),
         encode=partial(assemble.encode, tokenizer, chat=config.task.chat_template),
         pad_token_id=tokenizer.pad_token_id,
         floor=floor,
@@ -134,6 +159,7 @@ class _Steps:
     engine: SharedEngine
     policy: Policy
     parties: Parties
+    sampler: Sampler | None  # of an asynchronous schedule
     tokenizer: PreTrainedTokenizerBase
     drift: DriftWatch | None  # on the first rank
     checkpoints: resume.Checkpoints
@@ -154,7 +180,8 @@ class _Steps:
             self.progress.step(step, metrics)
             watch.step(step, metrics)
             ranks.on_first(lambda: self.drift.stop_if_asked())
-            self.checkpoints.after(step)
+            with self.run.timed(step, "checkpoint"):
+                self.checkpoints.after(step)
         statuses = self.engine.status()
         summary = ranks.on_first(lambda: self._summary(statuses))
         self.run.log_head_status(statuses)
@@ -172,21 +199,20 @@ class _Steps:
 
     def _step(self, step: int) -> dict[str, float]:
         config, last = self.config, step == self.config.steps - 1
-        samples = config.tracking.eval_samples
-        evaluate = step % config.tracking.eval_every == 0
-        before = {"eval/accuracy": observe.evaluate(self.parties, samples=samples)} if evaluate else {}
+        before = {"eval/accuracy": self._evaluate(step)} if step % config.tracking.eval_every == 0 else {}
         version, replay_every = self.policy.version, config.tracking.replay_every
         keep = bool(replay_every) and step % replay_every == 0
         if keep:
             self._keep_weights(step)
         try:
-            result = train_step(step, self.parties, config)
-        except MismatchLimitError as stop:  # what stopped the run is what must not be lost
+            result = train_step(step, self.parties, config, self.sampler)
+        except StepRefused as stop:  # what stopped the run is what must not be lost
             observe.log_step(self.run, step, before | stop.result.metrics, stop.result, self.tokenizer, tokens=True)
             if replay_every:  # not trained on: the weights are still those that sampled it
                 self._keep_weights(step)
                 self._keep_batch(step, stop.result, version)
-            self._explain(stop.result)
+            if isinstance(stop, MismatchLimitError):
+                self._explain(stop.result)
             raise
         if keep:
             self._keep_batch(step, result, version)
@@ -197,14 +223,19 @@ class _Steps:
             self.run.event("reward", f"step {step}: {result.rewards.describe_failed()}")
         metrics = before | result.metrics | self._drift_metrics(step, result)
         if config.mismatch.head_every and step % config.mismatch.head_every == 0:
-            metrics |= observe.head_in_isolation(self.engine, self.policy, result, config)
+            with self.run.timed(step, "head"):
+                metrics |= observe.head_in_isolation(self.engine, self.policy, result, config)
         if last:  # of the final weights; every earlier row evaluates those before its step
-            metrics["eval/accuracy"] = observe.evaluate(self.parties, samples=samples)
+            metrics["eval/accuracy"] = self._evaluate(step)
         every = config.tracking.tokens_every
         observe.log_step(
             self.run, step, metrics, result, self.tokenizer, tokens=bool(every) and (step % every == 0 or last)
         )
         return metrics
+
+    def _evaluate(self, step: int) -> float:
+        with self.run.timed(step, "eval"):
+            return observe.evaluate(self.parties, samples=self.config.tracking.eval_samples)
 
     def _drift_metrics(self, step: int, result: StepResult) -> dict[str, float]:
         versions_B, prompts_B = result.batch.policy_version_BL.amax(1).numpy(), result.batch.prompt_id_B.numpy()
@@ -213,21 +244,27 @@ class _Steps:
         )
 
     def _explain(self, result: StepResult) -> None:
-        """Ask both sides why they disagree, while they still stand as they were. One trainer rank with whole weights only."""
+        """Ask both sides why they disagree, while they still stand as they were.
+
+        One trainer rank with whole weights and the embedded engine only: it looks into the engine's process.
+        """
         from rlalign.diagnose import suspects
 
-        if ranks.world_size() > 1 or self.config.trainer.zero_stage == 3:
+        if ranks.world_size() > 1 or self.config.trainer.zero_stage == 3 or self.config.rollout.backend == "server":
             return
         case = suspects.Case(
             engine=self.engine.local,
             network=self.policy.network,
-            batch=result.batch,
+            batch=result.batch if result.probe is None else result.probe,  # older tokens prove nothing about the engine
             score=lambda batch: self.policy.score(batch)[0],
             tokenizer=self.tokenizer,
             master_VD=self.policy.head.master_VD,
             shared=Path(self.config.weights.shared),
+            weights=self.policy.named_weights,
         )
         try:
+            if self.sampler is not None:
+                self.sampler.settle()  # the engine answers one caller at a time
             causes = suspects.report(suspects.rank(case, with_layers=False))
         except (ValueError, RuntimeError) as error:  # the mismatch is what must be raised
             causes = f"the diagnosis itself failed: {error}"
@@ -255,7 +292,7 @@ class _Steps:
         return Watch(
             self.config,
             spec=self.engine.spec,
-            trainer_head=self.policy.head.dtype if self.policy.head.mode == "mirrored" else "model",
+            trainer_head="model" if self.policy.head.mode == "off" else self.policy.head.dtype,
             floor=self.parties.floor,
             log=self.run,
             say=self.progress.stage,

@@ -7,6 +7,7 @@ Suffixes: B sequences, L padded length.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Rollout:
     version_spans: (start, end, policy_version) over sampled positions of token_ids, end exclusive, in order.
     kv_spans: the same over all positions, prompt included: the version that computed a position's keys and values. Older than
         what sampled the next token where weights changed in flight or a prefix cache outlived them. Empty: not known.
+    kv_recomputed: True where updates in flight had all keys and values computed again: each token saw keys of its own version.
     """
 
     token_ids: list[int]
@@ -76,6 +78,7 @@ class Rollout:
     finish_reason: str
     version_spans: list[tuple[int, int, int]]
     kv_spans: list[tuple[int, int, int]] = field(default_factory=list)
+    kv_recomputed: bool = False
     text: str = ""
 
     def __post_init__(self) -> None:
@@ -146,10 +149,11 @@ class RolloutBatch:
         if bool(self.loss_mask_BL[:, 0].any()):
             raise ValueError("RolloutBatch.loss_mask_BL marks token 0, which has no context to be predicted from")
 
-    def rows(self, index: slice) -> RolloutBatch:
-        """The sequences in `index`, with the same padding."""
+    def rows(self, index: slice | Tensor, length: int | None = None) -> RolloutBatch:
+        """The sequences in `index`, with the same padding, or cut to their first `length` positions."""
         tensors = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "spec"}
-        return RolloutBatch(**tensors, spec=self.spec)
+        cut = {name: tensor[:, :length] if tensor.ndim == 2 else tensor for name, tensor in tensors.items()}
+        return RolloutBatch(**cut, spec=self.spec)
 
     def __len__(self) -> int:
         return self.token_ids_BL.shape[0]
@@ -161,21 +165,22 @@ def collate(rollouts: Sequence[Rollout], *, pad_token_id: int, spec: LogprobSpec
 
     if not rollouts:
         raise ValueError("collate: no rollouts; the engine returned an empty batch")
-    length = max(len(r.token_ids) for r in rollouts)
-    token_ids = torch.full((len(rollouts), length), pad_token_id, dtype=torch.int64)
-    attention = torch.zeros(len(rollouts), length, dtype=torch.bool)
-    loss_mask = torch.zeros(len(rollouts), length, dtype=torch.bool)
-    logprobs = torch.zeros(len(rollouts), length, dtype=torch.float32)
-    versions = torch.full((len(rollouts), length), UNKNOWN_VERSION)
-    kv_versions = torch.full((len(rollouts), length), UNKNOWN_VERSION)
-    for i, r in enumerate(rollouts):
-        n = len(r.token_ids)
-        token_ids[i, :n] = torch.tensor(r.token_ids, dtype=torch.int64)
-        attention[i, :n] = True
-        loss_mask[i, :n] = torch.tensor(r.loss_mask, dtype=torch.bool)
-        logprobs[i, :n] = torch.tensor(r.rollout_logprobs, dtype=torch.float32)
-        versions[i] = spread(r.version_spans, length)
-        kv_versions[i, 1:] = spread(r.kv_spans, length).cummin(0).values[:-1]  # of every position before the token
+    lengths = torch.tensor([len(r.token_ids) for r in rollouts])
+    attention = torch.arange(int(lengths.max())) < lengths[:, None]
+
+    def padded(rows: Sequence[Sequence[float]], empty: float, dtype: torch.dtype) -> Tensor:
+        values_BL = torch.full(attention.shape, empty, dtype=dtype)
+        values_BL[attention] = torch.tensor([*chain.from_iterable(rows)], dtype=dtype)
+        return values_BL
+
+    token_ids = padded([r.token_ids for r in rollouts], pad_token_id, torch.int64)
+    loss_mask = padded([r.loss_mask for r in rollouts], False, torch.bool)
+    logprobs = padded([r.rollout_logprobs for r in rollouts], 0.0, torch.float32)
+    versions = spread([r.version_spans for r in rollouts], attention.shape[1])
+    oldest = spread([r.kv_spans for r in rollouts], attention.shape[1]).cummin(1).values
+    before = torch.nn.functional.pad(oldest[:, :-1], (1, 0), value=UNKNOWN_VERSION)  # a token sees the keys before it
+    recomputed_B1 = torch.tensor([[r.kv_recomputed] for r in rollouts])
+    kv_versions = torch.where(recomputed_B1, versions, before)
     _require_versions(versions, loss_mask)
     kv_versions[~loss_mask] = UNKNOWN_VERSION
     return RolloutBatch(
@@ -191,21 +196,28 @@ def collate(rollouts: Sequence[Rollout], *, pad_token_id: int, spec: LogprobSpec
     )
 
 
-def spread(spans: Sequence[tuple[int, int, int]], length: int) -> Tensor:
-    """The version of every position, [L] int64, from (start, end, version) spans; UNKNOWN_VERSION where none reaches.
+def spread(spans: Sequence[Sequence[tuple[int, int, int]]], length: int) -> Tensor:
+    """The version of every position, [B, L] int64, from each row's (start, end, version) spans; UNKNOWN_VERSION elsewhere.
 
     Raises ValueError on spans that overlap or leave [0, length).
     """
     import torch
 
-    version_L = torch.full((length,), UNKNOWN_VERSION)
-    reached = 0
-    for start, end, version in spans:
-        if not reached <= start < end <= length:
-            raise ValueError(f"version span ({start}, {end}) overlaps the one before or leaves 0..{length}")
-        version_L[start:end] = version
-        reached = end
-    return version_L
+    found = []
+    for row, of_row in enumerate(spans):
+        reached = 0
+        for start, end, version in of_row:
+            if not reached <= start < end <= length:
+                raise ValueError(f"version span ({start}, {end}) overlaps the one before or leaves 0..{length}")
+            found.append((row * length + start, end - start, version))
+            reached = end
+    version_BL = torch.full((len(spans), length), UNKNOWN_VERSION)
+    if found:
+        first_S, count_S, version_S = torch.tensor(found).unbind(1)
+        before_S = count_S.cumsum(0) - count_S
+        position_N = torch.arange(int(count_S.sum())) + (first_S - before_S).repeat_interleave(count_S)
+        version_BL.view(-1)[position_N] = version_S.repeat_interleave(count_S)
+    return version_BL
 
 
 def _require_versions(policy_version_BL: Tensor, loss_mask_BL: Tensor) -> None:
@@ -234,9 +246,9 @@ class Correction:
         """The same on another device."""
         return Correction(weights=self.weights.to(device), keep=self.keep.to(device))
 
-    def rows(self, index: slice) -> Correction:
-        """The sequences in `index`."""
-        return Correction(weights=self.weights[index], keep=self.keep[index])
+    def rows(self, index: slice | Tensor, length: int | None = None) -> Correction:
+        """The sequences in `index`, or their first `length` positions."""
+        return Correction(weights=self.weights[index, :length], keep=self.keep[index, :length])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,6 +265,7 @@ class TrainBatch:
     """All that a policy loss reads.
 
     old_logprobs_BL, ref_logprobs_BL: [B, L] float32; advantages_BL: [B, L] float32;
+    values_BL, returns_BL: [B, L] float32, the critic's before the update and what it should have said; PPO only.
     num_tokens, num_sequences: kept tokens, and sequences with a kept token, of the whole optimizer step: the denominators.
     """
 
@@ -263,14 +276,18 @@ class TrainBatch:
     num_tokens: int
     num_sequences: int
     ref_logprobs_BL: Tensor | None = None
+    values_BL: Tensor | None = None
+    returns_BL: Tensor | None = None
 
-    def rows(self, index: slice) -> TrainBatch:
-        """The sequences in `index`; the denominators stay those of the whole step."""
+    def rows(self, index: slice | Tensor, length: int | None = None) -> TrainBatch:
+        """The sequences in `index`, or their first `length` positions; the denominators stay those of the whole step."""
+        optional = ("ref_logprobs_BL", "values_BL", "returns_BL")
+        present = {name: tensor for name in optional if (tensor := getattr(self, name)) is not None}
         return replace(
             self,
-            rollouts=self.rollouts.rows(index),
-            old_logprobs_BL=self.old_logprobs_BL[index],
-            advantages_BL=self.advantages_BL[index],
-            correction=self.correction.rows(index),
-            ref_logprobs_BL=None if self.ref_logprobs_BL is None else self.ref_logprobs_BL[index],
+            rollouts=self.rollouts.rows(index, length),
+            old_logprobs_BL=self.old_logprobs_BL[index, :length],
+            advantages_BL=self.advantages_BL[index, :length],
+            correction=self.correction.rows(index, length),
+            **{name: tensor[index, :length] for name, tensor in present.items()},
         )

@@ -24,7 +24,7 @@ def write_verified_samples(
     chosen = task.train_prompts(0, prompts)
     model = assemble.resolve_model(config.model.path, say)
     tokenizer = assemble.load_tokenizer(model)
-    engine = assemble.start_engine(model, config)
+    engine = assemble.start_embedded(model, config)
     try:
         rollouts = engine.generate(
             [assemble.encode(tokenizer, p.text, chat=config.task.chat_template) for p in chosen],

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from rlalign.config import GateAction, RunConfig
+from rlalign.config import GateAction, RunConfig, ScheduleMode
 from rlalign.mismatch.causes import Evidence, frozen_run_verdict
 from rlalign.mismatch.monitor import DEFAULT_RULES, Action, Alert, Monitor, Rule
 from rlalign.parties import MismatchLimitError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rlalign.types import LogprobSpec
 
 STOPS = (Action.stop, Action.checkpoint_stop)
+PROBED = ("mismatch/lag0/", "mismatch/excess/")  # what only tokens of the current version measure
 LEAST_STEPS = 9  # of the self-test at learning rate 0: fewer say nothing about a trend
 
 
@@ -78,15 +79,20 @@ class Watch:
 
 
 def rules_of(config: RunConfig) -> tuple[Rule, ...]:
-    """The configured rules; without any, the monitor's defaults at the run's own k3 limit and no harsher than its gate."""
+    """The configured rules; without any, the monitor's defaults at the run's own k3 limit and no harsher than its gate.
+
+    Asynchronous steps measure the engine mismatch only where they probe it; its rules then judge a window of probes.
+    """
     given = [asdict(rule) for rule in config.mismatch.rules]
-    if given:
-        return tuple(Rule(**rule | {"action": Action(rule["action"])}) for rule in given)
-    limit = config.mismatch.k3_limit
-    rules = [replace(r, limit=limit, release=limit / 2) if r.metric == "mismatch/lag0/k3" else r for r in DEFAULT_RULES]
-    if config.mismatch.action is GateAction.warn:
-        rules = [replace(r, action=Action.warn) if r.action in STOPS else r for r in rules]
-    return tuple(rules)
+    rules = [Rule(**rule | {"action": Action(rule["action"])}) for rule in given]
+    if not rules:
+        limit = config.mismatch.k3_limit
+        own = {"mismatch/lag0/k3": {"limit": limit, "release": limit / 2}}
+        rules = [replace(rule, **own.get(rule.metric, {})) for rule in DEFAULT_RULES]
+        if config.mismatch.action is GateAction.warn:
+            rules = [replace(r, action=Action.warn) if r.action in STOPS else r for r in rules]
+    every = 1 if config.schedule.mode is ScheduleMode.synchronous else max(1, config.schedule.probe_every)
+    return tuple(replace(rule, every=every) if rule.metric.startswith(PROBED) else rule for rule in rules)
 
 
 def self_test(rows: Sequence[Mapping[str, float]], learning_rate: float) -> dict[str, object] | None:

@@ -1,17 +1,21 @@
 """The Hydra application: what torchrun, deepspeed and srun start, and what sweeps with -m.
 
 python scripts/train.py --config-name demo algo.lr=1e-5 rollout.group_size=8
+python scripts/train.py -m --config-name demo hydra/launcher=slurm algo.lr=1e-5,1e-6     one Slurm job for each
 """
 
 import sys
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from rlalign.cli import set_environment
 from rlalign.compose import register_schema
 from rlalign.config import load
-from rlalign.exits import REQUEUE, Preempted
+from rlalign.exits import LOST, REQUEUE, Lost, Preempted
+from rlalign.ranks import explained
 
 set_environment()
 register_schema()
@@ -21,13 +25,17 @@ register_schema()
 def main(composed: DictConfig) -> None:
     from rlalign.train import train
 
+    job = HydraConfig.get()
+    sweep = job.mode is RunMode.MULTIRUN
+    if sweep and not any(word.startswith("output_dir=") for word in job.overrides.task):
+        composed.output_dir = job.runtime.output_dir  # every run of a sweep its own: the folder that Hydra made for it
     try:
         train(load(composed))
-    except Preempted as end:
-        print(f"rlalign: {end}", file=sys.stderr)
-        sys.exit(REQUEUE)
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"rlalign: {error}")
+    except (Preempted, ValueError, RuntimeError) as error:
+        if sweep:  # an exit would end the other runs too, and submitit would wait for this one for ever
+            raise RuntimeError(f"rlalign: {error}") from error
+        print(f"rlalign: {explained(error)}", file=sys.stderr)
+        sys.exit(REQUEUE if isinstance(error, Preempted) else LOST if isinstance(error, Lost) else 1)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ class FakeEngine:
     problems: list[str] = field(default_factory=list)
     shift: float = 0.0  # added to every rollout logprob: an engine that disagrees
     stale_stamp: int | None = None
+    taken: list[dict] = field(default_factory=list)  # entries of the buckets of the last publish
 
     def generate(self, prompts, *, prompt_ids, samples, seed):
         if self.refusal:
@@ -58,24 +59,23 @@ class FakeEngine:
         self.refusal = reason
         self.events.append(("suspend", reason))
 
-    def load(self, directory: Path):
-        from safetensors import safe_open
+    engines = ("embedded",)
 
-        from rlalign.weights import MANIFEST_KEY, WEIGHTS_FILE
-
-        with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
-            import json
-
-            manifest = json.loads(file.metadata()[MANIFEST_KEY])
-        self.events.append(("load", manifest["version"]))
-        ack = {
-            "rank": 0,
-            "version": manifest["version"],
-            "tensors": len(manifest["digests"]),
-            "bytes": 4,
-            "repaired": [],
-        }
-        return [ack | {"problems": list(self.problems), "rebuilds": 1, "seconds": 0.0}]
+    def ask(self, method, *args):
+        told = {"rank": 0, "engine": "embedded", "problems": []}
+        match method:
+            case "rlalign_whereabouts":
+                return [told | {"host": "here", "pid": -1, "device": "cpu", "version": self.policy_version}]
+            case "rlalign_begin":
+                self.taken = []
+            case "rlalign_take":
+                self.taken += args[0]["entries"]
+            case "rlalign_finish":
+                self.events.append(("load", args[0]["version"]))
+                ack = {"version": args[0]["version"], "tensors": len(self.taken), "problems": list(self.problems)}
+                size = sum(e["end"] - e["start"] for e in self.taken)
+                return [told | ack | {"bytes": size, "repaired": [], "rebuilds": 1, "fingerprint": "", "seconds": 0.0}]
+        return [told]
 
     def reset_prefix_cache(self):
         self.events.append(("reset_prefix_cache", None))

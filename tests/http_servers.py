@@ -37,15 +37,15 @@ def sigmoid(x: float) -> float:
 class _Listener(ThreadingTCPServer):
     """HTTPServer would look up its own name first, which can take long."""
 
-    daemon_threads, request_queue_size = True, 128
+    daemon_threads, request_queue_size, allow_reuse_address = True, 128, True
 
 
 class Server:
     """`answer(path, body)` gives (status, JSON). Used as a context manager."""
 
-    def __init__(self, answer: Callable[[str, dict | None], tuple[int, object]]) -> None:
+    def __init__(self, answer: Callable[[str, dict | None], tuple[int, object]], port: int = 0) -> None:
         self.answer, self.script, self.seen, self._open = answer, [], [], []
-        self._http = _Listener(("127.0.0.1", 0), self._handler())
+        self._http = _Listener(("127.0.0.1", port), self._handler())
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
 
     def __enter__(self) -> Server:

@@ -11,13 +11,13 @@ from rlalign.cli import main
 from rlalign.diagnose.attribution import command, page, table, words
 from rlalign.diagnose.attribution.bias import Bias
 from rlalign.diagnose.attribution.difference import Spread
-from rlalign.diagnose.attribution.heat import BELOW, FAULT, NOTHING, Scale, heat_map, scale_of
 from rlalign.diagnose.attribution.mapping import LAYER_PAIRS, match, parse, read_pairs
 from rlalign.diagnose.attribution.patching import Removed
 from rlalign.diagnose.attribution.result import Attribution, PointDifference, RouteAttribution
 from rlalign.diagnose.attribution.sources import budget, of_run
 from rlalign.diagnose.attribution.trainer_side import module_names
 from rlalign.rollout.recording import Tap
+from rlalign.tracking.report_heat import BELOW, FAULT, NOTHING, Scale, heat_map, scale_of
 from tests import attribution_parts as parts
 
 YAML = """

@@ -2,8 +2,10 @@
 
 import json
 import os
+import subprocess
 
 import pytest
+import torch
 
 from rlalign import checkpoint
 from rlalign.checkpoint import MANIFEST, newest, require_same, save
@@ -65,7 +67,7 @@ def another_format(folder):
         (damage_a_byte, "missing or changed: policy/state.pt"),
         (lose_a_file, "missing or changed: policy/state.pt"),
         (tear_the_manifest, "no readable checkpoint.json"),
-        (another_format, "format 99, this version reads 1"),
+        (another_format, "format 99, this version reads 2"),
     ],
 )
 def test_a_damaged_one_is_passed_over_and_said(tmp_path, damage, said):
@@ -119,3 +121,66 @@ def test_another_number_of_ranks_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.ranks, "world_size", lambda: 4)
     with pytest.raises(ValueError, match="written by 1 trainer ranks, this run has 4; resume with 1"):
         require_same(found, CONFIG, accept_changes=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 512 KiB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a file system needs root")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(tmp_path)], check=True)
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_disk_that_fills_up_keeps_the_older_one_and_gives_the_space_back(small_disk):
+    saved(small_disk, 1, text="w" * 200_000)
+    for writer in (write("w" * 400_000), lambda folder: torch.save(torch.ones(100_000), folder / "state.pt")):
+        with pytest.raises(
+            OSError, match="No space left on device for the checkpoint of step 3; the older ones are kept"
+        ):
+            save(small_disk, 3, config=CONFIG, state={}, write=writer, keep=1)
+    assert os.listdir(small_disk / "checkpoints") == ["step-000001"]
+    assert newest(small_disk)[0].step == 1
+    saved(small_disk, 3, keep=1, text="w" * 200_000)
+    assert newest(small_disk)[0].step == 3
+
+
+def test_what_a_killed_run_was_writing_is_cleared_by_the_next_save_of_any_step(tmp_path):
+    left = tmp_path / "checkpoints" / ".step-000004.writing"
+    left.mkdir(parents=True)
+    (left / "half").write_text("x")
+    saved(tmp_path, 9)
+    assert os.listdir(tmp_path / "checkpoints") == ["step-000009"]
+
+
+def test_nothing_becomes_visible_before_every_rank_has_written(tmp_path, monkeypatch):
+    """Rank 0 of two, and the other one dies while it writes its shards."""
+    saved(tmp_path, 1)
+
+    def other_died():
+        raise RuntimeError("Connection closed by peer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.ranks, "world_size", lambda: 2)
+        patch.setattr(checkpoint.ranks, "on_first", lambda action: action())
+        patch.setattr(checkpoint.ranks, "wait_for_all", other_died)
+        with pytest.raises(RuntimeError, match="closed by peer"):
+            saved(tmp_path, 3, keep=1)
+    assert newest(tmp_path)[0].step == 1
+
+
+def test_where_servers_are_may_change_between_a_checkpoint_and_its_resume(tmp_path):
+    before = CONFIG | {
+        "rollout": {"servers": ["http://a:1"], "max_tokens": 8},
+        "weights": {"shared": "/a", "transport": "gloo"},
+    }
+    save(tmp_path, 1, config=before, state={}, write=write(), keep=1)
+    found, _ = newest(tmp_path)
+    elsewhere = before | {
+        "rollout": {"servers": ["http://b:2"], "max_tokens": 8},
+        "weights": {"shared": "/b", "transport": "gloo"},
+    }
+    assert require_same(found, elsewhere, accept_changes=False) == []
+    with pytest.raises(ValueError, match="rollout.max_tokens: 8 -> 9"):
+        require_same(found, before | {"rollout": {"servers": [], "max_tokens": 9}}, accept_changes=False)

@@ -35,7 +35,20 @@ def test_a_configuration_survives_its_own_plain_form():
     assert config.output_dir == "runs/demo"
 
 
+def test_the_demo_can_be_run_exact():
+    assert load(compose("demo", ["exact=true"])).exact and not load(compose("demo", [])).exact
+
+
 BAD = {
+    "exact=true & trainer.pack_tokens=64": "an attention of its own, over padded rows",
+    "trainer.lora.rank=-1": "trainer.lora.rank=-1: cannot be negative",
+    "trainer.lora.targets=[all-linear,q_proj]": "or all-linear alone",
+    "trainer.lora.dropout=1.0": "must be at least 0 and below 1",
+    "trainer.lora.rank=4 & head_dtype=master": "the lm_head is frozen",
+    "trainer.lora.rank=4 & exact=true": "adapters are merged in the engine, not in the trainer",
+    "exact=true & head_dtype=model": "exact=true with head_dtype=model: exact mode computes float32 logits",
+    "exact=true & rollout.tensor_parallel_size=2": "the all-reduce adds partial products in another order",
+    "exact=true & rollout.enforce_eager=false": "a compiled model rearranges the sums",
     "algo.lrr=1": "Key 'lrr' not in 'AlgoConfig'",
     "algo.lr=abc": "'abc' of type 'str' could not be converted to Float",
     "algo=nope": "Could not find 'algo/nope'",
@@ -45,6 +58,16 @@ BAD = {
     "rollout.group_size=1": "at least 2 samples",
     "rollout.max_tokens=64": "leaves no room for a prompt",
     "rollout.head_mode=magic": "auto, native or cached",
+    "rollout.backend=ray": "choose one of embedded, server",
+    "rollout.start=2": "rollout.start with rollout.backend=embedded: set rollout.backend=server",
+    "rollout.wait_for=2": "rollout.wait_for with rollout.backend=embedded",
+    "rollout.backend=server": "needs exactly one of rollout.start, rollout.servers, rollout.server_folder, got none",
+    "rollout.backend=server & rollout.start=1 & rollout.server_folder=x": "got rollout.start and rollout.server_folder",
+    "rollout.backend=server & rollout.server_folder=x": "the folder needs the number of servers to wait for",
+    "rollout.backend=server & rollout.servers=[localhost:8000]": "'localhost:8000' is no url; write http://HOST:PORT",
+    "rollout.backend=server & rollout.servers=[http://a,http://a]": "names a server twice",
+    "rollout.backend=server & rollout.start=-1": "must not be negative",
+    "rollout.pause_timeout_s=0": "must be positive",
     "algo.minibatches=7": "does not divide",
     "algo.lr=-1": "cannot be negative",
     "algo.loss=magic": "choose one of grpo",
@@ -66,7 +89,7 @@ BAD = {
 @pytest.mark.parametrize(("override", "message"), BAD.items(), ids=BAD)
 def test_bad_values_give_one_readable_line(override, message):
     with pytest.raises(ValueError, match="configuration: ") as error:
-        load(compose("demo", [override]))
+        load(compose("demo", override.split(" & ")))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 

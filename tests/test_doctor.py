@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
 import pytest
@@ -83,6 +84,17 @@ def test_every_entry_names_its_source_and_has_a_range():
     for issue in KNOWN:
         assert "#" in issue.upstream or "measured" in issue.upstream
         assert not issue.until or numbers(issue.since) <= numbers(issue.until)
+
+
+def test_lora_needs_peft_and_nothing_else_does(monkeypatch):
+    def installed(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(installation, "version", installed)
+    (check,) = installation._for_lora()
+    assert (check.name, check.state, check.remedy) == ("peft", "problem", "pip install 'rlalign[lora]'")
+    monkeypatch.setattr(installation, "version", lambda name: "0.21.7")
+    assert [check.state for check in installation._for_lora()] == ["ok"]
 
 
 def test_version_numbers():

@@ -5,10 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
+from transformers.activations import GELUActivation
 
 from rlalign import exact
 from rlalign.diagnose.both_sides import head_logprobs, hidden_states
 from rlalign.trainer.exact import make_exact
+from rlalign.trainer.head_mirror import mirror
 from tests import attribution_parts as parts
 
 
@@ -101,9 +103,43 @@ def test_an_exact_model_is_the_model_and_does_not_know_its_batch():
     assert float((plain_BLD - whole_BLD)[mask_BL].abs().max()) < 1e-4
     alone_BLD = hidden_states(network, batch, rows=1)
     assert torch.equal(alone_BLD[mask_BL], whole_BLD[mask_BL])
-    logprobs_BL = head_logprobs(network, whole_BLD, batch, "model", temperature=0.7)
+    logprobs_BL = head_logprobs(network, whole_BLD, batch, "float32", temperature=0.7)
     first = batch.rows(slice(0, 1))
-    assert torch.equal(logprobs_BL[:1], head_logprobs(network, alone_BLD[:1], first, "model", temperature=0.7))
+    assert torch.equal(logprobs_BL[:1], head_logprobs(network, alone_BLD[:1], first, "float32", temperature=0.7))
+
+
+def test_gradients_are_those_of_the_plain_model():
+    batch = parts.batch()
+    gradients = []
+    for network in (parts.model(), make_exact(parts.model())):
+        body = network.base_model(input_ids=batch.token_ids_BL, attention_mask=batch.attention_mask_BL)
+        logits_BLV = network.get_output_embeddings()(body.last_hidden_state)
+        logits_BLV.log_softmax(-1)[batch.loss_mask_BL].square().mean().backward()
+        gradients.append({n: p.grad.double() for n, p in network.named_parameters()})
+    for name, plain in gradients[0].items():
+        assert float((plain - gradients[1][name]).norm()) < 1e-4 * float(plain.norm()), name
+
+
+@pytest.mark.parametrize("head_dtype", ["model", "float32"])
+def test_the_head_keeps_its_products_and_rounds_them_where_asked(head_dtype):
+    batch, network = parts.batch(2), make_exact(parts.model().bfloat16())
+    hidden_BLD = hidden_states(network, batch)
+    status = mirror(network, head_dtype=head_dtype, chunk=0)
+    logits = network.get_output_embeddings()(hidden_BLD)
+    assert (status.mode, status.dtype) == {"model": ("off", "bfloat16"), "float32": ("exact", "float32")}[head_dtype]
+    expected = exact.linear(hidden_BLD, network.lm_head.weight, dtype=torch.float32)
+    assert torch.equal(logits, expected if head_dtype == "float32" else expected.bfloat16())
+    with pytest.raises(ValueError, match="not with its master"):
+        mirror(network, head_dtype="master", chunk=0)
+
+
+def test_other_devices_and_activations_are_refused():
+    with pytest.raises(ValueError, match="for the CPU so far; the trainer's model is on meta"):
+        make_exact(parts.model().to("meta"))
+    with pytest.raises(ValueError, match="knows silu only: model.layers.0.mlp.act_fn is GELU"):
+        network = parts.model()
+        network.model.layers[0].mlp.act_fn = GELUActivation()
+        make_exact(network)
 
 
 def test_masks_that_are_not_causal_and_right_padded_are_refused():

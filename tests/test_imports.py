@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1] / "rlalign"
 LEVELS = {
     0: {"types", "config", "install_check", "exits"},
     1: {
-        "exact", "head", "head_cache", "products", "logprobs", 
-        "mismatch", "corrections", "presets", "surrogate", "losses", "objective", "advantages", "ranks",
+        "exact", "head", "head_cache", "head_kernel", "products", "logprobs", 
+        "mismatch", "corrections", "presets", "surrogate", "losses", "objective", "advantages", "reference_kl", "ranks",
         "reward.calibration", "reward.adaptive", "reward.metrics",
     },
     2: {
@@ -22,19 +22,22 @@ LEVELS = {
     },
     3: {"rollout", "trainer", "reward.vllm_scorer", "reward.http_scorer"},
     4: {
-        "loop", "parties", "step_metrics", "train", "assemble", "observe", "verified_samples", "watch", "resume",
-        "cli", "commands", "compose", "diagnose",
+        "loop", "sampler", "gate", "parties", "step_metrics", "train", "assemble", "observe", "verified_samples", "watch",
+        "resume", "joining", "cli", "commands", "compose", "diagnose",
     },
 }  # fmt: skip
 HOMES = {
-    "vllm": ("rollout", "diagnose", "tracking.environment", "reward.vllm_scorer"),
+    "vllm": ("rollout", "weights.nccl", "diagnose", "tracking.environment", "reward.vllm_scorer"),
     "deepspeed": ("trainer", "tracking.environment"),
     "wandb": ("tracking",),
+    "wandb_workspaces": ("tracking.dashboard",),
+    "trackio": ("tracking.trackio_run",),
+    "prometheus_client": ("tracking.prometheus", "reward.server"),
     "hydra": ("compose",),
     "omegaconf": ("config", "compose"),
     "reasoning_gym": ("tasks",),
     "fastapi": ("reward.server",),
-    "httpx": ("reward.http_scorer",),
+    "httpx": ("reward.http_scorer", "rollout.server"),
     "uvicorn": ("reward.server",),
 }
 MODULES = sorted(p for p in ROOT.rglob("*.py") if p.read_text())

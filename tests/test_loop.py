@@ -75,7 +75,7 @@ def test_rollouts_of_an_older_version_are_not_called_lag_0(tmp_path, events):
     assert "mismatch/lag3/k3" in result.metrics and "mismatch/lag0/k3" not in result.metrics
     assert {k: v for k, v in result.metrics.items() if k.startswith("staleness/")} == {
         f"staleness/{of}/{stat}": 3.0 for of in ("policy", "kv") for stat in ("mean", "max")
-    }
+    } | {"staleness/k3": 0.0}
 
 
 def test_keys_older_than_the_policy_are_their_own_staleness_and_unknown_ones_are_not_zero():
@@ -85,11 +85,11 @@ def test_keys_older_than_the_policy_are_their_own_staleness_and_unknown_ones_are
         group_id_B=ids[:, 0], policy_version_BL=torch.tensor([[-1, -1, 4, 5]]), kv_version_BL=torch.tensor([[-1, -1, 2, 4]]),
         spec=LogprobSpec(),
     )  # fmt: skip
-    assert staleness_metrics(batch, 5) == {
+    assert staleness_metrics(batch, 5, {}) == {
         "staleness/policy/mean": 0.5, "staleness/policy/max": 1.0, "staleness/kv/mean": 2.0, "staleness/kv/max": 3.0,
     }  # fmt: skip
     unknown = replace(batch, kv_version_BL=torch.tensor([[-1, -1, 2, -1]]))
-    assert set(staleness_metrics(unknown, 5)) == {"staleness/policy/mean", "staleness/policy/max"}
+    assert set(staleness_metrics(unknown, 5, {})) == {"staleness/policy/mean", "staleness/policy/max"}
 
 
 def test_a_stamp_from_the_future_is_a_broken_contract(tmp_path, events):
@@ -136,3 +136,11 @@ def test_seeds_differ_between_steps_and_repeat_between_runs(tmp_path):
         ).batch.token_ids_BL
 
     assert (tokens(0) == tokens(0)).all() and not (tokens(0) == tokens(1)).all()
+
+
+def test_the_phases_and_the_rest_add_up_to_the_step(tmp_path, events):
+    found = train_step(0, parties(tmp_path, engine=FakeEngine(events), trainer=FakeTrainer(events)), config()).metrics
+    times = {name: value for name, value in found.items() if name.startswith("time/")}
+    whole = times.pop("time/step_s")
+    assert sum(times.values()) == pytest.approx(whole) and 0 <= times["time/other_s"] < whole
+    assert {"time/rollout_s", "time/reward_s", "time/score_s", "time/train_s", "time/publish_s"} <= times.keys()

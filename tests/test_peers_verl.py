@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from rlalign import advantages, corrections, losses, mismatch, presets
+from rlalign import advantages, corrections, losses, mismatch, presets, reference_kl
+from rlalign.config import KlPenaltyConfig
 from tests.peers import without_transport
 
 pytestmark = pytest.mark.engine  # importing verl takes seconds
@@ -244,6 +245,24 @@ def test_gae_and_whitening(verl):
     inside = mask.bool()
     torch.testing.assert_close(r[inside], returns[inside], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(advantages.whiten(a, inside)[inside], theirs[inside], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_kl_penalty_on_the_reward(verl, estimator):
+    old, ref, mask = batch(0)
+    theirs = verl["algos"].kl_penalty(old, ref, estimator)
+    torch.testing.assert_close(
+        reference_kl.per_token(old, ref, mask, estimator)[mask], theirs[mask], rtol=1e-4, atol=1e-6
+    )
+
+
+def test_the_adaptive_kl_coefficient(verl):
+    config = KlPenaltyConfig(coef=0.2, target=3.0, horizon=500)
+    ours, theirs = reference_kl.KlController(config), verl["algos"].AdaptiveKLController(0.2, 3.0, 500)
+    for measured in (1.0, 2.9, 3.2, 40.0, -1.0):
+        ours.update(measured, 64)
+        theirs.update(measured, 64)
+        assert ours.coef == pytest.approx(float(theirs.value), rel=1e-12)
 
 
 @pytest.mark.parametrize("normalize", [True, False])

@@ -111,7 +111,7 @@ def test_one_run_says_its_numbers_and_that_all_is_well(pair, tmp_path):
     page = read(write_report([pair[0]], tmp_path / "r.html"))
     assert "OK. Over 20 steps the mean reward went from 0.310 to 0.670" in page.text
     assert "k3 = 1e-9 nats per token at lag 0" in page.text and "20 publishes verified" in page.text
-    assert page.tags.count("svg") == 8 - 1
+    assert page.tags.count("svg") == 8
     assert page.row("k3, median over steps") == ["k3, median over steps", "1.00e-9"]
     assert page.row("calls") == ["calls", "5 to 7"] and ["", "rank 0\u20132"] in page.rows
 

@@ -159,3 +159,12 @@ def test_the_head_is_put_back(sides):
         mirror(network, head_dtype="float32", chunk=0)
         assert lm_head(hidden).dtype == torch.float32
     assert torch.equal(lm_head(hidden), plain) and "forward" not in lm_head.__dict__
+
+
+def test_adapters_are_a_cause_only_where_nothing_merged_is_published():
+    network = torch.nn.Module()
+    network.lora_A = torch.nn.Linear(2, 2)
+    case = SimpleNamespace(network=network, weights=None)
+    (cause,) = holding._adapters(case)
+    assert cause.name == "LoRA not applied" and "2 adapter weights" in cause.why
+    assert not list(holding._adapters(SimpleNamespace(network=network, weights=lambda: [])))

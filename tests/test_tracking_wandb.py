@@ -38,11 +38,11 @@ def test_auto_is_offline_without_a_login_and_online_with_one(logged_out, monkeyp
 def test_a_login_without_a_network_is_recorded_offline_and_says_so(logged_out, monkeypatch, tmp_path):
     asked = []
 
-    def unreachable(directory, project, name, config, mode, run_id):
+    def unreachable(given, mode):
         asked.append(mode)
         if mode == "online":
             raise wandb_run.wandb.errors.CommError("no route to host")
-        return wandb_run.wandb.init(mode="disabled", dir=str(directory))
+        return wandb_run.wandb.init(mode="disabled", dir=str(given.directory))
 
     monkeypatch.setattr(wandb_run.WandbRun, "_init", staticmethod(unreachable))
     monkeypatch.setenv("WANDB_API_KEY", "not-a-real-key")

@@ -1,5 +1,7 @@
 """Which version sampled a token, and with how old keys: from the wire form's spans to the padded batch."""
 
+from dataclasses import replace
+
 import pytest
 
 from rlalign.rollout.engine import kv_spans
@@ -36,6 +38,11 @@ def test_an_update_in_flight_leaves_the_older_keys_behind():
     assert batch.kv_version_BL.tolist() == [[-1, -1, 7, 7, 7, 7, 7]]
     recomputed = batch_of(rollout(spans, [(0, 6, 8)]))
     assert recomputed.kv_version_BL.tolist() == [[-1, -1, 8, 8, 8, 8, 8]]
+
+
+def test_keys_computed_again_are_as_new_as_the_token():
+    again = replace(rollout([(2, 4, 7), (4, 7, 8)]), kv_recomputed=True)
+    assert batch_of(again).kv_version_BL.tolist() == [[-1, -1, 7, 7, 8, 8, 8]]
 
 
 def test_one_unknown_key_makes_the_age_unknown():

@@ -28,7 +28,7 @@ def test_what_a_version_offers_grows_in_order():
     offers = (
         versions.has_native_head,
         versions.has_weight_version,
-        versions.has_folder_transfer,
+        versions.has_weight_transfer,
         versions.has_output_spans,
     )
     for earlier, later in pairwise(offers):

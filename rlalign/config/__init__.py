@@ -7,14 +7,18 @@ One file a section; `load` turns a composed configuration into plain dataclasses
 from rlalign.config.algo import LOSSES, PRESETS, AlgoConfig, CorrectionConfig
 from rlalign.config.checkpoint import CheckpointConfig
 from rlalign.config.drift import DriftConfig
+from rlalign.config.lora import LoraConfig
 from rlalign.config.mismatch import GateAction, MismatchConfig, RuleConfig
 from rlalign.config.model import Dtype, HeadDtype, ModelConfig
+from rlalign.config.ppo import CriticConfig, GaeConfig, KlPenaltyConfig
 from rlalign.config.reward import RewardConfig, RewardModelConfig, ScoringServerConfig
-from rlalign.config.rollout import RolloutConfig, WeightsConfig
+from rlalign.config.rollout import RolloutConfig
 from rlalign.config.run import RunConfig, load, to_plain
+from rlalign.config.schedule import ScheduleConfig, ScheduleMode
 from rlalign.config.task import TaskConfig
 from rlalign.config.tracking import TrackingConfig
 from rlalign.config.trainer import TrainerConfig
+from rlalign.config.weights import WeightsConfig
 
 __all__ = [
     "LOSSES",
@@ -22,10 +26,14 @@ __all__ = [
     "AlgoConfig",
     "CheckpointConfig",
     "CorrectionConfig",
+    "CriticConfig",
     "DriftConfig",
     "Dtype",
+    "GaeConfig",
     "GateAction",
     "HeadDtype",
+    "KlPenaltyConfig",
+    "LoraConfig",
     "MismatchConfig",
     "ModelConfig",
     "RewardConfig",
@@ -33,6 +41,8 @@ __all__ = [
     "RolloutConfig",
     "RuleConfig",
     "RunConfig",
+    "ScheduleConfig",
+    "ScheduleMode",
     "ScoringServerConfig",
     "TaskConfig",
     "TrackingConfig",

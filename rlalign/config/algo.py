@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rlalign.config.checks import positive, require
+from rlalign.config.ppo import CriticConfig, GaeConfig, KlPenaltyConfig
 
 PRESETS = {  # and the bounds each of them takes
     "tis": ("high",),
@@ -20,6 +21,7 @@ PRESETS = {  # and the bounds each of them takes
 
 
 LOSSES = ("grpo", "grpo_sequence", "dr_grpo", "dapo", "gspo", "cispo", "ppo")
+WITH_REFERENCE = ("grpo", "grpo_sequence", "dr_grpo", "ppo")  # have a KL term of their own
 
 
 @dataclass(kw_only=True)
@@ -70,19 +72,48 @@ class AlgoConfig:
     loss: str = "grpo"  # grpo | grpo_sequence | dr_grpo | dapo | gspo | cispo | ppo
     lr: float = 1e-6
     warmup_steps: int = 0  # linear, optimizer steps
-    minibatches: int = 1  # optimizer steps on one batch of rollouts
+    epochs: int = 1  # times one batch of rollouts is trained on
+    minibatches: int = 1  # optimizer steps of an epoch
     clip_low: float | None = None  # the loss's own default where not given
     clip_high: float | None = None
-    kl_coef: float = 0.0  # k3 to the initial policy; 0: no reference model is kept
-    normalize_std: bool = True  # divide advantages by the group's standard deviation (False: Dr. GRPO)
+    kl_coef: float = 0.0  # k3 to the initial policy in the loss; 0: no reference model is kept
+    advantage: str = "group"  # group (GRPO) | gae (PPO, with a critic)
+    normalize_std: bool = True  # group: divide advantages by the group's standard deviation (False: Dr. GRPO)
+    gae: GaeConfig = field(default_factory=GaeConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    kl_penalty: KlPenaltyConfig = field(default_factory=KlPenaltyConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
 
+    @property
+    def needs_reference(self) -> bool:
+        """True when the initial policy must score every batch."""
+        return self.kl_coef > 0 or self.kl_penalty.coef > 0
+
     def __post_init__(self) -> None:
-        positive(self, "algo", "minibatches")
+        positive(self, "algo", "epochs", "minibatches")
         require(self.loss in LOSSES, f"algo.loss={self.loss!r}: choose one of {', '.join(LOSSES)}")
         require(self.lr >= 0, f"algo.lr={self.lr}: cannot be negative (0 is the weight-sync self-test)")
         require(self.kl_coef >= 0 and self.warmup_steps >= 0, "algo.kl_coef and algo.warmup_steps cannot be negative")
         require(
-            self.kl_coef == 0 or self.loss in ("grpo", "grpo_sequence", "dr_grpo"),
+            self.kl_coef == 0 or self.loss in WITH_REFERENCE,
             f"algo.kl_coef={self.kl_coef}: algo.loss={self.loss} has no reference term",
+        )
+        self._check_advantage()
+
+    def _check_advantage(self) -> None:
+        require(self.advantage in ("group", "gae"), f"algo.advantage={self.advantage!r}: choose group or gae")
+        require(
+            self.kl_coef == 0 or self.kl_penalty.coef == 0,
+            f"algo.kl_coef={self.kl_coef} and algo.kl_penalty.coef={self.kl_penalty.coef}: the policy would pay twice for "
+            "leaving the initial one; keep the term of the loss or the penalty on the reward",
+        )
+        unused = [
+            name
+            for name, kind in (("gae", GaeConfig), ("critic", CriticConfig), ("kl_penalty", KlPenaltyConfig))
+            if self.advantage == "group" and getattr(self, name) != kind()
+        ]
+        require(
+            not unused,
+            f"algo.{', algo.'.join(unused)}: set, but algo.advantage=group has neither a critic nor rewards per token; "
+            "set algo.advantage=gae (or algo.kl_coef for a KL term in the loss)",
         )

@@ -150,9 +150,10 @@ def require_that_it_matters(reward: RewardConfig, algo: AlgoConfig) -> None:
     """Refuse settings that group normalisation cancels: they would change every dashboard and no gradient.
 
     Advantages are (r - group mean) / group std, so a positive affine map of the whole reward is a no-op. A lone
-    component's weight is one, and so is an affine calibration of it without the sigmoid.
+    component's weight is one, and so is an affine calibration of it without the sigmoid. With algo.advantage=gae nothing is
+    refused: the critic learns the reward in its own level and unit.
     """
-    if not algo.normalize_std or len(reward.active) != 1:
+    if algo.advantage != "group" or not algo.normalize_std or len(reward.active) != 1:
         return
     ((name, weight),) = reward.active.items()
     why = (

@@ -1,14 +1,15 @@
-"""The rollout engine: what is sampled, and how vLLM is started; where weights travel."""
+"""The rollout engine: what is sampled, and how vLLM is started."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from rlalign.config.checks import positive, require
+from rlalign.config.servers import ServersConfig
 
 
 @dataclass(kw_only=True)
-class RolloutConfig:
+class RolloutConfig(ServersConfig):
     prompts_per_step: int = 16
     group_size: int = 8  # completions of one prompt
     temperature: float = 1.0
@@ -29,12 +30,16 @@ class RolloutConfig:
     head_mode: str = "auto"  # auto | native | cached: how vLLM reaches float32 logits
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive(
-            self, "rollout", "prompts_per_step", "max_tokens", "max_model_len", "max_num_seqs", "tensor_parallel_size"
-        )
-        require(
-            self.group_size >= 2,
-            f"rollout.group_size={self.group_size}: group-relative advantages need at least 2 samples",
+            self,
+            "rollout",
+            "prompts_per_step",
+            "group_size",
+            "max_tokens",
+            "max_model_len",
+            "max_num_seqs",
+            "tensor_parallel_size",
         )
         require(
             self.temperature > 0,
@@ -53,8 +58,3 @@ class RolloutConfig:
             self.head_mode in ("auto", "native", "cached"),
             f"rollout.head_mode={self.head_mode!r}: choose auto, native or cached",
         )
-
-
-@dataclass(kw_only=True)
-class WeightsConfig:
-    shared: str = "/dev/shm"  # folder every rollout rank can read; holds one copy of the weights during a publish

@@ -9,13 +9,16 @@ from typing import Any
 from rlalign.config.algo import AlgoConfig
 from rlalign.config.checkpoint import CheckpointConfig
 from rlalign.config.checks import positive, require
+from rlalign.config.exact import require_exact_possible
 from rlalign.config.mismatch import MismatchConfig
 from rlalign.config.model import Dtype, HeadDtype, ModelConfig
 from rlalign.config.reward import RewardConfig, require_that_it_matters
-from rlalign.config.rollout import RolloutConfig, WeightsConfig
+from rlalign.config.rollout import RolloutConfig
+from rlalign.config.schedule import ScheduleConfig, ScheduleMode
 from rlalign.config.task import TaskConfig
 from rlalign.config.tracking import TrackingConfig
 from rlalign.config.trainer import TrainerConfig
+from rlalign.config.weights import WIRE_TRANSPORTS, WeightsConfig
 
 
 @dataclass(kw_only=True)
@@ -28,6 +31,7 @@ class RunConfig:
     seed: int = 0
     steps: int = 100  # batches of rollouts
     head_dtype: HeadDtype = HeadDtype.float32
+    exact: bool = False  # both sides compute with rlalign.exact, equal in every bit: CPU, slow, for diagnosis
     model: ModelConfig = field(default_factory=ModelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -38,6 +42,7 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     def __post_init__(self) -> None:
         positive(self, "run", "steps")
@@ -49,11 +54,31 @@ class RunConfig:
             "rollout.head_mode=auto, or head_dtype=float32",
         )
         require(
+            self.head_dtype is not HeadDtype.master or self.trainer.lora.rank == 0,
+            f"head_dtype=master with trainer.lora.rank={self.trainer.lora.rank}: the lm_head is frozen, its weight has no other "
+            "master than itself; use head_dtype=float32",
+        )
+        require(
             self.trainer.zero_stage > 0 or self.model.dtype is Dtype.float32,
             "trainer.zero_stage=0 with model.dtype=bfloat16: DeepSpeed then trains the bf16 weights themselves, without an fp32 "
             "master copy (a step of AdamW measured 26 % too small); use zero_stage 1 or 2, or model.dtype=float32",
         )
+        require(
+            self.rollout.group_size >= 2 or self.algo.advantage == "gae",
+            f"rollout.group_size={self.rollout.group_size}: group-relative advantages need at least 2 samples of a prompt "
+            "(algo.advantage=gae does with one)",
+        )
+        require(
+            self.trainer.pack_tokens == 0 or self.trainer.pack_tokens >= self.rollout.max_model_len,
+            f"trainer.pack_tokens={self.trainer.pack_tokens} is less than one sequence may have (rollout.max_model_len="
+            f"{self.rollout.max_model_len}), so it would bound no memory; choose at least that, or 0 for padded rows",
+        )
         samples = self.rollout.prompts_per_step * self.rollout.group_size
+        require(
+            self.algo.kl_penalty.target == 0 or samples < 5 * self.algo.kl_penalty.horizon,
+            f"algo.kl_penalty.horizon={self.algo.kl_penalty.horizon} with {samples} samples a step: "
+            "coef could fall to 0 or below in one step; choose a horizon of at least as many sequences as a step has",
+        )
         require(
             samples % self.algo.minibatches == 0,
             f"algo.minibatches={self.algo.minibatches} does not divide the {samples} samples of a step "
@@ -63,7 +88,24 @@ class RunConfig:
             self.rollout.prompts_per_step <= self.task.train_size,
             f"rollout.prompts_per_step={self.rollout.prompts_per_step} is more than task.train_size={self.task.train_size}",
         )
+        require(
+            self.weights.transport not in WIRE_TRANSPORTS or self.rollout.backend == "server",
+            f"weights.transport={self.weights.transport} with rollout.backend={self.rollout.backend}: the embedded engine would "
+            "receive inside the process that sends; use weights.transport=shared_memory, or rollout.backend=server",
+        )
         require_that_it_matters(self.reward, self.algo)
+        require(
+            self.schedule.mode is not ScheduleMode.in_flight or self.rollout.backend == "server",
+            f"schedule.mode=in_flight with rollout.backend={self.rollout.backend}: only servers change their weights under running "
+            "requests; use rollout.backend=server, or schedule.mode=one_step_off",
+        )
+        require(
+            self.schedule.mode is ScheduleMode.synchronous or self.tracking.replay_every == 0,
+            f"tracking.replay_every={self.tracking.replay_every} with schedule.mode={self.schedule.mode.value}: a step is "
+            "repeated with the weights it trained, and these tokens were sampled by older ones; use schedule.mode=synchronous",
+        )
+        if self.exact:
+            require_exact_possible(self.head_dtype, self.rollout, self.trainer)
 
 
 def load(overrides: Mapping[str, Any]) -> RunConfig:

@@ -51,14 +51,17 @@ def at_temperature(engine: VLLMEngine, temperature: float) -> Iterator[None]:
         engine.config, engine.spec = config, spec
 
 
-def trainer_network(model: Path, body: str) -> nn.Module:
-    """The transformers model in evaluation mode, with a body of this dtype, where a trainer would have it."""
+def trainer_network(model: Path, body: str, *, exact: bool = False) -> nn.Module:
+    """The transformers model in evaluation mode, with a body of this dtype, where a trainer has it. exact: see `make_exact`."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
+    from rlalign.trainer.exact import make_exact
+
     disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, body)).eval().to(device)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, body)).eval().to(device)
+    return make_exact(network) if exact else network
 
 
 @torch.no_grad()

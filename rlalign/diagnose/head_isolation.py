@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlalign import mismatch
-from rlalign.trainer.head_mirror import HeadTransform, Tokens
+from rlalign.head import HeadTransform
+from rlalign.trainer.head_mirror import Tokens
 
 KEPT = ("k1", "k3", "abs_mean", "p99", "abs_max", "pearson_prob")
 # Rows decoded at once: a rollout's last sequences decode alone, and GEMM kernels change between these sizes.
@@ -92,7 +93,7 @@ def _float64_logprobs(
     logits_NV = hidden_ND.detach().cpu().double() @ weight_VD.detach().cpu().double().t()
     if lm_head.bias is not None:
         logits_NV += lm_head.bias.detach().cpu().double()
-    logits_NV = HeadTransform.of(network.config.to_dict()).apply(logits_NV)
+    logits_NV = HeadTransform.of(network.config.get_text_config().to_dict()).apply(logits_NV)
     return _chosen((logits_NV / temperature).log_softmax(-1), token_ids_N)
 
 

@@ -122,7 +122,8 @@ def _chunked(model: Path, config: RunConfig, batch: RolloutBatch, body: str) -> 
     from rlalign.rollout.engine import VLLMEngine
 
     rollout = replace(config.rollout, temperature=1.0, max_num_batched_tokens=CHUNK, max_num_seqs=CHUNK)
-    engine = VLLMEngine(model, rollout, dtype=body, head_dtype=config.head_dtype.value, seed=config.seed)
+    kinds = {"dtype": body, "head_dtype": config.head_dtype.value, "seed": config.seed, "exact": config.exact}
+    engine = VLLMEngine(model, rollout, **kinds)
     try:
         return scores(engine, batch)
     finally:

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from rlalign import mismatch
-from rlalign.assemble import load_tokenizer, start_engine
+from rlalign.assemble import load_tokenizer, resolve_model, start_embedded
 from rlalign.config import HeadDtype, RunConfig
 from rlalign.diagnose import noise_floor
-from rlalign.diagnose.both_sides import trainer_network, trainer_scores
-from rlalign.loop import step_seed
+from rlalign.sampler import step_seed
 from rlalign.tracking import environment
 from rlalign.tracking.record import RunRecord, config_of, read_run
 from rlalign.tracking.replay_files import SavedStep, read_step
@@ -29,6 +28,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from rlalign.rollout.engine import VLLMEngine
+    from rlalign.trainer.network import ScoringNetwork
+    from rlalign.trainer.passes import Passes
 
 DECIDING = ("rlalign", "torch", "vllm", "transformers")  # packages that can change a number of the replay
 SHOWN = ("k1", "k3", "abs_mean", "p99", "abs_max", "pearson_prob", "ess")
@@ -87,15 +88,15 @@ def replay(run: Path, step: int, *, any_version: bool = False) -> Replay:
     config = config_of(record)
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
-    network = trainer_network(saved.model, config.model.dtype.value)
-    engine = start_engine(saved.model, config)
+    trainer = _Trainer.of(saved, config)
+    engine = start_embedded(saved.model, config)
     try:
-        _load_master(engine, network, saved, config)
+        _load_master(engine, trainer.module.network, saved, config)
         engine.acknowledge(saved.version)
         again, rollout = _sampled_again(engine, saved, config)
     finally:
         engine.close()
-    trainer_BL, trainer = _scored_again(network, saved, config)
+    trainer_BL, scored = _scored_again(trainer, saved)
     diverged = rollout.compared < rollout.tokens
     notes += ["sampling took another way: replayed metrics are not comparable"] if diverged else []
     replayed = None if diverged else mismatch.compare(trainer_BL, again.rollout_logprobs_BL, again.loss_mask_BL)
@@ -103,7 +104,7 @@ def replay(run: Path, step: int, *, any_version: bool = False) -> Replay:
         run=str(run),
         step=step,
         version=saved.version,
-        answers=(rollout, trainer),
+        answers=(rollout, scored),
         metrics=_metrics(row, saved, replayed),
         notes=tuple(notes),
     )
@@ -204,24 +205,56 @@ def _sampled_again(engine: VLLMEngine, saved: SavedStep, config: RunConfig) -> t
     return again, _answer("rollout, sampled again", tokens, new_N, old_N, floor)
 
 
-def _scored_again(network: nn.Module, saved: SavedStep, config: RunConfig) -> tuple[Tensor, Answer]:
-    """As the trainer's ranks did: each its share of the rows, in micro-batches."""
+@dataclass(frozen=True, slots=True)
+class _Trainer:
+    """The run's scoring without its optimizer: loaded and called as the trainer does it."""
+
+    module: ScoringNetwork
+    passes: Passes
+
+    @classmethod
+    def of(cls, saved: SavedStep, config: RunConfig) -> _Trainer:
+        from rlalign.trainer.head_mirror import mirror
+        from rlalign.trainer.network import ScoringNetwork, load
+        from rlalign.trainer.passes import Passes
+
+        t = config.trainer
+        folder = resolve_model(config.model.path, say=lambda _: None) if t.lora.rank else saved.model
+        whole = {"zero_optimization": {"stage": 0}}
+        form = {"exact": config.exact, "attention": t.attention, "packed": t.pack_tokens > 0}
+        network = load(folder, config.model.dtype.value, whole, checkpointing=False, **form)
+        if t.lora.rank:
+            from rlalign.trainer.lora import FOLDER, put_in
+
+            put_in(network, saved.model / FOLDER)
+        network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        mirror(network, head_dtype=config.head_dtype.value, chunk=t.logprob_chunk).master_VD = saved.master_VD
+        passes = Passes(
+            config=t,
+            device=network.device,
+            attention=network.config._attn_implementation,
+            temperature=config.rollout.temperature,
+        )
+        return cls(ScoringNetwork(network), passes)
+
+    def score(self, batch: RolloutBatch, *, trainer_ranks: int) -> Tensor:
+        """[B, L] logprobs, each rank's share of the rows in its micro-batches."""
+        shares = [
+            self.passes.share(self.module, batch, columns=2, rank=rank, of=trainer_ranks)[0]
+            for rank in range(trainer_ranks)
+        ]
+        return torch.stack(shares).sum(0)
+
+
+def _scored_again(trainer: _Trainer, saved: SavedStep) -> tuple[Tensor, Answer]:
     batch, mask_BL = saved.batch, saved.batch.loss_mask_BL
-    share = len(batch) // saved.trainer_ranks
-    size = min(config.trainer.micro_batch_size, share)
-    bounds = [(a, min(a + size, r + share)) for r in range(0, len(batch), share) for a in range(r, r + share, size)]
-    again_BL = torch.cat([_score(network, batch.rows(slice(*bound)), saved, config) for bound in bounds])
+    again_BL = trainer.score(batch, trainer_ranks=saved.trainer_ranks)
     few = range(min(noise_floor.FEW, len(batch)))
-    alone_BL = torch.cat([_score(network, batch.rows(slice(i, i + 1)), saved, config) for i in few])
+    alone_BL = torch.cat([trainer.score(batch.rows(slice(i, i + 1)), trainer_ranks=1) for i in few])
     inside = mask_BL[: len(few)]
     floor = float((alone_BL[inside] - again_BL[: len(few)][inside]).abs().mean())
     new_N, old_N = again_BL[mask_BL], saved.old_logprobs_BL[mask_BL]
     return again_BL, _answer("trainer, scored again", int(mask_BL.sum()), new_N, old_N, floor)
-
-
-def _score(network: nn.Module, batch: RolloutBatch, saved: SavedStep, config: RunConfig) -> Tensor:
-    head, temperature = config.head_dtype.value, config.rollout.temperature
-    return trainer_scores(network, batch, head, temperature=temperature, master_VD=saved.master_VD)[0]
 
 
 def _answer(name: str, tokens: int, new_N: Tensor, old_N: Tensor, floor: float) -> Answer:

@@ -88,6 +88,17 @@ def token_logprobs(
     return (logprobs_BL, rows.aligned(results[1], token_ids_BL.shape)) if entropy else logprobs_BL
 
 
+def token_values(hidden_BLD: Tensor, weight_1D: Tensor, bias_1: Tensor, mask_BL: Tensor) -> Tensor:
+    """A critic's value before each masked token, [B, L] float32; 0.0 elsewhere, where nothing is computed.
+
+    The product is float32 whatever the operands' dtype; gradients return in theirs. Right for packed rows too: the first token
+    of a sequence is in no mask.
+    """
+    rows = _shift(hidden_BLD, mask_BL.long(), None, None, mask_BL.clone())
+    value_N1 = torch.nn.functional.linear(rows.hidden_ND.float(), weight_1D.float(), bias_1.float())
+    return rows.aligned(value_N1.squeeze(1), mask_BL.shape)
+
+
 @dataclass(frozen=True, slots=True)
 class _Rows:
     """What is scored, flat: tokens, the hidden states before them, their options; index_N into B * L, None for all."""

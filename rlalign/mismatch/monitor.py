@@ -31,19 +31,23 @@ class Rule:
     metric: the logged key, e.g. mismatch/lag0/k3. above: True alerts over the limit, False under it (Pearson, ESS).
     release: where the alert ends, on the safe side of limit, so that noise around it gives one alert and not fifty;
     None is the limit itself. A median needs more than half of a window to be bad: one outlier step raises nothing,
-    unless window is 1. NaN is past every limit. Raises ValueError on a release beyond the limit or window < 1.
+    unless window is 1. NaN is past every limit. every: steps between two values of a metric that is not measured at each.
+    Raises ValueError on a release beyond the limit, window < 1 or every < 1.
     """
 
     metric: str
     limit: float
     above: bool = True
     window: int = 5
+    every: int = 1
     release: float | None = None
     action: Action = Action.warn
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"monitor rule on {self.metric}: window must be at least 1 step, got {self.window}")
+        if self.window < 1 or self.every < 1:
+            raise ValueError(
+                f"monitor rule on {self.metric}: window and every must be at least 1 step, got {self.window}, {self.every}"
+            )
         if not math.isfinite(self.limit) or (self.release is not None and self._past(self.release, self.limit)):
             raise ValueError(
                 f"monitor rule on {self.metric}: limit must be finite and release on its safe side, "
@@ -96,13 +100,16 @@ class Alert:
         rule = self.rule
         if self.unjudged:
             return (
-                f"step {self.step}: {rule.metric} has not been reported for {rule.window} steps, so its rule cannot be "
-                "judged; check the name, or remove the rule"
+                f"step {self.step}: {rule.metric} has not been reported for {rule.window * rule.every} steps, so its rule "
+                "cannot be judged; check the name, or remove the rule"
             )
         side = "over" if rule.above else "under"
         if self.cleared:
             return f"step {self.step}: {rule.metric} = {self.value:.4g}, no longer {side} {rule.limit:g}"
-        lines = [f"step {self.step}: {rule.metric} = {self.value:.4g} over {rule.window} steps, {side} {rule.limit:g}"]
+        values = "steps" if rule.every == 1 else "measurements"
+        lines = [
+            f"step {self.step}: {rule.metric} = {self.value:.4g} over {rule.window} {values}, {side} {rule.limit:g}"
+        ]
         lines += [f"  {i}. {c.name}: {c.why}. Confirm: {c.command}" for i, c in enumerate(self.causes, 1)]
         return "\n".join(lines)
 
@@ -138,7 +145,7 @@ class Monitor:
         for rule, state in zip(self.rules, self._states, strict=True):
             if rule.metric not in metrics:
                 state.missing += 1
-                if state.missing == rule.window:
+                if state.missing == rule.window * rule.every:
                     alerts.append(Alert(step, rule, math.nan, unjudged=True))
                 continue
             state.missing = 0

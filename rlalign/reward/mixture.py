@@ -66,19 +66,27 @@ class Rewards:
     def metrics(self) -> dict[str, float]:
         """reward/*: of the sum, and reward/COMPONENT/* of every component. NaN where no sample has a number.
 
-        frac_zero_std_groups: groups without two different rewards teach nothing.
+        frac_zero_std_groups: groups without two different rewards teach nothing; left out where every group has one sample.
         """
         known_N = self.values_B[self.known_B]
-        groups = [self.values_B[(self.group_B == g) & self.known_B] for g in self.group_B.unique()]
         found = {
             "mean": float(known_N.mean()),
             "std": float(known_N.std(correction=0)),
-            "frac_zero_std_groups": sum(bool((g == g[:1]).all()) for g in groups) / len(groups),
             "failed": float(len(self.failed)),
         }
+        if len(self.group_B.unique()) < len(self.group_B):
+            found["frac_zero_std_groups"] = self._same_reward_share()
         for name, component in self.components.items():
             found |= {f"{name}/{key}": value for key, value in self._of(component).items()}
         return {f"reward/{key}": value for key, value in found.items()}
+
+    def _same_reward_share(self) -> float:
+        """Share of the groups whose known rewards are all equal, or none known."""
+        group_B = self.group_B.unique(return_inverse=True)[1]
+        start_G = self.values_B.new_full((int(group_B.max()) + 1,), float("inf"))
+        known = (0, group_B[self.known_B], self.values_B[self.known_B])
+        low_G, high_G = start_G.scatter_reduce(*known, "amin"), (-start_G).scatter_reduce(*known, "amax")
+        return int((high_G <= low_G).sum()) / len(start_G)
 
     def _of(self, component: ComponentScore) -> dict[str, float]:
         known_B = ~component.score.calibrated.isnan()

@@ -16,8 +16,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from vllm.config import CompilationMode
+from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from rlalign.rollout import readback
@@ -107,17 +109,12 @@ class CaptureExtension:
 
     rlalign_capture: Capture | None = None
 
-    def rlalign_modules(self) -> dict[str, str]:
-        """{name: class} of the engine's modules, for pairing them with the trainer's."""
-        return {name: type(module).__qualname__ for name, module in self.get_model().named_modules()}
+    def rlalign_modules(self) -> dict[str, dict[str, str]]:
+        """ "modules": {name: class} of the engine's modules, for pairing them with the trainer's."""
+        return {"modules": {name: type(module).__qualname__ for name, module in self.get_model().named_modules()}}
 
-    def rlalign_attention(self) -> list[str]:
-        """Class of every attention layer's implementation, which is no module of its own."""
-        layers = self.vllm_config.compilation_config.static_forward_context.values()
-        return sorted({type(layer.impl).__qualname__ for layer in layers if hasattr(layer, "impl")})
-
-    def rlalign_capture_start(self, directory: str, taps: list[tuple]) -> int:
-        """Record these taps of every forward from now on, under directory/rank<N>; returns how many there are.
+    def rlalign_capture_start(self, directory: str, taps: list[tuple]) -> dict[str, int]:
+        """Record these taps of every forward from now on, under directory/rank<N>; answers how many there are.
 
         taps: (point, module, side, index, part). Raises RuntimeError for a compiled engine, a model runner that capture does
         not know, or a recording under way.
@@ -134,20 +131,20 @@ class CaptureExtension:
         sampler = self.model_runner.sampler
         sampler.sample = _forced(sampler.sample, capture)
         self.rlalign_capture = capture
-        return len(taps)
+        return {"taps": len(taps)}
 
-    def rlalign_capture_stop(self) -> dict[str, int]:
-        """End the recording: {point: rows}. Does nothing when none is under way."""
+    def rlalign_capture_stop(self) -> dict[str, dict[str, int]]:
+        """End the recording; "rows": {point: rows}. Does nothing when none is under way."""
         capture, self.rlalign_capture = self.rlalign_capture, None
         if capture is None:
-            return {}
+            return {"rows": {}}
         for handle in capture.handles:
             handle.remove()
         del capture.runner.sampler.sample  # the instance's; the class's own shows again
-        return capture.recorder.close()
+        return {"rows": capture.recorder.close()}
 
-    def rlalign_differing_weights(self, file: str) -> tuple[list[str], list[str]]:
-        """Names of the tensors in a safetensors file that this rank does not compute with, and of those it cannot look up."""
+    def rlalign_differing_weights(self, file: str) -> dict[str, list[str]]:
+        """Tensors of a safetensors file by name: those that this rank does not compute with, and the unknown to it."""
         model, differ, unknown = self.get_model(), [], []
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a mapping)
@@ -156,7 +153,19 @@ class CaptureExtension:
                     unknown.append(name)
                 elif not readback.landed(place, tensors.get_tensor(name), offset=0):
                     differ.append(name)
-        return differ, unknown
+        return {"differ": differ, "unknown": unknown}
+
+    def rlalign_constants(self) -> dict[str, object]:
+        """What no publish carries: "epsilons" {norm: value}, and "frequencies" that positions are rotated by."""
+        epsilons: dict[str, float] = {}
+        frequencies: list[float] = []
+        for name, module in self.get_model().named_modules():
+            if isinstance(module, RMSNorm):
+                epsilons[name] = float(module.variance_epsilon)
+            elif isinstance(module, RotaryEmbeddingBase):
+                cosine, sine = module.cos_sin_cache[1].float().chunk(2)  # of position 1: the frequencies themselves
+                frequencies = torch.atan2(sine, cosine).tolist()
+        return {"epsilons": epsilons, "frequencies": frequencies}
 
     def _rlalign_refuse_capture(self) -> None:
         runner = self.model_runner

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlalign import head
+from rlalign import head, head_kernel
 from rlalign.head_cache import Epoch
 
 # On one thread MKL repacks the weight in blocks that leave the cache (1.5 times slower at 256 rows); several threads share it out
 # themselves, and few rows are bound by reading the weight once.
 TILE, FEW_ROWS = 256, 16
+LINE = 16  # floats of a cache line
 KEPT_AT_MOST = 512 * 2**20  # bytes; larger results (scoring whole prompts) get memory of their own
 
 
@@ -39,10 +40,11 @@ class LogitsMemory:
         in_use = self._lent is not None and self._lent() is not None
         if in_use or size * 4 > KEPT_AT_MOST:
             return torch.empty(rows, columns, dtype=torch.float32)
-        if self._block.size < size:
+        if self._block.size < size + LINE:
             self.drop()  # the smaller block goes before the larger one comes
-            self._block = np.empty(size, dtype=np.float32)  # numpy asks for huge pages, torch does not
-        view = self._block[:size]
+            self._block = np.empty(size + LINE, dtype=np.float32)  # numpy asks for huge pages, torch does not
+        first = -(self._block.ctypes.data // 4) % LINE  # whole cache lines are written past the cache
+        view = self._block[first : first + size]
         self._lent = weakref.ref(view)
         return torch.from_numpy(view).view(rows, columns)
 
@@ -71,9 +73,27 @@ def decode_logits(hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None = Non
     head.check_operands(hidden, weight_VD, bias_V)
     logits_NV = MEMORY.take(rows, weight_VD.shape[0])
     hidden_ND = hidden.reshape(rows, -1)
-    tile = TILE if rows >= FEW_ROWS and torch.get_num_threads() == 1 else weight_VD.shape[0]
-    for start in range(0, weight_VD.shape[0], tile):
-        head.logits_of(hidden_ND, weight_VD[start : start + tile], route, out=logits_NV[:, start : start + tile])
+    rows_lie_whole = weight_VD.stride(1) == 1 and hidden_ND.stride(1) == 1
+    kernel = head_kernel.loaded(weight_VD.shape[1]) if rows_lie_whole else None
+    if kernel is not None:
+        kernel(hidden_ND, weight_VD, logits_NV)
+    else:
+        _library_product(hidden_ND, weight_VD, logits_NV)
     if bias_V is not None:
         logits_NV.add_(bias_V.float())
     return logits_NV.view(*hidden.shape[:-1], weight_VD.shape[0])
+
+
+def kernel_name(weight_VD: Tensor) -> str | None:
+    """The compiled kernel that `decode_logits` uses on this host for a 16-bit weight; None for the library product."""
+    hidden = weight_VD.new_empty(1, weight_VD.shape[1])
+    if head.route(hidden, weight_VD) is not head.Route.MKL_BF16 or head_kernel.loaded(weight_VD.shape[1]) is None:
+        return None
+    return head_kernel.NAME
+
+
+def _library_product(hidden_ND: Tensor, weight_VD: Tensor, logits_NV: Tensor) -> None:
+    rows, route = hidden_ND.shape[0], head.Route.MKL_BF16
+    tile = TILE if rows >= FEW_ROWS and torch.get_num_threads() == 1 else weight_VD.shape[0]
+    for start in range(0, weight_VD.shape[0], tile):
+        head.logits_of(hidden_ND, weight_VD[start : start + tile], route, out=logits_NV[:, start : start + tile])

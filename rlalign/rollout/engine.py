@@ -8,52 +8,58 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlalign.config import RolloutConfig
-from rlalign.rollout import handshake
-from rlalign.rollout.head_plugin import SETTINGS_KEY
+from rlalign.rollout import handshake, own_process
+from rlalign.rollout.arguments import ENVIRONMENT, Arguments, engine_arguments, engine_environment
+from rlalign.rollout.exact import building
+from rlalign.rollout.surface import EMBEDDED, expected_mode, group_seed, kv_spans, labelled, require_room, spec_of
 from rlalign.rollout.versions import has_weight_version
 from rlalign.types import LogprobSpec, Rollout
 
 if TYPE_CHECKING:
-    from vllm import LLM, CompletionOutput, SamplingParams
+    from transformers import PreTrainedTokenizerBase
+    from vllm import LLM, CompletionOutput, RequestOutput, SamplingParams
 
-# Set before vLLM is imported, and only where the user has not chosen. In-process: the engine shares the trainer's process and
-# its two cores; without it vLLM spawns two more processes that import everything again (15 s) and pin themselves to core 0.
-EMBEDDED_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-
-EMBEDDED = "embedded"  # the name of the one engine inside this process
+# In the trainer's process, on its cores: vLLM would else spawn two more processes that import everything again (15 s).
+EMBEDDED_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"} | ENVIRONMENT
 
 
 class VLLMEngine:
     """One vLLM engine with rlalign's head. Refuses to generate while its weights are in doubt."""
 
-    engines = [EMBEDDED]
     in_flight_updates = False  # weights change between two calls of `generate`, never during one
 
-    def __init__(self, model: Path, config: RolloutConfig, *, dtype: str, head_dtype: str, seed: int) -> None:
+    def __init__(
+        self,
+        model: Path,
+        config: RolloutConfig,
+        *,
+        dtype: str,
+        head_dtype: str,
+        seed: int,
+        exact: bool = False,
+        beside_training: bool = False,
+    ) -> None:
         """Start vLLM on a Hugging Face folder and prove that every rank runs the head asked for.
 
-        dtype: "bfloat16" or "float32", the model's body. Raises RuntimeError when the handshake fails.
+        dtype: "bfloat16" or "float32", the model's body. exact: computing as `rlalign.exact` does, its float32 head included.
+        beside_training: in a process of its own, so that `generate` can run in a thread meanwhile.
+        Raises RuntimeError when the handshake fails.
         """
         handshake.preflight()
         self.config = config
-        self.spec = LogprobSpec(
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            min_p=config.min_p,
-            processed=True,
-            head_dtype=head_dtype,
-        )
-        self._llm = _start(model, config, dtype=dtype, head_dtype=head_dtype, seed=seed)
+        self.engines = [EMBEDDED]
+        self.spec = spec_of(config, head_dtype)
+        arguments = engine_arguments(model, config, dtype=dtype, head_dtype=head_dtype, seed=seed, exact=exact)
+        self._processes = own_process.EngineProcesses()
+        # A process has one process group: the trainer's is larger than vLLM's, which inside it would wait for ranks that
+        # never come.
+        with self._processes.starting(beside_training or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+            self._llm = _start(arguments, engine_environment(config), exact=exact)
         self._refusal: str | None = None
         self._proven_live = False
         self.policy_version = 0
-        self.mode = _expected_mode(head_dtype, config.head_mode, self._llm)
+        device = self._llm.llm_engine.vllm_config.device_config.device_type
+        self.mode = expected_mode(head_dtype, config.head_mode, exact=exact, device=device)
         self.acknowledge(0)
         handshake.require(self.status(), mode=self.mode, ranks=config.tensor_parallel_size)
 
@@ -73,9 +79,9 @@ class VLLMEngine:
         Raises ValueError for a prompt that leaves no room in the context, RuntimeError while the weights are in doubt.
         """
         self._refuse_if_in_doubt()
-        self._check_lengths(prompts, prompt_ids)
-        params = [self._sampling(samples, seed=(seed * 1_000_003 + p * samples) % 2**31) for p in range(len(prompts))]
-        outputs = self._llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
+        require_room(prompts, prompt_ids, self.config)
+        params = [self._sampling(samples, seed=group_seed(seed, group, samples)) for group in range(len(prompts))]
+        outputs = self.request(prompts, params)
         rollouts = [
             self._rollout(prompt, completion, prompt_id=prompt_id, group_id=group)
             for group, (prompt, prompt_id, output) in enumerate(zip(prompts, prompt_ids, outputs, strict=True))
@@ -97,7 +103,7 @@ class VLLMEngine:
         plain = LogprobSpec(head_dtype=self.spec.head_dtype)
         self.spec.require_equal(plain, what="scoring through prompt_logprobs")
         params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0)
-        outputs = self._llm.generate([{"prompt_token_ids": list(s)} for s in sequences], params, use_tqdm=False)
+        outputs = self.request(sequences, [params] * len(sequences))
         return [
             [0.0] + [entry[token].logprob for entry, token in zip(o.prompt_logprobs[1:], sequence[1:], strict=True)]
             for o, sequence in zip(outputs, sequences, strict=True)
@@ -112,15 +118,34 @@ class VLLMEngine:
 
         self._refuse_if_in_doubt()
         params = [SamplingParams(max_tokens=1, temperature=1.0, logprobs=1, logprob_token_ids=[t]) for t in tokens]
-        outputs = self._llm.generate([{"prompt_token_ids": list(p)} for p in prefixes], params, use_tqdm=False)
+        outputs = self.request(prefixes, params)
         logprobs = [o.outputs[0].logprobs[0][token].logprob for o, token in zip(outputs, tokens, strict=True)]
         return logprobs, sum(o.num_cached_tokens or 0 for o in outputs)
+
+    # --- vLLM's own answers, for diagnosis ---
+
+    def request(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[RequestOutput]:
+        """What vLLM says of these prompts under sampling parameters of the caller's."""
+        self._refuse_if_in_doubt()
+        inputs, llm, wanted = [{"prompt_token_ids": list(p)} for p in prompts], self._llm, list(params)
+        if not self._processes:
+            return llm.generate(inputs, wanted, use_tqdm=False)
+        return self._processes.watch(lambda: own_process.generate(llm, inputs, wanted))
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer inside the engine."""
+        return self._llm.get_tokenizer()
+
+    def architecture(self) -> dict[str, object]:
+        """The Hugging Face config that the engine was built from."""
+        return self._llm.llm_engine.vllm_config.model_config.hf_config.to_dict()
 
     # --- what everything about workers is built on ---
 
     def ask(self, method: str, *args: object) -> list[dict]:
         """One RPC of the worker extension on every rank; each answer with its "rank" and its "engine"."""
-        answers = self._llm.collective_rpc(method, args=args)
+        llm = self._llm
+        answers = self._processes.watch(lambda: llm.collective_rpc(method, args=args))
         return [labelled(answer, rank, EMBEDDED, method) for rank, answer in enumerate(answers)]
 
     def ask_each(self, method: str, args_of_engine: Sequence[tuple]) -> list[dict]:
@@ -133,10 +158,6 @@ class VLLMEngine:
     def suspend(self, reason: str) -> None:
         """Refuse to generate from now on."""
         self._refusal = reason
-
-    def load(self, directory: Path) -> list[dict]:
-        """Load a published folder on every rank and verify it there."""
-        return self.ask("rlalign_load", str(directory))
 
     def reset_prefix_cache(self) -> None:
         """Forget key/value blocks of older weights. Raises RuntimeError when vLLM keeps some (requests still running)."""
@@ -191,15 +212,6 @@ class VLLMEngine:
         if self._refusal is not None:
             raise RuntimeError(f"the rollout engine refuses to run: {self._refusal}")
 
-    def _check_lengths(self, prompts: Sequence[Sequence[int]], prompt_ids: Sequence[int]) -> None:
-        room = self.config.max_model_len - self.config.max_tokens
-        for prompt, prompt_id in zip(prompts, prompt_ids, strict=True):
-            if not 0 < len(prompt) <= room:
-                raise ValueError(
-                    f"prompt {prompt_id} has {len(prompt)} tokens; with rollout.max_tokens={self.config.max_tokens} and "
-                    f"rollout.max_model_len={self.config.max_model_len} it must have 1 to {room}"
-                )
-
     def _sampling(self, samples: int, *, seed: int) -> SamplingParams:
         from vllm import SamplingParams
 
@@ -242,68 +254,10 @@ class VLLMEngine:
         return [(start + s.start, start + s.end, int(s.version)) for s in completion.weight_versions]
 
 
-def labelled(answer: object, rank: int, engine: str, method: str) -> dict:
-    """A worker's answer with where it came from. Raises RuntimeError when it is no dict: HTTP would make a string of it."""
-    if not isinstance(answer, dict):
-        raise RuntimeError(f"{engine}, rank {rank}: {method} answered {type(answer).__name__}; worker RPCs return dicts")
-    return {"rank": rank, **answer, "engine": engine}
-
-
-def kv_spans(version_spans: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """Which version computed the keys and values of each position, given which sampled each token.
-
-    A position's keys are computed in the step that samples the next token, a prompt's in the step of the first; an update in
-    flight leaves them. A request that vLLM preempted since then recomputed them: the age that follows is an upper bound.
-    """
-    found = []
-    reached = 0
-    for _, end, version in version_spans:
-        if end - 1 > reached:
-            found.append((reached, end - 1, version))
-            reached = end - 1
-    return found
-
-
-def _start(model: Path, config: RolloutConfig, *, dtype: str, head_dtype: str, seed: int) -> LLM:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Whatever was set: a process has one process group, the trainer's is larger than vLLM's, and inside it vLLM would wait
-        # for ranks that never come.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    for name, value in EMBEDDED_ENVIRONMENT.items():
+def _start(arguments: Arguments, environment: dict[str, str], *, exact: bool) -> LLM:
+    for name, value in {**EMBEDDED_ENVIRONMENT, **environment}.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.cpu_kv_cache_gib))
-    if (
-        config.enforce_eager
-    ):  # no compilation was asked for; the first request with logprobs would compile a helper for seconds
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from vllm import LLM
 
-    return LLM(
-        model=str(model),
-        dtype=dtype,
-        seed=seed,
-        max_model_len=config.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens or None,
-        tensor_parallel_size=config.tensor_parallel_size,
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        enforce_eager=config.enforce_eager,
-        enable_prefix_caching=config.prefix_caching,
-        logprobs_mode="processed_logprobs",
-        worker_extension_cls="rlalign.rollout.worker.WorkerExtension",
-        additional_config={SETTINGS_KEY: {"head_dtype": head_dtype, "mode": config.head_mode}},
-        generation_config="vllm",  # sampling defaults come from our config, never from a file beside the model
-        disable_log_stats=True,
-        use_tqdm_on_load=False,
-    )
-
-
-def _expected_mode(head_dtype: str, head_mode: str, llm: LLM) -> str:
-    if head_dtype == "model":
-        return "off"
-    if head_dtype == "master":
-        return "master"
-    if head_mode != "auto":
-        return head_mode
-    return "cached" if llm.llm_engine.vllm_config.device_config.device_type == "cpu" else "native"
+    with building(exact):
+        return LLM(**arguments)

@@ -14,10 +14,18 @@ from functools import wraps
 
 from rlalign.head_cache import Epoch
 
-# RPCs that never write weights (the step loop's, and ours that only read), or that bump the epoch themselves (rlalign_load).
+# RPCs that never write weights (the step loop's, and ours that only read), or that bump the epoch themselves (rlalign_finish).
 QUIET_RPCS = frozenset(
     {"execute_model", "sample_tokens", "execute_dummy_batch", "take_draft_token_ids", "check_health"}
-    | {"rlalign_status", "rlalign_acknowledge", "rlalign_head_logits", "rlalign_set_head", "rlalign_load"}
+    | {
+        "rlalign_status",
+        "rlalign_identity",
+        "rlalign_acknowledge",
+        "rlalign_head_logits",
+        "rlalign_set_head",
+        "rlalign_whereabouts",
+        "rlalign_finish",
+    }
 )
 RPC, CALLABLE, LOADER = "rpc", "callable_rpc", "weight_loader"  # reasons of a bump
 

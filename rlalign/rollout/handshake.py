@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 
 import rlalign
+from rlalign.rollout.exact import MODE as EXACT
+from rlalign.rollout.exact import VARIABLE
 from rlalign.rollout.head_plugin import SLOT
+from rlalign.rollout.surface import EMBEDDED
 
 GROUP, NAME = "vllm.general_plugins", "rlalign"
 LAYER = "rlalign.rollout.head_layer.AlignedLogitsProcessor"
@@ -42,14 +45,14 @@ def preflight() -> None:
 def require(statuses: Sequence[dict], *, mode: str, ranks: int) -> None:
     """Check the answers of `rlalign_status` against what the run needs. Raises RuntimeError naming the rank and the reason.
 
-    mode: "off", "native", "cached" or "master"; ranks: how many workers must have answered.
+    mode: "off", "native", "cached", "master" or "exact"; ranks: how many workers must have answered.
     """
     if len(statuses) != ranks:
         raise RuntimeError(f"{len(statuses)} of {ranks} rollout ranks answered the handshake")
     for status in statuses:
         reason = _wrong(status, mode)
         if reason:
-            raise RuntimeError(f"rollout rank {status['rank']}: {reason}")
+            raise RuntimeError(f"{_who(status)}: {reason}")
 
 
 def require_called(statuses: Sequence[dict]) -> None:
@@ -57,9 +60,14 @@ def require_called(statuses: Sequence[dict]) -> None:
     for status in statuses:
         if status["calls"] == 0:
             raise RuntimeError(
-                f"rollout rank {status['rank']} generated tokens without calling {LAYER}._apply_head: its model bypasses "
+                f"{_who(status)} generated tokens without calling {LAYER}._apply_head: its model bypasses "
                 "vLLM's LogitsProcessor, so rlalign does not control its head"
             )
+
+
+def _who(status: dict) -> str:
+    engine = status.get("engine", EMBEDDED)
+    return f"rollout rank {status['rank']}" + ("" if engine == EMBEDDED else f" of {engine}")
 
 
 def _wrong(status: dict, mode: str) -> str | None:
@@ -74,4 +82,9 @@ def _wrong(status: dict, mode: str) -> str | None:
         return f"it runs rlalign {status['rlalign']}, the driver {rlalign.__version__}; install the same version everywhere"
     if status["mode"] != mode:
         return f"its head runs in mode {status['mode']!r}, this run needs {mode!r}"
+    if mode == EXACT and status["not_exact"]:
+        return (
+            f"exact mode, but it still computes with {', '.join(status['not_exact'])}: either exact mode does not know that "
+            f"layer, or the engine was built in a process without {VARIABLE}=1"
+        )
     return None

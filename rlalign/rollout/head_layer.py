@@ -35,6 +35,7 @@ class HeadMode(enum.Enum):
     NATIVE = "native"  # vLLM's own float32 head: mm(out_dtype=float32) on CUDA, nothing to go stale
     CACHED = "cached"  # our product: straight from the weight where the host can, else from an fp32 copy of it
     MASTER = "master"  # the trainer's unrounded fp32 weight, published beside the 16-bit one
+    EXACT = "exact"  # float32 from the lm_head's own blocked products, in an engine of exact mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class HeadSettings:
         return HeadMode.NATIVE if on_gpu and versions.has_native_head(vllm.__version__) else HeadMode.CACHED
 
 
+VLLMS_OWN = (HeadMode.OFF, HeadMode.NATIVE, HeadMode.EXACT)  # ways through vLLM's own `_apply_head`
 CACHE = HeadCache()  # one per process: a worker has one target model
 
 
@@ -104,7 +106,7 @@ class AlignedLogitsProcessor(LogitsProcessor):
     ) -> torch.Tensor:
         self.calls += 1
         self.seen_head = weakref.ref(lm_head)
-        if self.mode is HeadMode.OFF or self.mode is HeadMode.NATIVE:
+        if self.mode in VLLMS_OWN:
             return super()._apply_head(lm_head, hidden_states, embedding_bias)
         require_plain_weight(lm_head)
         weight = lm_head.weight

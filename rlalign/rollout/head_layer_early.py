@@ -60,7 +60,7 @@ class EarlyLogitsProcessor(AlignedLogitsProcessor):
         return super().get_top_tokens(self._projected(lm_head), hidden_states, embedding_bias)
 
     def _projected(self, lm_head: VocabParallelEmbedding) -> VocabParallelEmbedding | ProjectedHead:
-        if self.mode is not HeadMode.OFF:
+        if self.mode not in (HeadMode.OFF, HeadMode.EXACT):
             return ProjectedHead(self, lm_head)
         self.calls += 1
         return lm_head

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 SETTINGS_KEY = "rlalign"  # in vLLM's additional_config: {"rlalign": {"head_dtype": "float32", "mode": "auto"}}
 SLOT = "LogitsProcessor"  # vLLM's layer from hidden states to logits, not its sampling plug-ins of the same name
-FOLDER_TRANSFER = "rlalign_folder"  # our weight-transfer backend, for WeightTransferConfig(backend=...)
+GLOO_TRANSFER = "rlalign_gloo"  # our weight-transfer backend, for WeightTransferConfig(backend=...)
 
 
 def register() -> None:
-    """Put our layer in vLLM's slot for LogitsProcessor, install the epoch hooks and the folder transport. Idempotent.
+    """Put our layer in vLLM's slot for LogitsProcessor, install the epoch hooks and the gloo transport. Idempotent.
 
     A slot that another plugin holds is left alone: the handshake names the holder and stops runs that need ours.
     """
@@ -21,10 +21,11 @@ def register() -> None:
     from vllm.model_executor.custom_op import op_registry_oot
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
-    from rlalign.rollout import epoch_hooks, exact, versions
+    from rlalign.rollout import epoch_hooks, exact, own_process, versions
 
     if SLOT in op_registry_oot:
         return
+    own_process.end_with_parent()
     if versions.hook(vllm.__version__) is versions.Hook.APPLY_HEAD:
         from rlalign.rollout.head_layer import AlignedLogitsProcessor as Layer
     else:
@@ -33,9 +34,9 @@ def register() -> None:
     epoch_hooks.install()
     if exact.enabled():  # engines in processes of their own learn it here
         exact.register()
-    if versions.has_folder_transfer(vllm.__version__):
+    if versions.has_weight_transfer(vllm.__version__):
         from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
         WeightTransferEngineFactory.register_engine(
-            FOLDER_TRANSFER, "rlalign.rollout.folder_transfer", "FolderTransferEngine"
+            GLOO_TRANSFER, "rlalign.rollout.gloo_transfer", "GlooTransferEngine"
         )

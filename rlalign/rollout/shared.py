@@ -1,4 +1,4 @@
-"""SharedEngine: one rollout engine, held by the first trainer rank, seen by all of them.
+"""SharedEngine: one rollout engine, or one pool of servers, held by the first trainer rank and seen by all of them.
 
 Every rank makes the same calls in the same order; the first one talks to vLLM, and its answer or its error reaches all.
 """
@@ -7,25 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlalign import ranks
-from rlalign.rollout.engine import VLLMEngine
 from rlalign.types import Rollout
+
+if TYPE_CHECKING:
+    from rlalign.rollout.engine import VLLMEngine
+    from rlalign.rollout.server.pool import ServerPool
 
 
 class SharedEngine:
-    """What the loop needs of a `VLLMEngine`, on every rank."""
+    """What the loop needs of a `VLLMEngine` or a `ServerPool`, on every rank."""
 
-    def __init__(self, start: Callable[[], VLLMEngine]) -> None:
+    def __init__(self, start: Callable[[], VLLMEngine | ServerPool]) -> None:
         """start: makes the engine; called on the first rank alone. Raises on every rank what it raises there."""
-        self._engine: VLLMEngine | None = None
+        self._engine: VLLMEngine | ServerPool | None = None
 
         def begin() -> tuple:
             self._engine = start()
             e = self._engine
-            return e.spec, e.mode, e.version, e.engines, e.in_flight_updates
+            return e.spec, e.mode, e.version, e.in_flight_updates
 
-        self.spec, self.mode, self.version, self.engines, self.in_flight_updates = ranks.on_first(begin)
+        self.spec, self.mode, self.version, self.in_flight_updates = ranks.on_first(begin)
 
     @property
     def policy_version(self) -> int:
@@ -33,7 +37,7 @@ class SharedEngine:
         return ranks.on_first(lambda: self.local.policy_version)
 
     @property
-    def local(self) -> VLLMEngine:
+    def local(self) -> VLLMEngine | ServerPool:
         """The engine itself; on the first rank only, inside `ranks.on_first`."""
         assert self._engine is not None, "only the first rank holds the engine"
         return self._engine
@@ -51,6 +55,11 @@ class SharedEngine:
     def ask_each(self, method: str, args_of_engine: Sequence[tuple]) -> list[dict]:
         """As `VLLMEngine.ask_each`; every rank gets all answers."""
         return ranks.on_first(lambda: self.local.ask_each(method, args_of_engine))
+
+    @property
+    def engines(self) -> list[str]:
+        """As `VLLMEngine.engines`; servers come and go."""
+        return ranks.on_first(lambda: self.local.engines)
 
     def status(self) -> list[dict]:
         """As `VLLMEngine.status`."""

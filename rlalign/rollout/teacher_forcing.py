@@ -35,14 +35,9 @@ class Forced:
     logprobs_BL: Tensor
 
 
-def attention(engine: VLLMEngine) -> list[str]:
-    """Classes that compute the engine's attention on its first rank."""
-    return engine._llm.collective_rpc("rlalign_attention")[0]
-
-
 def modules(engine: VLLMEngine) -> dict[str, str]:
     """{name: class} of the engine's modules on its first rank."""
-    return engine._llm.collective_rpc("rlalign_modules")[0]
+    return engine.ask("rlalign_modules")[0]["modules"]
 
 
 def record(
@@ -53,22 +48,19 @@ def record(
     Prefilling scores at temperature 1 (vLLM applies none to prompt logprobs), decoding at the engine's own temperature.
     alone: one sequence at a time. Raises RuntimeError when the engine is compiled or its model runner unknown.
     """
-    llm, rows = engine._llm, range(len(batch))
-    if not llm.reset_prefix_cache():
-        raise RuntimeError("vLLM did not reset its prefix cache: requests are still running in this engine")
-    llm.collective_rpc("rlalign_capture_start", args=(str(directory), [astuple(tap) for tap in taps]))
+    rows = range(len(batch))
+    engine.reset_prefix_cache()
+    engine.ask("rlalign_capture_start", str(directory), [astuple(tap) for tap in taps])
     try:
         requests = [_request(engine, batch, i, route) for i in rows]
         groups = [[i] for i in rows] if alone else [list(rows)]
         logprobs_BL = torch.zeros(batch.token_ids_BL.shape)
         for group in groups:
-            outputs = llm.generate(
-                [{"prompt_token_ids": requests[i][0]} for i in group], [requests[i][1] for i in group], use_tqdm=False
-            )
+            outputs = engine.request([requests[i][0] for i in group], [requests[i][1] for i in group])
             for i, output in zip(group, outputs, strict=True):
                 _place(logprobs_BL[i], output, batch.loss_mask_BL[i], batch.token_ids_BL[i].tolist(), route)
     finally:
-        llm.collective_rpc("rlalign_capture_stop")
+        engine.ask("rlalign_capture_stop")
     return Forced(Recording(directory), logprobs_BL)
 
 

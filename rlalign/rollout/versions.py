@@ -53,8 +53,13 @@ def has_native_head(version: str) -> bool:
     return parse(version) >= (0, 26)
 
 
-def has_folder_transfer(version: str) -> bool:
-    """True where the weight-transfer interface is the one `rlalign.rollout.folder_transfer` implements."""
+def has_weight_transfer(version: str) -> bool:
+    """True where the weight-transfer interface is the one `rlalign.rollout.gloo_transfer` implements."""
+    return parse(version) >= (0, 28)
+
+
+def keeps_lora_state(version: str) -> bool:
+    """True where the model runner keeps LoRA state that new base weights invalidate (reset_lora_state)."""
     return parse(version) >= (0, 28)
 
 

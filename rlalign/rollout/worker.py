@@ -6,9 +6,7 @@ data. It is imported by name, not by the plugin, so that it can report that the 
 
 from __future__ import annotations
 
-import json
 import os
-import time
 from pathlib import Path
 
 import torch
@@ -21,21 +19,26 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 import rlalign
 from rlalign import head
-from rlalign.head_cache import Epoch, MasterHead, fingerprint
+from rlalign.head_cache import Epoch, MasterHead, fingerprint, rounds_to
 from rlalign.rollout import readback
 from rlalign.rollout.capture import CaptureExtension
+from rlalign.rollout.decode_head import kernel_name
+from rlalign.rollout.exact import proof
 from rlalign.rollout.head_layer import (
     CACHE,
+    VLLMS_OWN,
     AlignedLogitsProcessor,
     HeadMode,
     reads_weight_directly,
     require_plain_weight,
 )
 from rlalign.rollout.head_plugin import SLOT
-from rlalign.weights import MANIFEST_KEY, MASTER_WEIGHT, WEIGHTS_FILE, digest
+from rlalign.rollout.receiving import ReceivingExtension
+from rlalign.rollout.server.identity import IdentityExtension
+from rlalign.weights import MASTER_WEIGHT, digest
 
 
-class WorkerExtension(CaptureExtension):
+class WorkerExtension(CaptureExtension, IdentityExtension, ReceivingExtension):
     """RPCs of one worker. State: the version acknowledged last."""
 
     rlalign_version: int = 0
@@ -43,8 +46,10 @@ class WorkerExtension(CaptureExtension):
     def rlalign_status(self) -> dict[str, object]:
         """Which head this rank runs, and what it has done so far.
 
-        route: the product behind our modes (None when vLLM's own runs); copies: whether it needs an fp32 copy of the weight.
-        head: name and kind of the module; bumps: how often each hook has announced a change of weights.
+        route: the product behind our modes (None when vLLM's own runs); copies: whether it needs an fp32 copy of the weight;
+        kernel: what carries it out in place of the library, with the same bits.
+        head: name and kind of the module; bumps: how often each hook has announced a change of weights. attention: classes that
+        compute it; not_exact: everything that computes without `rlalign.exact`, empty in exact mode.
         """
         layer = self._rlalign_layer()
         name, lm_head = self._rlalign_named_head()
@@ -63,6 +68,8 @@ class WorkerExtension(CaptureExtension):
             **_route_of(layer, lm_head),
             "head": f"{name}: {type(lm_head).__name__}/{type(lm_head.quant_method).__name__}",
             "calls": layer.calls if ours else 0,
+            "attention": proof.attention(self.vllm_config),
+            "not_exact": proof.not_exact(self.get_model(), self.vllm_config),
             "rebuilds": CACHE.rebuilds,
             "caught_by_fingerprint": CACHE.caught_by_fingerprint,
             "cache_bytes": CACHE.nbytes + master.nbytes,
@@ -74,40 +81,6 @@ class WorkerExtension(CaptureExtension):
             "rlalign": rlalign.__version__,
             "vllm": vllm.__version__,
             "vllm_plugins": os.environ.get("VLLM_PLUGINS"),
-        }
-
-    def rlalign_load(self, directory: str) -> dict[str, object]:
-        """Load published weights, refresh the head, and prove on this rank that the engine computes with them.
-
-        Returns an acknowledgement; `problems` lists every tensor that did not arrive or did not land, and is empty on success.
-        """
-        started = time.perf_counter()
-        with safe_open(Path(directory) / WEIGHTS_FILE, framework="pt") as file:
-            manifest = json.loads(file.metadata()[MANIFEST_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        count, size = len(tensors), sum(t.nbytes for t in tensors.values())
-        problems = [
-            f"{n}: bytes differ from the manifest" for n in tensors if digest(tensors[n]) != manifest["digests"][n]
-        ]
-        problems += [f"{n}: in the manifest, not in the file" for n in manifest["digests"] if n not in tensors]
-        rebuilds, repaired = CACHE.rebuilds, []
-        if not problems:
-            master_VD = tensors.pop(MASTER_WEIGHT, None)
-            try:
-                self.reload_weights(weights_iterator=iter(tensors.items()))
-            finally:
-                Epoch.bump("rlalign_load")
-            repaired = self._rlalign_repair_head(manifest["version"])
-            problems = self._rlalign_take_master(master_VD) + self._rlalign_unlanded(tensors, manifest["version"])
-        return {
-            "rank": self.rank,
-            "version": manifest["version"],
-            "tensors": count,
-            "bytes": size,
-            "repaired": repaired,
-            "problems": problems,
-            "rebuilds": CACHE.rebuilds - rebuilds,
-            "seconds": time.perf_counter() - started,
         }
 
     def rlalign_acknowledge(self, version: int) -> dict[str, object]:
@@ -137,6 +110,19 @@ class WorkerExtension(CaptureExtension):
         save_file({"logits_NV": torch.cat(logits).float().cpu().contiguous()}, out)
         return {"rank": self.rank, "file": out}
 
+    def rlalign_unlanded(self, file: str) -> dict[str, object]:
+        """Weights of a safetensors file that this rank does not compute with; nothing is loaded or repaired."""
+        model, problems = self.get_model(), []
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                place = readback.locate(model, name)
+                if place is None:
+                    problems.append(f"{name}: no such weight in vLLM's {type(model).__name__}")
+                elif not readback.landed(place, tensors.get_tensor(name), offset=self.rlalign_version):
+                    problems.append(f"{name}: the engine computes with something else")
+        problems += self._rlalign_head_problems(self.rlalign_version) + self._rlalign_copy_problems()
+        return {"rank": self.rank, "problems": problems}
+
     def _rlalign_layer(self) -> LogitsProcessor:
         layers = [m for m in self.get_model().modules() if isinstance(m, LogitsProcessor)]
         if len(layers) != 1:
@@ -155,62 +141,60 @@ class WorkerExtension(CaptureExtension):
                     return name, module
         return readback.find_head(self.get_model())
 
-    def _rlalign_repair_head(self, version: int) -> list[str]:
-        """Re-pack an lm_head whose kernel still multiplies by the old weight.
+    def _rlalign_repair_head(self, version: int) -> tuple[list[str], list[str]]:
+        """Re-pack an lm_head whose kernel still multiplies by the old weight: (repaired, problems that are left).
 
         vLLM on CPU packs a tied lm_head at start-up and re-packs only `embed_tokens` on reload, so its own head stays stale.
         """
         name, lm_head = self._rlalign_named_head()
         if not readback.head_is_stale(lm_head, offset=version):
-            return []
+            return [], []
         lm_head.quant_method.process_weights_after_loading(lm_head)
-        return [name]
+        return [name], self._rlalign_head_problems(version)
 
-    def _rlalign_take_master(self, master_VD: torch.Tensor | None) -> list[str]:
-        """Keep this rank's rows of the published fp32 lm_head; problems when it is missing or belongs to another weight."""
+    def _rlalign_take_master(self, shard_VD: torch.Tensor | None) -> list[str]:
+        """Keep this rank's rows of the published fp32 lm_head; problems when they are missing or belong to another weight."""
         _, lm_head = self._rlalign_named_head()
         layer = self._rlalign_layer()
         if not isinstance(layer, AlignedLogitsProcessor):
             return []
-        if master_VD is not None:
+        if shard_VD is not None:
             try:
-                layer.master.load(lm_head.weight, readback.vocabulary_shard(lm_head, master_VD))
+                layer.master.load(lm_head.weight, shard_VD)
             except RuntimeError as error:
                 return [str(error)]
         elif layer.mode is HeadMode.MASTER and lm_head.weight.dtype != torch.float32:
             return [f"{MASTER_WEIGHT}: head_dtype=master, but the trainer sent no unrounded lm_head"]
         return []
 
-    def _rlalign_unlanded(self, tensors: dict[str, torch.Tensor], version: int) -> list[str]:
-        model = self.get_model()
-        problems = []
-        for name, tensor in tensors.items():
-            place = readback.locate(model, name)
-            if place is None:
-                problems.append(f"{name}: no such weight in vLLM's {type(model).__name__}")
-            elif not readback.landed(place, tensor, offset=version):
-                problems.append(f"{name}: the engine computes with something else")
+    def _rlalign_head_problems(self, version: int) -> list[str]:
+        """Whether vLLM's own kernel multiplies by the lm_head's weight as it is now."""
         name, lm_head = self._rlalign_named_head()
-        if readback.head_is_stale(lm_head, offset=version):
-            problems.append(f"{name}: its kernel still multiplies by an older weight")
+        stale = readback.head_is_stale(lm_head, offset=version)
+        return [f"{name}: its kernel still multiplies by an older weight"] if stale else []
+
+    def _rlalign_copy_problems(self) -> list[str]:
+        """Whether the fp32 copy, where this head needs one, is the weight's."""
+        name, lm_head = self._rlalign_named_head()
         copies = _route_of(self._rlalign_layer(), lm_head)["copies"]
-        if copies and not torch.equal(CACHE.get(lm_head.weight), lm_head.weight.float()):
-            problems.append(f"{name}: the fp32 copy differs from the weight it was made of")
-        return problems
+        if copies and not rounds_to(CACHE.get(lm_head.weight), lm_head.weight):
+            return [f"{name}: the fp32 copy differs from the weight it was made of"]
+        return []
 
 
 def _route_of(layer: LogitsProcessor, lm_head: VocabParallelEmbedding) -> dict[str, object]:
-    """{"route", "copies"} of this layer for hidden states in the body's dtype."""
-    if not isinstance(layer, AlignedLogitsProcessor) or layer.mode in (HeadMode.OFF, HeadMode.NATIVE):
-        return {"route": None, "copies": False}
+    """{"route", "copies", "kernel"} of this layer for hidden states in the body's dtype."""
+    if not isinstance(layer, AlignedLogitsProcessor) or layer.mode in VLLMS_OWN:
+        return {"route": None, "copies": False, "kernel": None}
     weight = lm_head.weight
     hidden = weight.new_empty(1, weight.shape[1])
     if layer.mode is HeadMode.MASTER:
         wide = weight.new_empty(1, weight.shape[1], dtype=torch.float32)
-        return {"route": head.route(hidden, wide).value, "copies": False}
+        return {"route": head.route(hidden, wide).value, "copies": False, "kernel": None}
     copies = weight.dtype != torch.float32 and not reads_weight_directly(hidden, weight)
     wide = weight.new_empty(1, weight.shape[1], dtype=torch.float32) if copies else weight
     return {
         "route": head.route(hidden, wide, weight_is_bf16_valued=weight.dtype == torch.bfloat16).value,
         "copies": copies,
+        "kernel": None if copies or weight.dtype == torch.float32 else kernel_name(weight),
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -70,7 +71,7 @@ class Task:
                 f"need step >= 0 and 1 <= count <= {size}"
             )
         start = step * count
-        orders = {epoch: self._order(epoch) for epoch in {start // size, (start + count - 1) // size}}
+        orders = {at: _order(size, self.seed, at) for at in {start // size, (start + count - 1) // size}}
         return [self.train[orders[at // size][at % size]] for at in range(start, start + count)]
 
     def eval_prompts(self) -> list[Prompt]:
@@ -82,10 +83,12 @@ class Task:
         answer = (completion or "").strip()
         return 1.0 if answer and self.verify(prompt, answer) else 0.0
 
-    def _order(self, epoch: int) -> list[int]:
-        order = list(range(len(self.train)))
-        random.Random(f"{self.seed}/{epoch}").shuffle(order)
-        return order
+
+@lru_cache(maxsize=4)  # every step asks again, and a shuffle of a million prompts takes a second
+def _order(size: int, seed: int, epoch: int) -> tuple[int, ...]:
+    order = list(range(size))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return tuple(order)
 
 
 def load_task(name: str, params: Mapping[str, object], *, train_size: int, eval_size: int, seed: int) -> Task:

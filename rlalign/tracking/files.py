@@ -19,7 +19,8 @@ RUN, CONFIG, ENVIRONMENT, SUMMARY, HEAD_STATUS = (
     "summary.json",
     "head_status.json",
 )
-METRICS, EVENTS, TOKENS = "metrics.jsonl", "events.jsonl", "tokens"
+METRICS, EVENTS, TIMELINE, TOKENS = "metrics.jsonl", "events.jsonl", "timeline.jsonl", "tokens"
+ATTRIBUTION = "attribution.json"
 NONFINITE = "nonfinite"
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rlalign.tracking import files
 from rlalign.tracking.summary import summarize
+from rlalign.tracking.timeline import Span, read_timeline
 
 if TYPE_CHECKING:
     from rlalign.config import RunConfig
@@ -39,6 +40,7 @@ class RunRecord:
     environment: dict
     metrics: Metrics
     events: tuple[dict, ...]
+    timeline: tuple[Span, ...]  # none in runs of older versions
     head_status: tuple[dict, ...]
     summary: dict
     token_files: tuple[Path, ...]
@@ -105,6 +107,7 @@ def read_run(directory: Path) -> RunRecord:
         environment=files.read_json(directory / files.ENVIRONMENT),
         metrics=metrics,
         events=files.read_lines(directory / files.EVENTS).rows,
+        timeline=read_timeline(directory / files.TIMELINE),
         head_status=tuple(files.read_json(head)) if head.exists() else (),
         summary=summary,
         token_files=tuple(sorted((directory / files.TOKENS).glob("step-*.parquet"))),

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlalign.tracking import report_config
+from rlalign.tracking import report_config, report_split
 from rlalign.tracking import report_plots as plots
 from rlalign.tracking import report_tables as tables
 from rlalign.tracking.files import write_atomic
 from rlalign.tracking.record import read_run
-from rlalign.tracking.report_page import chip, details, esc, figure, grid, page, prose, section
-from rlalign.tracking.report_reward import reward_models
+from rlalign.tracking.report_attribution import attributed
+from rlalign.tracking.report_page import details, esc, figure, grid, page, prose, section
+from rlalign.tracking.report_reward import reward_models, rewards
 from rlalign.tracking.report_runs import Shown, each, legend, lines_of, named
+from rlalign.tracking.report_time import time_sections
 from rlalign.tracking.report_tokens import TokenView, view_tokens
 from rlalign.tracking.report_verdict import comparison, k3_limit, problems, sentences
-from rlalign.tracking.summary import PHASES
 
 
 def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
@@ -41,17 +42,21 @@ def _body(runs: Sequence[Shown], title: str) -> str:
             _verdict(runs),
             tables.cards(runs[0].record) if len(runs) == 1 else "",
             _numbers(runs),
-            _learning(runs),
+            rewards(runs),
             reward_models(runs),
+            report_split.three(runs),
             _mismatch(runs),
-            _beyond(runs),
             _head_alone(runs),
+            attributed(runs),
+            report_split.staleness(runs),
+            report_split.corrections(runs),
             _tokens(runs, views),
             _worst(runs, views),
             _heads(runs),
             _weights(runs),
-            _time(runs),
-            section("Events", each(runs, [tables.event_table(run.record) for run in runs])),
+            time_sections(runs),
+            _alerts(runs),
+            section("Events", each(runs, [tables.event_table(run.record, alerts=False) for run in runs])),
             _configuration(runs),
         )
     )
@@ -65,7 +70,9 @@ def _header(runs: Sequence[Shown], title: str) -> str:
     where = f"{first.environment.get('cpu', '')}, {first.environment.get('cores_usable', '?')} cores"
     gpus = first.environment.get("gpus") or []
     where += f", {len(gpus)} x {gpus[0]}" if gpus else ""
+    thinned = plots.thinned(max(len(run.record.metrics.rows) for run in runs))
     meta = f"{esc(first.started.replace('T', ' ').replace('+00:00', ' UTC'))} &middot; {esc(where)}<br>{esc(used)}"
+    meta += f"<br>{thinned}" if thinned else ""
     return f'<div class="over">rlalign run report</div><h1>{esc(title)} {badges}</h1><p class="meta">{meta}</p>'
 
 
@@ -91,17 +98,6 @@ def _numbers(runs: Sequence[Shown]) -> str:
     if len(runs) == 1:
         return details("All numbers of the run", body)
     return section("Side by side", body, f"Differences are against {esc(runs[0].plain)}; &times; is a factor.")
-
-
-def _learning(runs: Sequence[Shown]) -> str:
-    charts = []
-    if lines := lines_of(runs, "reward/mean", smooth=True):
-        svg = plots.line_chart(lines, name="reward")
-        charts.append(figure(svg, "Mean reward", "thin: each step; bold: running mean over a tenth", legend(runs)))
-    if lines := lines_of(runs, "eval/accuracy", markers=True):
-        svg = plots.line_chart(lines, name="accuracy")
-        charts.append(figure(svg, "Held-out accuracy", "mean reward on prompts never trained on", legend(runs)))
-    return section("Learning", grid(charts) if charts else "")
 
 
 QUANTILES = (
@@ -137,31 +133,6 @@ def _mismatch(runs: Sequence[Shown]) -> str:
         "A red cross marks a step whose value is not finite; zeros are drawn on the lower edge."
     )
     return section("Mismatch at lag 0", grid(charts) if any(charts) else "", lead)
-
-
-BEYOND = (
-    (
-        "mismatch/excess/k3",
-        "k3 beyond the noise floor",
-        "engine mismatch minus the rollout engine against itself, nats",
-    ),
-    ("mismatch/lag1/k3", "Staleness: k3 at lag 1", "rollouts one version behind the trainer, nats"),
-    ("train/k1_old", "Staleness inside a step", "k1 from old_logprobs to the policy being trained, nats"),
-    ("correction/ess", "Correction: effective sample size", "share of the masked tokens"),
-    ("correction/kept_frac", "Correction: tokens kept", "share of the masked tokens"),
-)
-
-
-def _beyond(runs: Sequence[Shown]) -> str:
-    """What is not engine mismatch at lag 0, each on its own: beyond the floor, staleness, and what the correction did."""
-    charts = []
-    for key, title, note in BEYOND:
-        lines = lines_of(runs, key)
-        flat = {0.0} if key.startswith(("mismatch", "train")) else {1.0}
-        if any(set(line.values) - flat for line in lines):
-            charts.append(figure(plots.line_chart(lines, name=key.replace("/", "-")), title, note, legend(runs)))
-    lead = "Kept apart from the mismatch above. A quantity that never left its neutral value has no chart."
-    return section("Noise floor, staleness, corrections", grid(charts) if charts else "", lead)
 
 
 def _head_alone(runs: Sequence[Shown]) -> str:
@@ -226,24 +197,10 @@ def _weights(runs: Sequence[Shown]) -> str:
     return section("Publishes", each(runs, bodies), "Every tensor is verified on every rank before a version counts.")
 
 
-def _time(runs: Sequence[Shown]) -> str:
-    charts, data = [], []
-    for run in runs:
-        rows = [row for row in run.record.metrics.rows if any(f"time/{p}_s" in row for p in PHASES)]
-        data.append(
-            ([row["step"] for row in rows], {p: [row.get(f"time/{p}_s") or 0.0 for row in rows] for p in PHASES})
-        )
-    totals = [sum(column) for _, phases in data for column in zip(*phases.values(), strict=True)]
-    if not totals:
-        return ""
-    legend = "".join(f'<span class="item">{chip(plots.PHASE_COLORS[p])}{p}</span>' for p in PHASES)
-    for run, (steps, phases) in zip(runs, data, strict=True):
-        if steps:
-            svg = plots.stacked(steps, phases, top=max(totals), name=f"phases-{run.color}")
-            charts.append(figure(svg, run.html or "Seconds per step", "", legend))
-    if len(charts) == 1:
-        charts.append(tables.phase_table(data[0][1]))
-    return section("Where the time goes", grid(charts))
+def _alerts(runs: Sequence[Shown]) -> str:
+    bodies = [tables.event_table(run.record, alerts=True) or "<p>No alert.</p>" for run in runs]
+    lead = "What the rules, the gate and the drift monitors said, in order; the step is the last one logged before."
+    return section("Alerts", each(runs, bodies), lead)
 
 
 def _configuration(runs: Sequence[Shown]) -> str:

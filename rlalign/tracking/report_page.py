@@ -80,6 +80,11 @@ def figure(svg: str, title: str, note: str = "", *legends: str) -> str:
     return f"<figure><figcaption><b>{title}</b>{note}{lines}</figcaption>{svg}</figure>"
 
 
+def wide(svg: str) -> str:
+    """A chart over the whole width; on a phone it keeps a readable size and scrolls."""
+    return f'<div class="scroll wide">{svg}</div>'
+
+
 def grid(figures: Sequence[str]) -> str:
     """Charts side by side where there is room."""
     return f'<div class="grid">{"".join(figures)}</div>'
@@ -147,9 +152,11 @@ p { margin:6px 0 }
 .card .value small { font-size:16px; font-weight:500; color:var(--good); letter-spacing:0 }
 .card .value small.down { color:var(--bad) }
 .card p { margin:1px 0 0; font-size:13px; color:var(--quiet) }
+.grid > figure { margin-top:0 }
 .grid { display:grid; grid-template-columns:repeat(2,minmax(0,1fr)); gap:26px 32px; margin-top:14px }
 figure { margin:0; min-width:0 } figcaption { font-size:15px; line-height:1.4; margin-bottom:6px }
 figure svg { display:block; width:100%; height:auto } figure svg text { font-family:inherit !important }
+.wide svg { min-width:840px } p + figure, figure + figure { margin-top:16px }
 .legend { display:block; font-size:13px } .legend span.item { white-space:nowrap; margin-right:14px }
 .chip { display:inline-block; width:10px; height:10px; border-radius:2px; margin-right:6px }
 .dash { display:inline-block; width:20px; margin-right:6px; vertical-align:4px; border-top:2px solid var(--ink) }
@@ -174,6 +181,9 @@ summary { cursor:pointer; font-weight:600; font-size:15px } summary .note { disp
 @media (max-width:760px) {
   main { padding:24px 16px 56px } h1 { font-size:25px } h2 { margin-top:32px }
   .grid { grid-template-columns:minmax(0,1fr) } .cards { grid-template-columns:1fr; gap:8px }
+  table.events thead { display:none } table.events tr { display:block; padding:8px 0; border-bottom:1px solid var(--line) }
+  table.events th, table.events td { display:inline-block; border:0; padding:0 12px 2px 0 }
+  table.events td:last-child { display:block } table.events .wrap { min-width:0 } .note.wrap { min-width:9em }
   table { font-size:13px } th, td { padding-right:12px } table.numbers tbody th { white-space:normal }
 }
 @media print { main { max-width:none; padding:0 } figure, .card, tr { break-inside:avoid } }

@@ -21,10 +21,15 @@ POINTS = 300  # a line has at most this many points; more steps are averaged, wi
 RUN_COLORS = ("#0b62a8", "#c8501e", "#2a8c5a", "#8a4fbf", "#a07a14", "#444b57")
 PHASE_COLORS = {
     "rollout": "#0b62a8",
-    "reward": "#e0a32e",
-    "score": "#5fa8d3",
+    "reward": "#b07d12",
+    "score": "#5a9bc7",
     "train": "#c8501e",
     "publish": "#2a8c5a",
+    "eval": "#3f7fb5",
+    "probe": "#7fa8c9",
+    "wait": "#9aa1ad",
+    "head": "#8a4fbf",
+    "checkpoint": "#6b7280",
 }
 LIMIT_COLOR, INK, QUIET, GRID = "#b3261e", "#1f2430", "#5d6675", "#e6e8ec"
 STYLE = {
@@ -135,7 +140,9 @@ def stacked(steps: Sequence[float], phases: dict[str, Sequence[float]], *, top: 
         width = (x[1] - x[0]) if len(x) > 1 else 1.0
         base = np.zeros(len(x))
         for phase, (_, mean, _, _) in zip(phases, grouped, strict=True):
-            axes.bar(x, mean, width * 0.86, bottom=base, color=PHASE_COLORS[phase], linewidth=0)
+            axes.bar(
+                x, mean, width * (0.86 if len(x) <= 80 else 1.0), bottom=base, color=phase_color(phase), linewidth=0
+            )
             base = base + np.nan_to_num(mean)
         axes.set_ylim(0, top * 1.05)
         axes.set_xlim(x[0] - width * 0.6, x[-1] + width * 0.6)
@@ -164,6 +171,21 @@ def reliability(bins: Sequence[Mapping[str, float]], *, color: str, name: str) -
         return _svg(figure, name)
 
 
+def phase_color(phase: str) -> str:
+    """Its colour in every chart; phases nobody has named share one."""
+    return PHASE_COLORS.get(phase, "#444b57")
+
+
+def thinned(steps: int) -> str:
+    """What a page says about charts with more steps than points; empty where every step is drawn."""
+    size = -(-steps // POINTS)
+    return (
+        f"Charts draw means of {size} neighbouring steps; the band reaches from the smallest to the largest."
+        if size > 1
+        else ""
+    )
+
+
 def _canvas(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03)
@@ -179,7 +201,7 @@ def _draw(axes: Axes, line: Line, floor: float | None) -> None:
     x, mean, low, high = _groups(steps, shown)
     if len(x) < len(steps):
         axes.fill_between(x, low, high, color=line.color, alpha=0.15, linewidth=0)
-    marker = "o" if line.markers or len(x) == 1 else None
+    marker = "o" if (line.markers and len(x) <= 60) or len(x) == 1 else None
     if line.smooth and len(x) >= 10:
         axes.plot(x, mean, color=line.color, linewidth=0.9, alpha=0.35)
         axes.plot(x, _running_mean(mean), color=line.color, linewidth=2.0, linestyle=line.style)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from rlalign.tracking import files
@@ -9,9 +10,10 @@ from rlalign.tracking import report_plots as plots
 from rlalign.tracking.record import RunRecord
 from rlalign.tracking.report_page import details, esc, figure, grid, num, section, table
 from rlalign.tracking.report_plots import Line
-from rlalign.tracking.report_runs import Shown, each, legend, lines_of
+from rlalign.tracking.report_runs import DASHES, Shown, chart, each, legend, lines_of
 
 PREFIX = "reward/drift/"
+COMPONENT = re.compile("reward/[^/]+/mean")
 STATES = {0: "ok", 1: "warn", 2: "drift", -1: "insufficient_data"}
 CHECKS = {
     "gap": "E[p] - E[y], newest rows",
@@ -41,6 +43,36 @@ def drift_problems(run: RunRecord) -> list[str]:
                 f"{bad[0]:.0f}, last: step {bad[-1]:.0f})."
             )
     return found
+
+
+def rewards(runs: Sequence[Shown]) -> str:
+    """What was learned, what the reward is made of, and what the completions look like."""
+    names = _components(runs)
+    shown = names[: len(DASHES)]
+    parts = "mean of each, calibrated" + (
+        f"; {len(names) - len(shown)} more are in metrics.jsonl" if names[len(shown) :] else ""
+    )
+    charts = [
+        chart(runs, "Mean reward", "thin: each step; bold: running mean over a tenth", ("reward/mean", ""), smooth=True),
+        chart(runs, "Held-out accuracy", "mean reward on prompts never trained on", ("eval/accuracy", ""), markers=True),
+        chart(
+            runs, "Spread of the reward", "groups of equal rewards teach nothing",
+            ("reward/std", "standard deviation"), ("reward/frac_zero_std_groups", "share of such groups"),
+        ),
+        chart(runs, "Components", parts, *((f"reward/{name}/mean", name) for name in shown))
+        if len(names) > 1 else "",
+        chart(runs, "Length of the completions", "tokens, mean", ("rollout/length_mean", "")),
+        chart(runs, "Cut off by max_tokens", "share of the completions", ("rollout/truncated_frac", ""), neutral=0.0),
+        chart(runs, "Samples without a reward", "a step", ("reward/failed", ""), neutral=0.0),
+    ]  # fmt: skip
+    charts = [each for each in charts if each]
+    return section("Rewards", grid(charts) if charts else "")
+
+
+def _components(runs: Sequence[Shown]) -> list[str]:
+    """The parts of the reward, of every run."""
+    firsts = [row for run in runs for row in run.record.metrics.rows[:1]]
+    return sorted({key.split("/")[1] for row in firsts for key in row if COMPONENT.fullmatch(key)})
 
 
 def reward_models(runs: Sequence[Shown]) -> str:

@@ -185,7 +185,10 @@ def head_table(run: RunRecord) -> str:
 def _answer(values: Sequence[object]) -> str:
     """One value, or the range of differing numbers."""
     if all(value == values[0] for value in values):
-        return esc(values[0]) if isinstance(values[0], dict | list) else num(values[0], "")
+        if isinstance(values[0], dict | list):
+            words = [f"{k}: {v}" for k, v in values[0].items()] if isinstance(values[0], dict) else map(str, values[0])
+            return f'<span class="wrap">{esc(", ".join(words))}</span>'
+        return num(values[0], "")
     return f"{num(min(values), '')} to {num(max(values), '')}"
 
 
@@ -255,15 +258,19 @@ def quantile_table(views: Sequence[TokenView], names: Sequence[str]) -> str:
     return table(["|log_ratio|", *names], rows, cls="numbers")
 
 
-def event_table(run: RunRecord) -> str:
-    """Alerts and failures in order."""
+ALERTS = ("alert", "mismatch", "drift", "diagnosis")  # kinds of events that judge the numbers
+
+
+def event_table(run: RunRecord, *, alerts: bool) -> str:
+    """Alerts in order, or everything else that happened."""
     rows = [
         [
             f'<span title="{esc(e["time"])}">{esc(e["time"][11:19])}</span>',
-            num(e["step"], "") if e["step"] >= 0 else "start",
+            f"step {e['step']}" if e["step"] >= 0 else "start",
             esc(e["kind"]),
             f'<span class="wrap">{prose(e["message"])}</span>',
         ]
         for e in run.events
+        if (e["kind"].partition("/")[0] in ALERTS) == alerts
     ]
-    return table(["UTC", "after step", "kind", "message"], rows) if rows else ""
+    return table(["UTC", "after", "kind", "message"], rows, cls="events") if rows else ""

@@ -40,6 +40,11 @@ def problems(run: RunRecord) -> list[str]:
         )
     if run.summary["mismatch"]["nonfinite"]:
         found.append(f"{run.summary['mismatch']['nonfinite']:,.0f} sampled tokens had no finite log-ratio.")
+    raised = [e for e in run.events if e["kind"].startswith("alert/") and e["kind"] != "alert/log"]
+    if raised:
+        first = raised[0]["message"].partition("\n")[0]
+        count = "An alert was" if len(raised) == 1 else f"{len(raised)} alerts were"
+        found.append(f"{count} raised; the first, after step {raised[0]['step']}: {first}")
     found += [f"{name} {verb}" for name, verb in _learning(run)]
     return found + drift_problems(run) + _head_problems(run)
 
@@ -132,5 +137,5 @@ def k3_limit(run: RunRecord) -> float | None:
 def _times(x: float, y: float, names: tuple[str, str]) -> str:
     if min(x, y) <= 0 or x == y:
         return ""
-    ratio, lower = max(x, y) / min(x, y), names[0] if x < y else names[1]
-    return f", {short(float(f'{ratio:.2g}'))} times lower in {lower}"
+    ratio, lower = float(f"{max(x, y) / min(x, y):.2g}"), names[0] if x < y else names[1]
+    return f", {short(ratio)} times lower in {lower}" if ratio > 1 else ""

@@ -1,7 +1,7 @@
 """One run, one directory: plain files that stay readable when the process is killed in the middle.
 
 run.json config.json config.yaml environment.json      written at the start; run.json carries the status
-metrics.jsonl events.jsonl                             one line per step, per event, flushed
+metrics.jsonl events.jsonl timeline.jsonl              one line per step, per event, per phase of a step, flushed
 tokens/step-000040.parquet                             one row per token of a sampled step
 head_status.json summary.json                          what every rank answered; the numbers of the run
 """
@@ -11,22 +11,31 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from numbers import Integral, Real
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
-from rlalign.tracking import environment, files
-from rlalign.tracking.record import read_header, read_metrics
-from rlalign.tracking.tokens import Column, write_tokens
+from rlalign.tracking import backends, environment, files
+from rlalign.tracking.backends import Backend, Places
+from rlalign.tracking.claim import claim, free_name, reopen, take_lock
+from rlalign.tracking.timeline import RESUMED, SHORTEST_S, Span, encode
+from rlalign.tracking.tokens import Column, sampled_tokens, worst_tokens, write_tokens
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from rlalign.tracking.wandb_run import WandbRun
-
+# Distributions that every backend with histograms gets at token steps: name -> column of the token file.
+HISTOGRAMS = {
+    "mismatch/log_ratio": "log_ratio",
+    "train/token_entropy": "entropy",
+    "train/token_advantage": "advantage",
+    "rollout/token_logprob": "rollout_logprob",
+}
+WORST, ALERTS = "mismatch/worst_tokens", "events/alerts"  # alerts: of this process, in the dashboards only
 RESERVED = ("step", "seconds", files.NONFINITE)
 
 
@@ -35,8 +44,10 @@ class Run:
 
     directory: created; a directory that already holds a run is refused unless `resume` (append) or `overwrite`
     (the old one is moved aside to NAME.1, NAME.2, ...; nothing is deleted). A live run is refused always.
-    wandb_mode: auto (online with an API key, else offline), online, offline, disabled.
-    Raises ValueError for a directory that cannot be used, a config that is not plain data, or an unknown mode.
+    wandb_mode: auto (online with an API key, else offline), online, offline, disabled. places: all other backends and names;
+    with it, its own wandb_mode counts.
+    Raises ValueError for a directory that cannot be used, a config that is not plain data, an unknown mode, a backend whose
+    package is missing, or a port that is taken; nothing of an older run has been touched by then.
     """
 
     def __init__(
@@ -44,19 +55,26 @@ class Run:
         directory: Path,
         *,
         config: dict,
-        wandb_mode: str,
         project: str,
         name: str,
+        wandb_mode: str = "auto",
+        places: Places | None = None,
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
         self.directory, self.name, self.last_step = Path(directory), name, -1
         self._config = files.jsonable(config, "config")
-        self._began, self._open = time.monotonic(), True
-        previous = self._claim(resume=resume, overwrite=overwrite)
-        self._lock = self._take_lock()
-        (self.directory / files.TOKENS).mkdir(exist_ok=True)
-        torn = self._reopen() if previous else None
+        self._began, self._open, self._alerts = time.monotonic(), True, 0
+        self._places = places or Places(wandb_mode=wandb_mode)
+        backends.require_installed(self._places)
+        self._backends: dict[str, Backend] = backends.endpoint(self._places, name=name, project=project)
+        try:
+            previous = claim(self.directory, resume=resume, overwrite=overwrite)
+            self._lock = take_lock(self.directory)
+        except BaseException:
+            self._finish_backends({}, exit_code=1)
+            raise
+        self.last_step, torn = reopen(self.directory) if previous else (-1, None)
         self._header = {
             "schema_version": files.SCHEMA_VERSION,
             "name": name,
@@ -68,97 +86,56 @@ class Run:
             "host": socket.gethostname(),
             "wandb": {"mode": "disabled", "id": previous["wandb"]["id"] if previous else None},
         }
+        if previous and "trackio" in previous:
+            self._header["trackio"] = previous["trackio"]
         self._write_start(previous)
-        self._metrics = (self.directory / files.METRICS).open("a", encoding="utf-8")
-        self._events = (self.directory / files.EVENTS).open("a", encoding="utf-8")
+        self._metrics, self._events, self._timeline = (
+            (self.directory / file).open("a", encoding="utf-8")
+            for file in (files.METRICS, files.EVENTS, files.TIMELINE)
+        )
         if previous:
+            self.log_timeline([Span(RESUMED, time.time(), time.time(), self.last_step)])
             self.event(
                 "resume", f"after step {self.last_step}" + (f"; dropped a torn line: {torn[:80]!r}" if torn else "")
             )
-        self._wandb: WandbRun | None = None
         try:
-            self._wandb = self._start_wandb(wandb_mode)
+            self._start_backends()
         except BaseException as error:
-            self._close("failed", f"wandb did not start: {error}", None)
+            self._close("failed", f"tracking did not start: {error}", {})
             raise
-
-    def _claim(self, *, resume: bool, overwrite: bool) -> dict | None:
-        """Make the directory ours. Returns the header of the run to continue, or None for a new one."""
-        present = [p.name for p in self.directory.iterdir()] if self.directory.exists() else []
-        if files.RUN not in present:
-            if resume:
-                raise ValueError(f"{self.directory}: nothing to resume; it holds no {files.RUN}")
-            # Hydra puts .hydra/ and a log file into the same directory before the run starts.
-            foreign = [name for name in present if not name.startswith(".") and not name.endswith(".log")]
-            if foreign:
-                some = ", ".join(sorted(foreign)[:3])
-                raise ValueError(f"{self.directory} holds files that are no run ({some}); choose an empty directory")
-            self.directory.mkdir(parents=True, exist_ok=True)
-            return None
-        if files.is_live(self.directory):
-            raise ValueError(
-                f"{self.directory}: a live process is writing this run; stop it or choose another directory"
-            )
-        if resume:
-            return read_header(self.directory)
-        if not overwrite:
-            raise ValueError(
-                f"{self.directory} already holds a run. Choose another directory, resume=true to continue it, "
-                f"or overwrite=true to move it aside to {_free_name(self.directory).name}"
-            )
-        self.directory.rename(_free_name(self.directory))
-        self.directory.mkdir(parents=True)
-        return None
-
-    def _take_lock(self) -> IO[str]:
-        lock = files.hold_lock(self.directory)
-        if lock is None:
-            raise ValueError(f"{self.directory}: another process started a run here at this moment")
-        return lock
-
-    def _reopen(self) -> str | None:
-        """Cut a torn last line off metrics and events, and continue the step count."""
-        lines = {name: files.read_lines(self.directory / name) for name in (files.METRICS, files.EVENTS)}
-        for name, found in lines.items():
-            if found.torn is not None:
-                with (self.directory / name).open("r+b") as handle:
-                    handle.truncate(found.whole_bytes)
-        rows = read_metrics(self.directory / files.METRICS).rows
-        self.last_step = rows[-1]["step"] if rows else -1
-        return lines[files.METRICS].torn
 
     def _write_start(self, previous: dict | None) -> None:
         import yaml
 
+        # First: a start that is killed from here on is known as a run, and the same command can begin again.
+        files.write_json(self.directory / files.RUN, self._header)
+        (self.directory / files.TOKENS).mkdir(exist_ok=True)
         config = self.directory / files.CONFIG
         if previous and files.read_json(config) != self._config:
-            config.rename(_free_name(config))
+            config.rename(free_name(config))
         files.write_json(config, self._config)
         files.write_atomic(self.directory / "config.yaml", yaml.safe_dump(self._config, sort_keys=False))
         files.write_json(self.directory / files.ENVIRONMENT, environment.snapshot())
-        files.write_json(self.directory / files.RUN, self._header)
 
-    def _start_wandb(self, mode: str) -> WandbRun | None:
-        if mode == "disabled":
-            return None
-        from rlalign.tracking.wandb_run import WandbRun, resolve_mode
-
-        if resolve_mode(mode) == "disabled":
-            return None
+    def _start_backends(self) -> None:
         header = self._header
-        run = WandbRun(
-            self.directory,
-            project=header["project"],
-            name=self.name,
-            config=self._config,
-            mode=mode,
-            run_id=header["wandb"]["id"],
-        )
-        header["wandb"] = {"mode": run.mode, "id": run.run_id, "url": run.url}
+        for name in self._places.backends:
+            given = backends.Start(
+                directory=self.directory,
+                project=header["project"],
+                name=self.name,
+                config=self._config,
+                places=self._places,
+                last_step=self.last_step,
+                known=header.get(name, {}),
+            )
+            backend, note = backends.start(name, given)
+            if note:
+                self.event(name, note)
+            if backend is not None:
+                self._backends[name] = backend
+        header |= {name: about for name, backend in self._backends.items() if (about := backend.about())}
         files.write_json(self.directory / files.RUN, header)
-        if run.note:
-            self.event("wandb", run.note)
-        return run
 
     def rewind(self, step: int) -> None:
         """Go on after `step`, as from a checkpoint: later steps are logged again, and their later rows count."""
@@ -181,19 +158,45 @@ class Run:
         self._metrics.write(files.encode_row({"step": step, "seconds": round(self._seconds(), 3), **row}) + "\n")
         self._metrics.flush()
         self.last_step = step
-        if self._wandb:
-            self._wandb.log(step, row)
+        for backend in self._backends.values():
+            backend.log(step, row | {ALERTS: self._alerts})
 
     def log_histogram(self, step: int, name: str, values: np.ndarray | Sequence[float]) -> None:
-        """A distribution for wandb's dashboard; the values themselves are in the token files."""
+        """A distribution for the dashboards; the values themselves are in the token files."""
         self._require_open("log_histogram")
-        if self._wandb:
-            self._wandb.log_histogram(step, name, values)
+        for backend in self._backends.values():
+            backend.log_histogram(step, name, values)
 
     def log_tokens(self, step: int, columns: Mapping[str, Column]) -> Path:
-        """Write tokens/step-NNNNNN.parquet, one row per token; see `tokens.SCHEMA` for the columns."""
+        """Write tokens/step-NNNNNN.parquet, one row per token; see `tokens.SCHEMA` for the columns.
+
+        The dashboards get the distributions of HISTOGRAMS over the sampled tokens, and a table of the worst of them.
+        """
         self._require_open("log_tokens")
-        return write_tokens(self.directory / files.TOKENS / f"step-{step:06d}.parquet", step, columns)
+        path = write_tokens(self.directory / files.TOKENS / f"step-{step:06d}.parquet", step, columns)
+        if self._backends:
+            sampled = sampled_tokens(columns)
+            for name, column in HISTOGRAMS.items():
+                self.log_histogram(step, name, sampled[column])
+            worst = worst_tokens(step, sampled)
+            for backend in self._backends.values():
+                backend.log_table(step, WORST, worst)
+        return path
+
+    def log_timeline(self, spans: Iterable[Span]) -> None:
+        """Append when phases ran, one row each."""
+        self._require_open("log_timeline")
+        self._timeline.writelines(json.dumps(encode(span)) + "\n" for span in spans)
+        self._timeline.flush()
+
+    @contextmanager
+    def timed(self, step: int, phase: str) -> Iterator[None]:
+        """A phase of the timeline that is no part of the step itself. Left out below a millisecond, and when it raises."""
+        start, began = time.time(), time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        if seconds >= SHORTEST_S:
+            self.log_timeline([Span(phase, start, start + seconds, step)])
 
     def log_head_status(self, statuses: list[dict]) -> None:
         """What each rank answered about its head, one dictionary per rank."""
@@ -205,6 +208,9 @@ class Run:
         line = {"time": _now(), "step": self.last_step, "kind": kind, "message": message}
         self._events.write(json.dumps(line) + "\n")
         self._events.flush()
+        self._alerts += kind.startswith(("alert/", "drift/drift"))
+        for backend in self._backends.values():
+            backend.event(self.last_step, kind, message)
 
     def finish(self, summary: dict) -> None:
         """Write summary.json and close the run as finished. Raises ValueError for a summary that is not plain data."""
@@ -215,7 +221,7 @@ class Run:
     @property
     def wandb_url(self) -> str | None:
         """The run's page on wandb; None unless online."""
-        return self._wandb.url if self._wandb else None
+        return self._header["wandb"].get("url")
 
     def __enter__(self) -> Run:
         return self
@@ -226,24 +232,26 @@ class Run:
         if not self._open:
             return
         if error is None:
-            self._close("failed", "the run was left without finish(summary)", None)
+            self._close("failed", "the run was left without finish(summary)", {})
             return
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         message = f"{type(error).__name__}: {error}".rstrip(": ")
         self.event(status, message)
-        self._close(status, message, None)
+        self._close(status, message, {})
 
-    def _close(self, status: str, message: str, summary: dict | None) -> None:
+    def _close(self, status: str, message: str, summary: dict) -> None:
         """Set the status first: closing wandb may wait for a network, and the files must not wait with it."""
         self._open = False
         self._header |= {"status": status, "message": message, "ended": _now()}
         files.write_json(self.directory / files.RUN, self._header)
-        self._metrics.close()
-        self._events.close()
-        if self._wandb:
-            self._wandb.finish(summary or {}, exit_code=0 if status == "finished" else 1)
-        if self._lock:
-            self._lock.close()
+        for file in (self._metrics, self._events, self._timeline):
+            file.close()
+        self._finish_backends(summary, exit_code=0 if status == "finished" else 1)
+        self._lock.close()
+
+    def _finish_backends(self, summary: dict, *, exit_code: int) -> None:
+        for backend in self._backends.values():
+            backend.finish(summary, exit_code=exit_code)
 
     def _require_open(self, what: str) -> None:
         if not self._open:
@@ -263,14 +271,6 @@ def numbers(metrics: Mapping[str, float]) -> dict[str, int | float]:
             raise ValueError(f"metric {key}: expected a number, got {type(value).__name__} (call .item() on a tensor)")
         row[key] = int(value) if isinstance(value, Integral) else float(value)
     return row
-
-
-def _free_name(path: Path) -> Path:
-    """NAME.1, or the first number that is not taken."""
-    n = 1
-    while (free := path.with_name(f"{path.name}.{n}")).exists():
-        n += 1
-    return free
 
 
 def _now() -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
+    from rlalign.tracking.timeline import Span
     from rlalign.tracking.tokens import Column
 
 
@@ -23,6 +25,10 @@ class SilentRun:
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def log_histogram(self, step: int, name: str, values: np.ndarray | Sequence[float]) -> None: ...
     def log_tokens(self, step: int, columns: Mapping[str, Column]) -> None: ...
+    def log_timeline(self, spans: Iterable[Span]) -> None: ...
+    def timed(self, step: int, phase: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def log_head_status(self, statuses: list[dict]) -> None: ...
     def event(self, kind: str, message: str) -> None: ...
     def finish(self, summary: dict) -> None: ...

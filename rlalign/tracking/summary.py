@@ -16,7 +16,13 @@ LAG0 = {
     "ess": "ess",
 }
 HEAD_ALONE = ("k3", "abs_mean", "p99", "rollout_error", "trainer_error")
-PHASES = ("rollout", "reward", "score", "train", "publish")
+PHASES = ("rollout", "reward", "score", "train", "publish")  # of a step; others, such as wait, come after them
+
+
+def phases_of(rows: Sequence[dict[str, float]]) -> list[str]:
+    """The phases that any row has timed as time/PHASE_s, in the order of a step."""
+    logged = {key[5:-2] for row in rows for key in row if key.startswith("time/") and key.endswith("_s")} - {"step"}
+    return [phase for phase in PHASES if phase in logged] + sorted(logged - set(PHASES))
 
 
 def column(rows: Sequence[dict[str, float]], key: str) -> list[float]:

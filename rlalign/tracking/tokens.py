@@ -35,6 +35,18 @@ SCHEMA = {
     "loss_mask": "bool",
 }
 DERIVED = ("step", "log_ratio")
+SHOWN = (
+    "token",
+    "log_ratio",
+    "rollout_logprob",
+    "old_logprob",
+    "entropy",
+    "lag",
+    "policy_version",
+    "sequence",
+    "position",
+    "token_id",
+)
 Column = Sequence[int] | Sequence[float] | Sequence[str] | Sequence[bool] | np.ndarray
 
 
@@ -69,6 +81,28 @@ def write_tokens(path: Path, step: int, columns: Mapping[str, Column]) -> Path:
 
 def _typed(column: Column, kind: str) -> Column:
     return column if kind == "string" else np.asarray(column, dtype=kind)
+
+
+def sampled_tokens(columns: Mapping[str, Column]) -> dict[str, np.ndarray]:
+    """The columns of the tokens under the loss mask, log_ratio among them."""
+    mask = np.asarray(columns["loss_mask"], bool)
+    sampled = {
+        name: np.asarray(column, SCHEMA[name] if SCHEMA[name] != "string" else object)[mask]
+        for name, column in columns.items()
+    }
+    return sampled | {"log_ratio": sampled["old_logprob"] - sampled["rollout_logprob"]}
+
+
+def worst_tokens(
+    step: int, sampled: Mapping[str, np.ndarray], *, count: int = 20
+) -> list[dict[str, str | int | float]]:
+    """The tokens with the largest |log_ratio|, those without a finite one first, as rows of a table."""
+    size = np.abs(sampled["log_ratio"])
+    worst = np.argsort(-np.where(np.isfinite(size), size, np.inf), kind="stable")[:count]
+    return [
+        {"step": step} | {name: sampled[name][i].item() if name != "token" else str(sampled[name][i]) for name in SHOWN}
+        for i in worst
+    ]
 
 
 def read_tokens(path: Path, columns: Sequence[str] | None = None) -> pyarrow.Table:

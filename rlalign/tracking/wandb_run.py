@@ -1,18 +1,37 @@
-"""The only file that knows wandb. Keys are ours, unchanged; the x axis of every chart is `step`."""
+"""The only file that logs to wandb. Keys are ours, unchanged; the x axis of every chart is `step`."""
 
 from __future__ import annotations
 
+import math
 import netrc
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
 import wandb
 
+from rlalign.tracking.backends import Cell, Start
+
 MODES = ("auto", "online", "offline", "disabled")
 ONLINE_TIMEOUT_S = 30.0  # a compute node with a key but without a network must not hold a job for wandb's 90 s
+# What the table of runs shows of a metric; every other one shows its last value.
+SUMMARIES = {
+    "mismatch/lag0/k3": "max,mean,last",
+    "mismatch/lag0/abs_max": "max,last",
+    "mismatch/excess/k3": "max,mean,last",
+    "mismatch/nonfinite": "max,last",
+    "reward/mean": "max,last",
+    "eval/accuracy": "max,last",
+    "correction/ess": "min,mean,last",
+    "correction/kept_frac": "min,mean,last",
+    "staleness/policy/max": "max,last",
+    "publish/seconds": "mean,max,last",
+    "time/step_s": "mean,max,last",
+    "rollout/tokens_per_s": "mean,last",
+}
+ALERTS = ("alert", "mismatch", "failed", "interrupted", "diagnosis")  # kinds of events that wandb is told to send on
 
 
 def resolve_mode(mode: str) -> str:
@@ -27,10 +46,10 @@ def resolve_mode(mode: str) -> str:
     asked = os.environ.get("WANDB_MODE")
     if asked:
         return resolve_mode(asked)
-    return "online" if _has_key() else "offline"
+    return "online" if has_key() else "offline"
 
 
-def _has_key() -> bool:
+def has_key() -> bool:
     """True when wandb would find a login: WANDB_API_KEY, or an entry for its host in netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
@@ -45,63 +64,92 @@ def _has_key() -> bool:
 class WandbRun:
     """One wandb run inside a run directory. mode: what it runs as; note: why, where that is not what was asked."""
 
-    def __init__(
-        self, directory: Path, *, project: str, name: str, config: dict, mode: str, run_id: str | None
-    ) -> None:
-        resolved, self.note = resolve_mode(mode), ""
+    def __init__(self, given: Start) -> None:
+        asked = given.places.wandb_mode
+        self.mode, self.note = resolve_mode(asked), ""
         try:
-            self.run = self._init(directory, project, name, config, resolved, run_id)
+            self.run = self._init(given, self.mode)
         except wandb.errors.CommError as error:
-            if mode != "auto":
+            if asked != "auto":
                 raise
             self.note = f"wandb could not be reached ({error}); this run is recorded offline, `wandb sync` uploads it"
-            resolved = "offline"
-            self.run = self._init(directory, project, name, config, resolved, run_id)
-        self.mode = resolved
+            self.mode = "offline"
+            self.run = self._init(given, self.mode)
+        self._offset: int | None = None
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
+        for key, summary in SUMMARIES.items():
+            self.run.define_metric(key, step_metric="step", summary=summary)
 
     @staticmethod
-    def _init(directory: Path, project: str, name: str, config: dict, mode: str, run_id: str | None) -> wandb.Run:
+    def _init(given: Start, mode: str) -> wandb.Run:
         # vLLM imports openai, which wandb takes for an application and advertises its tracing product on stderr.
         os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")
-        settings = wandb.Settings(silent=True, console="off", disable_git=True, init_timeout=ONLINE_TIMEOUT_S)
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            init_timeout=ONLINE_TIMEOUT_S,
+            x_stats_track_process_tree=True,  # vLLM's workers and servers are processes of their own
+        )
+        run_id = given.known.get("id")
         return wandb.init(
-            dir=str(directory),
-            project=project,
-            name=name,
-            config=config,
+            dir=str(given.directory),
+            project=given.project,
+            name=given.name,
+            group=given.places.group or None,
+            job_type=given.places.job_type or None,
+            tags=given.places.tags,
+            config=given.config,
             mode=mode,
             id=run_id,
             resume="allow" if run_id else None,
             settings=settings,
         )
 
-    @property
-    def run_id(self) -> str:
-        """The id under which a later process resumes this run."""
-        return self.run.id
+    def about(self) -> dict[str, Cell]:
+        """The mode, the id under which a later process resumes this run, and its page; no page offline."""
+        return {"mode": self.mode, "id": self.run.id, "url": self.run.url if self.mode == "online" else None}
 
-    @property
-    def url(self) -> str | None:
-        """The run's page; None offline."""
-        return self.run.url if self.mode == "online" else None
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One row; calls with the same step share it."""
-        self.run.log({"step": step, **metrics}, step=step)
+        self._log(step, dict(metrics))
 
     def log_histogram(self, step: int, name: str, values: np.ndarray | Sequence[float]) -> None:
         """64 bins of the finite values; a histogram has no place for the others, NAME/nonfinite counts them."""
         values = np.asarray(values, dtype=np.float64)
         finite = values[np.isfinite(values)]
-        row: dict[str, object] = {"step": step, f"{name}/nonfinite": int(values.size - finite.size)}
+        row: dict[str, object] = {f"{name}/nonfinite": int(values.size - finite.size)}
         if finite.size:
             row[name] = wandb.Histogram(np_histogram=np.histogram(finite, bins=64))
-        self.run.log(row, step=step)
+        self._log(step, row)
+
+    def log_table(self, step: int, name: str, rows: Sequence[Mapping[str, Cell]]) -> None:
+        """A cell whose number is not finite is empty: wandb's tables are JSON."""
+        if rows:
+            cells = [[None if _lost(cell) else cell for cell in row.values()] for row in rows]
+            self._log(step, {name: wandb.Table(columns=list(rows[0]), data=cells)})
+
+    def event(self, step: int, kind: str, message: str) -> None:
+        """Alerts and failures go out as wandb's alerts: by mail or chat, as the user has set it there."""
+        if kind.partition("/")[0] in ALERTS:
+            self.run.alert(title=f"{self.run.name}: {kind}", text=f"after step {step}: {message}", level="WARN")
 
     def finish(self, summary: dict, *, exit_code: int) -> None:
         """Write the summary and close; waits for uploads when online."""
         for key, value in summary.items():
             self.run.summary[key] = value
         self.run.finish(exit_code=exit_code)
+
+    def _log(self, step: int, row: dict[str, object]) -> None:
+        """wandb drops rows under its own counter, where a resumed run stands that goes back to a checkpoint: count on from there.
+
+        Charts are drawn over our `step`, which stays what it is.
+        """
+        if self._offset is None:
+            self._offset = max(0, self.run.step - step)
+        self.run.log({"step": step, **row}, step=step + self._offset)
+
+
+def _lost(cell: Cell) -> bool:
+    return isinstance(cell, float) and not math.isfinite(cell)

@@ -1,12 +1,15 @@
-"""Exact mode of the trainer's model: transformers computing with `rlalign.exact`, for diagnosis without gradients.
+"""Exact mode of the trainer's model: transformers computing with `rlalign.exact`.
 
 Suffixes: B sequences, H heads, G key/value heads, L padded length, D head size.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -44,9 +47,13 @@ class ExactSilu(SiLUActivation):
 def make_exact(network: PreTrainedModel) -> PreTrainedModel:
     """Let this model compute exactly from now on: its linear layers, head, activations, attention. Returns it.
 
-    Norms, rope and embeddings already are what `rlalign.exact` copies. Raises ValueError for fused experts and for activations
-    other than silu.
+    Norms, rope and embeddings already are what `rlalign.exact` copies. Raises ValueError for fused experts, for activations
+    other than silu, and on another device than the CPU.
     """
+    if network.device.type != "cpu":
+        raise ValueError(
+            f"exact mode is for the CPU so far; the trainer's model is on {network.device}: run with exact=false"
+        )
     exact.require_reproducible()
     head = network.get_output_embeddings()
     for name, module in network.named_modules():
@@ -79,7 +86,15 @@ def attention(
         if bool(allowed.triu(1).any()) or not bool(allowed[:, :, 0].all()) or options.get("sliding_window"):
             raise ValueError("exact mode knows causal masks over right-padded sequences only")
     parts = [
-        exact.attend(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), first=0, scale=scaling)
+        _attend(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), scaling)
         for q, k, v in zip(query_BHLD, key_BGLD, value_BGLD, strict=True)
     ]
     return torch.stack(parts), None
+
+
+def _attend(query_LHD: Tensor, key_LGD: Tensor, value_LGD: Tensor, scaling: float) -> Tensor:
+    """One sequence. Its products of L x L x H x D numbers are made again for the gradient, not kept."""
+    attend = partial(exact.attend, first=0, scale=scaling)
+    if not torch.is_grad_enabled():
+        return attend(query_LHD, key_LGD, value_LGD)
+    return checkpoint(attend, query_LHD, key_LGD, value_LGD, use_reentrant=False, preserve_rng_state=False)

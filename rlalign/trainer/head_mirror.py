@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rlalign import head, logprobs
+from rlalign.trainer.exact import ExactHead
 
 
 @dataclass(slots=True)
@@ -20,33 +21,11 @@ class HeadStatus:
     """What the trainer's head is and did: the trainer's side of the handshake."""
 
     name: str
-    mode: str  # "off" or "mirrored"
+    mode: str  # "off", "mirrored", or "exact"
     dtype: str  # "float32", "master", or the body's when off
     tied: bool
     calls: int = 0
     master_VD: Tensor | None = field(default=None, repr=False)  # dtype "master": the optimizer's unrounded lm_head
-
-
-@dataclass(frozen=True, slots=True)
-class HeadTransform:
-    """What the model does to its logits after the projection; vLLM applies the cap first, then the scale."""
-
-    soft_cap: float | None = None
-    logit_scale: float = 1.0
-
-    @classmethod
-    def of(cls, config: dict[str, object]) -> HeadTransform:
-        """From a Hugging Face config: Gemma's final_logit_softcapping, Cohere's logit_scale, Granite's logits_scaling."""
-        scale = float(config.get("logit_scale") or 1.0)
-        if config.get("logits_scaling"):
-            scale = 1.0 / float(config["logits_scaling"])
-        return cls(soft_cap=config.get("final_logit_softcapping"), logit_scale=scale)
-
-    def apply(self, logits: Tensor) -> Tensor:
-        """In the dtype of the logits, as transformers does it."""
-        if self.soft_cap is not None:
-            logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
-        return logits if self.logit_scale == 1.0 else logits * self.logit_scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +56,8 @@ def mirror(model: nn.Module, *, head_dtype: str, chunk: int) -> HeadStatus:
     Given `Tokens` too, the head returns their float32 logprobs and entropies, both [B, L] (nats; entry t is about token t; 0.0
     where not asked) without building [tokens, vocabulary]; without, it returns logits as any lm_head does.
     head_dtype "model" keeps the projection in the body's dtype, as transformers would; "master" projects with
-    `status.master_VD` wherever it is set (gradients still reach the weight itself). Raises ValueError without an lm_head.
+    `status.master_VD` wherever it is set (gradients still reach the weight itself). An exact head keeps its own products.
+    Raises ValueError without an lm_head, and for an exact one with head_dtype "master".
     """
     lm_head = model.get_output_embeddings()
     if not isinstance(lm_head, nn.Linear):
@@ -85,15 +65,25 @@ def mirror(model: nn.Module, *, head_dtype: str, chunk: int) -> HeadStatus:
             f"{type(model).__name__} has no nn.Linear output embedding (found {type(lm_head).__name__}); "
             "the head mirror covers causal language models with a plain lm_head"
         )
+    exact_head = isinstance(lm_head, ExactHead)
+    if exact_head and head_dtype == "master":
+        raise ValueError(
+            "exact mode projects with the weight that is published, not with its master; use head_dtype=float32"
+        )
+    own = exact_head or head_dtype == "model"  # the module's products, logits and all
     lm_head.__dict__.pop("forward", None)  # an earlier mirror: start again from the class's own forward
-    transform = HeadTransform.of(model.config.to_dict())
+    transform = head.HeadTransform.of(model.config.get_text_config().to_dict())
     status = HeadStatus(
         name=next(name for name, module in model.named_modules() if module is lm_head),
-        mode="off" if head_dtype == "model" else "mirrored",
+        mode="off" if head_dtype == "model" else "exact" if exact_head else "mirrored",
         dtype=head_dtype if head_dtype != "model" else str(lm_head.weight.dtype).removeprefix("torch."),
         tied=lm_head.weight is model.get_input_embeddings().weight,
     )
     plain_forward = lm_head.forward
+
+    def plain(hidden: Tensor) -> Tensor:
+        logits = plain_forward(hidden)
+        return logits.to(hidden.dtype) if head_dtype == "model" else logits
 
     def weight_of(lm_head: nn.Linear) -> Tensor:
         return lm_head.weight if status.master_VD is None else _Unrounded.apply(lm_head.weight, status.master_VD)
@@ -103,10 +93,10 @@ def mirror(model: nn.Module, *, head_dtype: str, chunk: int) -> HeadStatus:
     ) -> Tensor | tuple[Tensor, Tensor]:
         status.calls += 1
         if tokens is None:
-            return plain_forward(hidden) if head_dtype == "model" else head.project(hidden, weight_of(self), self.bias)
-        if head_dtype == "model":
+            return plain(hidden) if own else head.project(hidden, weight_of(self), self.bias)
+        if own:
             return logprobs.from_logits(
-                transform.apply(plain_forward(hidden)),
+                transform.apply(plain(hidden)),
                 tokens.ids_BL,
                 temperature=tokens.temperature,
                 mask=tokens.mask_BL,

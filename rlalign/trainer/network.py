@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import deepspeed
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
+from rlalign.trainer import packed_attention, sdpa
+from rlalign.trainer.exact import make_exact
 from rlalign.trainer.head_mirror import Tokens
+from rlalign.types import RolloutBatch
 
 
 class ScoringNetwork(nn.Module):
@@ -22,27 +25,55 @@ class ScoringNetwork(nn.Module):
         self.network = network
 
     def forward(
-        self, token_ids_BL: Tensor, attention_mask_BL: Tensor, tokens: Tokens | None, *, exact: bool = False
+        self, inputs: Mapping[str, object], tokens: Tokens | None, *, exact: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logprobs and entropies [B, L] of `tokens`; with None the hidden states [B, L, D] that the head is given."""
-        body = self.network.base_model(input_ids=token_ids_BL, attention_mask=attention_mask_BL, use_cache=False)
+        """Logprobs and entropies [B, L] of `tokens`; with None the hidden states [B, L, D] that the head is given.
+
+        inputs: of the body, from `padded_inputs` or `packed_attention.inputs`.
+        """
+        body = self.network.base_model(**inputs, use_cache=False)
         if tokens is None:
             return body.last_hidden_state
         return self.network.get_output_embeddings()(body.last_hidden_state, tokens, exact=exact)
 
 
-def load(model: Path, dtype: str, deepspeed_config: dict[str, object], *, checkpointing: bool) -> nn.Module:
+def padded_inputs(batch: RolloutBatch, device: torch.device) -> dict[str, object]:
+    """The body's arguments for padded rows."""
+    return {"input_ids": batch.token_ids_BL.to(device), "attention_mask": batch.attention_mask_BL.to(device)}
+
+
+def load(
+    model: Path,
+    dtype: str,
+    deepspeed_config: dict[str, object],
+    *,
+    checkpointing: bool,
+    exact: bool = False,
+    attention: str = "auto",
+    packed: bool = False,
+    head: bool = True,
+) -> nn.Module:
     """A Hugging Face causal language model; under ZeRO-3 already partitioned over the ranks as it is read.
 
+    head: with its lm_head; without, the body alone. exact: see `make_exact`. attention: a name of transformers, or auto.
     checkpointing: recompute each block's activations in the backward pass instead of keeping them.
+    packed: prepare it for packed rows; raises ValueError where that cannot be.
     """
     zero_3 = deepspeed_config["zero_optimization"]["stage"] == 3
     partitioned = HfDeepSpeedConfig(deepspeed_config) if zero_3 else None  # transformers looks for a living one
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    kind = AutoModelForCausalLM if head else AutoModel
+    chosen = None if attention == "auto" else attention
+    network = kind.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation=chosen)
     del partitioned
     network.config.use_cache = False
     if zero_3:
         _restore_buffers(network)
+    if exact:
+        make_exact(network)
+    else:
+        sdpa.install(network)
+    if packed:
+        packed_attention.require(network)
     if checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     return network

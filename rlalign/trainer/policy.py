@@ -1,13 +1,14 @@
 """Policy: the trained model in a DeepSpeed engine. Four verbs: score, forward_backward, optim_step, named_weights.
 
-Every rank calls every verb with the whole batch, works on its own equal share of the rows, and gets the whole result back.
+Every rank calls every verb with the whole batch, works on its own share of the sequences, and gets the whole result back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import deepspeed
 import torch
@@ -16,14 +17,18 @@ from torch import Tensor
 
 from rlalign import ranks
 from rlalign.config import AlgoConfig, TrainerConfig
+from rlalign.trainer import packed_attention
 from rlalign.trainer.deepspeed_setup import deepspeed_settings, join_process_group
-from rlalign.trainer.head_mirror import HeadStatus, Tokens, mirror
-from rlalign.trainer.network import ScoringNetwork, full_weights, load
+from rlalign.trainer.head_mirror import HeadStatus, mirror
+from rlalign.trainer.network import ScoringNetwork, full_weights, load, padded_inputs
+from rlalign.trainer.passes import LossFunction, Passes
 from rlalign.types import RolloutBatch, TrainBatch
 from rlalign.weights import MASTER_WEIGHT
 
+if TYPE_CHECKING:
+    from rlalign.trainer.lora import Adapters
+
 STATE_TAG = "state"  # DeepSpeed's folder inside a checkpoint
-LossFunction = Callable[[Tensor, TrainBatch], tuple[Tensor, dict[str, float]]]
 
 
 class Policy:
@@ -39,24 +44,30 @@ class Policy:
         head_dtype: str,
         temperature: float,
         seed: int,
+        exact: bool = False,
     ) -> None:
         """Load a Hugging Face folder and hand it to DeepSpeed.
 
-        dtype: the body's; bfloat16 trains with an fp32 master copy. temperature: divides the logits, as in the rollouts.
+        dtype: the body's; bfloat16 trains with an fp32 master copy. temperature: divides the logits, as in the rollouts. exact: as
+        `rlalign.exact` computes, bit for bit what an exact engine does.
         """
         torch.manual_seed(seed)
         if config.threads:
             torch.set_num_threads(config.threads)
         join_process_group()
-        self.temperature = temperature
         self._config = config
         settings = deepspeed_settings(config, dtype)
-        network = load(model, dtype, settings, checkpointing=config.gradient_checkpointing)
+        form = {"exact": exact, "attention": config.attention, "packed": config.pack_tokens > 0}
+        network = load(model, dtype, settings, checkpointing=config.gradient_checkpointing, **form)
         self.head: HeadStatus = mirror(network, head_dtype=head_dtype, chunk=config.logprob_chunk)
-        self._reference = _Reference(model, config, dtype, head_dtype) if algo.kl_coef > 0 else None
+        self._adapters = _adapters(network, config, model, seed) if config.lora.rank else None
+        self._needs_reference = algo.needs_reference
+        needs_copy = algo.needs_reference and self._adapters is None
+        self._reference = _Reference(model, config, dtype, head_dtype, exact) if needs_copy else None
         scoring = ScoringNetwork(network)
+        trained = [parameter for parameter in scoring.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
-            scoring.parameters(), lr=algo.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
+            trained, lr=algo.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / algo.warmup_steps) if algo.warmup_steps else 1.0
@@ -64,8 +75,17 @@ class Policy:
         self._engine, *_ = deepspeed.initialize(
             model=scoring, optimizer=optimizer, lr_scheduler=schedule, config=settings
         )
+        self._passes = Passes(
+            config=config,
+            device=self._engine.device,
+            attention=network.config._attn_implementation,
+            temperature=temperature,
+        )
         self.version = 0
         self._refresh_master()
+        if config.pack_tokens:
+            self._engine.eval()
+            packed_attention.confirm(network, lambda inputs: self._engine(inputs, None), self.device)
 
     @property
     def network(self) -> torch.nn.Module:
@@ -77,30 +97,27 @@ class Policy:
         """Where this rank computes."""
         return self._engine.device
 
-    @torch.no_grad()
     def score(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
         """Logprobs and entropies [B, L] float32 on CPU of the sampled tokens under the current weights; 0.0 elsewhere."""
         self._engine.eval()
-        share = batch.rows(ranks.share_of(len(batch), "sequences"))
-        scored = [self._score(self._engine, rows, exact=True) for rows in self._micro_batches(share)]
-        logprobs, entropies = (torch.cat(parts) for parts in zip(*scored, strict=True))
-        return ranks.gathered(logprobs, self._engine.device), ranks.gathered(entropies, self._engine.device)
+        logprobs_BL, entropy_BL = self._passes.score(self._engine, batch, columns=2)
+        return logprobs_BL, entropy_BL
 
-    @torch.no_grad()
     def score_reference(self, batch: RolloutBatch) -> Tensor | None:
         """[B, L] float32 logprobs under the initial weights; None when no KL penalty was asked for."""
-        if self._reference is None:
+        if not self._needs_reference:
             return None
-        share = batch.rows(ranks.share_of(len(batch), "sequences"))
-        scored = [self._score(self._reference.module, rows, exact=True)[0] for rows in self._micro_batches(share)]
-        return ranks.gathered(torch.cat(scored), self._engine.device)
+        if self._adapters is None:
+            return self._passes.score(self._reference.module, batch, columns=2)[0]
+        self._engine.eval()
+        with self._adapters.disabled():
+            return self._passes.score(self._engine, batch, columns=2)[0]
 
     @torch.no_grad()
     def hidden_states(self, batch: RolloutBatch) -> Tensor:
         """[B, L, D] in the body's dtype: what the lm_head is given. Every rank computes all rows."""
         self._engine.eval()
-        device = self._engine.device
-        return self._engine(batch.token_ids_BL.to(device), batch.attention_mask_BL.to(device), None)
+        return self._engine(padded_inputs(batch, self.device), None)
 
     def forward_backward(self, batch: TrainBatch, loss_function: LossFunction) -> dict[str, float]:
         """Accumulate the gradient of one optimizer step. Returns the sum over micro-batches and ranks of the loss's metrics.
@@ -108,21 +125,7 @@ class Policy:
         The loss must be normalised by `batch.num_tokens`, the count over the whole step; micro-batches and ranks then simply
         add up. Raises RuntimeError on every rank for a loss that is not finite on one, before any gradient reaches the optimizer.
         """
-        self._engine.train()
-        share = batch.rows(ranks.share_of(len(batch.rollouts), "sequences"))
-        size, device = self._config.micro_batch_size, self._engine.device
-        totals: dict[str, float] = {}
-        for start in range(0, len(share.rollouts), size):
-            rows = share.rows(slice(start, start + size))
-            logprobs_BL, _ = self._score(self._engine, rows.rollouts, exact=False)
-            loss, metrics = loss_function(logprobs_BL, rows)
-            if ranks.any_of(not bool(torch.isfinite(loss)), device):
-                raise RuntimeError(_describe_bad_loss(loss, logprobs_BL, rows, start))
-            self._engine.set_gradient_accumulation_boundary(start + size >= len(share.rollouts))
-            self._engine.backward(loss * ranks.world_size())  # DeepSpeed averages gradients over the ranks
-            for name, value in metrics.items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-        return ranks.summed(totals, device)
+        return self._passes.accumulate(self._engine, batch, loss_function)
 
     def optim_step(self) -> dict[str, float]:
         """Apply the accumulated gradient; the policy's version grows by one."""
@@ -140,28 +143,29 @@ class Policy:
 
         With head_dtype=master the unrounded fp32 lm_head comes too, as MASTER_WEIGHT.
         """
-        yield from full_weights(self.network, keep=ranks.rank() == 0)
+        yield from self._whole_weights()
         if self.head.master_VD is not None:
             yield MASTER_WEIGHT, self.head.master_VD
 
     def save(self, directory: Path) -> None:
-        """Write an ordinary Hugging Face folder, from rank 0. Every rank must call it."""
-        whole = dict(full_weights(self.network, keep=ranks.rank() == 0))
+        """Write an ordinary Hugging Face folder, from rank 0; adapters merged, and apart inside it. Every rank must call it."""
+        whole = dict(self._whole_weights())
         ranks.on_first(lambda: self.network.save_pretrained(directory, state_dict=whole))
+        if self._adapters is not None:
+            self._adapters.save(directory)
 
     def save_state(self, folder: Path) -> None:
-        """Everything training goes on from: weights, optimizer, schedule, random states, version. Every rank must call it."""
-        self._engine.save_checkpoint(
-            folder, tag=STATE_TAG, client_state={"version": self.version, "torch_rng": torch.get_rng_state()}
-        )
+        """Everything training goes on from: trained weights, optimizer, schedule, version. Every rank must call it."""
+        state, frozen = {"version": self.version}, self._adapters is not None
+        self._engine.save_checkpoint(folder, tag=STATE_TAG, client_state=state, exclude_frozen_parameters=frozen)
 
     def load_state(self, folder: Path) -> None:
         """Continue from `save_state`; the version goes back with the weights. Raises RuntimeError when DeepSpeed finds none."""
-        path, state = self._engine.load_checkpoint(folder, tag=STATE_TAG)
+        whole = self._adapters is None
+        path, state = self._engine.load_checkpoint(folder, tag=STATE_TAG, load_module_strict=whole)
         if path is None:
             raise RuntimeError(f"{folder}: DeepSpeed found no state to load there")
         self.version = state["version"]
-        torch.set_rng_state(state["torch_rng"])
         self._refresh_master()
 
     @contextmanager
@@ -174,6 +178,10 @@ class Policy:
     def close(self) -> None:
         """Release DeepSpeed's buffers. The process group stays: an embedded vLLM may still hold the same one."""
         self._engine.destroy()
+
+    def _whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        keep = ranks.rank() == 0
+        return full_weights(self.network, keep=keep) if self._adapters is None else self._adapters.weights(keep=keep)
 
     def _refresh_master(self) -> None:
         """With head_dtype=master, fetch the fp32 lm_head from the optimizer. Collective: its shards lie on all ranks."""
@@ -189,36 +197,25 @@ class Policy:
             )
         self.head.master_VD = master_VD.detach()
 
-    def _micro_batches(self, batch: RolloutBatch) -> Iterator[RolloutBatch]:
-        size = self._config.micro_batch_size
-        return (batch.rows(slice(start, start + size)) for start in range(0, len(batch), size))
 
-    def _score(self, module: torch.nn.Module, batch: RolloutBatch, *, exact: bool) -> tuple[Tensor, Tensor]:
-        device = self._engine.device
-        token_ids, attention = batch.token_ids_BL.to(device), batch.attention_mask_BL.to(device)
-        tokens = Tokens(token_ids, batch.loss_mask_BL.to(device), self.temperature)
-        return module(token_ids, attention, tokens, exact=exact)
+def _adapters(network: torch.nn.Module, config: TrainerConfig, model: Path, seed: int) -> Adapters:
+    try:
+        from rlalign.trainer.lora import Adapters
+    except ModuleNotFoundError as error:
+        if error.name != "peft":
+            raise
+        raise ValueError(f"trainer.lora.rank={config.lora.rank} needs peft: pip install 'rlalign[lora]'") from error
+    return Adapters(network, config.lora, model=model, seed=seed)
 
 
 class _Reference:
     """The initial policy, frozen, for the KL penalty: partitioned like the policy under ZeRO-3, whole on every rank otherwise."""
 
-    def __init__(self, model: Path, config: TrainerConfig, dtype: str, head_dtype: str) -> None:
+    def __init__(self, model: Path, config: TrainerConfig, dtype: str, head_dtype: str, exact: bool) -> None:
         settings = deepspeed_settings(config, dtype)
-        network = load(model, dtype, settings, checkpointing=False).requires_grad_(False)
+        form = {"exact": exact, "attention": config.attention, "packed": config.pack_tokens > 0}
+        network = load(model, dtype, settings, checkpointing=False, **form).requires_grad_(False)
         mirror(network, head_dtype=head_dtype, chunk=config.logprob_chunk)
         self.module: torch.nn.Module = ScoringNetwork(network).eval()
         if config.zero_stage == 3:
             self._engine, *_ = deepspeed.initialize(model=self.module, config=settings)
-
-
-def _describe_bad_loss(loss: Tensor, logprobs_BL: Tensor, batch: TrainBatch, first_row: int) -> str:
-    if bool(torch.isfinite(loss)):
-        return "the loss of another rank is not finite; its message says where. No gradient was applied, no weights were published."
-    bad = (~torch.isfinite(logprobs_BL) & batch.correction.keep.to(logprobs_BL.device)).nonzero()
-    where = "the logprobs are finite: look at rewards, advantages and correction weights"
-    if len(bad):
-        row, position = bad[0].tolist()
-        token = int(batch.rollouts.token_ids_BL[row, position])
-        where = f"{len(bad)} logprobs are not, the first at sequence {first_row + row}, position {position}, token id {token}"
-    return f"the loss is {loss.item()}; {where}. No gradient was applied and no weights were published."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,46 @@ def logits_through(llm, hidden: torch.Tensor, folder: Path, *, batch: int = 16) 
     file = folder / "hidden.safetensors"
     save_file({"hidden_ND": hidden}, file)
     return load_file(llm.collective_rpc("rlalign_head_logits", args=(str(file), batch))[0]["file"])["logits_NV"]
+
+
+class TwoServers:
+    """Two real vLLM servers on the untied model in float32, started side by side; `restart` brings a killed one back."""
+
+    def __init__(self, model: Path, logs: Path) -> None:
+        from rlalign.rollout.server.launching import Launch, start_all
+
+        rollout = replace(ROLLOUT, max_num_seqs=16)
+        self.launch = Launch(model=model, config=rollout, dtype="float32", head_dtype="float32", seed=0)
+        self.processes = start_all(self.launch, 2, logs=logs)
+        self.urls = [process.url for process in self.processes]
+        self._logs = logs
+
+    def pool(self, *urls: str, model: Path | None = None, **settings: object):
+        """A pool over both, or over these; nothing is published to it yet."""
+        from rlalign.rollout.server.pool import ServerPool
+
+        config = replace(
+            ROLLOUT, backend="server", servers=list(urls or self.urls), health_every_s=0.5, start_timeout_s=5
+        )
+        config = replace(config, **settings)
+        wanted = replace(self.launch.wanted(), model=model or self.launch.model, max_model_len=config.max_model_len)
+        return ServerPool(config.servers, config, wanted, count=len(config.servers))
+
+    def restart(self, index: int) -> None:
+        from rlalign.rollout.server.launching import ServerProcess
+
+        old = self.processes[index]
+        old.stop()
+        log = self._logs / f"server-{index}-again.log"
+        self.processes[index] = ServerProcess(self.launch, host="127.0.0.1", port=old.port, key=None, log=log)
+        self.processes[index].wait_ready(time.monotonic() + 120)
+
+
+@pytest.fixture(scope="session")
+def two_servers(untied, tmp_path_factory):
+    """Shared by all tests of rollout.backend=server: about 40 s to start on two cores."""
+    from rlalign.rollout.server.launching import stop_all
+
+    servers = TwoServers(untied, tmp_path_factory.mktemp("servers"))
+    yield servers
+    stop_all(servers.processes)

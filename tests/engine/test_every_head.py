@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers as hf
 
+from rlalign.head import HeadTransform
 from rlalign.rollout.head_layer import HeadMode
-from rlalign.trainer.head_mirror import HeadTransform
 from tests.engine.conftest import (
     PROMPTS,
     bare_engine,
@@ -115,7 +115,7 @@ def test_a_bf16_head_gives_float32_logits_with_bias_cap_and_scale(architecture, 
     folder, model = architecture
     llm = bare_engine(folder)
     hidden = torch.randn(20, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
-    lm_head, transform = model.get_output_embeddings(), HeadTransform.of(model.config.to_dict())
+    lm_head, transform = model.get_output_embeddings(), HeadTransform.of(model.config.get_text_config().to_dict())
     weight = lm_head.weight.detach().bfloat16().double()
     exact = hidden.double() @ weight.t()
     if lm_head.bias is not None:

@@ -7,17 +7,22 @@ turn stale are the proof that each layer is needed, and a row that stops doing s
 """
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 import vllm
-from safetensors.torch import save_file
+from vllm.config import WeightTransferConfig
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
 from rlalign import head
 from rlalign.head_cache import Epoch
 from rlalign.rollout import epoch_hooks, versions
 from rlalign.rollout.head_layer import CACHE
-from rlalign.rollout.head_plugin import FOLDER_TRANSFER
+from rlalign.rollout.head_plugin import GLOO_TRANSFER
+from rlalign.weights.gloo import GlooGroup
+from rlalign.weights.wire import BufferBucket
 from tests.engine.conftest import bare_engine, logits_through, perturbed, worker_of
 
 NAME = "lm_head.weight"
@@ -28,11 +33,14 @@ class Rig:
     """One engine, its lm_head, and new weights on demand."""
 
     def __init__(self, folder, shared):
-        from vllm.config import WeightTransferConfig
-
         self.folder, self.shared = folder, shared
-        self.llm = bare_engine(folder, weight_transfer_config=WeightTransferConfig(backend=FOLDER_TRANSFER))
-        self.rpc("init_weight_transfer_engine", init_info={"folder": str(shared)})
+        self.llm = bare_engine(folder, weight_transfer_config=WeightTransferConfig(backend=GLOO_TRANSFER))
+        self.thread = ThreadPoolExecutor(1)  # the trainer's side of a transfer; the engine's is this thread
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        joining = self.thread.submit(GlooGroup, store, 0, 2, address="127.0.0.1", timeout_s=20)
+        told = {"address": "127.0.0.1", "port": store.port, "size": 2, "timeout_s": 20, "engine": "embedded"}
+        self.rpc("init_weight_transfer_engine", init_info=told)
+        self.trainer = joining.result()
         self.hidden = torch.randn(40, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
 
     def rpc(self, name, **arguments):
@@ -74,6 +82,7 @@ class Rig:
 def rig(untied, tmp_path_factory):
     rig = Rig(untied, tmp_path_factory.mktemp("shared"))
     yield rig
+    rig.trainer.close()
     rig.llm.llm_engine.engine_core.shutdown()
 
 
@@ -116,9 +125,13 @@ def reload_outside_an_rpc(rig):
 
 
 def transfer(rig):
-    save_file({n: p.data.clone() for n, p in rig.new_model().named_parameters()}, rig.shared / "update.safetensors")
+    bucket = BufferBucket(torch.empty(2**20, dtype=torch.uint8))
+    for name, parameter in rig.new_model().named_parameters():
+        bucket.add(name, parameter)
     rig.rpc("start_weight_update")
-    rig.rpc("update_weights", update_info={"file": "update.safetensors"})
+    sending = rig.thread.submit(rig.trainer.send, bucket, watch=lambda: None)
+    rig.rpc("update_weights", update_info={"entries": [entry.plain() for entry in bucket.entries]})
+    sending.result()
     rig.rpc("finish_weight_update")
 
 
@@ -247,10 +260,16 @@ def test_a_forward_in_the_middle_of_an_update_is_refused(rig, fp32_copies):
 
 
 def test_a_transfer_names_what_it_cannot_use(rig):
-    with pytest.raises(ValueError, match="is not a folder on this worker"):
-        rig.rpc("init_weight_transfer_engine", init_info={"folder": str(rig.shared / "nowhere")})
-    rig.rpc("start_weight_update")
-    with pytest.raises(ValueError, match="no file '../escape"):
-        rig.rpc("update_weights", update_info={"file": "../escape.safetensors"})
+    nobody = {"address": "127.0.0.1", "port": 9, "size": 2, "timeout_s": 0.3, "engine": "embedded"}
+    engine = WeightTransferEngineFactory.create_engine(
+        WeightTransferConfig(backend=GLOO_TRANSFER),
+        worker_of(rig.llm).vllm_config,
+        torch.device("cpu"),
+        torch.nn.Module(),
+    )
+    with pytest.raises(RuntimeError, match="init_weight_transfer_engine was not called"):
+        engine.update_weights({"entries": []})
+    with pytest.raises(RuntimeError, match="cannot reach the trainer at 127.0.0.1:9.*weights.address"):
+        engine.init_transfer_engine(engine.parse_init_info(nobody))
     transfer(rig)
     assert rig.is_fresh()

@@ -1,6 +1,7 @@
 """A run that is killed and started again gives the numbers of one that was not: bit for bit, on this engine."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -10,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.kills_run import Run
 from rlalign.ranks import environment_without_launcher
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4
-TIMED = ("time/", "seconds", "publish/seconds", "rollout/tokens_per_s")
+TIMED = ("time/", "seconds", "publish/seconds", "publish/carry_seconds", "rollout/tokens_per_s")
 
 
 def start(folder: Path, *overrides: str) -> subprocess.Popen:
@@ -30,7 +32,8 @@ def rows(folder: Path) -> dict[int, dict]:
     """The last row of every step, without what a clock wrote."""
     found = {}
     file = folder / "metrics.jsonl"
-    for line in file.read_text().splitlines() if file.exists() else []:
+    whole = file.read_text().rpartition("\n")[0] if file.exists() else ""  # the last line may be half written
+    for line in whole.splitlines():
         row = json.loads(line)
         found[row["step"]] = {k: v for k, v in row.items() if not k.startswith(TIMED)}
     return found
@@ -84,3 +87,21 @@ def test_a_signal_ends_the_run_after_a_whole_saved_step_and_asks_for_a_requeue(u
     again = start(folder, "checkpoint.resume=must")
     assert again.wait(timeout=240) == 0, again.communicate()[0][-2000:]
     assert rows(folder) == uninterrupted
+
+
+def test_when_the_engines_own_process_is_killed_both_ranks_end_and_say_so(tmp_path):
+    """vLLM's client would wait for its answer for ever; the first rank in it, and the second one in a broadcast."""
+    run = Run(tmp_path / "run", "2 ranks")
+    try:
+        while not run.victims("engine") or not rows(run.folder):
+            assert run.process.poll() is None, run.words()[-2000:]
+            time.sleep(0.05)
+        os.kill(run.victims("engine")[0], signal.SIGKILL)
+        assert run.process.wait(timeout=90) != 0
+        assert "the rollout engine died" in run.words() and "ended with code -9" in run.words()
+        until = time.monotonic() + 20
+        while run.pids() and time.monotonic() < until:
+            time.sleep(0.1)
+        assert not run.pids()
+    finally:
+        run.clean()

@@ -69,6 +69,34 @@ def test_the_summary_has_what_was_promised(demo):
     assert summary["engine"]["name"] == "vllm"
 
 
+def test_the_demo_logs_what_the_dashboard_plots(demo):
+    from rlalign.tracking.dashboard_panels import keys, tables
+
+    (store,) = (demo[0] / "wandb").glob("offline-run-*")
+    tool = [sys.executable.replace("python", "wandb"), "leet", "inspect", "--json", store]
+    records = [json.loads(line) for line in subprocess.run(tool, capture_output=True, check=True).stdout.splitlines()]
+    logged = {key for record in records if record["type"] == "history" for key in record["history"]["item"]}
+    assert keys() - logged == {"mismatch/excess/k3", "staleness/k3"}  # no floor was measured, and nothing was stale
+    assert {f"{name}._type" for name in tables()} <= logged
+    assert any(record["type"] == "stats" for record in records)
+
+
+def test_the_timeline_of_the_demo_is_that_of_its_clocks(demo):
+    from rlalign.tracking.record import read_run
+    from rlalign.tracking.timeline import utilisation
+
+    run, length = read_run(demo[0]), {}
+    for span in run.timeline:
+        length[span.step, span.phase] = length.get((span.step, span.phase), 0.0) + span.end - span.start
+    for row in rows_of(demo[0]):
+        for phase in ("rollout", "reward", "score", "train", "publish"):
+            assert length[row["step"], phase] == pytest.approx(row[f"time/{phase}_s"], abs=3e-4)
+    assert {span.step for span in run.timeline if span.phase == "eval"} == {0, 10, 20, 30, 39}
+    busy = utilisation(run.timeline)
+    assert busy.generating > 0.1 and busy.training > 0.1 and busy.both == 0.0
+    assert "Utilisation" in (demo[0] / "report.html").read_text()
+
+
 def test_the_run_directory_is_complete(demo):
     import pyarrow.parquet as pq
 

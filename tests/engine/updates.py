@@ -11,18 +11,25 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlalign import corrections, objective
-from rlalign.config import AlgoConfig, TrainerConfig
+from rlalign.config import AlgoConfig, LoraConfig, TrainerConfig
 from rlalign.types import LogprobSpec, Rollout, TrainBatch, collate
 
 STEPS, LR = 3, 1e-3
 ROWS = 12
-RANK_CASES = {  # name -> dtype, ZeRO stage, gradient checkpointing, KL coefficient
-    "zero1": ("float32", 1, False, 0.0),
-    "zero2": ("float32", 2, True, 0.0),
-    "zero3": ("float32", 3, False, 0.0),
-    "zero3-checkpointing-kl": ("float32", 3, True, 0.1),
-    "zero1-bf16": ("bfloat16", 1, False, 0.0),
-    "zero3-bf16": ("bfloat16", 3, False, 0.0),
+RANK_CASES = {  # name -> dtype, ZeRO stage, gradient checkpointing, KL coefficient, tokens of a packed micro-batch
+    "zero1": ("float32", 1, False, 0.0, 0),
+    "zero2": ("float32", 2, True, 0.0, 0),
+    "zero3": ("float32", 3, False, 0.0, 0),
+    "zero3-checkpointing-kl": ("float32", 3, True, 0.1, 0),
+    "zero1-bf16": ("bfloat16", 1, False, 0.0, 0),
+    "zero3-bf16": ("bfloat16", 3, False, 0.0, 0),
+    "zero2-lora": ("float32", 2, False, 0.0, 0),
+    "zero3-lora-checkpointing-kl": ("float32", 3, True, 0.1, 0),
+    "zero1-packed-lora-bf16": ("bfloat16", 1, False, 0.0, 200),
+    "zero0-packed": ("float32", 0, False, 0.0, 32),
+    "zero2-packed": ("float32", 2, False, 0.0, 14),
+    "zero3-packed-checkpointing-kl": ("float32", 3, True, 0.1, 32),
+    "zero1-packed-bf16": ("bfloat16", 1, False, 0.0, 200),
 }
 
 
@@ -111,8 +118,11 @@ def train(policy, *, kl_coef: float = 0.0) -> dict:
 
 
 def run_case(folder: Path, name: str) -> dict:
-    dtype, stage, checkpointing, kl_coef = RANK_CASES[name]
-    trainer = TrainerConfig(zero_stage=stage, micro_batch_size=4, gradient_checkpointing=checkpointing)
+    dtype, stage, checkpointing, kl_coef, pack_tokens = RANK_CASES[name]
+    trainer = TrainerConfig(
+        zero_stage=stage, micro_batch_size=4, gradient_checkpointing=checkpointing, pack_tokens=pack_tokens,
+        lora=LoraConfig(rank=4 if "lora" in name else 0),
+    )  # fmt: skip
     policy = start_policy(folder, trainer, dtype=dtype, kl_coef=kl_coef)
     result = train(policy, kl_coef=kl_coef)
     policy.close()

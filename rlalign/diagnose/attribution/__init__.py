@@ -6,5 +6,5 @@
 
 mapping says what matches, trainer_side and rollout/capture how it is seen, trainer_pass what the trainer runs; difference, bias
 and compare are the numbers, floor what is normal, patching whose logprobs; route and measure do it all, result holds it; words,
-table, heat and page show it; sources, same_weights and command are the command line's.
+table and page show it; sources, same_weights and command are the command line's.
 """

@@ -8,10 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlalign.tracking.files import ATTRIBUTION, write_json
+
 if TYPE_CHECKING:
     from rlalign.config import RunConfig
     from rlalign.diagnose.attribution.result import Attribution
     from rlalign.diagnose.attribution.sources import Source
+    from rlalign.rollout.engine import VLLMEngine
 
 ROUTES = ("prefill", "decode")
 CHUNK = 16  # tokens prefilled at once by the engine that measures the floor of chunking
@@ -40,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--route", choices=(*ROUTES, "both"), default="both", help="prefill, decode, or both (default)")
     add("--mapping", type=Path, metavar="FILE", help="pairs of modules of an architecture that is not built in (YAML)")
     add("--rows", type=int, default=0, help="sequences in one forward of the trainer (default: the run's micro-batch)")
-    add("--exact", action="store_true", help="both sides in exact mode: bitwise equal on the CPU, and slow")
+    add("--exact", action="store_true", help="as exact=true, also for --run: equal in every bit, on the CPU, and slow")
     add("--no-patch", action="store_true", help="leave out logprob attribution, two forwards a layer")
     add("--no-chunked", action="store_true", help="leave out the second engine that measures the floor of chunking")
     add("--any-weights", action="store_true", help="go on although the two sides hold different weights")
@@ -50,7 +53,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="print every point, not only the usual ones and those over their floor",
     )
     add("--html", type=Path, metavar="FILE", help="the page (default: RUN/attribution.html or ./attribution.html)")
-    add("--json", type=Path, metavar="FILE", help="write every number as JSON")
+    add(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help=f"write every number as JSON; with --run also RUN/{ATTRIBUTION}, for its report",
+    )
     add("--scratch", type=Path, metavar="DIR", help="where activations lie meanwhile (default: the temporary folder)")
 
 
@@ -72,47 +80,30 @@ def run(config: Callable[[], RunConfig], arguments: argparse.Namespace) -> int:
         print(f"note: {note}")
     out = arguments.html or (arguments.run_directory or Path()) / "attribution.html"
     print(f"page: {page.write(found, notes, out)}")
-    if arguments.json:
-        from rlalign.tracking.files import write_json
-
-        write_json(arguments.json, found.as_json() | {"notes": list(notes)})
+    in_run = arguments.run_directory and arguments.run_directory / ATTRIBUTION
+    for file in filter(None, (arguments.json, in_run)):
+        write_json(file, found.as_json() | {"notes": list(notes)})
     return 1 if found.first_over_floor else 0
 
 
 def _measured(source: Source, arguments: argparse.Namespace) -> tuple[Attribution, list[str]]:
     from dataclasses import replace
 
-    from rlalign.diagnose.attribution import exact_sides, sources
+    from rlalign.assemble import start_embedded
+    from rlalign.diagnose.attribution import sources
     from rlalign.diagnose.attribution.mapping import BUILT_IN, read_pairs
     from rlalign.diagnose.attribution.measure import measure
     from rlalign.diagnose.attribution.same_weights import require_same_weights
     from rlalign.diagnose.both_sides import trainer_network
-    from rlalign.rollout.engine import VLLMEngine
     from rlalign.rollout.teacher_forcing import Route
 
-    config, notes = source.config, list(source.notes)
+    config, changed = _adjusted(source.config, exact=arguments.exact)
+    notes = [*source.notes, *changed]
     pairs = read_pairs(arguments.mapping) if arguments.mapping else BUILT_IN
-    head_dtype = config.head_dtype.value
-    if head_dtype == "master":
-        head_dtype = "float32"
-        notes.append(
-            "the run's head is the unrounded master; both sides are attributed with its rounded weight in float32"
-        )
-    rollout = replace(config.rollout, enforce_eager=True)
-    if not config.rollout.enforce_eager:
-        notes.append(
-            "the run's engine is compiled; attribution runs it eagerly, since hooks see nothing of a compiled model"
-        )
-    kinds = {"dtype": config.model.dtype.value, "head_dtype": head_dtype, "seed": config.seed}
-    network = trainer_network(source.model, config.model.dtype.value)
+    network = trainer_network(source.model, config.model.dtype.value, exact=config.exact)
     engines: list[VLLMEngine] = []
     try:
-        if arguments.exact:
-            kinds["head_dtype"] = exact_sides.prepare(network, rollout)
-            notes.append(
-                "exact mode: linear layers, lm_head, norms, rope and attention of both sides are those of rlalign.exact"
-            )
-        engines.append(VLLMEngine(source.model, rollout, **kinds))
+        engines.append(start_embedded(source.model, config))
         batch = source.batch
         if batch is None:
             batch = sources.sampled(
@@ -121,10 +112,8 @@ def _measured(source: Source, arguments: argparse.Namespace) -> tuple[Attributio
             )  # fmt: skip
         notes += require_same_weights(engines[0], network, Path(config.weights.shared), anyway=arguments.any_weights)
         if not arguments.no_chunked:
-            small = replace(rollout, max_num_batched_tokens=CHUNK, max_num_seqs=CHUNK)
-            engines.append(VLLMEngine(source.model, small, **kinds))
-        if arguments.exact:
-            exact_sides.require_exact(engines)
+            small = replace(config.rollout, max_num_batched_tokens=CHUNK, max_num_seqs=CHUNK)
+            engines.append(start_embedded(source.model, replace(config, rollout=small)))
         found = measure(
             engines[0],
             network,
@@ -141,4 +130,28 @@ def _measured(source: Source, arguments: argparse.Namespace) -> tuple[Attributio
     finally:
         for engine in engines:
             engine.close()
-        exact_sides.end()
+
+
+def _adjusted(config: RunConfig, *, exact: bool) -> tuple[RunConfig, list[str]]:
+    """The run's configuration as it can be attributed, and what was changed. Raises ValueError where exact mode cannot be."""
+    from dataclasses import replace
+
+    from rlalign.config import HeadDtype
+
+    notes = []
+    if config.head_dtype is HeadDtype.master:
+        config = replace(config, head_dtype=HeadDtype.float32)
+        notes.append(
+            "the run's head is the unrounded master; both sides are attributed with its rounded weight in float32"
+        )
+    if not config.rollout.enforce_eager:
+        config = replace(config, rollout=replace(config.rollout, enforce_eager=True))
+        notes.append(
+            "the run's engine is compiled; attribution runs it eagerly, since hooks see nothing of a compiled model"
+        )
+    config = replace(config, exact=config.exact or exact)
+    if config.exact:
+        notes.append(
+            "exact mode: linear layers, lm_head, norms, rope and attention of both sides are those of rlalign.exact"
+        )
+    return config, notes

@@ -101,7 +101,7 @@ def measure(
 
 def require_same_architecture(engine: VLLMEngine, network: nn.Module) -> None:
     """Raise ValueError naming every dimension in which the two configurations differ."""
-    rollout = engine._llm.llm_engine.vllm_config.model_config.hf_config.to_dict()
+    rollout = engine.architecture()
     trainer = network.config.to_dict()
     wrong = [
         f"{f}: {rollout.get(f)} against {trainer.get(f)}" for f in ARCHITECTURE if rollout.get(f) != trainer.get(f)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from rlalign.diagnose.attribution import words
 from rlalign.diagnose.attribution.difference import Spread
-from rlalign.diagnose.attribution.heat import BELOW, FAULT, Scale, heat_map, legend, scale_of
 from rlalign.diagnose.attribution.result import OVER, Attribution, RouteAttribution
 from rlalign.tracking.files import write_atomic
-from rlalign.tracking.report_page import details, esc, figure, grid, num, page, prose, section, short, table
+from rlalign.tracking.report_attribution import POSITIONS, positions
+from rlalign.tracking.report_heat import BELOW, FAULT, Scale, heat_map, legend
+from rlalign.tracking.report_page import details, esc, figure, grid, num, page, prose, section, short, table, wide
 
 MOST_ROWS = 400  # points in the table
 GAP = '<div style="height:22px"></div>'  # between the maps of two routes
@@ -38,7 +39,11 @@ def render(found: Attribution, notes: Sequence[str]) -> str:
     routes = found.routes.values()
     parts += [
         section("Which step", GAP.join(_steps(route, found) for route in routes), STEPS),
-        section("Which position", GAP.join(_positions(route, found) for route in routes), POSITIONS),
+        section(
+            "Which position",
+            GAP.join(positions(r.route, r.heat, found.layers, found.length) for r in routes),
+            POSITIONS,
+        ),
         section("Whose logprobs", grid([_shares(r, found) for r in routes]) if found.logprob_share else "", SHARES),
         _experts(found),
         _tables(found),
@@ -89,7 +94,7 @@ def _steps(route: RouteAttribution, found: Attribution) -> str:
         if p.layer is None
     ]
     return figure(
-        heat_map(rows, [LABELS.get(kind, kind) for kind in kinds], scale, axis="step", spec=".2g"),
+        wide(heat_map(rows, [LABELS.get(kind, kind) for kind in kinds], scale, axis="step", spec=".2g")),
         f"Each step by itself, {route.route}",
         f"outside the layers: {', '.join(outside)}",
         legend(scale, low="1", high=short(scale.high), under="within the floor"),
@@ -101,22 +106,6 @@ LABELS = {
     "attn_out": "o proj", "mid_residual": "resid", "mlp_norm": "norm 2", "activation": "act", "mlp_out": "mlp",
     "residual": "resid 2",
 }  # fmt: skip
-
-
-def _positions(route: RouteAttribution, found: Attribution) -> str:
-    """Layers x positions: the accumulated difference of the residual stream, after embedding, layers, norm and logits."""
-    named = [("embed", "embed"), *((f"layers.{i}.residual", f"layer {i}") for i in range(found.layers))]
-    named += [("final_norm", "final norm"), ("logits", "logits"), ("logprobs", "logprobs")]
-    rows = [(label, route.heat[point]) for point, label in named if point in route.heat]
-    scale = scale_of([v for _, values in rows for v in values])
-    length = max(len(values) for _, values in rows)
-    columns = [str(round(c * found.length / length)) for c in range(length)]
-    return figure(
-        heat_map(rows, columns, scale, axis="position"),
-        f"Accumulated difference, {route.route}",
-        "",
-        legend(scale, low=short(scale.low), high=short(scale.high)),
-    )
 
 
 def _shares(route: RouteAttribution, found: Attribution) -> str:
@@ -202,10 +191,6 @@ def _spread(spread: Spread) -> list[str]:
 STEPS = (
     f"How many times over its noise floor each step is when the trainer's module gets the rollout's own inputs: {OVER:g} and more "
     "is a finding. Upstream differences do not count here, so a fault lights up where it is."
-)
-POSITIONS = (
-    "Relative difference of the two sides with all that came before, mean over the sequences. A column is a position, or several "
-    "neighbours."
 )
 SHARES = (
     "The trainer goes on from the rollout's activation at each place in turn. Share: the part of the squared difference in "

@@ -21,9 +21,9 @@ def require_same_weights(engine: VLLMEngine, network: nn.Module, shared: Path, *
     with tempfile.TemporaryDirectory(prefix="rlalign-weights-", dir=shared) as folder:
         file = Path(folder) / "trainer.safetensors"
         save_file({n: p.detach().cpu().contiguous() for n, p in network.named_parameters()}, file)
-        answers = engine._llm.collective_rpc("rlalign_differing_weights", args=(str(file),))
-    differ = sorted({name for names, _ in answers for name in names})
-    unknown = sorted({name for _, names in answers for name in names})
+        answers = engine.ask("rlalign_differing_weights", str(file))
+    differ = sorted({name for answer in answers for name in answer["differ"]})
+    unknown = sorted({name for answer in answers for name in answer["unknown"]})
     notes = []
     if unknown:
         notes.append(f"weights not compared, the engine holds them in another form: {_listed(unknown)}")

@@ -17,9 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from rlalign.diagnose.attribution.mapping import LOGITS, ROUTER, ModelMap
 from rlalign.diagnose.attribution.trainer_side import visited
+from rlalign.head import HeadTransform
 from rlalign.rollout.recording import LOGITS as LOGIT_ROWS
 from rlalign.rollout.recording import TOKENS, Recorder, Recording
-from rlalign.trainer.head_mirror import HeadTransform
 from rlalign.types import RolloutBatch
 
 LOGIT_ELEMENTS = 2**22  # logits made at once
@@ -79,7 +79,7 @@ def _record_part(side: Side, batch: RolloutBatch, first: int, recorder: Recorder
 def logits(side: Side, hidden_ND: Tensor) -> Tensor:
     """[N, V] as the trainer's head makes them, in float32; in wide arithmetic as the exact product."""
     head = side.network.get_output_embeddings()
-    transform = HeadTransform.of(side.network.config.to_dict())
+    transform = HeadTransform.of(side.network.config.get_text_config().to_dict())
     if side.wide:
         return transform.apply(nn.functional.linear(hidden_ND, head.weight, head.bias))
     return transform.apply(head(hidden_ND)).float()

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from rlalign.assemble import resolve_model
 from rlalign.config import RunConfig
 from rlalign.diagnose.doctor.check import Check
-from rlalign.diagnose.doctor.known_versions import KNOWN, TESTED, Surroundings, numbers
+from rlalign.diagnose.doctor.known_versions import KNOWN, TESTED, TESTED_LORA, Surroundings, numbers
 from rlalign.install_check import require_working
 
 
@@ -24,6 +24,8 @@ def packages(config: RunConfig) -> Iterator[Check]:
     found = {name: version(name) for name in TESTED if name != "vllm"} | {"vllm": vllm.__version__}
     for name, (oldest, newest) in TESTED.items():
         yield _tested(name, found[name], oldest, newest)
+    if config.trainer.lora.rank:
+        yield from _for_lora()
     require_supported(vllm.__version__)
     yield from _known_issues(found, surroundings(config))
     yield from _two_builds()
@@ -52,6 +54,14 @@ def _tested(name: str, found: str, oldest: str, newest: str) -> Check:
         return Check(name, "ok", f"{found}, in the tested range")
     remedy = f"install {name} {oldest} to {newest}, or prove yours with `rlalign parity --baseline FILE`"
     return Check(name, "unknown", f"{found}; this release was tested with {oldest} to {newest}", remedy)
+
+
+def _for_lora() -> Iterator[Check]:
+    for name, (oldest, newest) in TESTED_LORA.items():
+        try:
+            yield _tested(name, version(name), oldest, newest)
+        except PackageNotFoundError:
+            yield Check(name, "problem", "not installed, and trainer.lora.rank is set", "pip install 'rlalign[lora]'")
 
 
 def _known_issues(found: dict[str, str], around: Surroundings) -> Iterator[Check]:

@@ -19,6 +19,7 @@ TESTED = {
     "transformers": ("5.16", "5.19"),
     "deepspeed": ("0.19", "0.19"),
 }
+TESTED_LORA = {"peft": ("0.21", "0.21")}  # where trainer.lora asks for it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlalign import mismatch
-from rlalign.assemble import load_tokenizer, resolve_model, start_engine
+from rlalign.assemble import load_tokenizer, resolve_model, start_embedded
 from rlalign.config import HeadDtype, RunConfig
 from rlalign.diagnose.both_sides import sample, trainer_network, trainer_scores
 from rlalign.diagnose.doctor import tokens
@@ -23,17 +23,15 @@ if TYPE_CHECKING:
 
 def engine_and_trainer(config: RunConfig) -> Iterator[Check]:
     """Start both, publish the trainer's own copy, sample, teacher-force: weights, tokens and numbers of both sides at once."""
-    from rlalign.rollout import inspection
-
     model = resolve_model(config.model.path, say=lambda _: None)
-    engine = start_engine(model, config)  # proves the head on every rank, or raises
+    engine = start_embedded(model, config)  # proves the head on every rank, or raises
     try:
         yield from settings(engine, config)
-        network = trainer_network(model, config.model.dtype.value)
+        network = trainer_network(model, config.model.dtype.value, exact=config.exact)
         yield tied(engine, network)
         yield _published(engine, network, config)
         tokenizer = load_tokenizer(model)
-        yield tokens.both_sides(tokenizer, inspection.tokenizer(engine))
+        yield tokens.both_sides(tokenizer, engine.tokenizer())
         batch, rollouts = sample(engine, tokenizer, config, prompts=tokens.PROMPTS, samples=2)
         yield tokens.round_trip(rollouts, tokenizer)
         yield prefix_cache(engine, batch)
@@ -120,6 +118,14 @@ def _agreement(engine: VLLMEngine, network: nn.Module, batch: RolloutBatch, conf
     sides = f"rollout {engine.spec.head_dtype} ({engine.mode}), trainer {head}"
     yield judged("heads of both sides", engine.spec.head_dtype == head, sides, "set head_dtype once, for the run")
     measured = mismatch.compare(trainer_BL, batch.rollout_logprobs_BL, batch.loss_mask_BL, positions=False)
+    if config.exact:
+        yield judged(
+            "exact mode",
+            measured["abs_max"] == 0.0,
+            f"{measured['tokens']:.0f} tokens, largest |log_ratio| {measured['abs_max']:.1e}; attention "
+            f"{', '.join(engine.status()[0]['attention'])}",
+            "the two sides must agree in every bit: `rlalign attribute` names the first step that does not",
+        )
     yield judged(
         "mismatch at lag 0",
         measured["k3"] <= config.mismatch.k3_limit,

@@ -78,7 +78,9 @@ def run(config: RunConfig, arguments: argparse.Namespace) -> int:
 
 def grid_of(config: RunConfig, arguments: argparse.Namespace) -> grid.Grid:
     """The grid that the options ask for."""
-    contexts, full = arguments.context or [], arguments.full
+    contexts, full, exact = arguments.context or [], arguments.full, config.exact
+    if exact and arguments.mode:
+        raise ValueError(f"parity: exact=true has a head of its own; leave out --mode {' '.join(arguments.mode)}")
     if full and not contexts:
         from rlalign.assemble import resolve_model
         from rlalign.diagnose.parity.measure import longest_context
@@ -90,8 +92,8 @@ def grid_of(config: RunConfig, arguments: argparse.Namespace) -> grid.Grid:
         ]
     return grid.Grid(
         bodies=tuple(dict.fromkeys(arguments.body or ("bfloat16", "float32"))),
-        tensor_parallel=tuple(arguments.tensor_parallel or (grid.FULL_TENSOR_PARALLEL if full else (1,))),
-        modes=tuple(arguments.mode or (grid.MODES[1:] if full else ())),
+        tensor_parallel=tuple(arguments.tensor_parallel or (grid.FULL_TENSOR_PARALLEL if full and not exact else (1,))),
+        modes=tuple(arguments.mode or (grid.MODES[1:] if full and not exact else ())),
         settings=grid.settings(
             temperatures=arguments.temperature or (grid.FULL_TEMPERATURES if full else ()),
             batches=arguments.batch or (grid.FULL_BATCHES if full else ()),
@@ -103,11 +105,16 @@ def grid_of(config: RunConfig, arguments: argparse.Namespace) -> grid.Grid:
 
 
 def over_limit(result: dict, limit: float) -> list[str]:
-    """One line for every pair of equal heads, both float32 or both master, whose k3 is over the limit (or not a number)."""
+    """One line for every pair of equal heads, both float32 or both master, whose k3 is over the limit (or not a number).
+
+    In exact mode every token must be equal.
+    """
     from rlalign.diagnose.parity.table import name_of
 
-    return [
-        f"{name_of(row)}: k3 = {row['k3']:.3g} nats/token is over the limit {limit:.3g}"
-        for row in [*result["rows"], *result["settings"]]
-        if row["rollout_head"] == row["trainer_head"] != "model" and not row["k3"] <= limit
-    ]
+    found = []
+    for row in [*result["rows"], *result["settings"]]:
+        if row["mode"] == "exact" and row["abs_max"] != 0.0:
+            found.append(f"{name_of(row)}: a token is {row['abs_max']:.3g} nats off; exact mode allows none")
+        elif row["rollout_head"] == row["trainer_head"] != "model" and not row["k3"] <= limit:
+            found.append(f"{name_of(row)}: k3 = {row['k3']:.3g} nats/token is over the limit {limit:.3g}")
+    return found

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-HEAD_OF_MODE = {"off": "model", "native": "float32", "cached": "float32", "master": "master"}
-MODES = tuple(HEAD_OF_MODE)
+HEAD_OF_MODE = {"off": "model", "native": "float32", "cached": "float32", "master": "master", "exact": "float32"}
+MODES = ("off", "native", "cached", "master")  # between which one engine can be switched
 FULL_TEMPERATURES, FULL_BATCHES, FULL_TENSOR_PARALLEL = (1.0, 0.6), (1, 4, 16), (1, 2)
 LONGEST = 1024  # tokens of context in the full grid, or what the model allows
 

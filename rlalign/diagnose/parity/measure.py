@@ -104,9 +104,10 @@ def _one_engine(
 ) -> None:
     from rlalign.rollout.engine import VLLMEngine
 
-    engine = VLLMEngine(model, config.rollout, dtype=body, head_dtype="float32", seed=config.seed)
+    kinds = {"dtype": body, "head_dtype": "float32", "seed": config.seed, "exact": config.exact}
+    engine = VLLMEngine(model, config.rollout, **kinds)
     try:
-        sides = _Sides(engine, trainer_network(model, body), config, grid, body, prompts, pad)
+        sides = _Sides(engine, trainer_network(model, body, exact=config.exact), config, grid, body, prompts, pad)
         sides.prepare_master(model, result)
         sides.every_pair(result)
         for setting in grid.settings:
@@ -136,7 +137,12 @@ class _Sides:
 
     @cached_property
     def modes(self) -> tuple[str, ...]:
-        """Head modes of the rollout side: vLLM's own, the run's, and those asked for. A float32 weight is its own master."""
+        """Head modes of the rollout side: vLLM's own, the run's, and those asked for; in exact mode there is one.
+
+        A float32 weight is its own master.
+        """
+        if self.config.exact:
+            return (self.engine.mode,)
         asked = [m for m in self.grid.modes if m != "master" or self.body != "float32"]
         return tuple(dict.fromkeys(("off", self.engine.mode, *asked)))
 

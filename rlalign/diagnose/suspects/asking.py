@@ -102,11 +102,9 @@ def _semantics(case: Case) -> Iterator[Cause]:
 
 
 def _tokenizer(case: Case) -> Iterator[Cause]:
-    from rlalign.rollout import inspection
-
     if case.tokenizer is None:
         return
-    check = tokens.both_sides(case.tokenizer, inspection.tokenizer(case.engine))
+    check = tokens.both_sides(case.tokenizer, case.engine.tokenizer())
     if check.state == "problem":
         yield Cause("tokenizer", check.found, "rlalign doctor", 1.0)
 

@@ -5,7 +5,7 @@ B sequences, L padded length.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,8 @@ class Case:
     """What is to be explained. batch: just sampled by the engine, at the weights that both sides should hold now.
 
     score: the trainer's own scoring, [B, L] logprobs as in `Policy.score`; network: the model inside it, whose
-    parameters the engine should hold. tokenizer: the trainer's. master_VD: with head_dtype=master.
+    parameters the engine should hold, unless `weights` yields others: merged adapters. tokenizer: the trainer's. master_VD: with
+    head_dtype=master.
     """
 
     engine: VLLMEngine
@@ -41,6 +42,7 @@ class Case:
     tokenizer: PreTrainedTokenizerBase | None = None
     master_VD: Tensor | None = None
     shared: Path = Path("/dev/shm")
+    weights: Callable[[], Iterable[tuple[str, Tensor]]] | None = None
 
     @cached_property
     def old_BL(self) -> Tensor:

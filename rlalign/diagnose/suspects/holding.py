@@ -24,7 +24,7 @@ def causes(case: Case) -> list[Cause]:
 
 def _adapters(case: Case) -> Iterator[Cause]:
     names = [n for n, _ in case.network.named_parameters() if LORA in n]
-    if names:
+    if names and case.weights is None:
         why = f"the trainer's model has {len(names)} adapter weights ({names[0]}, ...), the engine serves the base model alone"
         yield Cause("LoRA not applied", why, "merge the adapter before publishing, or serve it with the engine", 1.0)
 
@@ -32,7 +32,8 @@ def _adapters(case: Case) -> Iterator[Cause]:
 def _weights(case: Case) -> Iterator[Cause]:
     from rlalign.rollout import inspection
 
-    weights = [(n, p) for n, p in case.network.named_parameters() if LORA not in n]
+    own = [(n, p) for n, p in case.network.named_parameters() if LORA not in n]
+    weights = own if case.weights is None else list(case.weights())
     by_rank = inspection.differing_weights(case.engine, weights, shared=Path(case.shared))
     wrong = {rank: lines for rank, lines in by_rank.items() if lines}
     if not wrong:

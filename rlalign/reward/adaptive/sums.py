@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlalign.head import check_operands, route
+from rlalign.head import HeadTransform, check_operands, route
 from rlalign.logprobs.forward import Problem, Tile, Transform, padded, token_tiles
 from rlalign.reward.adaptive.losses import Facts
 
@@ -50,15 +50,14 @@ class Projection:
     @classmethod
     def of(cls, model: PreTrainedModel) -> Projection:
         """Of a transformers causal LM: Gemma's final_logit_softcapping, Cohere's logit_scale, Granite's logits_scaling."""
-        config, head = model.config.get_text_config().to_dict(), model.get_output_embeddings()
+        transform, head = HeadTransform.of(model.config.get_text_config().to_dict()), model.get_output_embeddings()
         if head is None:
             raise ValueError(f"{type(model).__name__} has no lm_head; load a causal language model")
-        scale = float(config.get("logit_scale") or 1.0) / float(config.get("logits_scaling") or 1.0)
         return cls(
             weight_VD=head.weight.detach(),
             bias_V=None if head.bias is None else head.bias.detach(),
-            soft_cap=config.get("final_logit_softcapping"),
-            logit_scale=scale,
+            soft_cap=transform.soft_cap,
+            logit_scale=transform.logit_scale,
         )
 
     def problem(self, hidden_ND: Tensor, target_N: Tensor) -> Problem:

@@ -50,12 +50,10 @@ def score_logits(loaded: LoadedModel, states_ND: Tensor) -> Tensor:
 
 def vocabulary_logits(loaded: LoadedModel, states_ND: Tensor) -> Tensor:
     """float32 logits [N, V] of a causal LM, with the cap or scale that its config states."""
-    config = loaded.config.to_dict()
     with torch.inference_mode():
         logits_NV = head.project(states_ND, loaded.head.weight, loaded.head.bias)
-    logits_NV = logits_NV * (config.get("logit_scale") or 1.0) / (config.get("logits_scaling") or 1.0)
-    cap = config.get("final_logit_softcapping")
-    return logits_NV if cap is None else cap * torch.tanh(logits_NV / cap)
+    transform = head.HeadTransform.of(loaded.config.get_text_config().to_dict())
+    return transform.apply_as_transformers(logits_NV)
 
 
 def label_logprobs(loaded: LoadedModel, states_ND: Tensor, label_ids: Sequence[Sequence[int]]) -> list[Tensor]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.custom_op import CustomOp, PluggableLayer, op_registry_oot
+from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
@@ -127,6 +131,18 @@ def register() -> None:
             raise RuntimeError(
                 f"exact mode: vLLM's slot for {parent.__name__} is held by {holder.__module__}.{holder.__qualname__}"
             )
+
+
+@contextmanager
+def rope_cache_of_its_own() -> Iterator[None]:
+    """vLLM gives every engine of a process the same rope modules; inside, new ones are made, and forgotten afterwards."""
+    cached = dict(rotary_embedding._ROPE_DICT)
+    rotary_embedding._ROPE_DICT.clear()
+    try:
+        yield
+    finally:
+        rotary_embedding._ROPE_DICT.clear()
+        rotary_embedding._ROPE_DICT.update(cached)
 
 
 def _register(parent: type[CustomOp] | type[PluggableLayer], ours: type) -> None:

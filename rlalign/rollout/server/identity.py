@@ -1,0 +1,51 @@
+"""Which model a server runs, as its workers tell it; the same digests are taken of the run's own model folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import uuid
+from pathlib import Path
+
+LIFE = uuid.uuid4().hex[:12]  # of this process: a restarted server has another
+VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}  # say nothing about the model
+
+
+class IdentityExtension:
+    """The RPC of one worker that the handshake of rollout.backend=server asks for."""
+
+    def rlalign_identity(self) -> dict[str, object]:
+        """Host, process, model and the settings that decide what its numbers mean."""
+        model, parallel = self.vllm_config.model_config, self.vllm_config.parallel_config
+        return {
+            "rank": self.rank,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "life": LIFE,
+            "model": str(model.model),
+            **digests(Path(model.model)),
+            "vocab_size": model.get_vocab_size(),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "max_model_len": model.max_model_len,
+            "logprobs_mode": str(model.logprobs_mode),
+            "device": self.vllm_config.device_config.device_type,
+            "ranks": parallel.world_size_across_dp,
+        }
+
+
+def digests(folder: Path) -> dict[str, str | None]:
+    """{"config", "tokenizer"}: of config.json without what differs between equal models, and of tokenizer.json; None: no file."""
+    config, tokenizer = folder / "config.json", folder / "tokenizer.json"
+    found: dict[str, str | None] = {"config": None, "tokenizer": None}
+    if config.is_file():
+        settings = {name: value for name, value in json.loads(config.read_text()).items() if name not in VOLATILE}
+        found["config"] = _digest(json.dumps(settings, sort_keys=True).encode())
+    if tokenizer.is_file():
+        found["tokenizer"] = _digest(tokenizer.read_bytes())
+    return found
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=6).hexdigest()

@@ -1,0 +1,174 @@
+"""The servers of a run and what becomes of them: greeted, examined after trouble, watched, taken in again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from rlalign.config import RolloutConfig
+from rlalign.rollout.server import ready
+from rlalign.rollout.server.client import Client, Unreachable
+from rlalign.rollout.server.dispatch import ALIVE
+from rlalign.rollout.server.handshake import Greeting, Wanted, greet, require_same_version
+from rlalign.rollout.server.members import Member, State
+
+PATIENCE = 5.0  # seconds for a sign of life
+MISSED = 3  # health checks in a row without an answer: down
+EXAMINED = 3  # attempts of an examination, at most a second apart
+TOLD_EVERY = 30.0  # seconds of waiting for servers at the start
+log = logging.getLogger("rlalign.rollout.server")
+
+
+class Roster:
+    """Members, by url. A server that comes back is greeted again, and joins at the next publish: until then it gets nothing."""
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        wanted: Wanted,
+        *,
+        key: str | None,
+        changed: Callable[[], None],
+        left: Callable[[Member], None],
+    ) -> None:
+        """changed: called after a member's state did; left: with a member that serves no more."""
+        self._config, self._wanted, self._key, self._changed, self._left = config, wanted, key, changed, left
+        self._folder = Path(config.server_folder) if config.server_folder else None
+        self._examinations: set[asyncio.Task] = set()
+        self.members: list[Member] = []
+        self.greetings: dict[str, Greeting] = {}
+
+    def add(self, url: str, key: str | None = None) -> Member:
+        """A server that has not been asked yet. key: its own, where its ready file has one."""
+        member = Member(Client(url, key=key or self._key))
+        self.members.append(member)
+        return member
+
+    def of(self, *states: State) -> list[Member]:
+        return [m for m in self.members if m.state in states]
+
+    async def assemble(self, urls: list[str], count: int) -> None:
+        """Wait until `count` servers answer, and greet them all. Raises RuntimeError naming those that do not, or must not."""
+        loop = asyncio.get_running_loop()
+        end, tell = loop.time() + self._config.start_timeout_s, loop.time() + TOLD_EVERY
+        for url in urls:
+            self.add(url)
+        while True:
+            self._look_for_new()
+            await asyncio.gather(*(self._try_to_join(m) for m in self.of(State.DOWN)))
+            refused = self.of(State.REFUSED)
+            if refused:
+                raise RuntimeError("; ".join(m.why for m in refused))
+            if len(self.of(State.JOINING)) >= count:
+                return
+            missing = "; ".join(m.describe() for m in self.of(State.DOWN)) or f"nothing else in {self._folder}"
+            if loop.time() > tell:
+                log.warning("waiting for rollout servers (%d of %d): %s", len(self.of(State.JOINING)), count, missing)
+                tell += TOLD_EVERY
+            if loop.time() > end:
+                raise RuntimeError(
+                    f"{len(self.of(State.JOINING))} of {count} rollout servers were ready after "
+                    f"rollout.start_timeout_s={self._config.start_timeout_s:g}: {missing}. Is `rlalign rollout-server` running "
+                    "there, and can this host reach it?"
+                )
+            await asyncio.sleep(min(1.0, self._config.health_every_s))
+
+    async def watch(self) -> None:
+        """Ask every member for a sign of life, again and again; the pool cancels it."""
+        while True:
+            await asyncio.sleep(self._config.health_every_s)
+            try:
+                self._look_for_new()
+                await asyncio.gather(*(self._check(m) for m in self.members))
+            except Exception:  # a watch that ends watches nobody
+                log.exception("watching the rollout servers")
+
+    def examine(self, member: Member, reason: str) -> None:
+        """A request failed at this member: give it nothing more until it is known to be alive, and the same process."""
+        if member.state is State.SERVING:
+            member.becomes(State.SUSPECT, reason)
+            task = asyncio.create_task(self._examine(member, reason))
+            self._examinations.add(task)
+            task.add_done_callback(self._examinations.discard)
+
+    def leaves(self, member: Member, state: State, why: str) -> None:
+        """The member gets nothing more; what is in flight there is asked for elsewhere."""
+        if member.state in ALIVE:
+            log.warning("%s leaves the pool: %s", member.url, why)
+        member.becomes(state, why)
+        self._left(member)
+        self._changed()
+
+    async def close(self) -> None:
+        for task in self._examinations:
+            task.cancel()
+        await asyncio.gather(*self._examinations, return_exceptions=True)
+        await asyncio.gather(*(m.client.close() for m in self.members))
+
+    # --- inside ---
+
+    def _look_for_new(self) -> None:
+        if self._folder is None:
+            return
+        known = {m.url: m for m in self.members}
+        for announced in ready.read_all(self._folder):
+            member = known.get(announced.url)
+            if member is None:
+                self.add(announced.url, announced.key)
+            elif announced.key and member.state in (State.DOWN, State.REFUSED):  # a later server on the same port
+                member.client.use_key(announced.key)
+
+    async def _check(self, member: Member) -> None:
+        if member.state in (State.DOWN, State.REFUSED):
+            await self._try_to_join(member)
+            return
+        why = await member.client.healthy(PATIENCE)
+        if why is None:
+            member.misses = 0
+            return
+        member.misses += 1
+        if member.misses >= MISSED:
+            self.leaves(member, State.DOWN, f"{MISSED} health checks without an answer: {why}")
+
+    async def _try_to_join(self, member: Member) -> None:
+        why = await member.client.healthy(PATIENCE)
+        if why is not None:
+            member.becomes(State.DOWN, why)
+            return
+        try:
+            greeting = await greet(member.client, self._wanted)
+            require_same_version(greeting, (g for url, g in self.greetings.items() if url != member.url))
+        except Unreachable as error:
+            member.becomes(State.DOWN, str(error))
+        except RuntimeError as error:
+            if member.why != str(error):
+                log.warning("%s", error)
+            member.becomes(State.REFUSED, str(error))
+        else:
+            self.greetings[member.url], member.life = greeting, greeting.life
+            member.becomes(State.JOINING, "it waits for the next publish: its weights are not this run's")
+            self._changed()
+
+    async def _examine(self, member: Member, reason: str) -> None:
+        why: str | None = reason
+        for _ in range(EXAMINED):
+            why = await member.client.healthy(PATIENCE)
+            if why is None:
+                try:
+                    (said, *_) = await member.client.rpc("rlalign_identity", (), 30.0)
+                except RuntimeError as error:
+                    why = str(error)
+                else:
+                    if member.state is not State.SUSPECT:
+                        return
+                    if said["life"] == member.life:
+                        member.becomes(State.SERVING)
+                        self._changed()
+                    else:
+                        self.leaves(member, State.DOWN, "it was restarted")
+                    return
+            await asyncio.sleep(min(1.0, self._config.health_every_s))
+        if member.state is State.SUSPECT:
+            self.leaves(member, State.DOWN, f"{why}, after {reason}")

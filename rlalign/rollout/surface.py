@@ -1,0 +1,76 @@
+"""What every rollout engine does alike, inside this process or behind HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rlalign.config import RolloutConfig
+from rlalign.rollout.exact import MODE as EXACT
+from rlalign.types import LogprobSpec
+
+EMBEDDED = "embedded"  # the name of the one engine inside this process; a server's is its url
+
+
+def spec_of(config: RolloutConfig, head_dtype: str) -> LogprobSpec:
+    """What the logprobs of a run's rollouts mean."""
+    return LogprobSpec(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        min_p=config.min_p,
+        processed=True,
+        head_dtype=head_dtype,
+    )
+
+
+def expected_mode(head_dtype: str, head_mode: str, *, exact: bool, device: str) -> str:
+    """What every rank must say of its head. device: vLLM's word for where it runs, such as "cpu"."""
+    if exact:
+        return EXACT
+    if head_dtype == "model":
+        return "off"
+    if head_dtype == "master":
+        return "master"
+    if head_mode != "auto":
+        return head_mode
+    return "cached" if device == "cpu" else "native"
+
+
+def group_seed(seed: int, group: int, samples: int) -> int:
+    """The seed of a group's first completion; vLLM gives its i-th one the seed + i."""
+    return (seed * 1_000_003 + group * samples) % 2**31
+
+
+def require_room(prompts: Sequence[Sequence[int]], prompt_ids: Sequence[int], config: RolloutConfig) -> None:
+    """Raise ValueError for a prompt that leaves no room in the context."""
+    room = config.max_model_len - config.max_tokens
+    for prompt, prompt_id in zip(prompts, prompt_ids, strict=True):
+        if not 0 < len(prompt) <= room:
+            raise ValueError(
+                f"prompt {prompt_id} has {len(prompt)} tokens; with rollout.max_tokens={config.max_tokens} and "
+                f"rollout.max_model_len={config.max_model_len} it must have 1 to {room}"
+            )
+
+
+def labelled(answer: object, rank: int, engine: str, method: str) -> dict:
+    """A worker's answer with where it came from. Raises RuntimeError when it is no dict: HTTP would make a string of it."""
+    if not isinstance(answer, dict):
+        raise RuntimeError(
+            f"{engine}, rank {rank}: {method} answered {type(answer).__name__}; worker RPCs return dicts"
+        )
+    return {"rank": rank, **answer, "engine": engine}
+
+
+def kv_spans(version_spans: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Which version computed the keys and values of each position, given which sampled each token.
+
+    A position's keys are computed in the step that samples the next token, a prompt's in the step of the first; an update in
+    flight leaves them. A request that vLLM preempted since then recomputed them: the age that follows is an upper bound.
+    """
+    found = []
+    reached = 0
+    for _, end, version in version_spans:
+        if end - 1 > reached:
+            found.append((reached, end - 1, version))
+            reached = end - 1
+    return found

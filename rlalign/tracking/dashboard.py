@@ -1,0 +1,137 @@
+"""`rlalign dashboard`: the mismatch workspace and a report with the same charts, as code, for any wandb project of rlalign runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlalign.tracking.dashboard_panels import SECTIONS, Panel, Section
+from rlalign.tracking.files import write_json
+
+if TYPE_CHECKING:
+    from wandb_workspaces.expr import And
+    from wandb_workspaces.reports.v2 import Report
+    from wandb_workspaces.workspaces import Workspace
+
+TITLE = "rlalign: mismatch"
+X = "step"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The command line of `rlalign dashboard`."""
+    parser.add_argument("--project", default="rlalign", help="the runs' tracking.project (default %(default)s)")
+    parser.add_argument("--entity", default="", help="user or team on wandb (default: yours)")
+    parser.add_argument("--group", default="", help="only runs of this tracking.group, such as the two of an A/B")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write both as JSON instead, without a login")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Upload workspace and report, or write them. Raises ValueError where the package or the login is missing."""
+    if find_spec("wandb_workspaces") is None:
+        raise ValueError("rlalign dashboard needs the package wandb-workspaces: pip install 'rlalign[dashboard]'")
+    if arguments.out:
+        write_json(arguments.out, spec(arguments.project, arguments.entity, arguments.group))
+        print(arguments.out)
+        return 0
+    from rlalign.tracking.wandb_run import has_key
+
+    if not has_key():
+        raise ValueError(
+            "rlalign dashboard uploads to wandb, and nobody is logged in: run `wandb login` or set WANDB_API_KEY; "
+            "--out FILE.json writes it without a login"
+        )
+    _upload(arguments.project, arguments.entity, arguments.group)
+    return 0
+
+
+def _upload(project: str, entity: str, group: str) -> None:
+    """Save both as new views and print where they are. Raises RuntimeError with what the server said when it refuses."""
+    import wandb
+
+    try:
+        entity = entity or wandb.Api().default_entity
+        for board in (workspace(project, entity, group), report(project, entity, group)):
+            print(board.save().url)
+    except Exception as error:  # wandb's client has several kinds, private ones among them
+        raise RuntimeError(
+            f"wandb did not take the dashboard of {entity or 'your account'}/{project}: {error}"
+        ) from error
+
+
+def spec(project: str, entity: str, group: str) -> dict[str, object]:
+    """Both as what the server would store."""
+    # wandb-workspaces has no public way to serialise; the version is pinned below the next minor one.
+    models = {
+        "workspace": workspace(project, entity, group)._to_model(),
+        "report": report(project, entity, group)._to_model(),
+    }
+    return {name: json.loads(model.model_dump_json(by_alias=True, exclude_none=True)) for name, model in models.items()}
+
+
+def workspace(project: str, entity: str, group: str) -> Workspace:
+    """One section a subject, over the runs of the project."""
+    import wandb_workspaces.workspaces as ws
+
+    return ws.Workspace(
+        entity=entity,
+        project=project,
+        name=TITLE + (f", {group}" if group else ""),
+        sections=[
+            ws.Section(name=each.title, panels=[_chart(panel) for panel in each.panels], is_open=not each.shut)
+            for each in SECTIONS
+        ],
+        settings=ws.WorkspaceSettings(x_axis=X, max_runs=20),
+        runset_settings=ws.RunsetSettings(
+            filters=_filter(group),
+            pinned_columns=["summary:mismatch/lag0/k3.max", "summary:eval/accuracy.max", "config:head_dtype"],
+        ),
+        auto_generate_panels=False,
+    )
+
+
+def report(project: str, entity: str, group: str) -> Report:
+    """The same charts with a sentence on how to read them."""
+    import wandb_workspaces.reports.v2 as wr
+
+    blocks: list[object] = [wr.TableOfContents()]
+    for each in SECTIONS:
+        blocks += [wr.H2(each.title), wr.P(each.about), _panel_grid(each, group)]
+    described = "Mismatch between rollout engine and trainer, what corrects it, and what it costs."
+    return wr.Report(
+        project=project, entity=entity, title=TITLE + (f", {group}" if group else ""), description=described,
+        blocks=blocks, width="fluid",
+    )  # fmt: skip
+
+
+def _panel_grid(section: Section, group: str) -> object:
+    """The section's panels over the report's own project: a run set that names another project asks the server for it."""
+    import wandb_workspaces.reports.v2 as wr
+
+    return wr.PanelGrid(
+        runsets=[wr.Runset(name=group or "all runs", filters=_filter(group))],
+        panels=[_chart(panel) for panel in section.panels],
+    )
+
+
+def _chart(panel: Panel) -> object:
+    import wandb_workspaces.reports.v2 as wr
+
+    if panel.table:
+        return wr.WeavePanelSummaryTable(table_name=panel.table)
+    return wr.LinePlot(
+        title=panel.title,
+        x=X,
+        y=list(panel.keys),
+        metric_regex=panel.regex or None,
+        log_y=panel.log or None,
+        plot_type="stacked-area" if panel.stacked else None,
+    )
+
+
+def _filter(group: str) -> And | str:
+    from wandb_workspaces.expr import And, Metric
+
+    return And(Metric("Group") == group) if group else ""

@@ -1,0 +1,133 @@
+"""LoRA (peft) inside the trained network: the base frozen, adapters trained, their sum published.
+
+The engine knows nothing of adapters: it is given merged weights, made one tensor at a time and never written into the network.
+R rank, K inputs, M outputs of a linear layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import deepspeed
+import peft
+import torch
+from peft.tuners.lora import Linear
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rlalign import ranks
+from rlalign.config import LoraConfig
+
+ADAPTER = "default"  # peft's name of an only adapter
+FOLDER = "adapter"  # inside a saved model's folder
+BASE = ".base_layer"  # what peft inserts into the names of the weights below an adapter
+
+
+class Adapters:
+    """The adapters of one network, put in by the constructor."""
+
+    def __init__(self, network: nn.Module, config: LoraConfig, *, model: Path, seed: int) -> None:
+        """Freeze the network and add adapters, the same ones on every rank. model: the folder it was loaded from.
+
+        Raises ValueError where nothing matches the targets, or something else than a linear layer of the body.
+        """
+        whole = config.targets == ["all-linear"]
+        self._settings = peft.LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules="all-linear" if whole else config.targets,
+            base_model_name_or_path=str(model),
+            task_type="CAUSAL_LM",
+            inference_mode=True,  # of the saved one
+        )
+        self._network = network
+        head = network.get_output_embeddings()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            peft.inject_adapter_in_model(self._settings, network, ADAPTER)
+        self.layers = {name: m for name, m in network.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+        for name, layer in self.layers.items():
+            if type(layer) is not Linear or type(layer.get_base_layer()) is not nn.Linear or layer.base_layer is head:
+                what = (
+                    "the lm_head, whose product is not its own here" if layer.base_layer is head else "no linear layer"
+                )
+                raise ValueError(
+                    f"trainer.lora.targets={config.targets}: {name} is {what}; target linear layers of the body"
+                )
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(_is_adapter(name))
+
+    def weights(self, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
+        """The weights under their Hugging Face names, adapters merged in; under ZeRO-3 gathered in turn: all ranks iterate.
+
+        A merged weight is base + scale * B @ A in float32, rounded once to the base's dtype. keep: this rank reads them.
+        """
+        for name, parameter in self._network.named_parameters():
+            if _is_adapter(name):
+                continue
+            path, _, leaf = name.rpartition(".")
+            layer = self.layers.get(path.removesuffix(BASE)) if leaf == "weight" else None
+            with _gathered([parameter] if layer is None else [parameter, *_pair(layer)]):
+                whole = parameter.detach()
+                if keep and layer is not None:
+                    whole = _merged(layer)
+                elif keep and hasattr(parameter, "ds_id"):
+                    whole = whole.to("cpu", copy=True)
+            yield name.replace(f"{BASE}.", "."), whole
+
+    def save(self, directory: Path) -> None:
+        """Write them beside a saved model, from rank 0, as `peft.PeftModel.from_pretrained` reads them. Every rank must call it."""
+        tensors: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            with _gathered(_pair(layer)):
+                for kind, weight in zip(("lora_A", "lora_B"), _pair(layer), strict=True):
+                    if ranks.rank() == 0:
+                        tensors[f"base_model.model.{name}.{kind}.weight"] = weight.detach().to("cpu", copy=True)
+        ranks.on_first(lambda: self._write(tensors, directory / FOLDER))
+
+    def _write(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._settings.save_pretrained(folder)
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the network is its base. By a scale of 0, not by leaving them out: ZeRO-3 expects the same modules every time."""
+        scales = [layer.scaling[ADAPTER] for layer in self.layers.values()]
+        for layer in self.layers.values():
+            layer.scaling[ADAPTER] = 0.0
+        try:
+            yield
+        finally:
+            for layer, scale in zip(self.layers.values(), scales, strict=True):
+                layer.scaling[ADAPTER] = scale
+
+
+def put_in(network: nn.Module, folder: Path) -> nn.Module:
+    """The network with the adapters of a folder, unmerged, as the trainer computes with them."""
+    peft.PeftModel.from_pretrained(network, folder, autocast_adapter_dtype=False)
+    return network
+
+
+def _is_adapter(name: str) -> bool:
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def _pair(layer: Linear) -> list[nn.Parameter]:
+    return [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
+
+
+def _merged(layer: Linear) -> Tensor:
+    a_RK, b_MR = _pair(layer)
+    base_MK = layer.get_base_layer().weight.detach()
+    change_MK = (b_MR.detach().float() @ a_RK.detach().float()) * layer.scaling[ADAPTER]
+    return change_MK.add_(base_MK).to(base_MK.dtype)
+
+
+@contextmanager
+def _gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
+    with deepspeed.zero.GatheredParameters(parameters, enabled=hasattr(parameters[0], "ds_id")):
+        yield

@@ -1,0 +1,93 @@
+"""Buckets: the tensors of a publish in pieces of bounded size, and what both ends say about each tensor in one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MIB = 2**20
+# A file of buckets is ordinary safetensors; these are its names of torch's dtypes.
+DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+NAMES = {torch_name: name for name, torch_name in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a bucket: bytes [start, end) of its data, and the digest of what was sent."""
+
+    name: str
+    dtype: str  # torch's name: "bfloat16"
+    shape: list[int]
+    start: int
+    end: int
+    digest: str
+
+    def plain(self) -> dict[str, object]:
+        """As JSON carries it; `Entry(**plain)` is the way back."""
+        return asdict(self)
+
+    def view(self, data: Tensor) -> Tensor:
+        """This tensor inside the bucket's bytes [uint8]; a copy only where its dtype cannot start at that byte."""
+        import torch
+
+        dtype = getattr(torch, self.dtype)
+        piece = data[self.start : self.end]
+        return (piece if self.start % dtype.itemsize == 0 else piece.clone()).view(dtype).view(self.shape)
+
+
+def dtype_name(tensor: Tensor, name: str) -> str:
+    """torch's name of its dtype. Raises ValueError for one that no transport carries."""
+    found = str(tensor.dtype).removeprefix("torch.")
+    if found not in NAMES:
+        raise ValueError(f"publish: {name} is {found}; weights travel as one of {', '.join(NAMES)}")
+    return found
+
+
+class Bucket(Protocol):
+    """Being filled by the trainer, then delivered whole."""
+
+    entries: list[Entry]
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take a copy of the tensor; it may be freed afterwards."""
+
+    def has_room(self, name: str, tensor: Tensor) -> bool:
+        """True when the tensor fits into what is left of the bucket's size."""
+
+
+B = TypeVar("B", bound=Bucket)
+
+
+def filled(named_weights: Iterable[tuple[str, Tensor]], empty: Callable[[int], B]) -> Iterator[B]:
+    """Buckets in the order of the weights. empty: makes one, told the bytes of its first tensor, which it must be able to take.
+
+    Consecutive tensors share a bucket while they fit, so that the parts of a fused projection arrive together or nearly so.
+    """
+    bucket = None
+    for name, tensor in named_weights:
+        if bucket is not None and not bucket.has_room(name, tensor):
+            yield bucket
+            bucket = None
+        if bucket is None:
+            bucket = empty(tensor.nbytes)
+        bucket.add(name, tensor)
+    if bucket is not None:
+        yield bucket
+
+
+def differing(entries: Iterable[Entry], data: Tensor) -> list[str]:
+    """One line for each tensor whose bytes in `data` are not those that were sent."""
+    from rlalign.weights.digest import digest
+
+    return [
+        f"{e.name}: its bytes are not those that were sent"
+        for e in entries
+        if digest(data[e.start : e.end]) != e.digest
+    ]

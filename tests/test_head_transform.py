@@ -1,0 +1,53 @@
+"""One reader of what a model does to its logits, with the bits of transformers and those of vLLM."""
+
+import pytest
+import torch
+import transformers as hf
+
+from rlalign.head import HeadTransform
+
+BODY = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+MODELS = {
+    "nothing": (hf.Qwen2ForCausalLM, hf.Qwen2Config(**BODY)),
+    "cap": (hf.Gemma2ForCausalLM, hf.Gemma2Config(**BODY, head_dim=8, final_logit_softcapping=0.3)),
+    "factor": (hf.CohereForCausalLM, hf.CohereConfig(**BODY, logit_scale=0.0625)),
+    "divisor": (hf.GraniteForCausalLM, hf.GraniteConfig(**BODY, logits_scaling=3.0)),
+}
+
+
+def of_vllm(logits, config):
+    """vLLM's LogitsProcessor, given soft_cap and scale as its model classes give them."""
+    cap, scale = (
+        config.get("final_logit_softcapping"),
+        config.get("logit_scale") or 1 / (config.get("logits_scaling") or 1),
+    )
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits * scale
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_both_ways_have_the_bits_of_their_library(name):
+    kind, config = MODELS[name]
+    torch.manual_seed(0)
+    network = kind(config).eval()
+    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    transform = HeadTransform.of(config.get_text_config().to_dict())
+    with torch.no_grad():
+        raw = network.get_output_embeddings()(network.base_model(ids).last_hidden_state)
+        assert torch.equal(transform.apply_as_transformers(raw), network(ids).logits)
+    assert torch.equal(transform.apply(raw), of_vllm(raw, config.to_dict()))
+    assert torch.equal(transform.apply(raw), raw) == (name == "nothing")
+
+
+def test_the_two_ways_differ_in_the_last_bits_of_a_divisor():
+    logits = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    transform = HeadTransform(divisor=3.0)
+    one, other = transform.apply(logits), transform.apply_as_transformers(logits)
+    assert not torch.equal(one, other) and torch.allclose(one, other, rtol=2e-7)
+    assert (
+        HeadTransform.of({"logits_scaling": None, "logit_scale": 0, "final_logit_softcapping": None}) == HeadTransform()
+    )

@@ -125,8 +125,12 @@ def test_a_server_killed_in_the_middle_of_a_batch_costs_nothing_and_comes_back_a
         wait_until(lambda: "joining" in pool.servers()[two_servers.urls[1]])
         sample(pool)
         assert [s["engine"] for s in pool.status()] == two_servers.urls[:1]
-        publish_both(weights, 2, embedded, pool, shared=tmp_path)
-        assert pool.engines == two_servers.urls and same(sample(pool), sample(embedded))
+        publish(weights.named_parameters(), 2, receiver=pool, shared=tmp_path)
+        assert pool.engines == two_servers.urls
+        again = sample(pool, samples=16)
+        assert {r.version_spans[0][2] for r in again} == {2} and all(s["calls"] > 0 for s in pool.status())
+        for r in again:
+            assert (torch.tensor(r.rollout_logprobs) - forced(weights, r))[r.prompt_length :].abs().max() < 1e-4
 
 
 def wait_until(condition) -> None:

@@ -19,7 +19,8 @@ class WithoutReset:
     """The engine as a receiver that keeps its keys and values across a publish."""
 
     def __init__(self, engine) -> None:
-        self.suspend, self.load, self.acknowledge = engine.suspend, engine.load, engine.acknowledge
+        self.engines, self.suspend, self.acknowledge = engine.engines, engine.suspend, engine.acknowledge
+        self.ask, self.ask_each = engine.ask, engine.ask_each
 
     def reset_prefix_cache(self) -> None:
         pass

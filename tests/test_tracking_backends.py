@@ -35,29 +35,36 @@ def metrics(step: int, value: float) -> dict[str, float]:
     return {"mismatch/lag0/k3": value, "reward/mean": 0.1 * step, "nan": math.nan, "worst": math.inf}
 
 
+def write_everywhere(root: Path) -> None:
+    """Steps 0 to 2, then a second process's worth that goes back after step 0 and runs 1 to 3 again."""
+    names = {"group": "ab", "job_type": "fp32", "tags": ("one", "two")}
+    places = Places(backends=("wandb", "tensorboard", "trackio"), wandb_mode="offline", **names)
+    given = {"config": {"lr": 1e-4}, "project": "project", "name": "run", "places": places}
+    with Run(root / "run", **given) as run:
+        for step in range(3):
+            run.log(step, metrics(step, 10.0))
+        run.event("alert/warn", "k3 <b>rose</b>")
+        run.finish({})
+    with Run(root / "run", resume=True, **given) as run:
+        run.rewind(0)
+        for step in (1, 2, 3):
+            run.log(step, metrics(step, float(step)))
+            run.log_tokens(step, columns())
+        run.finish({"reward_last": 0.3})
+
+
 @pytest.fixture(scope="module")
 def everywhere(tmp_path_factory):
-    """Steps 0 to 2, then a second process's worth that goes back after step 0 and runs 1 to 3 again."""
+    """What `write_everywhere` leaves, by a process of its own: trackio fixes its folder when it is imported, and TRL imports it."""
     root = tmp_path_factory.mktemp("everywhere")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRACKIO_DIR", str(root / "trackio"))
-        patch.setenv("WANDB_X_STATS_SAMPLING_INTERVAL", "0.1")
-        patch.setenv("NETRC", str(root / "netrc"))
-        patch.delenv("WANDB_API_KEY", raising=False)
-        names = {"group": "ab", "job_type": "fp32", "tags": ("one", "two")}
-        places = Places(backends=("wandb", "tensorboard", "trackio"), wandb_mode="offline", **names)
-        given = {"config": {"lr": 1e-4}, "project": "project", "name": "run", "places": places}
-        with Run(root / "run", **given) as run:
-            for step in range(3):
-                run.log(step, metrics(step, 10.0))
-            run.event("alert/warn", "k3 <b>rose</b>")
-            run.finish({})
-        with Run(root / "run", resume=True, **given) as run:
-            run.rewind(0)
-            for step in (1, 2, 3):
-                run.log(step, metrics(step, float(step)))
-                run.log_tokens(step, columns())
-            run.finish({"reward_last": 0.3})
+    environment = os.environ | {
+        "TRACKIO_DIR": str(root / "trackio"),
+        "WANDB_X_STATS_SAMPLING_INTERVAL": "0.1",
+        "NETRC": str(root / "netrc"),
+    }
+    environment.pop("WANDB_API_KEY", None)
+    script = f"from pathlib import Path; from {__name__} import write_everywhere; write_everywhere(Path({str(root)!r}))"
+    subprocess.run([sys.executable, "-c", script], env=environment, cwd=Path(__file__).parents[1], check=True)
     return root
 
 

@@ -155,30 +155,30 @@ def test_tensorboard_reads_back_every_number_and_hides_what_was_run_again(everyw
     )
 
 
+TRACKIO_READER = """
+import json, trackio
+(run,) = trackio.Api().runs("project")
+print(json.dumps({"id": run.id, "config": run.config, "alerts": run.alerts()}))
+"""
+
+
 @pytest.mark.slow
 def test_trackio_reads_back_rows_alerts_and_the_run_it_goes_on_with(everywhere):
-    import trackio
-
-    command = [
-        sys.executable,
-        "-c",
-        "from trackio.cli import main; main()",
-        "get",
-        "metric",
-        "--project",
-        "project",
-        "--json",
-    ]
     environment = os.environ | {"TRACKIO_DIR": str(everywhere / "trackio")}
-    asked = [*command, "--run", "run", "--metric", "mismatch/lag0/k3"]
-    values = json.loads(subprocess.run(asked, env=environment, capture_output=True, text=True, check=True).stdout)[
-        "values"
-    ]
+
+    def asked(*command: str) -> dict:
+        done = subprocess.run([sys.executable, "-c", *command], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    own_command = "from trackio.cli import main; main()"
+    metric = ("--project", "project", "--json", "--run", "run", "--metric", "mismatch/lag0/k3")
+    values = asked(own_command, "get", "metric", *metric)["values"]
     assert [(v["step"], v["value"]) for v in values][-3:] == [(1, 1.0), (2, 2.0), (3, 3.0)]
-    (run,) = trackio.Api().runs("project")
-    assert run.id == json.loads((everywhere / "run/run.json").read_text())["trackio"]["id"]
-    assert (run.config["_Group"], run.config["lr"]) == ("ab", 1e-4)
-    (alert,) = [each for each in run.alerts() if each["title"] == "alert/warn"]
+    run = asked(TRACKIO_READER)
+    assert run["id"] == json.loads((everywhere / "run/run.json").read_text())["trackio"]["id"]
+    assert (run["config"]["_Group"], run["config"]["lr"]) == ("ab", 1e-4)
+    (alert,) = [each for each in run["alerts"] if each["title"] == "alert/warn"]
     assert (alert["text"], alert["level"], alert["step"]) == ("k3 <b>rose</b>", "warn", 2)
     said = [json.loads(line) for line in (everywhere / "run/events.jsonl").read_text().splitlines()]
     assert str(everywhere / "trackio") in next(each["message"] for each in said if each["kind"] == "trackio")

@@ -1,5 +1,6 @@
 .PHONY: demo test quick test-vllm-matrix install lint clean
 PY = .venv/bin/python
+TWO = $(PY) -m pytest -n 2 --dist loadfile
 # Two busy cores: one thread each is faster than two that spin, and the results do not depend on the core count.
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -7,11 +8,11 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: install            ## install, then a real GRPO run on this machine
 	$(PY) -m rlalign.cli train --config-name demo
 
-test: install-test       ## every test, two at a time; the tests of one file stay together and share their engines
-	$(PY) -m pytest -n 2 --dist loadfile
+test: install-test       ## every test, two files at a time; the tests of a file share their engines
+	$(TWO)
 
 quick: install-test      ## the tests that start no engine
-	$(PY) -m pytest -m "not engine and not slurm and not slow"
+	$(TWO) -m "not engine and not slurm and not slow"
 
 install:                 ## .venv with the locked CPU requirements
 	@scripts/setup.sh cpu

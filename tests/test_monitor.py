@@ -88,7 +88,7 @@ CAUSES = [
     ({"mismatch/lag0/k1": 0.05, "mismatch/lag0/log_ratio_max": 0.001}, Evidence(), "truncation", "rlalign doctor"),
     ({}, Evidence(publish_verified=False), "stale weights", "rlalign doctor"),
     ({}, Evidence(prefix_cache_reset=False), "prefix cache after sync", "rlalign doctor"),
-    ({"mismatch/position0/k3": 0.1, "mismatch/position9/k3": 0.01}, Evidence(), "prefix cache after sync",
+    ({"mismatch/lag0/position0/k3": 0.1, "mismatch/lag0/position9/k3": 0.01}, Evidence(), "prefix cache after sync",
      "rlalign parity --noise-floor"),
     ({"mismatch/lag0/over_1": 0.001, "mismatch/lag0/abs_max": 9.0}, Evidence(), "tokenisation round trip",
      "rlalign mismatch on the step's token file"),
@@ -117,7 +117,7 @@ def test_what_the_run_has_ruled_out_is_not_named():
         rollout_head="float32", trainer_head="float32", processed=True, truncated=False, rollout_temperature=1.0,
         trainer_temperature=1.0, prefix_cache_reset=True, publish_verified=True, retokenized=0,
     )  # fmt: skip
-    suspicious = BASE | {"mismatch/lag0/over_1": 0.001, "mismatch/lag0/abs_max": 9.0, "mismatch/position0/k3": 1.0}
+    suspicious = BASE | {"mismatch/lag0/over_1": 0.001, "mismatch/lag0/abs_max": 9.0, "mismatch/lag0/position0/k3": 1.0}
     assert [c.name for c in likely_causes(suspicious, ruled_out)] == ["numerical difference"]
 
 

@@ -179,7 +179,7 @@ def _prefix_cache(metrics: Mapping[str, float], evidence: Evidence) -> Cause | N
         return Cause("prefix cache after sync", why, "rlalign doctor", 0.95)
     if evidence.prefix_cache_reset:
         return None
-    first, last = (metrics.get(f"mismatch/position{d}/k3", math.nan) for d in (0, 9))
+    first, last = (_lag0(metrics, f"position{d}/k3") for d in (0, 9))
     if first > 3.0 * last:
         why = f"k3 is {first:.2g} in the first tenth of the answers and {last:.2g} in the last"
         return Cause("prefix cache after sync", why, "rlalign parity --noise-floor", 0.4)

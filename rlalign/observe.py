@@ -23,12 +23,7 @@ HEAD_TOKENS = 256  # tokens of a step on which the heads are compared in isolati
 def evaluate(parties: Parties, *, samples: int) -> float:
     """Mean reward on the held-out prompts, `samples` completions each, sampled as in training and always with the same seeds."""
     prompts = parties.task.eval_prompts()
-    rollouts = parties.engine.generate(
-        [parties.encode(p.text) for p in prompts],
-        prompt_ids=[p.prompt_id for p in prompts],
-        samples=samples,
-        seed=EVAL_SEED,
-    )
+    rollouts = parties.sample(prompts, samples=samples, seed=EVAL_SEED)
     return sum(parties.task.reward(prompts[r.group_id], r.text) for r in rollouts) / len(rollouts)
 
 

@@ -89,6 +89,15 @@ class Parties:
     critic: Critic | None = None  # with algo.advantage=gae
     kl_penalty: KlController | None = None  # with algo.kl_penalty
 
+    def sample(self, prompts: Sequence[Prompt], *, samples: int, seed: int) -> list[Rollout]:
+        """So many completions of each prompt, from the engine as it is now."""
+        return self.engine.generate(
+            [self.encode(p.text) for p in prompts],
+            prompt_ids=[p.prompt_id for p in prompts],
+            samples=samples,
+            seed=seed,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Collected:

@@ -61,12 +61,7 @@ def sample_probe(step: int, parties: Parties, config: RunConfig) -> list[Rollout
     size = ranks.world_size()
     count = -(-config.schedule.probe_prompts // size) * size
     prompts = parties.task.train_prompts(step, config.rollout.prompts_per_step)[:count]
-    return parties.engine.generate(
-        [parties.encode(p.text) for p in prompts],
-        prompt_ids=[p.prompt_id for p in prompts],
-        samples=1,
-        seed=step_seed(config, step) + PROBE_SEED,
-    )
+    return parties.sample(prompts, samples=1, seed=step_seed(config, step) + PROBE_SEED)
 
 
 class Sampler:

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rlalign.cache_folder import cache_folder
 from rlalign.products import Route, cpu_bf16_route, logits_of
 
 logger = logging.getLogger(__name__)
@@ -40,9 +41,8 @@ Logits = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def library_path() -> Path:
     """Where the compiled library lies or will lie; the name carries a hash of the source and of the flags."""
-    root = Path(os.environ.get("RLALIGN_CACHE") or Path.home() / ".cache" / "rlalign") / "kernels"
     digest = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
-    return root / f"head_{NAME}-{digest}.so"
+    return cache_folder("kernels") / f"head_{NAME}-{digest}.so"
 
 
 def build(compiler: str | None = None) -> Path:

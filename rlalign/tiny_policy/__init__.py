@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlalign.cache_folder import cache_folder
 from rlalign.tasks import load_task
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
 from rlalign.tiny_policy.training import accuracy, teach
@@ -97,7 +98,7 @@ def cached_policy(kind: str, *, report: Progress = lambda _: None) -> Path:
 
 def cache_root() -> Path:
     """Where policies are kept unless a caller says otherwise: under $RLALIGN_CACHE, or ~/.cache/rlalign."""
-    return Path(os.environ.get("RLALIGN_CACHE") or Path.home() / ".cache" / "rlalign") / "policies"
+    return cache_folder("policies")
 
 
 def make_tiny_policy(out_root: Path, recipe: TinyRecipe, *, progress: Progress = lambda _: None) -> Path:

@@ -18,13 +18,12 @@ from transformers.utils import logging
 from rlalign import logprobs
 from rlalign.config import CriticConfig, TrainerConfig
 from rlalign.trainer import packed_attention
-from rlalign.trainer.deepspeed_setup import deepspeed_settings, join_process_group
+from rlalign.trainer.deepspeed_setup import STATE_TAG, adamw, deepspeed_settings, join_process_group, take_step
 from rlalign.trainer.head_mirror import Tokens
 from rlalign.trainer.network import ScoringNetwork, full_weights, load
 from rlalign.trainer.passes import LossFunction, Passes
 from rlalign.types import RolloutBatch, TrainBatch
 
-STATE_TAG = "state"  # DeepSpeed's folder inside a checkpoint
 SCORE = "score.weight"  # of a reward model in transformers
 
 
@@ -73,9 +72,7 @@ class Critic:
         if (score_1D := _score_head(model)) is not None:
             network.value_head.weight.data.copy_(score_1D)
         scoring = ScoringNetwork(network)
-        optimizer = torch.optim.AdamW(
-            scoring.parameters(), lr=critic.lr, betas=(trainer.beta1, trainer.beta2), weight_decay=trainer.weight_decay
-        )
+        optimizer = adamw(scoring.parameters(), trainer, lr=critic.lr)
         self._engine, *_ = deepspeed.initialize(model=scoring, optimizer=optimizer, config=settings)
         attention = body.config._attn_implementation
         self._passes = Passes(config=trainer, device=self._engine.device, attention=attention)
@@ -94,11 +91,7 @@ class Critic:
 
     def optim_step(self) -> dict[str, float]:
         """Apply the accumulated gradient."""
-        self._engine.set_gradient_accumulation_boundary(True)
-        self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        found = {"lr": float(self._engine.get_lr()[0])}
-        return found if norm is None else found | {"grad_norm": float(norm)}
+        return take_step(self._engine)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Names and whole tensors. All ranks must iterate."""

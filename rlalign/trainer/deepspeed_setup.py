@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterable
 
 import deepspeed
 import torch
+from torch.nn import Parameter
 
 from rlalign.config import TrainerConfig
+
+STATE_TAG = "state"  # DeepSpeed's folder inside a checkpoint
 
 
 def deepspeed_settings(config: TrainerConfig, dtype: str) -> dict[str, object]:
@@ -22,6 +26,20 @@ def deepspeed_settings(config: TrainerConfig, dtype: str) -> dict[str, object]:
         "bf16": {"enabled": dtype == "bfloat16"},
         "steps_per_print": 2**31 - 1,
     }
+
+
+def adamw(parameters: Iterable[Parameter], config: TrainerConfig, *, lr: float) -> torch.optim.AdamW:
+    """The optimizer of the policy and of the critic."""
+    return torch.optim.AdamW(parameters, lr=lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
+
+
+def take_step(engine: deepspeed.DeepSpeedEngine) -> dict[str, float]:
+    """Apply the accumulated gradient: the lr it was applied with, and its norm; stage 0 clips by that and does not tell it."""
+    lr = float(engine.get_lr()[0])
+    engine.set_gradient_accumulation_boundary(True)
+    engine.step()
+    norm = engine.get_global_grad_norm()
+    return {"lr": lr} if norm is None else {"lr": lr, "grad_norm": float(norm)}
 
 
 def join_process_group() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from rlalign import ranks
 from rlalign.config import AlgoConfig, TrainerConfig
 from rlalign.trainer import packed_attention
-from rlalign.trainer.deepspeed_setup import deepspeed_settings, join_process_group
+from rlalign.trainer.deepspeed_setup import STATE_TAG, adamw, deepspeed_settings, join_process_group, take_step
 from rlalign.trainer.head_mirror import HeadStatus, mirror
 from rlalign.trainer.network import ScoringNetwork, full_weights, load, padded_inputs
 from rlalign.trainer.passes import LossFunction, Passes
@@ -27,8 +27,6 @@ from rlalign.weights import MASTER_WEIGHT
 
 if TYPE_CHECKING:
     from rlalign.trainer.lora import Adapters
-
-STATE_TAG = "state"  # DeepSpeed's folder inside a checkpoint
 
 
 class Policy:
@@ -66,9 +64,7 @@ class Policy:
         self._reference = _Reference(model, config, dtype, head_dtype, exact) if needs_copy else None
         scoring = ScoringNetwork(network)
         trained = [parameter for parameter in scoring.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained, lr=algo.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
-        )
+        optimizer = adamw(trained, config, lr=algo.lr)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / algo.warmup_steps) if algo.warmup_steps else 1.0
         )
@@ -129,14 +125,10 @@ class Policy:
 
     def optim_step(self) -> dict[str, float]:
         """Apply the accumulated gradient; the policy's version grows by one."""
-        lr = self._engine.get_lr()[0]
-        self._engine.set_gradient_accumulation_boundary(True)
-        self._engine.step()
-        norm = self._engine.get_global_grad_norm()
+        found = take_step(self._engine)
         self.version += 1
         self._refresh_master()
-        found = {"lr": float(lr)}
-        return found if norm is None else found | {"grad_norm": float(norm)}  # stage 0 clips by it and does not tell it
+        return found
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Hugging Face names and full tensors, a tied weight once: what the rollout engine must load. All ranks must iterate.

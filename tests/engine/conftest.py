@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -64,6 +66,19 @@ def perturbed(folder: Path, *, seed: int, dtype: torch.dtype = torch.bfloat16, s
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(dtype) * size)
     return model
+
+
+def on_two_ranks(module: str, model: Path, folder: Path) -> Path:
+    """`module` by torchrun, which leaves its results in the folder."""
+    from rlalign.ranks import environment_without_launcher
+
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", module, model, folder],
+        cwd=Path(__file__).parents[2], env=environment_without_launcher() | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
 
 
 def sample(engine, seed: int = 3, samples: int = 4):

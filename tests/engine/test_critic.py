@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,11 +10,9 @@ from transformers import AutoModel, Qwen3ForSequenceClassification
 
 from rlalign import assemble
 from rlalign.config import TrainerConfig, load
-from rlalign.ranks import environment_without_launcher
+from tests.engine.conftest import on_two_ranks
 from tests.engine.critics import CASES, CLIP, plain_loop, start_critic, train
 from tests.engine.updates import make_batch
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +22,7 @@ def plain(untied):
 
 @pytest.fixture(scope="module")
 def two_ranks(untied, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = environment_without_launcher() | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "-m", "tests.engine.critics", str(untied), str(folder)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder
+    return on_two_ranks("tests.engine.critics", untied, tmp_path_factory.mktemp("ranks"))
 
 
 def same(found: dict, wanted: dict, tolerance: float) -> None:

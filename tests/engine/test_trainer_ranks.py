@@ -1,30 +1,18 @@
 """Two trainer ranks are one trainer: the same logprobs, gradients and weights as one rank, for every ZeRO stage."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlalign.ranks import environment_without_launcher
+from tests.engine.conftest import on_two_ranks
 from tests.engine.updates import RANK_CASES, plain_loop, run_case
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def two_ranks(untied, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = environment_without_launcher() | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "-m", "tests.engine.updates", str(untied), str(folder)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder
+    return on_two_ranks("tests.engine.updates", untied, tmp_path_factory.mktemp("ranks"))
 
 
 def result(folder: Path, name: str) -> dict:

@@ -22,9 +22,18 @@ def cache(tmp_path, monkeypatch):
     head_kernel.loaded.cache_clear()
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compiled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLALIGN_CACHE", str(folder))
+        head_kernel.build()
+    return folder
+
+
 @pytest.fixture
-def built(cache):
-    head_kernel.build()
+def built(cache, compiled, monkeypatch):
+    monkeypatch.setenv("RLALIGN_CACHE", str(compiled))
     return head_kernel.loaded
 
 

@@ -30,11 +30,8 @@ logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("head_amx.c")
 FLAGS = ("-O3", "-shared", "-fPIC", "-mavx512f", "-mamx-tile", "-mamx-bf16")
 NAME = "amx"
-TILE, BLOCK, INNER = (
-    16,
-    64,
-    32,
-)  # rows of a tile; vocabulary of a thread's share and hidden elements come in multiples of these
+TILE = 16  # rows of a tile
+BLOCK, INNER = 64, 32  # the vocabulary of a thread's share, and hidden elements, come in multiples of these
 
 Logits = Callable[[Tensor, Tensor, Tensor], Tensor]
 

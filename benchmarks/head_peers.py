@@ -1,6 +1,6 @@
 """The peers of benchmarks/head.py: their own functions, from their packages or from their sources.
 
-Packages: pip install --no-deps trl verl liger-kernel cut-cross-entropy triton ray tensordict datasets.
+Packages: pip install --no-deps trl verl liger-kernel cut-cross-entropy triton ray tensordict datasets pandas.
 prime-rl, unsloth-zoo and RL-Kernel ask for a GPU or for half a cluster when they are imported; of these the one function that
 counts is read from a checkout: git clone them into a folder and name it in RLALIGN_PEERS. Nothing of theirs is changed.
 """

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 Row = dict[str, object]
+OUTSIDE = "Bare library products; inside the engine, with the compiled kernel: decode_head.md, decode_head_tp2.md."
+OURS, FP32, BF16 = "#c0392b", "#34495e", "#b2bec3"  # colours of the bars
 
 
 def groups(rows: list[Row], what: str) -> dict[tuple[int, int, str], list[Row]]:
@@ -50,7 +52,7 @@ def decode_table(rows: list[Row]) -> list[str]:
     by_shape = groups(rows, "decode")
     for vocab in sorted({key[1] for key in by_shape}):
         columns = {n: {r["path"]: r for r in group} for (n, v, _), group in by_shape.items() if v == vocab}
-        lines += [f"### Decode head, vocabulary {vocab:,}, ms a call", "", "| path | " +
+        lines += [f"### Decode head, vocabulary {vocab:,}, ms a call", "", OUTSIDE, "", "| path | " +
                   " | ".join(f"{n} rows" for n in columns) + " |", "|---|" + "--:|" * len(columns)]  # fmt: skip
         for path in next(iter(columns.values())):
             lines.append(
@@ -70,13 +72,19 @@ def plot(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.2))
     for axis, what in zip(axes, ("forward", "forward_backward"), strict=True):
         (n, vocab, _), group = max(groups(rows, what).items(), key=lambda item: (item[0][:2], len(item[1])))
-        measured = sorted((r for r in group if "seconds" in r), key=lambda r: r["path"], reverse=True)
-        colors = ["#c0392b" if r["path"].startswith("rlalign") else "#7f8c8d" for r in measured]
-        axis.barh([r["path"] for r in measured], [r["seconds"] for r in measured], color=colors)
-        axis.set(title=f"{what.replace('_', ' + ')}, {n} x {vocab:,}", xlabel="seconds (log)", xscale="log")
+        measured = sorted((r for r in group if "seconds" in r), key=lambda r: r["seconds"], reverse=True)
+        colors = [OURS if r["path"].startswith("rlalign") else FP32 if r["fp32_output"] else BF16 for r in measured]
+        bars = axis.barh([r["path"] for r in measured], [r["seconds"] for r in measured], color=colors)
+        axis.bar_label(bars, [f"{r['seconds']:.1f}" for r in measured], padding=3, fontsize=8)
+        axis.set(xlabel="seconds")
+        axis.set_title(f"{what.replace('_', ' + ')}, {n} x {vocab:,}", loc="left", fontsize=11)
+        axis.margins(x=0.12)
+        axis.spines[["top", "right"]].set_visible(False)
+    names = {OURS: "rlalign, float32 logits", FP32: "float32 logits", BF16: "bfloat16 logits"}
+    axes[1].legend([plt.Rectangle((0, 0), 1, 1, color=c) for c in names], names.values(), loc="upper right", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
 

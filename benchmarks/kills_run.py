@@ -116,6 +116,12 @@ class Run:
     def words(self) -> str:
         return self._log.read_text()
 
+    def last_words(self) -> str:
+        """What the ranks of this start said as they ended, each sentence once, without those that repeat rank 0's."""
+        said = [line.strip() for line in self.words().splitlines() if line.startswith("rlalign: ")]
+        own = [line for line in said if not line.startswith("rlalign: rank 0 stopped the run")]
+        return " / ".join(f"`{line}`" for line in dict.fromkeys(own))
+
     def clean(self) -> int:
         """Kill what is left of this start and say how many processes that was."""
         left = self.pids()
@@ -128,6 +134,7 @@ PHASES = (
     ("_save", "checkpoint"), ("restore", "restore"), ("publish_from_ranks", "publish"), ("publish", "publish"),
     ("evaluate", "evaluation"), ("generate", "rollout"), ("score", "score"), ("forward_backward", "train"),
     ("optim_step", "train"), ("log_step", "logging"), ("_summary", "end"), ("write_report", "end"), ("finish", "end"),
+    ("close", "end"),
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@
 One real vLLM server holds a random Qwen3 in bf16; this process holds the same model as the trainer would. In every round the
 transports and `cp` take turns, so that a busy machine slows all of them; ratios are medians over the rounds of the ratio
 within a round. Memory: growth of the peak resident set over the state before, of the trainer and of the worker, and what lay
-in the shared folder. Writes publish.md.
+in the shared folder, beside the bounds of docs/weights.md. Writes publish.md; sizes that are not asked for keep their section.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MEMORY_COPY, DISK_COPY = "cp in shared memory", "cp on disk, with fsync"
 class Result:
     seconds: list[float] = field(default_factory=list)
     carry: list[float] = field(default_factory=list)  # of these, until the last bucket was taken
-    trainer: int = 0  # bytes of the peak resident set over the one before
+    trainer: int = 0  # bytes of the peak resident set over the one before, the model's own pages all being there
     worker: int = 0
     folder: int = 0
 
@@ -119,8 +119,18 @@ def copies(folder: Path, source: Path) -> Callable[[], float]:
     return run
 
 
-def measure(size: str, rounds: int, home: Path, memory: Path) -> tuple[dict[str, Result], int, int]:
-    """{path: Result}, published bytes and tensors, for one size of model."""
+@dataclass
+class Published:
+    """What travelled: bytes of all tensors, of the largest and of the vocabulary's, and how many."""
+
+    bytes: int
+    largest: int
+    vocabulary: int
+    tensors: int
+
+
+def measure(size: str, rounds: int, home: Path, memory: Path) -> tuple[dict[str, Result], Published]:
+    """{path: Result} and what was published, for one size of model."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -167,6 +177,8 @@ def measure(size: str, rounds: int, home: Path, memory: Path) -> tuple[dict[str,
                 version += 1
                 with torch.no_grad():
                     model.get_output_embeddings().weight.mul_(1.0 + 2**-7)
+                for parameter in model.parameters():
+                    parameter.sum()  # the machine may have taken pages of an idle process back
                 pids = {"trainer": os.getpid(), "worker": pool.status()[0]["pid"]}
                 with peaks(results[kind], pids, Path(kinds[kind].shared) if kind != "gloo" else home / "shared"):
                     report = publish(model.named_parameters(), version, receiver=pool, transport=transport)
@@ -176,7 +188,9 @@ def measure(size: str, rounds: int, home: Path, memory: Path) -> tuple[dict[str,
         for transport in transports.values():
             transport.close()
         pool.close()
-    return results, report.bytes, report.tensors
+    sizes = {p: p.nbytes for p in model.parameters()}
+    vocabulary = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    return results, Published(report.bytes, max(sizes.values()), sum(sizes[p] for p in vocabulary), report.tensors)
 
 
 def table(results: dict[str, Result], size: int) -> Iterator[str]:
@@ -205,30 +219,49 @@ def table(results: dict[str, Result], size: int) -> Iterator[str]:
         yield f"| {name} | {' | '.join(cells)} |"
 
 
+def bounds(published: Published) -> str:
+    """What docs/weights.md allows, in MiB; S: the larger of a bucket and the largest tensor."""
+    s, tensor = max(256 * MIB, published.largest) / MIB, published.largest / MIB
+    one, two = min(s, published.bytes / MIB), min(2 * s, published.bytes / MIB)
+    return (
+        f"Bounds: S = {s:.0f} MiB. Trainer: {tensor:.0f} MiB through files (one tensor), {two + tensor:.0f} over a wire (two "
+        f"buckets, which stay from publish to publish, and a tensor). Folder: {two:.0f}. Worker: "
+        f"{one + 2 * tensor + published.vocabulary / MIB:.0f} (a bucket, twice the largest layer while vLLM packs it, and the "
+        f"vocabulary's tensors where they wait) and the columns kept for the proof. Load average: {os.getloadavg()[0]:.1f}."
+    )
+
+
+def section(size: str, rounds: int) -> str:
+    """The results of one size of model."""
+    with (
+        tempfile.TemporaryDirectory(prefix="publish-") as home,
+        tempfile.TemporaryDirectory(dir="/dev/shm") as memory,
+    ):
+        results, published = measure(size, rounds, Path(home), Path(memory))
+    title = f"## {size}: {published.bytes / MIB:.0f} MiB in {published.tensors} tensors, {rounds} rounds"
+    return "\n".join([title, "", *table(results, published.bytes), "", bounds(published)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="20m,500m")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
-    lines = [
-        "# Publishing weights",
-        "",
-        f"{platform.machine()}, {os.cpu_count()} cores, one vLLM server on CPU in bf16, buckets of 256 MiB, medians of "
-        f"{arguments.rounds} interleaved rounds. Written by benchmarks/publish.py. *proof*: head refreshed, every tensor read back "
-        "through the kernel that multiplies by it. Memory: growth of the peak resident set; a mapped bucket counts for the "
-        "worker that maps it.",
-    ]
+    head = (
+        f"# Publishing weights\n\n{platform.machine()}, {os.cpu_count()} cores, one vLLM server on CPU in bf16, buckets of 256 "
+        "MiB, medians over interleaved rounds. Written by benchmarks/publish.py. *proof*: head refreshed, every tensor read back "
+        "through the kernel that multiplies by it. Memory: the largest growth of the peak resident set in any round; a mapped "
+        "bucket counts for the worker that maps it."
+    )
+    file = arguments.out / "publish.md"
+    older = file.read_text().split("\n## ")[1:] if file.exists() else []
+    sections = {text.split(":")[0]: f"## {text.strip()}" for text in older}
     for size in arguments.sizes.split(","):
-        with (
-            tempfile.TemporaryDirectory(prefix="publish-") as home,
-            tempfile.TemporaryDirectory(dir="/dev/shm") as memory,
-        ):
-            results, count, tensors = measure(size, arguments.rounds, Path(home), Path(memory))
-        lines += ["", f"## {size}: {count / MIB:.0f} MiB in {tensors} tensors", "", *table(results, count)]
-        print("\n".join(lines))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "publish.md").write_text("\n".join(lines) + "\n")
+        sections[size] = section(size, arguments.rounds)
+        print(sections[size])
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n\n".join([head, *(sections[size] for size in SIZES if size in sections)]) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -159,13 +158,6 @@ async def client(number: int, port: int, questions: Questions, outcome: Outcome,
         outcome.latencies_s.append(time.monotonic() - began)
     if connection is not None:
         connection[1].close()
-
-
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def tiny_model(folder: Path) -> None:

@@ -19,7 +19,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from serve_clients import Outcome, Questions, Server, ask_questions, client, exchange, free_port, tiny_model
+from serve_clients import Outcome, Questions, Server, ask_questions, client, exchange, tiny_model
+
+from rlalign.ranks import free_port
 
 RESULTS = Path(__file__).parent / "results" / "serve.md"
 HEADER = """# `rlalign serve` under load

@@ -109,12 +109,15 @@ def start_drift_watch(
     return DriftWatch(reward.local.models, config.reward.drift, folder=folder, log=log, say=say)
 
 
-def start_engine(model: Path, config: RunConfig) -> VLLMEngine | ServerPool:
-    """vLLM with the run's head, proved on every rank: inside this process, or behind HTTP (rollout.backend)."""
+def start_engine(model: Path, config: RunConfig, say: Callable[[str], None] = print) -> VLLMEngine | ServerPool:
+    """vLLM with the run's head, proved on every rank: inside this process, or behind HTTP (rollout.backend).
+
+    say: writes down what becomes of servers, from any thread.
+    """
     if config.rollout.backend == "server":
         from rlalign.rollout.server.launching import Launch, open_pool
 
-        return open_pool(Launch.of(config, model), logs=Path(config.output_dir) / "servers")
+        return open_pool(Launch.of(config, model), logs=Path(config.output_dir) / "servers", say=say)
     return start_embedded(model, config, beside_training=config.schedule.mode is not ScheduleMode.synchronous)
 
 

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal ended the run, which is saved; 130: interrupted.
     """
     set_environment()
-    arguments = parser().parse_args(argv)
+    arguments = parser().parse_args(own_arguments(sys.argv[1:] if argv is None else argv))
     try:
         require_working()
         return arguments.run(arguments)
@@ -38,6 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"rlalign: {explained(error)}", file=sys.stderr)
         return LOST if isinstance(error, Lost) else 1
+
+
+def own_arguments(argv: Sequence[str]) -> list[str]:
+    """What the user wrote: deepspeed's launcher adds --local_rank=N in front, which every rank has as LOCAL_RANK too."""
+    return [word for word in argv if not word.startswith("--local_rank=")]
 
 
 def set_environment() -> None:

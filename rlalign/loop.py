@@ -119,7 +119,8 @@ def learn(
         if parties.kl_penalty is not None and trainer.version > result.version:  # a policy that waits has not moved
             parties.kl_penalty.update(credit.kl, int(rewards.known_B.sum()))
 
-    metrics |= _publish(parties, sampler, clock)
+    if trainer.version > result.version:  # otherwise the engine computes with these weights already
+        metrics |= _publish(parties, sampler, clock)
     return result
 
 

@@ -92,6 +92,18 @@ def token_columns(step: int, result: StepResult, tokenizer: PreTrainedTokenizerB
     }
 
 
+def server_metrics(engine: SharedEngine) -> dict[str, float]:
+    """Servers that have the newest weights, and requests asked for again since the start; empty for an engine of another kind.
+
+    Call after a step's publish, on the first rank.
+    """
+    from rlalign.rollout.server.pool import ServerPool
+
+    if not isinstance(engine.local, ServerPool):
+        return {}
+    return {"rollout/servers": float(len(engine.local.engines)), "rollout/reissued": float(engine.local.reissued)}
+
+
 def participants(config: RunConfig, engine: SharedEngine, statuses: list[dict], policy: Policy) -> dict:
     """Engine, heads, trainer ranks and final version, for the summary."""
     return {

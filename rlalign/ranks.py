@@ -6,11 +6,14 @@ Without torch.distributed, or with one rank, everything here is a plain call.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from rlalign.exits import Lost
 
 T = TypeVar("T")
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -19,6 +22,13 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 def environment_without_launcher() -> dict[str, str]:
     """This process's environment for a program of its own, which would else take itself for one of our ranks."""
     return {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+
+
+def free_port(host: str = "") -> int:
+    """A TCP port that nobody listens on now, at this address of the machine (empty: all of them)."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
 
 
 def rank() -> int:
@@ -34,12 +44,12 @@ def world_size() -> int:
 def on_first(action: Callable[[], T]) -> T:
     """Do it on rank 0 and give every rank what it returned (pickled between our own ranks).
 
-    An exception there is raised on every rank, so that none waits for a rank that has stopped: as itself on rank 0, as
-    RuntimeError naming it on the others.
+    An exception there is raised on every rank, so that none waits for a rank that has stopped: as itself on rank 0, on the
+    others as Lost or ValueError where it is one, so that all end with one exit code, and else as RuntimeError naming it.
     """
     if world_size() == 1:
         return action()
-    message: list[object] = [None, None]
+    message: list[object] = [None, None, RuntimeError]
     failure: BaseException | None = None
     if rank() == 0:
         try:
@@ -47,11 +57,12 @@ def on_first(action: Callable[[], T]) -> T:
         except BaseException as error:  # also Ctrl-C: the others must not wait for it
             failure = error
             message[1] = f"{type(error).__name__}: {error}"
+            message[2] = next((kind for kind in (Lost, ValueError) if isinstance(error, kind)), RuntimeError)
     dist.broadcast_object_list(message, src=0)
     if failure is not None:
         raise failure
     if message[1] is not None:
-        raise RuntimeError(f"rank 0 stopped the run: {message[1]}")
+        raise message[2](f"rank 0 stopped the run: {message[1]}")
     return message[0]
 
 

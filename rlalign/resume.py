@@ -131,6 +131,8 @@ class Checkpoints:
                 part.load_state(found.folder / name)
             for problem in found.passed_over:
                 self.log.event("checkpoint", f"passed over a damaged one: {problem}")
+            for change in checkpoint.require_same(found, to_plain(self.config), accept_changes=True):
+                self.log.event("checkpoint", f"accepted another configuration: {change}")
             self.log.event("checkpoint", f"goes on after step {found.step}, policy version {self.policy.version}")
 
         ranks.on_first(others)

@@ -79,7 +79,7 @@ class Sampler:
         """
         self._parties, self._config, self._engine, self._say = parties, config, engine, say
         if config.algo.correction.off:
-            say("algo.correction is off: nothing corrects for tokens that older versions sampled")
+            say("schedule.uncorrected: nothing corrects for tokens that older versions sampled")
         self._ahead = config.schedule.max_lag
         self._in_flight = config.schedule.mode is ScheduleMode.in_flight
         self._batches: dict[int, Future[Sampled]] = {}  # by step, on the first rank

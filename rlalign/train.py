@@ -89,7 +89,7 @@ def _run(
     reward = assemble.SharedReward(config, progress.stage)
     transport = open_transport(config.weights)
     progress.stage("starting vLLM")
-    engine = SharedEngine(lambda: assemble.start_engine(model, config))
+    engine = SharedEngine(lambda: assemble.start_engine(model, config, partial(run.event, "servers")))
     try:
         run.log_head_status(engine.status())
         progress.stage("starting DeepSpeed")
@@ -170,9 +170,8 @@ class _Steps:
         next_step = self.checkpoints.restore(found)
         if found is not None:
             self.run.rewind(found.step)
-        self.parties.publish(
-            self.policy.named_weights(), self.policy.version
-        )  # both loaded one folder: now it is proved
+        # Both loaded one folder: now it is proved.
+        self.parties.publish(self.policy.named_weights(), self.policy.version)
         watch = self._watch()
         self.checkpoints.before_first(next_step)
         for step in range(next_step, self.config.steps):
@@ -222,15 +221,15 @@ class _Steps:
             self.reasons |= new
             self.run.event("reward", f"step {step}: {result.rewards.describe_failed()}")
         metrics = before | result.metrics | self._drift_metrics(step, result)
+        metrics |= ranks.on_first(lambda: observe.server_metrics(self.engine))
         if config.mismatch.head_every and step % config.mismatch.head_every == 0:
             with self.run.timed(step, "head"):
                 metrics |= observe.head_in_isolation(self.engine, self.policy, result, config)
         if last:  # of the final weights; every earlier row evaluates those before its step
             metrics["eval/accuracy"] = self._evaluate(step)
         every = config.tracking.tokens_every
-        observe.log_step(
-            self.run, step, metrics, result, self.tokenizer, tokens=bool(every) and (step % every == 0 or last)
-        )
+        tokens = bool(every) and (step % every == 0 or last)
+        observe.log_step(self.run, step, metrics, result, self.tokenizer, tokens=tokens)
         return metrics
 
     def _evaluate(self, step: int) -> float:

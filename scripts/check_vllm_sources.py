@@ -70,12 +70,12 @@ def execute(version: str, sources: Path) -> None:
     from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
     from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 
-    from rlalign import head
+    from rlalign import head, ranks
     from rlalign.rollout import head_layer, head_plugin
 
     settings = VllmConfig(device_config=DeviceConfig("cpu"))
     with set_current_vllm_config(settings):
-        store = f"tcp://127.0.0.1:{free_port()}"
+        store = f"tcp://127.0.0.1:{ranks.free_port()}"
         init_distributed_environment(1, 0, store, 0, "gloo")
         ensure_model_parallel_initialized(1, 1)
         head_plugin.register()
@@ -115,14 +115,6 @@ def load(file: Path) -> ModuleType:
 
     package.logits_processor = module
     return module
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":

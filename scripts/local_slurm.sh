@@ -19,7 +19,7 @@ ClusterName=rlalign
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort=$(free_port)
 AuthType=auth/munge
-AuthInfo=socket=$dir/munge/sock,cred_expire=10
+AuthInfo=socket=$dir/munge/sock,cred_expire=6
 CryptoType=crypto/munge
 SlurmUser=root
 SlurmdUser=root

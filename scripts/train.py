@@ -4,6 +4,7 @@ python scripts/train.py --config-name demo algo.lr=1e-5 rollout.group_size=8
 python scripts/train.py -m --config-name demo hydra/launcher=slurm algo.lr=1e-5,1e-6     one Slurm job for each
 """
 
+import logging
 import sys
 
 import hydra
@@ -11,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from rlalign.cli import set_environment
+from rlalign.cli import own_arguments, set_environment
 from rlalign.compose import register_schema
 from rlalign.config import load
 from rlalign.exits import LOST, REQUEUE, Lost, Preempted
@@ -25,6 +26,8 @@ register_schema()
 def main(composed: DictConfig) -> None:
     from rlalign.train import train
 
+    # Hydra shows INFO of all libraries: a line for every request to a server
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     job = HydraConfig.get()
     sweep = job.mode is RunMode.MULTIRUN
     if sweep and not any(word.startswith("output_dir=") for word in job.overrides.task):
@@ -39,4 +42,5 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = own_arguments(sys.argv[1:])
     main()

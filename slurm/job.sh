@@ -4,6 +4,7 @@
 #   RLALIGN_VENV             virtual environment            default: .venv of the folder submitted from
 #   RLALIGN_MODULES          modules to load, blank-separated                                       default: none
 #   RLALIGN_CONTAINER        image for `srun --container-image` (pyxis), or a .sif file for apptainer     default: none
+#   RLALIGN_MOUNTS           folders it sees beside this one (models, data): SRC:DST,SRC:DST        default: none
 #   RLALIGN_RUNS             where run directories go, on a folder that every node mounts           default: runs
 #   RLALIGN_RUN              name of the run directory in it, to go on with                         default: job name and number
 #   RLALIGN_SERVER_NODES     of one allocation's nodes, how many (the last) run rollout servers     default: 0
@@ -17,30 +18,32 @@ LOST=69 REQUEUE=75 # rlalign/exits.py
 
 for name in ${RLALIGN_MODULES:-}; do module load "$name"; done
 export PATH="${RLALIGN_VENV:-$SLURM_SUBMIT_DIR/.venv}/bin:$PATH"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}" OMP_WAIT_POLICY=PASSIVE
+cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK_HET_GROUP_0:-}} # of a trainer rank
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${cpus:-1}}" OMP_WAIT_POLICY=PASSIVE
 mkdir -p logs
 
 fail() { echo "rlalign: $*" >&2; exit 1; }
 
 in_step=() in_task=() # words before the command, of srun and of each task
+mounts="$PWD:$PWD${RLALIGN_MOUNTS:+,$RLALIGN_MOUNTS}"
 case "${RLALIGN_CONTAINER:-}" in
   "") command -v rlalign > /dev/null || fail "no rlalign in PATH on $(hostname); make .venv here (make install) or set RLALIGN_VENV" ;;
-  *.sif) in_task=(apptainer exec --nv --bind "$PWD:$PWD" --pwd "$PWD" "$RLALIGN_CONTAINER") ;;
-  *) in_step=(--container-image "$RLALIGN_CONTAINER" --container-mounts "$PWD:$PWD" --container-workdir "$PWD") ;;
+  *.sif) in_task=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "$RLALIGN_CONTAINER") ;;
+  *) in_step=(--container-image "$RLALIGN_CONTAINER" --container-mounts "$mounts" --container-workdir "$PWD") ;;
 esac
 
 # place: which part of the job trains and which serves. Sets trainer_part, server_part (srun's options) and servers (their number).
 place() {
-  trainer_part=() server_part=() servers=0
+  trainer_part=(${cpus:+"--cpus-per-task=$cpus"}) server_part=() servers=0 # since 22.05 srun does not take it from the job
   local per_node=${RLALIGN_SERVERS_PER_NODE:-1} nodes=${RLALIGN_SERVER_NODES:-0} all=()
   if [ "${SLURM_HET_SIZE:-1}" -gt 1 ]; then
     nodes=$SLURM_JOB_NUM_NODES_HET_GROUP_1
-    trainer_part=(--het-group=0) server_part=(--het-group=1)
+    trainer_part+=(--het-group=0) server_part=(--het-group=1)
   elif [ "$nodes" -gt 0 ]; then
     mapfile -t all < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     local train=$((${#all[@]} - nodes)) join='IFS=,; echo "$*"'
     [ "$train" -gt 0 ] || fail "RLALIGN_SERVER_NODES=$nodes leaves none of the job's ${#all[@]} node(s) to train on; ask for more with --nodes"
-    trainer_part=("--nodes=$train" "--ntasks=$((train * ${SLURM_NTASKS_PER_NODE:-1}))" "--nodelist=$(bash -c "$join" _ "${all[@]:0:train}")")
+    trainer_part+=("--nodes=$train" "--ntasks=$((train * ${SLURM_NTASKS_PER_NODE:-1}))" "--nodelist=$(bash -c "$join" _ "${all[@]:0:train}")")
     server_part=("--nodes=$nodes" "--nodelist=$(bash -c "$join" _ "${all[@]:train}")")
   else
     return 0

@@ -19,8 +19,9 @@ def config(mode: str, *, steps: int = 4, **sections):
     schedule = {"mode": mode} | sections.pop("schedule", {})
     servers = {"backend": "server", "servers": ["http://127.0.0.1:1"]} if mode == "in_flight" else {}
     rollout = {"prompts_per_step": 4, "group_size": 4} | servers | sections.pop("rollout", {})
-    base = {"model": {"path": "x"}, "task": {"name": "x"}, "steps": steps, "schedule": schedule, "rollout": rollout}
-    return load(base | sections)
+    algo = {} if mode == "synchronous" else {"correction": {"preset": "tis"}}
+    base = {"algo": algo, "model": {"path": "x"}, "task": {"name": "x"}}
+    return load(base | {"steps": steps, "schedule": schedule, "rollout": rollout} | sections)
 
 
 @dataclass

@@ -77,9 +77,6 @@ class FakeEngine:
                 return [told | ack | {"bytes": size, "repaired": [], "rebuilds": 1, "fingerprint": "", "seconds": 0.0}]
         return [told]
 
-    def reset_prefix_cache(self):
-        self.events.append(("reset_prefix_cache", None))
-
     def acknowledge(self, version):
         self.events.append(("acknowledge", version))
         self.policy_version, self.refusal = version, None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import rlalign
@@ -29,11 +31,15 @@ class FakeVLLM(http_servers.Server):
         from rlalign.rollout.server.identity import digests
 
         self.said = {
-            "rank": 0, "host": "hopper", "pid": 1, "life": "first", "model": str(model), **digests(model), "vocab_size": 97,
-            "dtype": "float32", "max_model_len": 64, "logprobs_mode": "processed_logprobs", "device": "cpu", "ranks": 1,
+            "rank": 0, "host": "hopper", "pid": 1, "life": f"first of {self.url}", "model": str(model), **digests(model),
+            "vocab_size": 97, "dtype": "float32", "max_model_len": 64, "logprobs_mode": "processed_logprobs", "device": "cpu",
+            "ranks": 1,
         } | said  # fmt: skip
         self.version, self.status = "0.32.0", {"class": LAYER, "slot_holder": LAYER, "mode": "cached", "not_exact": []}
         self.label, self.policy_version, self.paused = "default", 0, False
+        self.engines = 1  # data-parallel; each with the ranks it was told
+        self.tells_engines = True
+        self.idle: set[int] = set()  # engines that no request reached
         self.closed_routes: dict[str, tuple[int, object]] = {}
         self.fails: list[tuple[int, object]] = []
         self.rpc_fails: dict[str, str] = {}
@@ -61,7 +67,7 @@ class FakeVLLM(http_servers.Server):
                 self.going.notify_all()
         if path == "/update_weight_version":
             self.label = body["new_version"]
-        answers = {"/version": {"version": self.version}, "/reset_prefix_cache": {"success": True}}
+        answers = {"/version": {"version": self.version}}
         return 200, answers.get(path, {})
 
     def _rpc(self, method: str, args: list) -> tuple[int, object]:
@@ -78,7 +84,11 @@ class FakeVLLM(http_servers.Server):
             "rlalign_status": {"rank": 0, "rlalign": rlalign.__version__, "calls": self.calls} | self.status,
             "rlalign_head_logits": {"rank": 0, "file": f"{args[0]}.logits" if args else None},
         }
-        return 200, {"results": [answers.get(method, {"rank": 0, "version": self.policy_version})]}
+        answer = answers.get(method, {"rank": 0, "version": self.policy_version})
+        if not self.tells_engines:
+            return 200, {"results": [answer]}
+        every = [answer | {"rank": i, "engines": self.engines} for i in range(self.engines)]
+        return 200, {"results": [a | ({"calls": 0} if a["rank"] in self.idle else {}) for a in every]}
 
     def _generate(self, body: dict) -> tuple[int, object]:
         if self.fails:
@@ -108,7 +118,12 @@ def config_for(urls: list[str], **settings: object) -> RolloutConfig:
 
 
 def pool_of(
-    model: Path, *servers: FakeVLLM, published: int | None = 1, key: str | None = None, **settings
+    model: Path,
+    *servers: FakeVLLM,
+    published: int | None = 1,
+    key: str | None = None,
+    say: Callable[[str], None] = print,
+    **settings: object,
 ) -> ServerPool:
     """A pool over these servers, whose weights count as published."""
     config = config_for([s.url for s in servers], **settings)
@@ -120,7 +135,7 @@ def pool_of(
         exact=False,
         max_model_len=config.max_model_len,
     )
-    pool = ServerPool(config.servers, config, wanted, count=len(servers) or config.wait_for, key=key)
+    pool = ServerPool(config.servers, config, wanted, count=len(servers) or config.wait_for, key=key, say=say)
     if published is not None:
         publish(pool, published)
     return pool
@@ -129,5 +144,55 @@ def pool_of(
 def publish(pool: ServerPool, version: int) -> None:
     """The receiver's half of a publish, without weights."""
     pool.suspend(f"publishing policy version {version} did not finish")
-    pool.reset_prefix_cache()
     pool.acknowledge(version)
+
+
+def generate(pool, prompts=PROMPTS, samples=3, seed=5):
+    return pool.generate(prompts, prompt_ids=range(len(prompts)), samples=samples, seed=seed)
+
+
+class Later(threading.Thread):
+    """A call in another thread: its result, or the error it ended with."""
+
+    def __init__(self, call):
+        super().__init__(daemon=True)
+        self.call, self.result, self.error = call, None, None
+        self.start()
+
+    def run(self):
+        try:
+            self.result = self.call()
+        except Exception as error:
+            self.error = error
+
+    def get(self):
+        self.join(10)
+        assert not self.is_alive(), "still waiting"
+        if self.error:
+            raise self.error
+        return self.result
+
+
+def until(condition):
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.005)
+
+
+def state(pool, server):
+    return pool.servers()[server.url].split(" is ")[1].split(" ")[0]
+
+
+def right(rollouts, samples=3, seed=5, version=1):
+    """Every completion of every prompt, once, in order, sampled with its own seed."""
+    assert [r.group_id for r in rollouts] == [g for g in range(len(PROMPTS)) for _ in range(samples)]
+    for i, r in enumerate(rollouts):
+        group, member = divmod(i, samples)
+        prompt, own_seed = PROMPTS[group], (seed * 1_000_003 + group * samples) % 2**31 + member
+        tokens = sampled(prompt, own_seed, 4)
+        assert r.token_ids == [*prompt, *tokens] and r.loss_mask == [False] * len(prompt) + [True] * 4
+        assert r.rollout_logprobs[len(prompt) :] == [-t / 97 for t in tokens]
+        assert r.version_spans == [(len(prompt), len(prompt) + 4, version)]
+        assert r.text == " ".join(map(str, tokens))
+    return True

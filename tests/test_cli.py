@@ -67,3 +67,14 @@ def test_unknown_configurations_are_one_line(capsys):
     assert cli.main(["train", "--config-name", "nope"]) == 2
     assert cli.main(["train", "algo.lrr=1"]) == 2
     assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_the_word_that_deepspeeds_launcher_adds_is_not_taken_for_the_users(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["rlalign", "--local_rank=1", "report", str(tmp_path)])
+    assert cli.main() == 2
+    assert "unrecognized" not in (error := capsys.readouterr().err) and str(tmp_path) in error
+    assert cli.own_arguments(["--local_rank=1", "--config-name", "demo", "algo.steps=3"]) == [
+        "--config-name",
+        "demo",
+        "algo.steps=3",
+    ]

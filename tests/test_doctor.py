@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from rlalign.config import (
     Dtype,
@@ -18,6 +19,7 @@ from rlalign.config import (
     TaskConfig,
     TrackingConfig,
     TrainerConfig,
+    WeightsConfig,
 )
 from rlalign.diagnose.doctor import check, installation, machine, tokens
 from rlalign.diagnose.doctor.known_versions import KNOWN, Surroundings, numbers
@@ -36,7 +38,7 @@ def model(tmp_path):
     tokenizer.save_pretrained(folder)
     ids = {n: getattr(tokenizer, n) for n in tokens.SPECIAL}
     (folder / "config.json").write_text(json.dumps({"vocab_size": 1000, "hidden_size": 64, **ids}))
-    (folder / "model.safetensors").write_bytes(bytes(3 * 2**20))
+    save_file({f"w{i}": torch.zeros(2**18) for i in range(3)}, folder / "model.safetensors")
     return folder
 
 
@@ -119,7 +121,38 @@ def test_disks(model, tmp_path, monkeypatch):
     run, _ = machine.disks(kept)
     assert run.state == "problem" and "1000 copies of the weights for replays need 2.9 GiB" in run.found
     free["bytes"] = 3 * 2**20
-    assert [c.state for c in machine.disks(plain)] == ["problem", "problem"]
+    assert [c.state for c in machine.disks(plain)] == ["problem", "ok"]
+
+
+@pytest.mark.parametrize(
+    ("elements", "mib", "sections", "why"),
+    [
+        ([2**19] * 10, 10, {}, "all weights, which are less than two buckets"),
+        ([2**19] * 10, 4, {"weights": WeightsConfig(bucket_mib=2)}, "two buckets of weights.bucket_mib=2"),
+        ([2**19] * 10 + [2**21], 8, {"weights": WeightsConfig(bucket_mib=2)}, "two of the largest tensor"),
+        ([2**19] * 10, 8, {"weights": WeightsConfig(bucket_mib=4), "head_dtype": HeadDtype.master}, "two buckets"),
+    ],
+)
+def test_the_shared_folder_needs_room_for_two_buckets(model, tmp_path, monkeypatch, elements, mib, sections, why):
+    """Never for a whole copy of the weights: tests/test_weights.py holds the transport to the same bound."""
+    save_file(
+        {f"w{i}": torch.zeros(n, dtype=torch.bfloat16) for i, n in enumerate(elements)}, model / "model.safetensors"
+    )
+    Usage, free = type(shutil.disk_usage(tmp_path)), {}
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, free["bytes"]))
+    run = config(model, output_dir=str(tmp_path), **sections)
+    for room, state in ((1.2, "ok"), (1.05, "problem")):
+        free["bytes"] = int(room * mib * 2**20)
+        _, folder = machine.disks(run)
+        assert folder.state == state and f"a publish needs {mib} MiB there: {why}" in folder.found
+    run.weights = WeightsConfig(transport="gloo")
+    assert [c.state for c in machine.disks(run)][1] == "ok"
+
+
+def test_a_checkpoint_that_is_cut_short_is_named(model, tmp_path):
+    (model / "model.safetensors").write_bytes(bytes(100))
+    with pytest.raises(ValueError, match="model.safetensors has no safetensors header"):
+        list(machine.disks(config(model, output_dir=str(tmp_path))))
 
 
 def test_clocks(model, tmp_path, monkeypatch):

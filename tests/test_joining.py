@@ -10,16 +10,11 @@ import pytest
 
 from rlalign import joining, ranks
 from rlalign.joining import Launched, meet, programs
+from rlalign.ranks import free_port
 
 ROOT = Path(__file__).parents[1]
 HOST = socket.gethostname()
 PROGRAMS = {"torch": "2.13.0", "rlalign": "0.1.0 (abc)"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def test_generation_waits_for_the_acknowledgement_of_what_was_trained(tmp_path, 
     p = parties(tmp_path, engine=FakeEngine(events), trainer=FakeTrainer(events))
     for step in range(2):
         train_step(step, p, config())
-    publish = ["suspend", "load", "reset_prefix_cache", "acknowledge"]
+    publish = ["suspend", "load", "acknowledge"]
     assert names(events) == ["generate", "score", "forward_backward", "optim_step", *publish] * 2
     assert [version for name, version in events if name == "generate"] == [0, 1]
     assert [version for name, version in events if name == "acknowledge"] == [1, 2]

@@ -13,15 +13,10 @@ from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
 from prometheus_client.parser import text_string_to_metric_families as families
 
+from rlalign.ranks import free_port
 from rlalign.tracking.backends import Places
 from rlalign.tracking.prometheus import _State, gauge_name
 from rlalign.tracking.run import Run
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def scrape(url: str) -> dict[str, dict[tuple, float]]:

@@ -182,6 +182,12 @@ def test_settings_that_mean_nothing_together_are_refused():
         config("in_flight", rollout={"backend": "embedded", "servers": []})
     with pytest.raises(ValueError, match=r"tracking.replay_every=1 with schedule.mode=one_step_off"):
         config("one_step_off", tracking={"replay_every": 1})
+    with pytest.raises(
+        ValueError, match=r"schedule.mode=one_step_off without algo.correction: .*schedule.uncorrected=true"
+    ):
+        config("one_step_off", algo={})
+    assert config("one_step_off", algo={}, schedule={"uncorrected": True}).algo.correction.off
+    assert config("synchronous").algo.correction.off
 
 
 def test_rules_on_the_mismatch_judge_probes_where_only_these_measure_it():

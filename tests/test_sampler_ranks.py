@@ -5,6 +5,7 @@ import pickle
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from rlalign.exits import Lost
 from rlalign.loop import collect
 from rlalign.parties import Parties
 from rlalign.rollout.shared import SharedEngine
@@ -20,7 +21,7 @@ class Local(Engine):
 
     def generate(self, prompts, **request):
         if request["seed"] == 1 and request["samples"] > 1:
-            raise ConnectionError("the server hung up")
+            raise Lost("the server hung up")
         return super().generate(prompts, **request)
 
 
@@ -37,7 +38,7 @@ def on_rank(rank: int, folder: str) -> None:
     found["probe"] = len(sample_probe(0, p, run))
     try:
         sampler.before_publish()
-    except (ConnectionError, RuntimeError) as error:
+    except RuntimeError as error:
         found["error"] = f"{type(error).__name__}: {error}"
     with open(f"{folder}/{rank}", "wb") as file:
         pickle.dump(found, file)
@@ -49,5 +50,7 @@ def test_both_ranks_get_the_batch_and_both_get_the_failure(tmp_path):
     first, second = (pickle.loads((tmp_path / str(rank)).read_bytes()) for rank in (0, 1))
     assert first["first"] == second["first"] and len(first["first"]) == 16
     assert first["probe"] == second["probe"] == 4, "three probes are no even share of two ranks"
-    assert first["error"] == "ConnectionError: the server hung up"
-    assert second["error"] == "RuntimeError: rank 0 stopped the run: ConnectionError: the server hung up"
+    assert first["error"] == "Lost: the server hung up"
+    assert second["error"] == "Lost: rank 0 stopped the run: Lost: the server hung up", (
+        "both must ask to be started again"
+    )

@@ -1,13 +1,12 @@
 """The laws of a pool of rollout servers: each completion once, whoever answers, whatever dies."""
 
 import json
-import threading
 import time
 
 import pytest
 
 from rlalign.rollout.server import client
-from tests.rollout_servers import PROMPTS, FakeVLLM, pool_of, publish, sampled
+from tests.rollout_servers import PROMPTS, FakeVLLM, Later, generate, pool_of, publish, right, state, until
 
 
 @pytest.fixture
@@ -20,57 +19,6 @@ def model(tmp_path):
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr(client, "WAITS", (0.01, 0.01))
-
-
-def generate(pool, prompts=PROMPTS, samples=3, seed=5):
-    return pool.generate(prompts, prompt_ids=range(len(prompts)), samples=samples, seed=seed)
-
-
-class Later(threading.Thread):
-    """A call in another thread: its result, or the error it ended with."""
-
-    def __init__(self, call):
-        super().__init__(daemon=True)
-        self.call, self.result, self.error = call, None, None
-        self.start()
-
-    def run(self):
-        try:
-            self.result = self.call()
-        except Exception as error:
-            self.error = error
-
-    def get(self):
-        self.join(10)
-        assert not self.is_alive(), "still waiting"
-        if self.error:
-            raise self.error
-        return self.result
-
-
-def until(condition):
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.005)
-
-
-def state(pool, server):
-    return pool.servers()[server.url].split(" is ")[1].split(" ")[0]
-
-
-def right(rollouts, samples=3, seed=5, version=1):
-    """Every completion of every prompt, once, in order, sampled with its own seed."""
-    assert [r.group_id for r in rollouts] == [g for g in range(len(PROMPTS)) for _ in range(samples)]
-    for i, r in enumerate(rollouts):
-        group, member = divmod(i, samples)
-        prompt, own_seed = PROMPTS[group], (seed * 1_000_003 + group * samples) % 2**31 + member
-        tokens = sampled(prompt, own_seed, 4)
-        assert r.token_ids == [*prompt, *tokens] and r.loss_mask == [False] * len(prompt) + [True] * 4
-        assert r.rollout_logprobs[len(prompt) :] == [-t / 97 for t in tokens]
-        assert r.version_spans == [(len(prompt), len(prompt) + 4, version)]
-        assert r.text == " ".join(map(str, tokens))
-    return True
 
 
 @pytest.mark.parametrize("samples_per_request", [0, 1, 2])
@@ -169,7 +117,6 @@ def test_requests_wait_for_an_update_and_get_the_new_version(model):
         a.gate.set(), b.gate.set()
         time.sleep(0.05)
         assert rollouts.is_alive() and a.calls == b.calls == 0
-        pool.reset_prefix_cache()
         pool.acknowledge(2)
         assert right(rollouts.get(), version=2)
         assert not a.paused and a.policy_version == b.policy_version == pool.policy_version == 2

@@ -10,7 +10,7 @@ import pytest
 
 from rlalign.config import RolloutConfig
 from rlalign.rollout.arguments import as_options, engine_arguments
-from rlalign.rollout.server import client, command, guard, ready
+from rlalign.rollout.server import client, command, every_engine, guard, ready
 from rlalign.rollout.server.launching import Launch, ServerProcess, devices_of, reserve
 from tests.rollout_servers import PROMPTS, FakeVLLM, pool_of, publish
 
@@ -132,6 +132,37 @@ def test_something_else_than_a_server_of_ours_is_refused(model):
 def test_a_missing_rank_is_refused(model):
     with FakeVLLM(model, ranks=2) as server, pytest.raises(RuntimeError, match=f"{server.url}.*1 of 2 rollout ranks"):
         pool_of(model, server)
+
+
+def test_of_a_data_parallel_server_every_engine_must_answer(model):
+    with FakeVLLM(model) as server:
+        server.tells_engines = False
+        with pytest.raises(
+            RuntimeError, match=f"{server.url} .host hopper.: rlalign's plugin is in its workers, but not in its HTTP"
+        ):
+            pool_of(model, server)
+        server.tells_engines, server.engines = True, 2
+        pool = pool_of(model, server)
+        assert [(s["engine"], s["rank"]) for s in pool.status()] == [(server.url, 0), (server.url, 1)]
+        pool.close()
+        server.status["mode"] = "native"
+        with pytest.raises(RuntimeError, match=f"{server.url} .*its head runs in mode 'native'"):
+            pool_of(model, server)
+
+
+def test_vllms_client_for_servers_asks_every_engine_and_numbers_the_ranks_through():
+    class Two:
+        async def call_utility_all_async(self, *asked):
+            return [[{"rank": rank, "at": engine} for rank in range(2)] for engine in "ab"]
+
+        async def call_utility_async(self, *asked):
+            return ["what vLLM returns", *asked]
+
+    ask = every_engine._ask_every_engine
+    found = asyncio.run(ask(Two(), "rlalign_status", 1.0, ("x",)))
+    assert [(a["at"], a["rank"], a["engines"]) for a in found] == [("a", 0, 2), ("a", 1, 2), ("b", 2, 2), ("b", 3, 2)]
+    theirs = asyncio.run(ask(Two(), "their_own_method", 2.0))
+    assert theirs == ["what vLLM returns", "collective_rpc", "their_own_method", 2.0, (), None]
 
 
 def test_a_server_that_is_not_there_is_named(model):

@@ -53,11 +53,12 @@ def call(tmp_path):
 
 
 def test_pyxis_gets_the_image_and_the_folder_as_options_of_srun(call, tmp_path):
-    ((_, *words),) = call("single_node.sbatch", "a=1", RLALIGN_CONTAINER="/images/rlalign.sqsh")
+    image = {"RLALIGN_CONTAINER": "/images/rlalign.sqsh", "RLALIGN_MOUNTS": "/models:/models,/d:/data"}
+    ((_, *words),) = call("single_node.sbatch", "a=1", **image)
     command = words.index("bash")
     assert words[command - 6 : command] == [
         *("--container-image", "/images/rlalign.sqsh"),
-        *("--container-mounts", f"{tmp_path}:{tmp_path}"),
+        *("--container-mounts", f"{tmp_path}:{tmp_path},/models:/models,/d:/data"),
         *("--container-workdir", str(tmp_path)),
     ]
     assert words[command + 1 :][:2] == [f"{tmp_path}/slurm/rank.sh", "a=1"]
@@ -82,13 +83,16 @@ def test_modules_are_loaded_in_their_order_before_anything_runs(call):
 def test_servers_get_the_last_nodes_and_their_share_of_the_gpus(call):
     calls = call(
         "multi_node.sbatch", "a=1", hosts="n1 n2 n3 n4 n5", RLALIGN_SERVER_NODES="2", RLALIGN_SERVERS_PER_NODE="4",
-        SLURM_GPUS_PER_NODE="h100:8",
+        SLURM_GPUS_PER_NODE="h100:8", SLURM_CPUS_PER_TASK="12",
     )  # fmt: skip
     servers = next(words for words in calls if any("server.sh" in word for word in words))
     trainers = next(words for words in calls if any("rank.sh" in word for word in words))
-    assert {"--nodes=3", "--ntasks=24", "--nodelist=n1,n2,n3", "--kill-on-bad-exit=1"} <= set(trainers)
+    assert {"--nodes=3", "--ntasks=24", "--nodelist=n1,n2,n3", "--kill-on-bad-exit=1", "--cpus-per-task=12"} <= set(
+        trainers
+    )
     assert {"--nodes=2", "--ntasks=8", "--ntasks-per-node=4", "--nodelist=n4,n5", "--gpus-per-task=2"} <= set(servers)
     assert "--kill-on-bad-exit=1" not in servers, "one dead server would end them all"
+    assert "--cpus-per-task=12" not in servers, "a server may use its whole share of the node"
     assert "rollout.wait_for=8" in trainers and "rollout.wait_for=8" in servers
 
 

@@ -46,7 +46,7 @@ def test_every_worker_gets_every_tensor(tmp_path, kind, size):
         t.nbytes for t in weights.values()
     )
     assert report.buckets == {1: 41, 1000: report.buckets, 10**6: 1}[size] and list(tmp_path.iterdir()) == []
-    assert workers.events[-2:] == ["reset_prefix_cache", "acknowledge"]
+    assert workers.events[-3:] == ["finish", "finish", "acknowledge"]
 
 
 def test_a_bucket_is_a_safetensors_file(tmp_path):
@@ -80,6 +80,35 @@ def test_neither_the_trainer_nor_the_folder_ever_holds_more_than_stated(tmp_path
     publish(offered(), 1, receiver=workers, transport=FileTransport(tmp_path, bucket_bytes=bucket))
     assert max(seen) <= bucket + large and max(kept) <= 1
     assert sum(seen) / len(seen) < 2 * bucket
+
+
+def test_the_first_bucket_is_filled_while_the_workers_are_suspended_and_begin(tmp_path):
+    filled = threading.Event()
+
+    class Waiting(FileWorkers):
+        def suspend(self, reason):
+            assert filled.wait(20)
+            super().suspend(reason)
+
+    def offered():
+        yield from WEIGHTS
+        filled.set()
+
+    workers = Waiting(A)
+    assert publish(offered(), 1, receiver=workers, shared=tmp_path).buckets == 1
+    assert workers.events[0].startswith("suspend") and workers.events[1:3] == ["whereabouts", "begin"]
+
+
+def test_a_receiver_that_cannot_be_suspended_gets_nothing(tmp_path):
+    class Gone(FileWorkers):
+        def suspend(self, reason):
+            raise RuntimeError(f"no rollout server answered pause: {A} is down")
+
+    workers = Gone(A)
+    with pytest.raises(RuntimeError, match="no rollout server answered pause") as raised:
+        publish(model().items(), 1, receiver=workers, transport=FileTransport(tmp_path, bucket_bytes=1000))
+    assert workers.events == ["abandon"] and list(tmp_path.iterdir()) == []
+    assert "and then: RuntimeError: no rollout server" in raised.value.__notes__[0]
 
 
 def test_what_cannot_be_published_is_refused(tmp_path):

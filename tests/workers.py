@@ -57,9 +57,6 @@ class FileWorkers:
     def suspend(self, reason):
         self.events.append(f"suspend: {reason}")
 
-    def reset_prefix_cache(self):
-        self.events.append("reset_prefix_cache")
-
     def acknowledge(self, version):
         self.events.append("acknowledge")
         self.versions = dict.fromkeys(self.engines, version)

@@ -100,6 +100,12 @@ class RunConfig:
             "requests; use rollout.backend=server, or schedule.mode=one_step_off",
         )
         require(
+            self.schedule.mode is ScheduleMode.synchronous or not self.algo.correction.off or self.schedule.uncorrected,
+            f"schedule.mode={self.schedule.mode.value} without algo.correction: tokens that an older policy sampled would be "
+            "trained on as if the current one had; set algo.correction.preset=tis (or algo=tis; docs/losses.md has the others), or "
+            "schedule.uncorrected=true where that is what you want to see",
+        )
+        require(
             self.schedule.mode is ScheduleMode.synchronous or self.tracking.replay_every == 0,
             f"tracking.replay_every={self.tracking.replay_every} with schedule.mode={self.schedule.mode.value}: a step is "
             "repeated with the weights it trained, and these tokens were sampled by older ones; use schedule.mode=synchronous",

@@ -18,10 +18,11 @@ class ScheduleMode(enum.Enum):
 
 @dataclass(kw_only=True)
 class ScheduleConfig:
-    """Outside `synchronous` set algo.correction too: without it nothing corrects for the policy that sampled the tokens."""
+    """Outside `synchronous` tokens are older than the policy they train: algo.correction is asked for."""
 
     mode: ScheduleMode = ScheduleMode.synchronous
     max_lag: int = 1  # steps that sampling may run ahead of the published weights; more than 1 with in_flight only
+    uncorrected: bool = False  # train on older tokens without algo.correction, as if they were the current policy's
     k3_limit: float = 0.1  # nats per token: old against rollout on tokens of older versions; mismatch.action past it
     probe_every: int = 10  # steps between samples at lag 0, which alone measure the engine mismatch; 0: never
     probe_prompts: int = 4  # one completion each; rounded up to a multiple of the trainer ranks

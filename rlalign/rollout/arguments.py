@@ -8,10 +8,12 @@ from pathlib import Path
 from rlalign.config import RolloutConfig
 from rlalign.rollout.exact import MODE as EXACT
 from rlalign.rollout.head_plugin import SETTINGS_KEY
+from rlalign.rollout.yielding import VARIABLE as YIELDING
 
-ENVIRONMENT = {  # read by vLLM when it is imported; only for where the user has not chosen
+ENVIRONMENT = {  # read when vLLM and our plugin are imported; only for where the user has not chosen
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise every engine pins itself to core 0
     "VLLM_NO_USAGE_STATS": "1",
+    YIELDING: "1",
 }
 Arguments = dict[str, str | int | float | bool | dict[str, dict[str, str]] | None]
 

@@ -12,7 +12,8 @@ from rlalign.rollout import handshake, own_process
 from rlalign.rollout.arguments import ENVIRONMENT, Arguments, engine_arguments, engine_environment
 from rlalign.rollout.exact import building
 from rlalign.rollout.surface import EMBEDDED, expected_mode, group_seed, kv_spans, labelled, require_room, spec_of
-from rlalign.rollout.versions import has_weight_version
+from rlalign.rollout.texts import core_of, said, texts
+from rlalign.rollout.versions import has_output_spans, has_weight_version
 from rlalign.types import LogprobSpec, Rollout
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class VLLMEngine:
         # never come.
         with self._processes.starting(beside_training or int(os.environ.get("WORLD_SIZE", "1")) > 1):
             self._llm = _start(arguments, engine_environment(config), exact=exact)
+        self._core = core_of(self._llm.get_tokenizer())
+        self._reports_spans = has_output_spans(self.version)
         self._refusal: str | None = None
         self._proven_live = False
         self.policy_version = 0
@@ -82,10 +85,11 @@ class VLLMEngine:
         require_room(prompts, prompt_ids, self.config)
         params = [self._sampling(samples, seed=group_seed(seed, group, samples)) for group in range(len(prompts))]
         outputs = self.request(prompts, params)
+        found = self._texts(prompts, outputs)
         rollouts = [
-            self._rollout(prompt, completion, prompt_id=prompt_id, group_id=group)
-            for group, (prompt, prompt_id, output) in enumerate(zip(prompts, prompt_ids, outputs, strict=True))
-            for completion in output.outputs
+            self._rollout(prompts[group], completion, prompt_id=prompt_ids[group], group_id=group, text=text)
+            for group, (output, of_group) in enumerate(zip(outputs, found, strict=True))
+            for completion, text in zip(output.outputs, of_group, strict=True)
         ]
         if not self._proven_live:
             handshake.require_called(self.status())
@@ -102,7 +106,7 @@ class VLLMEngine:
         self._refuse_if_in_doubt()
         plain = LogprobSpec(head_dtype=self.spec.head_dtype)
         self.spec.require_equal(plain, what="scoring through prompt_logprobs")
-        params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0)
+        params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
         outputs = self.request(sequences, [params] * len(sequences))
         return [
             [0.0] + [entry[token].logprob for entry, token in zip(o.prompt_logprobs[1:], sequence[1:], strict=True)]
@@ -117,7 +121,8 @@ class VLLMEngine:
         from vllm import SamplingParams
 
         self._refuse_if_in_doubt()
-        params = [SamplingParams(max_tokens=1, temperature=1.0, logprobs=1, logprob_token_ids=[t]) for t in tokens]
+        of_token = {"max_tokens": 1, "temperature": 1.0, "logprobs": 1, "detokenize": False}
+        params = [SamplingParams(**of_token, logprob_token_ids=[t]) for t in tokens]
         outputs = self.request(prefixes, params)
         logprobs = [o.outputs[0].logprobs[0][token].logprob for o, token in zip(outputs, tokens, strict=True)]
         return logprobs, sum(o.num_cached_tokens or 0 for o in outputs)
@@ -167,7 +172,8 @@ class VLLMEngine:
             )
 
     def acknowledge(self, version: int) -> None:
-        """Stamp `version` on everything sampled from now on."""
+        """Stamp `version` on everything sampled from now on, with no key/value block of older weights."""
+        self.reset_prefix_cache()
         self.ask("rlalign_acknowledge", version)
         if has_weight_version(self.version):
             self._llm.update_weight_version(str(version))
@@ -224,32 +230,42 @@ class VLLMEngine:
             min_p=c.min_p,
             max_tokens=c.max_tokens,
             logprobs=0,
+            flat_logprobs=True,
+            detokenize=self._core is None,
             seed=seed,
         )
 
+    def _texts(self, prompts: Sequence[Sequence[int]], outputs: Sequence[RequestOutput]) -> list[list[str]]:
+        if self._core is None:
+            return [[completion.text for completion in output.outputs] for output in outputs]
+        sampled = [[said(c.token_ids, c.finish_reason) for c in output.outputs] for output in outputs]
+        return texts(self._core, prompts, sampled)
+
     def _rollout(
-        self, prompt: Sequence[int], completion: CompletionOutput, *, prompt_id: int, group_id: int
+        self, prompt: Sequence[int], completion: CompletionOutput, *, prompt_id: int, group_id: int, text: str
     ) -> Rollout:
-        tokens = list(completion.token_ids)
+        tokens, flat = list(completion.token_ids), completion.logprobs
+        if [flat.token_ids[first] for first in flat.start_indices] != tokens:
+            raise RuntimeError(
+                f"vLLM {self.version} gave logprobs of other tokens than it sampled for prompt {prompt_id}"
+            )
         start = len(prompt)
         spans = self._spans(completion, start, len(tokens))
         return Rollout(
             token_ids=[*prompt, *tokens],
             loss_mask=[False] * start + [True] * len(tokens),
-            rollout_logprobs=[0.0] * start + [e[t].logprob for e, t in zip(completion.logprobs, tokens, strict=True)],
+            rollout_logprobs=[0.0] * start + [flat.logprobs[first] for first in flat.start_indices],
             prompt_id=prompt_id,
             group_id=group_id,
             finish_reason=completion.finish_reason,
             version_spans=spans,
             kv_spans=kv_spans(spans),
-            text=completion.text,
+            text=text,
         )
 
     def _spans(self, completion: CompletionOutput, start: int, count: int) -> list[tuple[int, int, int]]:
         """From vLLM where it reports them; before that from the version held, which cannot change while `generate` runs."""
-        from rlalign.rollout.versions import has_output_spans
-
-        if not has_output_spans(self.version):
+        if not self._reports_spans:
             return [(start, start + count, self.policy_version)]
         return [(start + s.start, start + s.end, int(s.version)) for s in completion.weight_versions]
 

@@ -52,7 +52,9 @@ class GlooTransferEngine(WeightTransferEngine[GlooInit, GlooUpdate]):
     def init_transfer_engine(self, init_info: GlooInit) -> None:
         """Join the trainer's group, leaving an older one. Raises RuntimeError when that takes longer than the timeout."""
         self.shutdown()
-        name = worker_name(init_info.engine, self.parallel_config.rank)
+        parallel = self.parallel_config
+        rank = parallel.data_parallel_index * parallel.world_size + parallel.rank  # over all engines of the server
+        name = worker_name(init_info.engine, rank)
         self._group = GlooGroup.join(
             init_info.address, init_info.port, init_info.size, name=name, timeout_s=init_info.timeout_s
         )

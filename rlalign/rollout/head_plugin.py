@@ -7,13 +7,15 @@ This module therefore imports nothing heavy, and a layer that finds no rlalign s
 
 from __future__ import annotations
 
+import os
+
 SETTINGS_KEY = "rlalign"  # in vLLM's additional_config: {"rlalign": {"head_dtype": "float32", "mode": "auto"}}
 SLOT = "LogitsProcessor"  # vLLM's layer from hidden states to logits, not its sampling plug-ins of the same name
 GLOO_TRANSFER = "rlalign_gloo"  # our weight-transfer backend, for WeightTransferConfig(backend=...)
 
 
 def register() -> None:
-    """Put our layer in vLLM's slot for LogitsProcessor, install the epoch hooks and the gloo transport. Idempotent.
+    """Put our layer in vLLM's slot for LogitsProcessor; install epoch hooks, gloo transport, RPCs to every engine. Idempotent.
 
     A slot that another plugin holds is left alone: the handshake names the holder and stops runs that need ours.
     """
@@ -21,7 +23,8 @@ def register() -> None:
     from vllm.model_executor.custom_op import op_registry_oot
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
-    from rlalign.rollout import epoch_hooks, exact, own_process, versions
+    from rlalign.rollout import epoch_hooks, exact, own_process, versions, yielding
+    from rlalign.rollout.server import every_engine
 
     if SLOT in op_registry_oot:
         return
@@ -34,6 +37,10 @@ def register() -> None:
     epoch_hooks.install()
     if exact.enabled():  # engines in processes of their own learn it here
         exact.register()
+    if versions.has_output_spans(vllm.__version__):  # the version whose sources these two were written for
+        every_engine.install()
+        if os.environ.get(yielding.VARIABLE) == "1":
+            yielding.install()
     if versions.has_weight_transfer(vllm.__version__):
         from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 

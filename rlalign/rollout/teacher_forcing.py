@@ -69,7 +69,7 @@ def _request(engine: VLLMEngine, batch: RolloutBatch, i: int, route: Route) -> t
     tokens = batch.token_ids_BL[i][batch.attention_mask_BL[i]].tolist()
     extra: dict[str, object] = {SEQUENCE_KEY: i}
     if route is Route.prefill:
-        params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, extra_args=extra)
+        params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False, extra_args=extra)
         return tokens, params
     start = int(batch.loss_mask_BL[i].int().argmax())
     forced = tokens[start:]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -65,6 +66,7 @@ class Run:
         self.directory, self.name, self.last_step = Path(directory), name, -1
         self._config = files.jsonable(config, "config")
         self._began, self._open, self._alerts = time.monotonic(), True, 0
+        self._one = threading.RLock()  # events come from other threads too, and backends are made for one
         self._places = places or Places(wandb_mode=wandb_mode)
         backends.require_installed(self._places)
         self._backends: dict[str, Backend] = backends.endpoint(self._places, name=name, project=project)
@@ -158,14 +160,16 @@ class Run:
         self._metrics.write(files.encode_row({"step": step, "seconds": round(self._seconds(), 3), **row}) + "\n")
         self._metrics.flush()
         self.last_step = step
-        for backend in self._backends.values():
-            backend.log(step, row | {ALERTS: self._alerts})
+        with self._one:
+            for backend in self._backends.values():
+                backend.log(step, row | {ALERTS: self._alerts})
 
     def log_histogram(self, step: int, name: str, values: np.ndarray | Sequence[float]) -> None:
         """A distribution for the dashboards; the values themselves are in the token files."""
         self._require_open("log_histogram")
-        for backend in self._backends.values():
-            backend.log_histogram(step, name, values)
+        with self._one:
+            for backend in self._backends.values():
+                backend.log_histogram(step, name, values)
 
     def log_tokens(self, step: int, columns: Mapping[str, Column]) -> Path:
         """Write tokens/step-NNNNNN.parquet, one row per token; see `tokens.SCHEMA` for the columns.
@@ -179,8 +183,9 @@ class Run:
             for name, column in HISTOGRAMS.items():
                 self.log_histogram(step, name, sampled[column])
             worst = worst_tokens(step, sampled)
-            for backend in self._backends.values():
-                backend.log_table(step, WORST, worst)
+            with self._one:
+                for backend in self._backends.values():
+                    backend.log_table(step, WORST, worst)
         return path
 
     def log_timeline(self, spans: Iterable[Span]) -> None:
@@ -204,13 +209,14 @@ class Run:
         files.write_json(self.directory / files.HEAD_STATUS, statuses)
 
     def event(self, kind: str, message: str) -> None:
-        """Something a reader of the run must know: an alert, a repair, a failure."""
+        """Something a reader of the run must know: an alert, a repair, a failure. From any thread."""
         line = {"time": _now(), "step": self.last_step, "kind": kind, "message": message}
-        self._events.write(json.dumps(line) + "\n")
-        self._events.flush()
-        self._alerts += kind.startswith(("alert/", "drift/drift"))
-        for backend in self._backends.values():
-            backend.event(self.last_step, kind, message)
+        with self._one:
+            self._events.write(json.dumps(line) + "\n")
+            self._events.flush()
+            self._alerts += kind.startswith(("alert/", "drift/drift"))
+            for backend in self._backends.values():
+                backend.event(self.last_step, kind, message)
 
     def finish(self, summary: dict) -> None:
         """Write summary.json and close the run as finished. Raises ValueError for a summary that is not plain data."""

@@ -18,7 +18,14 @@ from transformers.utils import logging
 from rlalign import logprobs
 from rlalign.config import CriticConfig, TrainerConfig
 from rlalign.trainer import packed_attention
-from rlalign.trainer.deepspeed_setup import STATE_TAG, adamw, deepspeed_settings, join_process_group, take_step
+from rlalign.trainer.deepspeed_setup import (
+    STATE_TAG,
+    adamw,
+    deepspeed_settings,
+    join_process_group,
+    load_checkpoint,
+    take_step,
+)
 from rlalign.trainer.head_mirror import Tokens
 from rlalign.trainer.network import ScoringNetwork, full_weights, load
 from rlalign.trainer.passes import LossFunction, Passes
@@ -72,6 +79,7 @@ class Critic:
         if (score_1D := _score_head(model)) is not None:
             network.value_head.weight.data.copy_(score_1D)
         scoring = ScoringNetwork(network)
+        self._config, self._lr = trainer, critic.lr
         optimizer = adamw(scoring.parameters(), trainer, lr=critic.lr)
         self._engine, *_ = deepspeed.initialize(model=scoring, optimizer=optimizer, config=settings)
         attention = body.config._attn_implementation
@@ -107,7 +115,7 @@ class Critic:
             raise ValueError(
                 f"{folder}: no critic was saved there, so its run had none; resume with algo.advantage=group, or start anew"
             )
-        self._engine.load_checkpoint(folder, tag=STATE_TAG)
+        load_checkpoint(self._engine, folder, self._config, lr=self._lr)
 
     def close(self) -> None:
         """Release DeepSpeed's buffers."""

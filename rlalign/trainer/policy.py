@@ -18,7 +18,14 @@ from torch import Tensor
 from rlalign import ranks
 from rlalign.config import AlgoConfig, TrainerConfig
 from rlalign.trainer import packed_attention
-from rlalign.trainer.deepspeed_setup import STATE_TAG, adamw, deepspeed_settings, join_process_group, take_step
+from rlalign.trainer.deepspeed_setup import (
+    STATE_TAG,
+    adamw,
+    deepspeed_settings,
+    join_process_group,
+    load_checkpoint,
+    take_step,
+)
 from rlalign.trainer.head_mirror import HeadStatus, mirror
 from rlalign.trainer.network import ScoringNetwork, full_weights, load, padded_inputs
 from rlalign.trainer.passes import LossFunction, Passes
@@ -53,7 +60,7 @@ class Policy:
         if config.threads:
             torch.set_num_threads(config.threads)
         join_process_group()
-        self._config = config
+        self._config, self._lr = config, algo.lr
         settings = deepspeed_settings(config, dtype)
         form = {"exact": exact, "attention": config.attention, "packed": config.pack_tokens > 0}
         network = load(model, dtype, settings, checkpointing=config.gradient_checkpointing, **form)
@@ -154,8 +161,8 @@ class Policy:
     def load_state(self, folder: Path) -> None:
         """Continue from `save_state`; the version goes back with the weights. Raises RuntimeError when DeepSpeed finds none."""
         whole = self._adapters is None
-        path, state = self._engine.load_checkpoint(folder, tag=STATE_TAG, load_module_strict=whole)
-        if path is None:
+        state = load_checkpoint(self._engine, folder, self._config, lr=self._lr, strict=whole)
+        if state is None:
             raise RuntimeError(f"{folder}: DeepSpeed found no state to load there")
         self.version = state["version"]
         self._refresh_master()

@@ -102,19 +102,20 @@ class FileTransport:
     _folder: Path | None = field(default=None, init=False)
     _count: int = field(default=0, init=False)
 
-    def require_usable(self) -> None:
-        """Raise ValueError for a folder that does not exist here."""
+    def prepare(self) -> None:
+        """Make this publish's folder. Raises ValueError where it has no place here."""
         if not self.shared.is_dir():
             raise ValueError(
                 f"weights.shared={str(self.shared)!r} is no folder; name one that every rollout rank can read"
             )
 
-    def meet(self, receiver: Receiver, workers: list[dict]) -> dict[str, object]:
-        """Make this publish's folder; returns what a worker must know to begin."""
         _sweep(self.shared)
         self._folder = Path(tempfile.mkdtemp(prefix=f"{_own_prefix()}{os.getpid()}-", dir=self.shared))
         self._folder.chmod(0o755)  # workers may run as somebody else
         (self._folder / HELLO).write_text(socket.gethostname())
+
+    def meet(self, receiver: Receiver, workers: list[dict]) -> dict[str, object]:
+        """What a worker must know to begin."""
         return {"route": "files", "hello": str(self._folder / HELLO), "timeout_s": self.timeout_s}
 
     def empty(self, first: int) -> FileBucket:

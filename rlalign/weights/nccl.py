@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rlalign import ranks
 from rlalign.weights.gloo import POLL_S, TRAINER, refuse_problems
 from rlalign.weights.receiver import Receiver
 
@@ -48,7 +49,7 @@ def form(receiver: Receiver, workers: list[dict], *, address: str, port: int, ti
     """Call all workers to address:port (0: a free one) and make the communicator with them. Raises ValueError for a taken port."""
     from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
 
-    port, size = port or _free_port(), 1 + len(workers)
+    port, size = port or ranks.free_port(), 1 + len(workers)
     counts = [sum(w["engine"] == engine for w in workers) for engine in receiver.engines]
     init = {"master_address": address, "master_port": port, "world_size": size, "packed": False}
     args = [
@@ -65,9 +66,3 @@ def form(receiver: Receiver, workers: list[dict], *, address: str, port: int, ti
             ) from error
         refuse_problems(joining.result())
     return NcclGroup(communicator, timeout_s=timeout_s)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]

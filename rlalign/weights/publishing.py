@@ -60,14 +60,12 @@ def publish(
     """
     started = time.perf_counter()
     transport = transport or FileTransport(shared)
-    transport.require_usable()
-    receiver.suspend(f"publishing policy version {version} did not finish")
+    transport.prepare()
     try:
         update = _Update(version, receiver, transport)
         update.carry(named_weights)
         carried = time.perf_counter() - started
         acks = update.prove()
-        receiver.reset_prefix_cache()
         receiver.acknowledge(version)
     except Exception as error:
         _give_up(error, version, receiver)
@@ -119,9 +117,9 @@ class _Update:
         self._workers: list[dict] = []
 
     def carry(self, named_weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Every bucket to every worker: while a thread has the workers take one, the caller's fills the next."""
+        """Every bucket to every worker: while a thread has the workers begin, or take one, the caller's fills the next."""
         failed = True
-        with ThreadPoolExecutor(1, thread_name_prefix="rlalign-publish") as lane:
+        with _lane() as lane:
             try:
                 self._carry(named_weights, lane)
                 failed = False
@@ -129,18 +127,22 @@ class _Update:
                 self._transport.finish(failed=failed)
 
     def _carry(self, named_weights: Iterable[tuple[str, Tensor]], lane: ThreadPoolExecutor) -> None:
-        self._workers = self._receiver.ask("rlalign_whereabouts")
-        begin = self._transport.meet(self._receiver, self._workers) | {"version": self.version}
-        taken: Future[list[dict]] | None = None
+        taken: Future[list[dict]] = lane.submit(self._begin)
         for bucket in filled(named_weights, self._transport.empty):
             self._transport.seal(bucket)
             self._count(bucket)
-            acks = self._receiver.ask("rlalign_begin", begin) if taken is None else taken.result()
-            self._require(acks)
+            self._require(taken.result())
             taken = lane.submit(self._transport.deliver, self._receiver, bucket)
-        if taken is None:
-            raise ValueError("publish: the trainer offered no weights")
         self._require(taken.result())
+        if not self.buckets:
+            raise ValueError("publish: the trainer offered no weights")
+
+    def _begin(self) -> list[dict]:
+        """Nobody generates any more, contact is made, and every worker is open for the weights."""
+        self._receiver.suspend(f"publishing policy version {self.version} did not finish")
+        self._workers = self._receiver.ask("rlalign_whereabouts")
+        told = self._transport.meet(self._receiver, self._workers) | {"version": self.version}
+        return self._receiver.ask("rlalign_begin", told)
 
     def prove(self) -> list[dict]:
         """End the update on every worker; their acknowledgements, none of them with a problem."""
@@ -176,6 +178,16 @@ class _Update:
                 f"publishing policy version {self.version} failed: {told}{more}. The engine must not generate until a full "
                 "publish succeeds."
             )
+
+
+def _lane() -> ThreadPoolExecutor:
+    """A thread on the caller's GPU, where there is one: a new thread would start on the first."""
+    import torch
+
+    name = "rlalign-publish"
+    if not torch.cuda.is_available():
+        return ThreadPoolExecutor(1, name)
+    return ThreadPoolExecutor(1, name, torch.cuda.set_device, (torch.cuda.current_device(),))
 
 
 def _different_replicas(acks: list[dict]) -> list[str]:

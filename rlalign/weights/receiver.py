@@ -25,11 +25,8 @@ class Receiver(Protocol):
     def suspend(self, reason: str) -> None:
         """Refuse to generate from now on, giving `reason`."""
 
-    def reset_prefix_cache(self) -> None:
-        """Forget key/value blocks computed with older weights."""
-
     def acknowledge(self, version: int) -> None:
-        """Stamp the version on everything sampled from now on, and allow generation again."""
+        """Stamp the version on everything sampled from now on, which uses no key/value block of older weights, and allow it."""
 
 
 B = TypeVar("B", bound="Bucket")
@@ -38,8 +35,8 @@ B = TypeVar("B", bound="Bucket")
 class Transport(Protocol[B]):
     """The trainer's end of a way to carry buckets. Nothing of it is shared by two publishes at a time."""
 
-    def require_usable(self) -> None:
-        """Raise ValueError, before anything is suspended, for what this host cannot do."""
+    def prepare(self) -> None:
+        """Before anything is suspended: be ready for `empty`, or raise ValueError for what this host cannot do."""
 
     def meet(self, receiver: Receiver, workers: list[dict]) -> dict[str, object]:
         """Make contact; returns what `rlalign_begin` tells every worker. workers: their `rlalign_whereabouts`."""

@@ -21,5 +21,5 @@ def open_transport(config: WeightsConfig) -> Transport:
     transport = WireTransport(
         config.transport, bucket_bytes=size, timeout_s=config.timeout_s, address=config.address, port=config.port
     )
-    transport.require_usable()
+    transport.prepare()
     return transport

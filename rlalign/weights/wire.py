@@ -78,7 +78,7 @@ class WireTransport:
         self._members: list[tuple] = []
         self._buffers: list[Tensor] = []
 
-    def require_usable(self) -> None:
+    def prepare(self) -> None:
         """Raise ValueError for nccl on a host without a CUDA device."""
         import torch
 

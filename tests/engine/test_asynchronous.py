@@ -43,7 +43,7 @@ def engine(untied, tmp_path_factory):
 def run(untied, engine, monkeypatch):
     close = engine.close
     monkeypatch.setattr(engine, "close", lambda: None)
-    monkeypatch.setattr(assemble, "start_engine", lambda model, config: engine)
+    monkeypatch.setattr(assemble, "start_engine", lambda model, config, say: engine)
     monkeypatch.setattr(Task, "reward", lambda self, prompt, completion: float(len(completion) % 2))
     yield lambda directory, *overrides: train(configured(untied, directory, *overrides))
     monkeypatch.setattr(engine, "close", close)

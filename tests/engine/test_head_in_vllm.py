@@ -78,6 +78,14 @@ def test_sampling_is_reproducible_and_does_not_depend_on_the_batch(engine):
     assert sample(engine, seed=4) != together
 
 
+def test_texts_are_those_that_vllm_itself_would_make(engine, monkeypatch):
+    """The random model says bytes that are no UTF-8, characters cut off in the middle, and special tokens."""
+    ours = sample(engine, seed=5, samples=32)
+    monkeypatch.setattr(engine, "_core", None)
+    assert sample(engine, seed=5, samples=32) == ours
+    assert any("\ufffd" in r.text for r in ours) and {r.finish_reason for r in ours} == {"stop", "length"}
+
+
 def test_breaking_the_patched_path_breaks_the_run(engine, monkeypatch):
     """If the engine could fall through to vLLM's own head, this would still generate."""
     from rlalign.rollout.head_layer import AlignedLogitsProcessor

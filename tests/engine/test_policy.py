@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlalign.config import TrainerConfig
-from tests.engine.updates import flat, plain_loop, start_policy, train
+from tests.engine.updates import LR, flat, plain_loop, start_policy, train
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,21 @@ def test_bfloat16_bodies_train_an_fp32_master(untied, plain, zero_stage):
     policy.close()
     assert found["norms"] == pytest.approx(plain[0], rel=0.05)
     assert float(moved.abs().mean()) == pytest.approx(float(plain[1].abs().mean()), rel=0.05)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_a_learning_rate_that_was_changed_counts_after_a_resume(untied, tmp_path, zero_stage):
+    """DeepSpeed brings the saved run's back with the optimizer, and the accepted change would change nothing."""
+    config = TrainerConfig(zero_stage=zero_stage, micro_batch_size=12)
+    first = start_policy(untied, config, dtype="float32")
+    train(first)
+    first.save_state(tmp_path)
+    slower = start_policy(untied, config, dtype="float32", lr=LR / 10)
+    slower.load_state(tmp_path)
+    first.version = slower.version = 0
+    moved = [float(train(policy)["moved"].abs().mean()) for policy in (first, slower)]
+    first.close(), slower.close()
+    assert moved[1] == pytest.approx(moved[0] / 10, rel=0.3)
 
 
 def test_zero_3_keeps_the_rotary_frequencies_in_float32(untied):

@@ -15,27 +15,17 @@ PROMPT = [1, 40, 41, 42, 43]
 SWITCH = 5  # tokens sampled before the update
 
 
-class WithoutReset:
-    """The engine as a receiver that keeps its keys and values across a publish."""
-
-    def __init__(self, engine) -> None:
-        self.engines, self.suspend, self.acknowledge = engine.engines, engine.suspend, engine.acknowledge
-        self.ask, self.ask_each = engine.ask, engine.ask_each
-
-    def reset_prefix_cache(self) -> None:
-        pass
-
-
 def sampled_across_an_update(engine, new_model, shared: Path):
-    core = engine._llm.llm_engine
+    """With its keys and values kept across the publish."""
+    core, engine.reset_prefix_cache = engine._llm.llm_engine, lambda: None
     core.add_request("in-flight", {"prompt_token_ids": PROMPT}, engine._sampling(1, seed=5))
     outputs, steps = [], 0
     while core.has_unfinished_requests():
         outputs += core.step()
         steps += 1
         if steps == SWITCH:
-            publish(new_model.named_parameters(), 1, receiver=WithoutReset(engine), shared=shared)
-    return engine._rollout(PROMPT, outputs[-1].outputs[0], prompt_id=0, group_id=0)
+            publish(new_model.named_parameters(), 1, receiver=engine, shared=shared)
+    return engine._rollout(PROMPT, outputs[-1].outputs[0], prompt_id=0, group_id=0, text="")
 
 
 @torch.no_grad()

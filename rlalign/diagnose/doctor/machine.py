@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from rlalign.assemble import resolve_model
 from rlalign.config import Dtype, HeadDtype, RunConfig
+from rlalign.config.weights import WIRE_TRANSPORTS
 from rlalign.diagnose.doctor.check import Check, judged
 
 SKEW = 2.0  # seconds between this clock and a file system's; replays, alerts and reports are ordered by time
@@ -33,9 +35,25 @@ def disks(config: RunConfig) -> Iterator[Check]:
         found = f"weights.shared={shared} does not exist"
         yield Check("shared folder", "problem", found, "name a folder every rank can read")
         return
-    have = shutil.disk_usage(shared).free
-    found = f"{have / 2**20:.0f} MiB free at {shared}, one copy of the weights is {weights / 2**20:.0f} MiB"
-    yield judged("shared folder", have > 1.1 * weights, found, "choose a larger folder with weights.shared")
+    if config.weights.transport in WIRE_TRANSPORTS:
+        yield Check("shared folder", "ok", f"weights.transport={config.weights.transport} does not use it")
+        return
+    have, (need, why) = shutil.disk_usage(shared).free, bucket_bytes(config)
+    found = f"{have / 2**20:.0f} MiB free at {shared}, a publish needs {need / 2**20:.0f} MiB there: {why}"
+    remedy = "free some, lower weights.bucket_mib, or choose a larger folder with weights.shared"
+    yield judged("shared folder", have > 1.1 * need, found, remedy)
+
+
+def bucket_bytes(config: RunConfig) -> tuple[int, str]:
+    """Bytes that lie in weights.shared at once during a publish, and why: two buckets, never more than all weights."""
+    wide = config.model.dtype is Dtype.float32 or config.head_dtype is HeadDtype.master
+    sizes = [count * (4 if wide else 2) for count in _tensors(resolve_model(config.model.path, say=lambda _: None))]
+    bucket, largest = config.weights.bucket_mib * 2**20, max(sizes, default=0)
+    if sum(sizes) <= 2 * max(bucket, largest):
+        return sum(sizes), "all weights, which are less than two buckets"
+    if largest > bucket:
+        return 2 * largest, "two of the largest tensor, larger than weights.bucket_mib"
+    return 2 * bucket, f"two buckets of weights.bucket_mib={config.weights.bucket_mib}"
 
 
 def clock(config: RunConfig) -> Iterator[Check]:
@@ -90,6 +108,17 @@ def _free_memory(config: RunConfig) -> tuple[float, str]:
     lines = Path("/proc/meminfo").read_text().splitlines()
     available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     return available * 2.0**10, "in this machine's memory"
+
+
+def _tensors(model: Path) -> Iterator[int]:
+    """Elements of every tensor of a checkpoint, from its headers. Raises ValueError for a file that is none."""
+    for path in sorted(model.glob("*.safetensors")):
+        with path.open("rb") as file:
+            try:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            except ValueError as error:
+                raise ValueError(f"{path} has no safetensors header ({error}); is the checkpoint whole?") from error
+        yield from (math.prod(about["shape"]) for name, about in header.items() if name != "__metadata__")
 
 
 def _existing(folder: Path) -> Path:

@@ -164,7 +164,9 @@ class VLLMScorer(Scoring):
                 if request.params.task == "generative":
                     ids = request.labels[i]
                     wanted.append(
-                        SamplingParams(max_tokens=1, temperature=1.0, logprobs=len(ids), logprob_token_ids=ids)
+                        SamplingParams(
+                            max_tokens=1, temperature=1.0, logprobs=len(ids), logprob_token_ids=ids, detokenize=False
+                        )
                     )
                 else:
                     wanted.append(_pooling(PoolingParams, request.params, sequence))

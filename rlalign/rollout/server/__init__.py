@@ -6,5 +6,6 @@ dispatch   which server gets which request, and what becomes of a dead server's
 roster     who belongs to the pool: greeted, examined, watched, taken in again; members: what is known of each
 client     one server's HTTP routes; wire: what travels over them
 handshake  what a run refuses; identity: what the workers say of themselves
+every_engine  an RPC reaches all data-parallel engines of a server, and all answer
 command    rlalign rollout-server; ready: how servers are found; guard: the key in front of them
 """

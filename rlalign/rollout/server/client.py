@@ -119,7 +119,10 @@ class Client:
         return str(_field(answer.content, "version", self.url))
 
     async def pause(self, timeout: float) -> None:
-        """Stop between two engine steps; running requests stay, and their keys and values are computed again afterwards."""
+        """Stop between two engine steps; running requests stay, and their keys and values are computed again afterwards.
+
+        Blocks of the prefix cache go, too: vLLM answers with an error, here Refused, where it keeps some.
+        """
         await self._post("/pause?mode=keep&clear_cache=true", b"{}", timeout)
 
     async def resume(self, timeout: float) -> None:
@@ -128,10 +131,6 @@ class Client:
     async def stamp(self, label: str, timeout: float) -> None:
         """Label what is sampled from now on; only while paused."""
         await self._post("/update_weight_version", json.dumps({"new_version": label}).encode(), timeout)
-
-    async def reset_prefix_cache(self, timeout: float) -> bool:
-        """False where blocks of it are still in use."""
-        return _field(await self._post("/reset_prefix_cache", b"{}", timeout), "success", self.url) is True
 
     # --- inside ---
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rlalign.rollout import handshake
 from rlalign.rollout.server.client import Client, Refused
+from rlalign.rollout.server.every_engine import ENGINES
 from rlalign.rollout.server.identity import digests
 from rlalign.rollout.surface import expected_mode
 from rlalign.rollout.versions import has_output_spans
@@ -38,7 +39,8 @@ class Greeting:
     version: str  # vLLM's
     mode: str  # of its head
     life: str
-    ranks: int
+    engines: int  # data-parallel ones behind its url
+    ranks: int  # of all of them
 
 
 async def greet(client: Client, wanted: Wanted) -> Greeting:
@@ -60,13 +62,22 @@ async def greet(client: Client, wanted: Wanted) -> Greeting:
         ) from missing
     if reason:
         raise Refused(f"{client.url} (host {identities[0]['host']}) {reason}", 200)
+    engines = int(identities[0].get(ENGINES, 1))
     mode = expected_mode(wanted.head_dtype, wanted.head_mode, exact=wanted.exact, device=str(identities[0]["device"]))
     statuses = await client.rpc("rlalign_status", (), PATIENCE)
     try:
-        handshake.require(statuses, mode=mode, ranks=int(identities[0]["ranks"]))
+        handshake.require(statuses, mode=mode, ranks=int(identities[0]["ranks"]) * engines)
     except RuntimeError as error:
         raise Refused(f"{client.url} (host {identities[0]['host']}): {error}", 200) from error
-    return Greeting(url=client.url, version=version, mode=mode, life=str(identities[0]["life"]), ranks=len(statuses))
+    if ENGINES not in identities[0]:
+        raise Refused(
+            f"{client.url} (host {identities[0]['host']}): rlalign's plugin is in its workers, but not in its HTTP process, which "
+            "passes on what the first of its data-parallel engines answers and nothing of the others; start it with `rlalign "
+            "rollout-server`",
+            200,
+        )
+    life = str(identities[0]["life"])
+    return Greeting(url=client.url, version=version, mode=mode, life=life, engines=engines, ranks=len(statuses))
 
 
 def require_same_version(greeting: Greeting, others: Iterable[Greeting]) -> None:

@@ -31,7 +31,7 @@ class IdentityExtension:
             "max_model_len": model.max_model_len,
             "logprobs_mode": str(model.logprobs_mode),
             "device": self.vllm_config.device_config.device_type,
-            "ranks": parallel.world_size_across_dp,
+            "ranks": parallel.world_size,  # of this engine
         }
 
 

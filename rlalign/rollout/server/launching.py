@@ -157,18 +157,19 @@ class ServerProcess:
         return f". The end of {self._log}:\n{self._log.read_text(errors='replace')[-TAIL:]}"
 
 
-def open_pool(launch: Launch, *, logs: Path) -> ServerPool:
+def open_pool(launch: Launch, *, logs: Path, say: Callable[[str], None] = lambda message: None) -> ServerPool:
     """The servers that the configuration names: started here, running at urls, or announced in a folder.
 
-    logs: of those started here, which end with the pool. Raises RuntimeError naming each that is not ready or not right.
+    logs: of those started here, which end with the pool. say: see ServerPool.
+    Raises RuntimeError naming each that is not ready or not right.
     """
     config, key = launch.config, os.environ.get(guard.KEY_VARIABLE) or None
     if not config.start:
         count = len(config.servers) or config.wait_for
-        return ServerPool(config.servers, config, launch.wanted(), count=count, key=key)
+        return ServerPool(config.servers, config, launch.wanted(), count=count, key=key, say=say)
     started = start_all(launch, config.start, logs=logs)
     urls = [server.url for server in started]
-    return ServerPool(urls, config, launch.wanted(), count=len(urls), stop=lambda: stop_all(started))
+    return ServerPool(urls, config, launch.wanted(), count=len(urls), stop=lambda: stop_all(started), say=say)
 
 
 def start_all(launch: Launch, count: int, *, logs: Path) -> list[ServerProcess]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -22,6 +23,7 @@ from rlalign.rollout.server.wire import Completion
 from rlalign.rollout.surface import require_room, spec_of
 from rlalign.types import Rollout
 
+SURE = 4  # completions for every further engine of a server, after which each of them has had one
 NOT_YET = "no weights were published to the servers yet"
 Answered = TypeVar("Answered")
 
@@ -44,10 +46,12 @@ class ServerPool:
         count: int,
         key: str | None = None,
         stop: Callable[[], None] = lambda: None,
+        say: Callable[[str], None] = lambda message: None,
     ) -> None:
         """Greet `count` servers: those at `urls` and those announced in rollout.server_folder.
 
-        key: of servers that ask for one; stop: ends servers that were started for this pool, when it is closed.
+        key: of servers that ask for one; stop: ends servers that were started for this pool, when it is closed; say: writes down
+        what became of servers and requests, from any thread.
         Raises RuntimeError naming each server that does not answer, or that this run must not use.
         """
         self.config, self.spec = config, spec_of(config, wanted.head_dtype)
@@ -55,15 +59,17 @@ class ServerPool:
         self.engines: list[str] = []
         self._run = uuid.uuid4().hex[:8]  # whose weights a server has: part of every label
         self._update: asyncio.TimerHandle | None = None  # under way; its timer ends the patience of those who wait
-        self._answered: set[str] = set()  # urls that have delivered
+        self._answered: Counter[str] = Counter()  # completions that each life has delivered
         self._proven_live: set[str] = set()  # lives of the processes whose head was seen called
         self._watching: asyncio.Future | None = None
         self._stop = stop
         self._closed = False
+        self._served = False  # there was an acknowledged version
+        self._told = 0  # of `reissued`, those that were written down
         self._dispatcher = Dispatcher(
             config, refusal=NOT_YET, read=self._versions, trouble=lambda m, why: self._roster.examine(m, why)
         )
-        self._roster = Roster(config, wanted, key=key, changed=self._dispatcher.pump, left=self._left)
+        self._roster = Roster(config, wanted, key=key, changed=self._dispatcher.pump, left=self._left, say=say)
         self._dispatcher.members = self._roster.members
         self._loop = LoopThread("rlalign-rollout-servers")
         try:
@@ -89,6 +95,7 @@ class ServerPool:
         require_room(prompts, prompt_ids, self.config)
         requests = wire.cut(prompts, prompt_ids, samples=samples, seed=seed, config=self.config)
         answers = self._loop.call(self._dispatcher.run(requests))
+        self._tell_reissued()
         rollouts = [
             rollout
             for request, (completions, versions) in zip(requests, answers, strict=True)
@@ -114,26 +121,15 @@ class ServerPool:
     # --- the receiving side of weights.publish ---
 
     def suspend(self, reason: str) -> None:
-        """Pause every server, and take in those that came back: they get the weights that are published next.
+        """Pause every server, without a key/value block left, and take in those that came back: they get the next weights.
 
         `engines` is who takes part from now on. A second call before `acknowledge` says that the update failed: whoever waits
         for it is told.
         """
         self._loop.call(self._suspend(reason))
 
-    def reset_prefix_cache(self) -> None:
-        """Forget key/value blocks of older weights. Raises RuntimeError where a server keeps some."""
-        timeout = self.config.pause_timeout_s
-
-        async def reset(member: Member) -> None:
-            if not await member.client.reset_prefix_cache(timeout):
-                raise RuntimeError(f"{member.url} did not reset its prefix cache: blocks of the old weights are in use")
-
-        self._loop.call(self._of_all(self.engines, reset, "reset_prefix_cache"))
-
     def acknowledge(self, version: int) -> None:
         """Stamp `version` on everything sampled from now on, then let every server go on."""
-        self.ask("rlalign_acknowledge", version)
         self._loop.call(self._acknowledge(version))
 
     # --- evidence ---
@@ -216,16 +212,32 @@ class ServerPool:
 
     async def _acknowledge(self, version: int) -> None:
         timeout = self.config.pause_timeout_s
-        await self._of_all(self.engines, lambda m: m.client.stamp(f"{self._run}/{version}", timeout), "stamp")
+
+        async def told(member: Member) -> None:
+            workers = member.client.rpc("rlalign_acknowledge", (version,), timeout)
+            label = member.client.stamp(f"{self._run}/{version}", timeout)
+            for answer in await asyncio.gather(workers, label, return_exceptions=True):
+                if isinstance(answer, BaseException):
+                    raise answer
+
+        await self._of_all(self.engines, told, "acknowledge")
         self.policy_version = version
         await self._of_all(self.engines, lambda m: m.client.resume(timeout), "resume")
         for member in self._roster.members:
             if member.url in self.engines:
+                if member.state is State.JOINING and self._served:
+                    self._roster.tell(f"{member.url} joins the pool with policy version {version}")
                 member.becomes(State.SERVING)
+        self._served = True
         if self._update is not None:
             self._update.cancel()
         self._update = None
         self._dispatcher.release()
+
+    def _tell_reissued(self) -> None:
+        again, self._told = self.reissued - self._told, self.reissued
+        if again:
+            self._roster.tell(f"{again} requests were asked for again, after a server did not answer them")
 
     def _versions(self, member: Member, completions: Sequence[Completion]) -> list[list[int]]:
         """Of every span. A label that this pool did not give means weights that nobody here knows."""
@@ -238,7 +250,7 @@ class ServerPool:
             )
             self._roster.leaves(member, State.JOINING, why)
             raise Unreachable(f"{member.url}: {why}")
-        self._answered.add(member.url)
+        self._answered[member.life] += len(completions)
         return [[int(span.version.split("/")[1]) for span in c.weight_versions or ()] for c in completions]
 
     def _is_ours(self, label: str) -> bool:
@@ -246,12 +258,16 @@ class ServerPool:
         return run == self._run and version.isdigit() and int(version) <= self.policy_version
 
     def _prove_live(self) -> None:
-        """After a server's first answers: its patched head must have been executed on every rank."""
+        """After a server's first answers: its patched head must have been executed on every rank, of every engine."""
         life_of = {m.url: m.life for m in self._roster.members}
-        new = [url for url in self.engines if url in self._answered and life_of[url] not in self._proven_live]
+        new = [url for url in self.engines if life_of[url] in self._answered.keys() - self._proven_live]
         if new:
-            handshake.require_called(self._ask("rlalign_status", dict.fromkeys(new, ())))
-            self._proven_live.update(life_of[url] for url in new)
+            statuses = self._ask("rlalign_status", dict.fromkeys(new, ()))
+            idle = {s["engine"] for s in statuses if not s["calls"]}
+            engines = {url: self._roster.greetings[url].engines for url in new}
+            due = {url for url in new if self._answered[life_of[url]] > SURE * (engines[url] - 1)}
+            handshake.require_called([s for s in statuses if s["engine"] in due])
+            self._proven_live.update(life_of[url] for url in new if url not in idle)
 
     async def _end(self) -> None:
         if self._watching is not None:

@@ -32,9 +32,11 @@ class Roster:
         key: str | None,
         changed: Callable[[], None],
         left: Callable[[Member], None],
+        say: Callable[[str], None],
     ) -> None:
-        """changed: called after a member's state did; left: with a member that serves no more."""
+        """changed: called after a member's state did; left: with a member that serves no more; say: of the run's events."""
         self._config, self._wanted, self._key, self._changed, self._left = config, wanted, key, changed, left
+        self._say = say
         self._folder = Path(config.server_folder) if config.server_folder else None
         self._examinations: set[asyncio.Task] = set()
         self.members: list[Member] = []
@@ -65,7 +67,7 @@ class Roster:
                 return
             missing = "; ".join(m.describe() for m in self.of(State.DOWN)) or f"nothing else in {self._folder}"
             if loop.time() > tell:
-                log.warning("waiting for rollout servers (%d of %d): %s", len(self.of(State.JOINING)), count, missing)
+                self.tell(f"waiting for rollout servers ({len(self.of(State.JOINING))} of {count}): {missing}")
                 tell += TOLD_EVERY
             if loop.time() > end:
                 raise RuntimeError(
@@ -95,11 +97,17 @@ class Roster:
 
     def leaves(self, member: Member, state: State, why: str) -> None:
         """The member gets nothing more; what is in flight there is asked for elsewhere."""
-        if member.state in ALIVE:
-            log.warning("%s leaves the pool: %s", member.url, why)
+        served, inside = member.state in ALIVE, len(member.calls)
         member.becomes(state, why)
         self._left(member)
         self._changed()
+        if served:
+            self.tell(f"{member.url} leaves the pool with {inside} requests in flight: {why}")
+
+    def tell(self, message: str) -> None:
+        """What whoever watches the run, or reads its files later, should know."""
+        log.warning("%s", message)
+        self._say(message)
 
     async def close(self) -> None:
         for task in self._examinations:
@@ -144,7 +152,7 @@ class Roster:
             member.becomes(State.DOWN, str(error))
         except RuntimeError as error:
             if member.why != str(error):
-                log.warning("%s", error)
+                self.tell(str(error))
             member.becomes(State.REFUSED, str(error))
         else:
             self.greetings[member.url], member.life = greeting, greeting.life
@@ -171,4 +179,4 @@ class Roster:
                     return
             await asyncio.sleep(min(1.0, self._config.health_every_s))
         if member.state is State.SUSPECT:
-            self.leaves(member, State.DOWN, f"{why}, after {reason}")
+            self.leaves(member, State.DOWN, reason if why in reason else f"{why}, after {reason}")

@@ -221,7 +221,8 @@ class _Steps:
             self.reasons |= new
             self.run.event("reward", f"step {step}: {result.rewards.describe_failed()}")
         metrics = before | result.metrics | self._drift_metrics(step, result)
-        metrics |= ranks.on_first(lambda: observe.server_metrics(self.engine))
+        if ranks.rank() == 0:  # whose row every rank gets
+            metrics |= observe.server_metrics(self.engine)
         if config.mismatch.head_every and step % config.mismatch.head_every == 0:
             with self.run.timed(step, "head"):
                 metrics |= observe.head_in_isolation(self.engine, self.policy, result, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +22,14 @@ KNOWN = {"rlalign_identity", "rlalign_status", "rlalign_acknowledge", "rlalign_h
 def sampled(prompt: list[int], seed: int, count: int) -> list[int]:
     """What "the model" says: it depends on prompt and seed alone."""
     return [(sum(prompt) * 31 + seed * 7 + i * i) % 97 for i in range(count)]
+
+
+def named_model(folder: Path, **said: str) -> Path:
+    """What a run knows of its model before any weight is read; said: more of the configuration."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 97, "hidden_size": 8} | said))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
 
 
 class FakeVLLM(http_servers.Server):

@@ -3,12 +3,11 @@
 from types import SimpleNamespace
 
 from rlalign.observe import server_metrics
-from tests.rollout_servers import PROMPTS, FakeVLLM, pool_of, publish
+from tests.rollout_servers import PROMPTS, FakeVLLM, named_model, pool_of, publish
 
 
 def test_the_log_counts_the_servers_that_have_the_newest_weights_and_what_was_asked_for_again(tmp_path):
-    (tmp_path / "config.json").write_text('{"vocab_size": 97, "hidden_size": 8}')
-    (tmp_path / "tokenizer.json").write_text("{}")
+    named_model(tmp_path)
     with FakeVLLM(tmp_path) as steady, FakeVLLM(tmp_path) as restarted:
         pool = pool_of(tmp_path, steady, restarted)
         engine = SimpleNamespace(local=pool)

@@ -6,14 +6,12 @@ import time
 import pytest
 
 from rlalign.rollout.server import client
-from tests.rollout_servers import PROMPTS, FakeVLLM, Later, generate, pool_of, publish, right, state, until
+from tests.rollout_servers import PROMPTS, FakeVLLM, Later, generate, named_model, pool_of, publish, right, state, until
 
 
 @pytest.fixture
 def model(tmp_path):
-    (tmp_path / "config.json").write_text('{"vocab_size": 97, "hidden_size": 8}')
-    (tmp_path / "tokenizer.json").write_text("{}")
-    return tmp_path
+    return named_model(tmp_path)
 
 
 @pytest.fixture(autouse=True)

@@ -12,16 +12,12 @@ from rlalign.config import RolloutConfig
 from rlalign.rollout.arguments import as_options, engine_arguments
 from rlalign.rollout.server import client, command, every_engine, guard, ready
 from rlalign.rollout.server.launching import Launch, ServerProcess, devices_of, reserve
-from tests.rollout_servers import PROMPTS, FakeVLLM, pool_of, publish
+from tests.rollout_servers import PROMPTS, FakeVLLM, named_model, pool_of, publish
 
 
 @pytest.fixture
 def model(tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text('{"vocab_size": 97, "hidden_size": 8, "transformers_version": "5"}')
-    (folder / "tokenizer.json").write_text("{}")
-    return folder
+    return named_model(tmp_path / "model", transformers_version="5")
 
 
 @pytest.fixture(autouse=True)

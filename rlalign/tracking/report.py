@@ -132,7 +132,7 @@ def _mismatch(runs: Sequence[Shown]) -> str:
         "Same weights, same tokens: log_ratio is the trainer's log-probability minus the rollout engine's. "
         "A red cross marks a step whose value is not finite; zeros are drawn on the lower edge."
     )
-    return section("Mismatch at lag 0", grid(charts) if any(charts) else "", lead)
+    return section("Mismatch at lag 0", grid(charts), lead)
 
 
 def _head_alone(runs: Sequence[Shown]) -> str:
@@ -148,7 +148,7 @@ def _head_alone(runs: Sequence[Shown]) -> str:
         "Both heads on the same hidden states: what remains is the projection alone, without the two bodies. Two heads that "
         "round alike can agree with each other and still be far from the policy they stand for: the last chart shows that."
     )
-    return section("The head in isolation", grid(charts) if any(charts) else "", lead)
+    return section("The head in isolation", grid(charts), lead)
 
 
 def _tokens(runs: Sequence[Shown], views: Sequence[TokenView | None]) -> str:

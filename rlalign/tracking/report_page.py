@@ -86,8 +86,9 @@ def wide(svg: str) -> str:
 
 
 def grid(figures: Sequence[str]) -> str:
-    """Charts side by side where there is room."""
-    return f'<div class="grid">{"".join(figures)}</div>'
+    """Charts side by side where there is room; those that are empty take none, and nothing at all is empty too."""
+    found = "".join(figures)
+    return f'<div class="grid">{found}</div>' if found else ""
 
 
 def section(title: str, body: str, lead: str = "") -> str:

@@ -65,8 +65,7 @@ def rewards(runs: Sequence[Shown]) -> str:
         chart(runs, "Cut off by max_tokens", "share of the completions", ("rollout/truncated_frac", ""), neutral=0.0),
         chart(runs, "Samples without a reward", "a step", ("reward/failed", ""), neutral=0.0),
     ]  # fmt: skip
-    charts = [each for each in charts if each]
-    return section("Rewards", grid(charts) if charts else "")
+    return section("Rewards", grid(charts))
 
 
 def _components(runs: Sequence[Shown]) -> list[str]:
@@ -129,7 +128,7 @@ def _model(runs: Sequence[Shown], name: str) -> str:
         "The calibrated probability of every sample against the verifier's word on the same samples, over the window of the "
         "monitor. Labels decide on drift; scores that only moved (PSI, range) are a warning."
     )
-    body = grid([chart for chart in charts if chart]) + (details("The last report", tables) if tables else "")
+    body = grid(charts) + (details("The last report", tables) if tables else "")
     return section(f"Reward model {esc(name)}: drift", body, lead)
 
 

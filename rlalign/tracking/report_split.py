@@ -91,9 +91,8 @@ def staleness(runs: Sequence[Shown]) -> str:
             ("train/k1_old", ""), neutral=0.0,
         ),
     ]  # fmt: skip
-    charts = [each for each in charts if each]
     lead = "Versions are optimizer steps. A quantity that stayed 0 has no chart."
-    return section("Staleness", grid(charts), lead) if charts else ""
+    return section("Staleness", grid(charts), lead)
 
 
 def corrections(runs: Sequence[Shown]) -> str:
@@ -111,9 +110,8 @@ def corrections(runs: Sequence[Shown]) -> str:
         _kept_and_rejected(runs),
         _truncated(runs),
     ]  # fmt: skip
-    charts = [each for each in charts if each]
     lead = "After the raw numbers above. A correction that never did anything has no chart."
-    return section("Corrections", grid(charts), lead) if charts else ""
+    return section("Corrections", grid(charts), lead)
 
 
 def _truncated(runs: Sequence[Shown]) -> str:

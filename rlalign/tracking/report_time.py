@@ -50,7 +50,7 @@ def _steps(runs: Sequence[Shown]) -> str:
     if len(charts) == 1:
         charts.append(tables.phase_table(data[0][1]))
     charts.append(chart(runs, "Sampling speed", "tokens per second of the rollout phase", ("rollout/tokens_per_s", "")))
-    return section("Where the time goes", grid([each for each in charts if each]))
+    return section("Where the time goes", grid(charts))
 
 
 def _busy(runs: Sequence[Shown]) -> str:

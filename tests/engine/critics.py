@@ -13,7 +13,7 @@ from transformers import AutoModel
 from rlalign import corrections, objective
 from rlalign.config import AlgoConfig, CriticConfig, TrainerConfig
 from rlalign.types import TrainBatch
-from tests.engine.updates import ROWS, STEPS, flat, make_batch
+from tests.engine.updates import ROWS, STEPS, flat, make_batch, save_cases
 
 LR, CLIP = 1e-3, 0.05
 CASES = {  # name -> dtype, of the trainer
@@ -100,12 +100,7 @@ def run_case(folder: Path, name: str) -> dict:
 
 
 def main(folder: Path, out: Path) -> None:
-    from rlalign import ranks
-
-    for name in CASES:
-        result = run_case(folder, name)
-        if ranks.rank() == 0:
-            torch.save(result, out / f"{name}.pt")
+    save_cases(CASES, run_case, folder, out)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ import torch
 from rlalign.assemble import SharedReward
 from rlalign.compose import compose
 from rlalign.config import load
-from rlalign.ranks import environment_without_launcher
+from rlalign.ranks import environment_without_launcher, free_port
 from rlalign.reward.mixture import Sample
 from rlalign.reward.training.losses import bradley_terry_loss
 from rlalign.tiny_policy import cached_policy
@@ -107,9 +106,7 @@ def test_the_policy_learns_the_verifiers_task_from_the_reward_model_alone(learne
 
 @pytest.fixture
 def server(reward_model, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port("127.0.0.1")
     log = (tmp_path / "server.log").open("w")
     command = [sys.executable, "-m", "rlalign.cli", "serve", str(reward_model), "--port", str(port)]
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)

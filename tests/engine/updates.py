@@ -4,13 +4,14 @@
 """
 
 import sys
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlalign import corrections, objective
+from rlalign import corrections, objective, ranks
 from rlalign.config import AlgoConfig, LoraConfig, TrainerConfig
 from rlalign.types import LogprobSpec, Rollout, TrainBatch, collate
 
@@ -129,13 +130,16 @@ def run_case(folder: Path, name: str) -> dict:
     return result
 
 
-def main(folder: Path, out: Path) -> None:
-    from rlalign import ranks
-
-    for name in RANK_CASES:
-        result = run_case(folder, name)
+def save_cases(names: Iterable[str], run: Callable[[Path, str], dict], folder: Path, out: Path) -> None:
+    """Every rank runs every case; the first one's results become files of these names."""
+    for name in names:
+        result = run(folder, name)
         if ranks.rank() == 0:
             torch.save(result, out / f"{name}.pt")
+
+
+def main(folder: Path, out: Path) -> None:
+    save_cases(RANK_CASES, run_case, folder, out)
     policy = start_policy(folder, TrainerConfig(zero_stage=3, micro_batch_size=4), dtype="float32")
     policy.save(out / "saved")
     try:

@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rlalign.aligned import require_aligned
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+
+
+EQUAL = 2.0**-21  # relative: four units in float32's last place
 
 
 def group_relative(
@@ -27,7 +32,8 @@ def group_relative(
     rewards_B: [B]; None or NaN means no reward, is left out of its group's statistics and gets advantage 0.
     group_id_B: [B] int, equal for the samples of one prompt; any order. std is the unbiased one (n - 1), as in the
     reference implementations. normalize_std=False leaves the difference, as Dr. GRPO proposes.
-    A group whose rewards are all equal, or with a single reward, gets exactly 0.
+    A group whose rewards are all equal, or with a single reward, gets exactly 0. Equal means equal as float32 numbers are:
+    a spread of at most EQUAL of the largest reward is what adding in another order leaves, and dividing by it makes noise of it.
     Raises ValueError on lengths that differ or an infinite reward.
     References: GRPO arXiv 2402.03300, Dr. GRPO arXiv 2503.20783.
     """
@@ -50,19 +56,20 @@ def group_relative(
     count_G = per_group(known_B.double())
     mean_G = per_group(value_B) / count_G.clamp(min=1.0)
     centred_B = (value_B - mean_G[index_B]).masked_fill(~known_B, 0.0)
-    varies_B = _range_of_groups(rewards_B, known_B, index_B, len(groups_G))[index_B] > 0.0
+    range_G, size_G = _range_of_groups(rewards_B, known_B, index_B, len(groups_G))
+    varies_B = (range_G > EQUAL * size_G)[index_B]
     if normalize_std:
         std_G = (per_group(centred_B.square()) / (count_G - 1.0).clamp(min=1.0)).sqrt()
         centred_B = centred_B / (std_G[index_B] + eps)
     return torch.where(varies_B, centred_B, 0.0).float()
 
 
-def _range_of_groups(rewards_B: Tensor, known_B: Tensor, index_B: Tensor, groups: int) -> Tensor:
-    """Largest minus smallest known reward of each group: 0 detects equal rewards where a rounded mean would not."""
+def _range_of_groups(rewards_B: Tensor, known_B: Tensor, index_B: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Of each group's known rewards: largest minus smallest, and the largest absolute one."""
     highest_G = rewards_B.new_full((groups,), -torch.inf)
     highest_G.scatter_reduce_(0, index_B[known_B], rewards_B[known_B], "amax")
     lowest_G = rewards_B.new_full((groups,), torch.inf).scatter_reduce_(0, index_B[known_B], rewards_B[known_B], "amin")
-    return highest_G - lowest_G
+    return highest_G - lowest_G, torch.maximum(highest_G.abs(), lowest_G.abs())
 
 
 def gae(
@@ -73,17 +80,21 @@ def gae(
     rewards_BL: per token (a sequence reward sits on its last masked token). values_BL: the critic before the action.
     Steps run from one masked token to the next one: tokens between (tool output, padding) are skipped, whatever
     their value. The end of a sequence has value 0. returns = advantages + values, before any whitening.
-    Raises ValueError on shapes that differ or gamma, lam outside [0, 1].
+    Raises ValueError on shapes that differ, a mask that is not bool, gamma or lam outside [0, 1], and a reward outside the mask,
+    which would be lost (`token_rewards` puts a sequence's reward on its last masked token).
     Reference: arXiv 1506.02438.
     """
-    if not rewards_BL.shape == values_BL.shape == loss_mask_BL.shape:
-        raise ValueError(
-            f"gae: shapes differ: rewards {tuple(rewards_BL.shape)}, values {tuple(values_BL.shape)}, "
-            f"mask {tuple(loss_mask_BL.shape)}"
-        )
+    require_aligned("gae", rewards=rewards_BL, values=values_BL, mask=loss_mask_BL)
     if not (0.0 <= gamma <= 1.0 and 0.0 <= lam <= 1.0):
         raise ValueError(f"gae: gamma and lam must lie in [0, 1], got gamma={gamma}, lam={lam}")
-    mask_BL = loss_mask_BL.bool()
+    mask_BL = loss_mask_BL
+    lost_BL = ~mask_BL & ~rewards_BL.isnan() & (rewards_BL != 0)
+    if bool(lost_BL.any()):
+        row, position = lost_BL.nonzero()[0].tolist()
+        raise ValueError(
+            f"gae: the reward {float(rewards_BL[row, position]):g} of sequence {row} lies at position {position}, outside the loss "
+            "mask, and would be lost; put it on a masked token (advantages.token_rewards does)"
+        )
     rewards_BL = rewards_BL.detach().double().masked_fill(~mask_BL, 0.0)
     values_BL = values_BL.detach().double().masked_fill(~mask_BL, 0.0)
     advantages_BL = torch.zeros_like(values_BL)
@@ -102,8 +113,14 @@ def token_rewards(rewards_B: Tensor, loss_mask_BL: Tensor, penalty_BL: Tensor | 
     """[B, L] float32: minus the penalty on every masked token, and the sequence's reward on its last one; 0 outside.
 
     rewards_B: [B]; only read where a token is masked. penalty_BL: [B, L], such as kl_coef times `reference_kl.per_token`.
+    Raises ValueError on shapes that differ, a mask that is not bool, or rewards that are not [B].
     Reference: the KL-penalised reward of arXiv 1909.08593 and 2203.02155.
     """
+    require_aligned("token_rewards", mask=loss_mask_BL, penalty=penalty_BL)
+    if rewards_B.shape != loss_mask_BL.shape[:1]:
+        raise ValueError(
+            f"token_rewards: one reward for each sequence of the mask {tuple(loss_mask_BL.shape)}, got {tuple(rewards_B.shape)}"
+        )
     positions_L = torch.arange(loss_mask_BL.shape[1], device=loss_mask_BL.device)
     last_B1 = torch.where(loss_mask_BL, positions_L, -1).amax(1, keepdim=True)
     token_BL = torch.where(positions_L == last_B1, rewards_B[:, None].float(), 0.0)
@@ -120,6 +137,7 @@ def explained(values_BL: Tensor, returns_BL: Tensor, loss_mask_BL: Tensor) -> di
     extreme. NaN where returns (for slope: values) do not vary. Give it what was really earned, `gae(rewards, 0, lam=1)`: returns
     that contain the critic's own values would flatter it. Reference for slope and bias: Mincer and Zarnowitz 1969.
     """
+    require_aligned("explained", values=values_BL, returns=returns_BL, mask=loss_mask_BL)
     value_N, return_N = values_BL[loss_mask_BL].double(), returns_BL[loss_mask_BL].double()
     error_N, centred_N = return_N - value_N, value_N - value_N.mean()
     spread, of_values = float(return_N.var(correction=0)), float(centred_N.square().mean())
@@ -135,8 +153,9 @@ def whiten(advantages_BL: Tensor, loss_mask_BL: Tensor, *, eps: float = 1e-8) ->
 
     Fewer than two masked tokens raise ValueError: they have no variance.
     """
-    x_N = advantages_BL[loss_mask_BL].double()
+    require_aligned("whiten", advantages=advantages_BL, mask=loss_mask_BL)
+    x_N = advantages_BL.detach()[loss_mask_BL].double()
     if x_N.numel() < 2:
         raise ValueError(f"whiten needs at least two masked tokens, got {x_N.numel()}")
-    white_BL = (advantages_BL.double() - x_N.mean()) * torch.rsqrt(x_N.var() + eps)
+    white_BL = (advantages_BL.detach().double() - x_N.mean()) * torch.rsqrt(x_N.var() + eps)
     return white_BL.masked_fill(~loss_mask_BL, 0.0).float()

@@ -97,6 +97,7 @@ def _mismatch(arguments: argparse.Namespace) -> int:
         json_path=arguments.json,
         k3_limit=arguments.k3_limit,
         worst=arguments.worst,
+        all_tokens=arguments.all_tokens,
     )
 
 
@@ -190,10 +191,15 @@ def parser() -> argparse.ArgumentParser:
 
     offline = commands.add_parser("mismatch", help="the mismatch report of a run you already have, from its token dump")
     offline.add_argument(
-        "file", type=Path, help="parquet or JSONL: ours, prime-rl's token export, verl's or TRL's dumps"
+        "file",
+        type=Path,
+        help="a file, a directory or a glob of parquet, JSON (lines or array, .gz, .zst) or slime's .pt",
     )
     offline.add_argument(
         "--column", action="append", default=[], metavar="FIELD=NAME", help="name a column; repeatable"
+    )
+    offline.add_argument(
+        "--all-tokens", action="store_true", help="the dump has no mask and holds sampled tokens alone"
     )
     offline.add_argument("--worst", type=int, default=10, help="worst tokens to list (default %(default)s)")
     offline.add_argument("--plot", type=Path, metavar="FILE", help="write the plots as PNG or SVG")

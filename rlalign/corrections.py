@@ -3,7 +3,8 @@
 log_ratio d = old - rollout; rho = exp(d). Every function reads raw log-probabilities under `loss_mask_BL`, so
 corrections computed from the same mask do not depend on each other's order, and `compose` joins them. To judge a
 second one only on what the first kept, pass `first.keep` as its loss mask and compose the two: that is the only way
-order enters. A token whose logprob is NaN or infinite on either side is never kept and enters no sequence ratio.
+order enters. A token whose logprob is NaN or infinite on either side, or was sampled with one above 0,
+is never kept and enters no sequence ratio.
 
 Log-ratios are taken in float64; a weight is at most float32's largest number (d = 88.7), whatever d is.
 
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from rlalign.mismatch.stats import bounded_exp, bounded_expm1, check_shapes
+from rlalign.aligned import constant, require_aligned, usable
+from rlalign.mismatch.stats import bounded_exp, bounded_expm1
 from rlalign.types import Correction
 
 if TYPE_CHECKING:
@@ -119,7 +121,8 @@ def reject(
     elif aggregate == "mean":
         x_BL = x_BL.sum(-1, keepdim=True) / keep_BL.sum(-1, keepdim=True).clamp(min=1)
     elif aggregate == "max":
-        x_BL = x_BL.masked_fill(~keep_BL, -math.inf).amax(-1, keepdim=True)
+        none_B1 = x_BL.new_full((len(x_BL), 1), -math.inf)
+        x_BL = torch.cat([x_BL.masked_fill(~keep_BL, -math.inf), none_B1], dim=-1).amax(-1, keepdim=True)
     keep_BL = keep_BL & (x_BL >= low) & (x_BL <= high)
     return Correction(weights=keep_BL.float(), keep=keep_BL)
 
@@ -132,6 +135,8 @@ def compose(*corrections: Correction) -> Correction:
     """
     if not corrections:
         raise ValueError("compose: give at least one correction")
+    for c in corrections:
+        require_aligned("compose", mask=c.keep, weights=c.weights, first=corrections[0].keep)
     keep_BL = torch.stack([c.keep for c in corrections]).all(0)
     weighted = [c for c in corrections if bool((c.weights[c.keep] != 1.0).any())]
     if len(weighted) > 1:
@@ -144,7 +149,10 @@ def compose(*corrections: Correction) -> Correction:
 
 
 def restrict(correction: Correction, where_BL: Tensor, otherwise: Correction) -> Correction:
-    """`correction` where `where_BL` is True, `otherwise` elsewhere, e.g. by the advantage's sign."""
+    """`correction` where `where_BL` [B, L] bool is True, `otherwise` elsewhere, e.g. by the advantage's sign."""
+    require_aligned(
+        "restrict", mask=where_BL, keep=correction.keep, weights=correction.weights, otherwise=otherwise.keep
+    )
     return Correction(
         weights=torch.where(where_BL, correction.weights, otherwise.weights),
         keep=torch.where(where_BL, correction.keep, otherwise.keep),
@@ -158,13 +166,15 @@ def normalized(correction: Correction, group: ProcessGroup | None = None, *, ove
     process's alone, and ranks (or micro-batches) are scaled differently: normalise the whole step's batch.
     A batch that keeps nothing comes back as it is. The new mean is exact to float32 rounding.
     """
-    totals = torch.stack([correction.weights.double().sum(), correction.keep.double().sum()])
+    require_aligned("normalized", mask=correction.keep, weights=correction.weights)
+    kept_BL = torch.where(correction.keep, constant(correction.weights).double(), 0.0)
+    totals = torch.stack([kept_BL.sum(), correction.keep.double().sum()])
     if over_ranks:
         torch.distributed.all_reduce(totals, group=group)
     total, count = totals.tolist()
     if not count or not total:
         return correction
-    weights_BL = (correction.weights.double() * (count / total)).clamp(max=_WEIGHT_MAX).float()
+    weights_BL = (kept_BL * (count / total)).clamp(max=_WEIGHT_MAX).float()
     return Correction(weights=weights_BL, keep=correction.keep)
 
 
@@ -179,6 +189,7 @@ def describe(
     rejection lowers it; ess_kept with n the kept ones. k3_kept, k3_rejected: raw k3 on either side of the mask.
     NaN where nothing is left to average.
     """
+    require_aligned("describe", mask=correction.keep, weights=correction.weights, old=old_logprobs_BL)
     keep_BL, usable_BL = correction.keep, _usable(old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL)
     d_BL = _log_ratio(old_logprobs_BL, rollout_logprobs_BL, usable_BL)
     k3_BL = _estimate(old_logprobs_BL, rollout_logprobs_BL, usable_BL, "k3")
@@ -232,8 +243,8 @@ def _log(bound: float) -> float:
 
 
 def _usable(old_BL: Tensor, rollout_BL: Tensor, mask_BL: Tensor) -> Tensor:
-    check_shapes(old_BL, rollout_BL, mask_BL)
-    return mask_BL & old_BL.isfinite() & rollout_BL.isfinite()
+    require_aligned("correction", old=old_BL, rollout=rollout_BL, mask=mask_BL)
+    return usable(old_BL.detach(), rollout_BL.detach(), mask_BL)
 
 
 def _log_ratio(old_BL: Tensor, rollout_BL: Tensor, usable_BL: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from rlalign.config import AlgoConfig
 from rlalign.config.algo import WITH_REFERENCE
 from rlalign.types import Correction, RolloutBatch, TrainBatch
 
-NEEDS_ADVANTAGES = {"opsm": presets.opsm, "dppo_tv": presets.dppo_tv}
+NEEDS_ADVANTAGES = ("opsm", "dppo_tv", "m2po")
 PRESETS: dict[str, Callable[..., Correction]] = {
     "tis": presets.tis,
     "icepop": presets.icepop,
@@ -24,6 +24,7 @@ PRESETS: dict[str, Callable[..., Correction]] = {
     "opsm": presets.opsm,
     "dppo_tv": presets.dppo_tv,
     "m2po": presets.m2po,
+    "m2po_all": presets.m2po_all,
 }
 BY_TOKEN = {"grpo": losses.grpo_loss, "dapo": losses.dapo_loss, "cispo": losses.cispo_loss, "ppo": losses.ppo_loss}
 BY_SEQUENCE = {"grpo_sequence": losses.grpo_sequence_loss, "dr_grpo": losses.dr_grpo_loss, "gspo": losses.gspo_loss}
@@ -76,8 +77,13 @@ def credit(
         "advantage_mean": float(raw_BL[mask_BL].mean()),
         "advantage_std": float(raw_BL[mask_BL].std(correction=0)),
     }
+    whitened = (
+        algo.gae.whiten and int(mask_BL.sum()) > 1
+    )  # one token has no variance: its advantage stays as it is, and is logged
+    if algo.gae.whiten:
+        measured["whitened"] = float(whitened)
     return Credit(
-        advantages_BL=advantages.whiten(raw_BL, mask_BL) if algo.gae.whiten else raw_BL,
+        advantages_BL=advantages.whiten(raw_BL, mask_BL) if whitened else raw_BL,
         values_BL=values_BL,
         returns_BL=returns_BL,
         kl=kl,
@@ -114,7 +120,11 @@ def policy_loss(
         name: value for name, value in (("clip_low", algo.clip_low), ("clip_high", algo.clip_high)) if value is not None
     }
     if algo.loss in WITH_REFERENCE and batch.ref_logprobs_BL is not None:
-        options |= {"ref_logprobs_BL": batch.ref_logprobs_BL.to(device), "kl_coef": algo.kl_coef}
+        options |= {
+            "ref_logprobs_BL": batch.ref_logprobs_BL.to(device),
+            "kl_coef": algo.kl_coef,
+            "kl_gradient": algo.kl_gradient,
+        }
     if algo.loss in BY_TOKEN:
         return BY_TOKEN[algo.loss](*given, num_tokens=batch.num_tokens, **options)
     if algo.loss == "dr_grpo":

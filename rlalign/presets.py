@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rlalign.aligned import require_aligned
 from rlalign.corrections import compose, correct, identity, reject, restrict
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ def opsm(
     the current log-probabilities as old. Reference: DeepSeek-V3.2, arXiv 2512.02556; delta as in slime.
     """
     given = (old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL)
+    require_aligned("opsm", mask=loss_mask_BL, advantages=advantages_BL)
     near = reject(*given, estimator="k1", aggregate="mean", high=delta)
     return restrict(near, advantages_BL < 0, identity(*given))
 
@@ -139,6 +141,7 @@ def dppo_tv(
     minibatch, and a loss without clipping of its own. Reference: arXiv 2602.04879; bounds as in prime-rl.
     """
     given = (old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL)
+    require_aligned("dppo_tv", mask=loss_mask_BL, advantages=advantages_BL)
     everything = identity(*given)
     up_BL = (advantages_BL > 0) & (old_logprobs_BL > rollout_logprobs_BL)
     down_BL = (advantages_BL <= 0) & (old_logprobs_BL < rollout_logprobs_BL)
@@ -148,12 +151,33 @@ def dppo_tv(
 
 
 def m2po(
+    old_logprobs_BL: Tensor,
+    rollout_logprobs_BL: Tensor,
+    loss_mask_BL: Tensor,
+    advantages_BL: Tensor,
+    *,
+    threshold: float = 0.04,
+) -> Correction:
+    """Reject the tokens of largest d^2 among those that a clip could meet, until the mean of d^2 over these is at most `threshold`.
+
+    A clip could meet tokens that moved the way their advantage pushes: A > 0 with rho > 1, A < 0 with rho < 1. All others are kept,
+    and weights are 1. The mean is over this batch: call it on the whole step's. Ties at the cut are rejected together.
+    Reference: M2PO arXiv 2510.01161, in its authors' final form (ms-swift #9954). Over all tokens: `m2po_all`.
+    """
+    given = (old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL)
+    require_aligned("m2po", mask=loss_mask_BL, advantages=advantages_BL)
+    pushed_BL = (advantages_BL > 0) & (old_logprobs_BL > rollout_logprobs_BL)
+    pushed_BL |= (advantages_BL < 0) & (old_logprobs_BL < rollout_logprobs_BL)
+    within = m2po_all(old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL & pushed_BL, threshold=threshold)
+    return restrict(within, pushed_BL, identity(*given))
+
+
+def m2po_all(
     old_logprobs_BL: Tensor, rollout_logprobs_BL: Tensor, loss_mask_BL: Tensor, *, threshold: float = 0.04
 ) -> Correction:
-    """Reject the tokens of largest d^2, until the mean of d^2 over the rest is at most `threshold`; weight 1 there.
+    """M2PO without its signs: the mean of d^2 over all masked tokens is brought to `threshold`; weight 1. As AReaL has it.
 
-    The mean is over this batch: call it on the whole step's. Ties at the cut are rejected together.
-    Reference: M2PO arXiv 2510.01161.
+    Otherwise as `m2po`.
     """
     if not threshold > 0.0:
         raise ValueError(f"m2po: threshold must be positive, got {threshold}")

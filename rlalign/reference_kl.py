@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlalign import ranks
+from rlalign.aligned import require_aligned
 from rlalign.surrogate import log_ratio
 
 if TYPE_CHECKING:
@@ -27,9 +28,11 @@ def per_token(old_logprobs_BL: Tensor, ref_logprobs_BL: Tensor, loss_mask_BL: Te
     """[B, L] float32, 0 outside the mask: an estimate of KL(policy || reference) by each token.
 
     k1 = d, unbiased and of either sign; k2 = d^2 / 2, biased; k3 = expm1(-d) + d, unbiased and never negative. d is clamped to
-    +-surrogate.LOG_RATIO_LIMIT. Raises ValueError for another estimator. Reference: joschu.net/blog/kl-approx.html.
+    +-surrogate.LOG_RATIO_LIMIT. Raises ValueError for another estimator, shapes that differ, a mask that is
+    not bool. Reference: joschu.net/blog/kl-approx.html.
     """
-    d_BL = log_ratio(old_logprobs_BL, ref_logprobs_BL, loss_mask_BL)
+    require_aligned("reference_kl", old=old_logprobs_BL, ref=ref_logprobs_BL, mask=loss_mask_BL)
+    d_BL = log_ratio(old_logprobs_BL.detach(), ref_logprobs_BL.detach(), loss_mask_BL)
     if estimator == "k1":
         return d_BL
     if estimator == "k2":

@@ -71,10 +71,10 @@ def test_dppo_tv():
 def test_m2po():
     """d^2 = 0.01, 0.04, 0.09, 1: means of the smallest k are 0.01, 0.025, 0.0467, 0.285."""
     given = ratios([[math.exp(0.1), math.exp(-0.2), math.exp(0.3), math.exp(-1.0)]])
-    assert weights(presets.m2po(*given, threshold=0.04)) == [[1.0, 1.0, None, None]]
-    assert weights(presets.m2po(*given, threshold=0.05)) == [[1.0, 1.0, 1.0, None]]
-    assert weights(presets.m2po(*given, threshold=1.0)) == [[1.0] * 4]
-    assert weights(presets.m2po(*given, threshold=0.001)) == [[None] * 4]
+    assert weights(presets.m2po_all(*given, threshold=0.04)) == [[1.0, 1.0, None, None]]
+    assert weights(presets.m2po_all(*given, threshold=0.05)) == [[1.0, 1.0, 1.0, None]]
+    assert weights(presets.m2po_all(*given, threshold=1.0)) == [[1.0] * 4]
+    assert weights(presets.m2po_all(*given, threshold=0.001)) == [[None] * 4]
 
 
 CALLS = {
@@ -86,13 +86,13 @@ CALLS = {
     "veto": lambda g, a: presets.veto(*g),
     "opsm": lambda g, a: presets.opsm(*g, a),
     "dppo_tv": lambda g, a: presets.dppo_tv(*g, a),
-    "m2po": lambda g, a: presets.m2po(*g),
+    "m2po_all": lambda g, a: presets.m2po_all(*g),
 }
 # what a token of log-ratio +80, then -80, gets: a weight, or None for rejected (A = -1)
 UP = {"tis": 2.0, "icepop": None, "mis": None, "seq_tis": 2.0, "geo_mask": None, "veto": 1.0, "opsm": 1.0,
-      "dppo_tv": math.exp(80), "m2po": None}  # fmt: skip
+      "dppo_tv": math.exp(80), "m2po_all": None}  # fmt: skip
 DOWN = {"tis": math.exp(-80), "icepop": None, "mis": math.exp(-80), "seq_tis": math.exp(-80), "geo_mask": None,
-        "veto": None, "opsm": None, "dppo_tv": None, "m2po": None}  # fmt: skip
+        "veto": None, "opsm": None, "dppo_tv": None, "m2po_all": None}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CALLS)

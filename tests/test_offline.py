@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlalign import mismatch
-from rlalign.diagnose import offline, offline_read
+from rlalign.diagnose import offline, offline_files
 
 LENGTHS = (5, 17, 9, 30, 12, 12)
 STEPS = (0, 0, 1, 1, 1, 2)
@@ -92,7 +92,7 @@ DUMPS = [
 @pytest.mark.parametrize("chunk", [20, 1 << 16])
 def test_every_layout_gives_what_compare_gives(tmp_path, monkeypatch, name, write, chunk):
     monkeypatch.setattr(offline, "CHUNK_TOKENS", chunk)
-    monkeypatch.setattr(offline_read, "BLOCK_BYTES", 500)
+    monkeypatch.setattr(offline_files, "BLOCK_BYTES", 500)
     rows = data()
     write(tmp_path / name, rows)
     found = offline.analyse(tmp_path / name)
@@ -136,7 +136,7 @@ def test_a_lag_column_separates_staleness(tmp_path):
     n = sum(LENGTHS)
     lag = np.arange(n) % 2
     flat = {"old_logprob": np.concatenate([r[0] for r in rows]),
-            "rollout_logprob": np.concatenate([r[1] for r in rows]),
+            "rollout_logprob": np.concatenate([r[1] for r in rows]), "loss_mask": np.ones(n, bool),
             "sequence": np.repeat(np.arange(6), LENGTHS), "lag": lag}  # fmt: skip
     pq.write_table(pa.table(flat), tmp_path / "l.parquet")
     found = offline.analyse(tmp_path / "l.parquet")
@@ -173,12 +173,12 @@ def test_other_column_names_can_be_mapped(tmp_path):
 @pytest.mark.parametrize(
     "name, content, match",
     [
-        ("a.csv", "x", "read .parquet or .jsonl"),
+        ("a.csv", "x", "read .parquet, .jsonl"),
         ("a.jsonl", "", "first line"),
         ("a.jsonl", "not json\n", "a.jsonl"),
-        ("a.jsonl", '{"old_logprobs": [1.0], "rollout_logprobs": [1.0, 2.0]}\n', "differ in length"),
-        ("a.jsonl", '{"old_logprobs": [], "rollout_logprobs": []}\n', "no tokens"),
-        ("a.jsonl", '{"old_logprob": 1.0, "rollout_logprob": 1.0}\n', "sequence column"),
+        ("a.jsonl", '{"old_logprobs": [1.0], "rollout_logprobs": [1.0, 2.0], "loss_mask": [1]}\n', "differ in length"),
+        ("a.jsonl", '{"old_logprobs": [], "rollout_logprobs": [], "loss_mask": []}\n', "no tokens"),
+        ("a.jsonl", '{"old_logprob": 1.0, "rollout_logprob": 1.0, "loss_mask": 1}\n', "sequence column"),
         ("a.jsonl", '{"input": "2+2", "output": "4", "score": 1.0}\n', "hold no log-probabilities"),
     ],
 )

@@ -17,10 +17,12 @@ PRESETS = {  # and the bounds each of them takes
     "opsm": (),
     "dppo_tv": ("low", "high"),
     "m2po": (),
+    "m2po_all": (),
 }
 
 
 LOSSES = ("grpo", "grpo_sequence", "dr_grpo", "dapo", "gspo", "cispo", "ppo")
+KL_GRADIENTS = ("k3", "unbiased")
 WITH_REFERENCE = ("grpo", "grpo_sequence", "dr_grpo", "ppo")  # have a KL term of their own
 
 
@@ -28,7 +30,7 @@ WITH_REFERENCE = ("grpo", "grpo_sequence", "dr_grpo", "ppo")  # have a KL term o
 class CorrectionConfig:
     """A preset by name, or a level and a mode; see rlalign.presets and rlalign.corrections.correct. Off: weights of one."""
 
-    preset: str = ""  # tis | icepop | mis | seq_tis | geo_mask | veto | opsm | dppo_tv | m2po
+    preset: str = ""  # tis | icepop | mis | seq_tis | geo_mask | veto | opsm | dppo_tv | m2po | m2po_all
     level: str = ""  # token | sequence | geometric | segment
     mode: str = ""  # truncate | clip | mask
     low: float | None = None  # bounds on the ratio old / rollout; a preset's own where not given
@@ -77,6 +79,7 @@ class AlgoConfig:
     clip_low: float | None = None  # the loss's own default where not given
     clip_high: float | None = None
     kl_coef: float = 0.0  # k3 to the initial policy in the loss; 0: no reference model is kept
+    kl_gradient: str = "k3"  # k3 (GRPO's own, biased) | unbiased (of the KL itself)
     advantage: str = "group"  # group (GRPO) | gae (PPO, with a critic)
     normalize_std: bool = True  # group: divide advantages by the group's standard deviation (False: Dr. GRPO)
     gae: GaeConfig = field(default_factory=GaeConfig)
@@ -97,6 +100,10 @@ class AlgoConfig:
         require(
             self.kl_coef == 0 or self.loss in WITH_REFERENCE,
             f"algo.kl_coef={self.kl_coef}: algo.loss={self.loss} has no reference term",
+        )
+        require(
+            self.kl_gradient in KL_GRADIENTS,
+            f"algo.kl_gradient={self.kl_gradient!r}: choose one of {', '.join(KL_GRADIENTS)}",
         )
         self._check_advantage()
 

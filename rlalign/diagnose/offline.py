@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from rlalign.aligned import usable
 from rlalign.diagnose.offline_read import Tokens, read_tokens
 from rlalign.mismatch import collect, merge, summarize
 from rlalign.mismatch.breakdown import (
@@ -57,6 +58,8 @@ class Analysis:
     tables: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     worst: list[Row] = field(default_factory=list)
     nonfinite: list[Row] = field(default_factory=list)
+    masked_by: str = ""  # the columns, as the product they form
+    masked_out: int = 0  # tokens
 
 
 def run(
@@ -67,9 +70,11 @@ def run(
     json_path: Path | None = None,
     k3_limit: float | None = None,
     worst: int = 10,
+    all_tokens: bool = False,
 ) -> int:
     """Read, print, and write what was asked for. Returns 1 when k3 is over k3_limit (or undefined), else 0.
 
+    path: a file, a directory of them, or a glob. all_tokens: no mask is needed, every token counts.
     columns: "field=name" pairs for dumps whose names are unknown. Raises ValueError on a dump that cannot be read.
     """
     from rlalign.diagnose.offline_report import jsonable, report
@@ -77,7 +82,7 @@ def run(
     pairs = [pair.partition("=") for pair in columns]
     if wrong := ["".join(p) for p in pairs if not (p[0] and p[2])]:
         raise ValueError(f"--column takes field=name, got {wrong}")
-    analysis = analyse(path, columns={name: column for name, _, column in pairs}, worst=worst)
+    analysis = analyse(path, columns={name: column for name, _, column in pairs}, worst=worst, all_tokens=all_tokens)
     print(report(analysis))
     if json_path:
         json_path.write_text(json.dumps(jsonable(analysis), indent=2, allow_nan=False))
@@ -87,14 +92,18 @@ def run(
         write_plot(analysis, plot)
         print(f"\nplot: {plot}")
     if k3_limit is not None and not analysis.overall["k3"] <= k3_limit:
-        print(f"\nk3 = {analysis.overall['k3']:.3g} nats/token is over the limit {k3_limit:g}")
+        k3 = analysis.overall["k3"]
+        undefined = "is undefined, which passes no limit" if k3 != k3 else "is over the limit"
+        print(f"\nk3 = {k3:.3g} nats/token {undefined} {k3_limit:g}")
         return 1
     return 0
 
 
-def analyse(path: Path, *, columns: Mapping[str, str] | None = None, worst: int = 10) -> Analysis:
+def analyse(
+    path: Path, *, columns: Mapping[str, str] | None = None, worst: int = 10, all_tokens: bool = False
+) -> Analysis:
     """Measure a dump: overall, per step, and by every label it has columns for."""
-    tokens = read_tokens(path, columns)
+    tokens = read_tokens(path, columns, all_tokens=all_tokens)
     labellings = _labellings(tokens)
     sums: list[dict[int, list[float]]] = [{} for _ in labellings]
     per_step: dict[int, list[Stats]] = {}
@@ -108,7 +117,7 @@ def analyse(path: Path, *, columns: Mapping[str, str] | None = None, worst: int 
         step = -1 if tokens.step_N is None else int(tokens.step_N[first])
         per_step.setdefault(step, []).append(collect(old_BL, rollout_BL, mask_BL, lag_B=lag_BL))
         given = (old_BL, rollout_BL, mask_BL)
-        keep_BL = mask_BL & old_BL.isfinite() & rollout_BL.isfinite()
+        keep_BL = usable(old_BL, rollout_BL, mask_BL)
         place_N = index_BL[keep_BL.numpy()]
         for i, labelling in enumerate(labellings):
             label_N = torch.from_numpy(labelling.label_N[place_N])
@@ -127,6 +136,8 @@ def analyse(path: Path, *, columns: Mapping[str, str] | None = None, worst: int 
         tables={each.title: each.table(total) for each, total in zip(labellings, sums, strict=True)},
         worst=rows[:worst],
         nonfinite=broken[:worst],
+        masked_by=tokens.masked_by,
+        masked_out=int((~tokens.mask_N).sum()),
     )
 
 

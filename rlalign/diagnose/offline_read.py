@@ -1,16 +1,14 @@
-"""Token dumps of finished runs, ours and others', as flat arrays.
+"""Turn the token dumps of finished runs, ours and others', into flat arrays.
 
 Two layouts: one row per token with a sequence column (rlalign's parquet), or one row per sequence with lists
-(prime-rl's token export, batches dumped by verl or TRL users). JSONL or parquet.
+(prime-rl's token export, NeMo-RL's and slime's training data, batches dumped by verl or TRL users).
 
 N tokens, over all sequences.
 """
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,18 +16,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.json as pj
-import pyarrow.parquet as pq
+
+from rlalign.diagnose.offline_files import Source, files_of, open_dump, step_in
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FIELDS: dict[str, tuple[str, ...]] = {
-    "old_logprobs": ("old_logprob", "old_logprobs", "old_log_probs", "old_per_token_logps", "trainer_logprobs"),
+    "old_logprobs": (
+        "old_logprob", "old_logprobs", "old_log_probs", "old_per_token_logps", "trainer_logprobs", "prev_logprobs",
+    ),
     "rollout_logprobs": (
         "rollout_logprob", "rollout_logprobs", "rollout_log_probs", "sampling_per_token_logps", "inference_logprobs",
+        "generation_logprobs",
     ),
-    "loss_mask": ("loss_mask", "response_mask", "completion_mask"),
+    "loss_mask": ("loss_mask", "response_mask", "completion_mask", "token_loss_mask"),
+    "tool_mask": ("tool_mask",),
+    "rl_weights": ("rl_weights",),
+    "sample_mask": ("sample_loss_mask",),
     "token_ids": ("token_id", "token_ids", "responses", "completion_ids", "response_ids"),
     "token": ("token",),
     "sequence": ("sequence",),
@@ -39,9 +43,16 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "version": ("policy_version",),
     "entropy": ("entropy", "entropies"),
 }  # fmt: skip
-"""Our name for a column -> the names it has in rlalign, verl, TRL and prime-rl, tried in order."""
+"""Our name for a column -> the names it has in rlalign, verl, TRL, prime-rl, NeMo-RL and slime, tried in order."""
 
-BLOCK_BYTES = 4 << 20
+MASKS = ("loss_mask", "tool_mask", "rl_weights", "sample_mask")
+"""What decides whether a token counts, all that are there: TRL multiplies its completion mask by the tool mask (tokens of tools
+carry a sampling logprob of 0.0), prime-rl's mismatch leaves tokens of weight 0 out, NeMo-RL's loss samples of mask 0."""
+
+TEXT_DUMPS = (
+    "Text dumps (verl's rollout_data_dir, TRL's log_completions) hold no log-probabilities; docs/metrics.md has the lines that "
+    "write a dump from a verl or TRL trainer"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,39 +75,67 @@ class Tokens:
     lag_N: NDArray[np.int32] | None = None
     version_N: NDArray[np.int32] | None = None
     entropy_N: NDArray[np.float32] | None = None
+    masked_by: str = "nothing"
 
     def __len__(self) -> int:
         return len(self.sequence_N)
 
 
-def read_tokens(path: Path, columns: Mapping[str, str] | None = None) -> Tokens:
-    """Read a JSONL or parquet dump. columns: our field name -> the dump's, where the known names do not fit.
+def read_tokens(path: Path, columns: Mapping[str, str] | None = None, *, all_tokens: bool = False) -> Tokens:
+    """Read a dump: a file, a directory or a glob. columns: our field name -> the dump's, where the known names do not fit.
 
-    A null logprob (prime-rl writes NaN and infinities so) becomes NaN and is counted as non-finite later.
-    Raises ValueError on an unknown extension, missing logprobs, rows of unequal lengths, or an unknown field name.
+    all_tokens: every token counts, where the dump has no mask. A null logprob (prime-rl writes NaN and infinities so) becomes
+    NaN and is counted as non-finite later. A loss_mask named in `columns` is the whole rule; otherwise all of `MASKS` count.
+    Raises ValueError, naming file and column, on an unknown extension, missing logprobs or masks, rows of unequal lengths.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
     wanted = dict(columns or {})
     unknown = sorted(set(wanted) - set(FIELDS))
     if unknown:
         raise ValueError(f"--column: unknown field {unknown}; choose from {', '.join(FIELDS)}")
-    if path.suffix == ".parquet":
-        names, blocks = pq.read_schema(path).names, _parquet_blocks
-    elif path.suffix in (".jsonl", ".json"):
-        names, blocks = _first_row_names(path), _json_blocks
-    else:
-        raise ValueError(f"{path}: read .parquet or .jsonl, got {path.suffix or 'no extension'!r}")
-    found = _match(path, names, wanted)
-    pieces: dict[str, list[np.ndarray]] = {field: [] for field in (*found, "sequence")}
+    files = files_of(Path(path))
+    sources = [open_dump(file) for file in files]
+    names = list(dict.fromkeys(name for source in sources for name in source.names))
+    found = _match(Path(path), names, wanted, all_tokens=all_tokens)
+    fields = {*found, "sequence"} | ({"step"} if any(step_in(file.name) is not None for file in files) else set())
+    pieces: dict[str, list[np.ndarray]] = {field: [] for field in fields}
     vocabularies: dict[str, dict[str, int]] = {"token": {}, "group": {}}
-    for block in blocks(path, list(found.values())):
-        for field, column in _flatten(path, block, found, _ends_at(pieces["sequence"])).items():
-            pieces[field].append(_numbers(field, column, vocabularies))
+    for file, source in zip(files, sources, strict=True):
+        _read_file(file, source, found, pieces, vocabularies)
     if not sum(len(piece) for piece in pieces["old_logprobs"]):
         raise ValueError(f"{path} holds no tokens")
-    return _tokens({field: np.concatenate(pieces.pop(field)) for field in list(pieces)}, vocabularies)
+    flat = {field: np.concatenate(pieces.pop(field)) for field in list(pieces)}
+    return _tokens(flat, vocabularies, [found[field] for field in MASKS if field in found])
+
+
+def _read_file(
+    file: Path,
+    source: Source,
+    found: Mapping[str, str],
+    pieces: dict[str, list[np.ndarray]],
+    vocabularies: dict[str, dict[str, int]],
+) -> None:
+    """Append a file's tokens to the pieces of every field."""
+    absent = [name for field, name in found.items() if name not in source.names and field in REQUIRED]
+    if absent:
+        raise ValueError(f"{file} has no column {absent}, which other files of the dump have")
+    own = {field: name for field, name in found.items() if name in source.names}
+    first = _ends_at(pieces["sequence"])
+    for block in source.blocks(list(dict.fromkeys(own.values()))):
+        columns = _flatten(file, block, own, _ends_at(pieces["sequence"]), first)
+        count = len(columns["old_logprobs"])
+        if "step" in pieces and "step" not in columns:
+            columns["step"] = pa.array([step_in(file.name)] * count, pa.int64())
+        for field in pieces:
+            column = columns[field] if field in columns else pa.nulls(count)
+            try:
+                pieces[field].append(_numbers(field, column, vocabularies))
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+                raise ValueError(
+                    f"{file}: the column {found[field]} holds {column.type}, not the {field}: {error}"
+                ) from error
+
+
+REQUIRED = ("old_logprobs", "rollout_logprobs", *MASKS)
 
 
 def _ends_at(sequence_pieces: list[np.ndarray]) -> int:
@@ -104,88 +143,74 @@ def _ends_at(sequence_pieces: list[np.ndarray]) -> int:
     return int(sequence_pieces[-1][-1]) + 1 if sequence_pieces and len(sequence_pieces[-1]) else 0
 
 
-def _match(path: Path, names: list[str], wanted: dict[str, str]) -> dict[str, str]:
+def _match(path: Path, names: list[str], wanted: dict[str, str], *, all_tokens: bool) -> dict[str, str]:
     """Field -> the dump's column, for every field the dump has."""
     absent = sorted(set(wanted.values()) - set(names))
     if absent:
         raise ValueError(f"{path} has no column {absent}; it has {', '.join(names)}")
     found = {f: next((n for n in aliases if n in names), None) for f, aliases in FIELDS.items()} | wanted
+    if "loss_mask" in wanted or all_tokens:
+        found |= {field: None for field in MASKS if field not in wanted}
     for field in ("old_logprobs", "rollout_logprobs"):
         if found[field] is None:
             raise ValueError(
                 f"{path} has no {field}: looked for {', '.join(FIELDS[field])}, it has {', '.join(names)}. "
-                f"Name the column with --column {field}=NAME. Text dumps (verl's rollout_data_dir, TRL's "
-                "log_completions) hold no log-probabilities: dump the batch's old and rollout log-probabilities "
-                "with its response mask instead."
+                f"Name the column with --column {field}=NAME. {TEXT_DUMPS}."
             )
+    if not all_tokens and not any(found[field] for field in MASKS):
+        raise ValueError(
+            f"{path} has no loss mask: looked for {', '.join(FIELDS['loss_mask'])}, it has {', '.join(names)}. Prompt, padding and "
+            "tool output would count as sampled tokens. Name the column with --column loss_mask=NAME, or say --all-tokens if "
+            "every token of the dump was sampled"
+        )
     return {field: name for field, name in found.items() if name is not None}
 
 
-def _first_row_names(path: Path) -> list[str]:
-    with path.open("rb") as file:
-        line = file.readline()
-    try:
-        row = json.loads(line or b"{}")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line 1 is not JSON: {error}") from error
-    if not isinstance(row, dict) or not row:
-        raise ValueError(f"{path}: the first line must be a JSON object with the token columns")
-    return list(row)
-
-
-def _parquet_blocks(path: Path, names: list[str]) -> Iterator[pa.RecordBatch]:
-    yield from pq.ParquetFile(path).iter_batches(columns=names, batch_size=1 << 16)
-
-
-def _json_blocks(path: Path, names: list[str]) -> Iterator[pa.Table]:
-    with path.open("rb") as file:
-        first = json.loads(file.readline())
-        file.seek(0)
-        schema = pa.schema([(name, _json_type(first.get(name))) for name in names])
-        while lines := file.readlines(BLOCK_BYTES):
-            text = b"".join(lines)
-            read = pj.ReadOptions(use_threads=False, block_size=len(text) + 1)
-            parse = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
-            try:
-                yield pj.read_json(io.BytesIO(text), read_options=read, parse_options=parse)
-            except pa.ArrowInvalid as error:
-                raise ValueError(f"{path}: {error}") from error
-
-
-def _json_type(value: object) -> pa.DataType:
-    """The column type a first value implies; integers may turn out to be 0/1 masks, floats may be null."""
-    if isinstance(value, list):
-        some = next((x for x in value if x is not None), 0.0)
-        return pa.list_(_json_type(some))
-    if isinstance(value, bool):
-        return pa.bool_()
-    if isinstance(value, str):
-        return pa.string()
-    return pa.float64()
-
-
 def _flatten(
-    path: Path, block: pa.Table | pa.RecordBatch, found: dict[str, str], next_sequence: int
+    path: Path, block: pa.Table | pa.RecordBatch, found: Mapping[str, str], next_sequence: int, file_starts: int
 ) -> dict[str, pa.Array]:
-    """Columns of one block as one value per token; sequences are numbered where rows are sequences."""
-    raw = {field: block.column(name) for field, name in found.items()}
-    raw = {f: c.combine_chunks() if isinstance(c, pa.ChunkedArray) else c for f, c in raw.items()}
+    """Columns of one block as one value per token; sequences are numbered where rows are sequences.
+
+    next_sequence: the first free number; file_starts: what this file's own numbers, where rows are tokens, are counted from.
+    """
+    raw = {field: _column(path, block, name) for field, name in found.items()}
     if not _is_list(raw["old_logprobs"]):
         if "sequence" not in raw:
             raise ValueError(f"{path}: one row per token needs a sequence column; name it with --column sequence=NAME")
+        raw["sequence"] = pc.add(raw["sequence"].cast(pa.int64()), file_starts)
         return raw
     count_B = pc.list_value_length(raw["old_logprobs"])
     parents = pc.list_parent_indices(raw["old_logprobs"])
     flat = {}
     for field, column in raw.items():
+        if field in MASKS and column.null_count:
+            raise ValueError(
+                f"{path}: {column.null_count} sequences have no {found[field]}, and nothing says whether their tokens count"
+            )
+        if _is_list(column) and column.null_count:  # of a column that only some rows have
+            rows = zip(column.to_pylist(), count_B.to_pylist(), strict=True)
+            column = pa.array([[None] * count if row is None else row for row, count in rows], column.type)
         if not _is_list(column):
             flat[field] = column.take(parents)
+        elif field == "sample_mask":
+            flat[field] = column.flatten().take(parents)
         elif pc.list_value_length(column).equals(count_B):
             flat[field] = column.flatten()
         else:
             raise ValueError(f"{path}: {found[field]} and {found['old_logprobs']} differ in length in some sequence")
     flat["sequence"] = pc.add(parents.cast(pa.int64()), next_sequence)
     return flat
+
+
+def _column(path: Path, block: pa.Table | pa.RecordBatch, name: str) -> pa.Array:
+    """One array; lists of one list (NeMo-RL) are that list. Raises ValueError for other nested lists."""
+    column = block.column(name)
+    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    while _is_list(column) and pa.types.is_nested(column.type.value_type):
+        if pc.any(pc.not_equal(pc.list_value_length(column), 1)).as_py():
+            raise ValueError(f"{path}: {name} holds lists of lists; expected one list for each sequence")
+        column = column.flatten()
+    return column
 
 
 def _is_list(column: pa.Array) -> bool:
@@ -199,14 +224,23 @@ def _numbers(field: str, column: pa.Array, vocabularies: dict[str, dict[str, int
         seen = vocabularies[field]
         codes = np.array([seen.setdefault(text, len(seen)) for text in encoded.dictionary.to_pylist()], np.int32)
         return codes[encoded.indices.to_numpy()] if len(codes) else codes
-    if field == "loss_mask":
-        return pc.fill_null(column.cast(pa.float32()), 0.0).to_numpy(zero_copy_only=False) > 0
+    if field in MASKS:
+        if column.null_count:
+            raise pa.ArrowInvalid(
+                f"{column.null_count} of its tokens have no mask, and nothing says whether they count"
+            )
+        return column.cast(pa.float32()).to_numpy(zero_copy_only=False) != 0
     if field in ("old_logprobs", "rollout_logprobs", "entropy"):
         return pc.fill_null(column.cast(pa.float32()), np.nan).to_numpy(zero_copy_only=False).copy()
     return pc.fill_null(column.cast(pa.int64()), -1).to_numpy(zero_copy_only=False).astype(np.int32)
 
 
-def _tokens(flat: dict[str, np.ndarray], vocabularies: dict[str, dict[str, int]]) -> Tokens:
+def _tokens(
+    flat: dict[str, np.ndarray], vocabularies: dict[str, dict[str, int]], mask_columns: Sequence[str]
+) -> Tokens:
+    mask_N = np.ones(len(flat["sequence"]), bool)
+    for field in MASKS:
+        mask_N &= flat.get(field, True)
     step_N = flat.get("step")
     changed_N = np.diff(flat["sequence"], prepend=flat["sequence"][:1]) != 0
     if step_N is not None:  # the same sequence number may come again in a later step
@@ -215,7 +249,8 @@ def _tokens(flat: dict[str, np.ndarray], vocabularies: dict[str, dict[str, int]]
         sequence_N=np.cumsum(changed_N, dtype=np.int32),
         old_N=flat["old_logprobs"],
         rollout_N=flat["rollout_logprobs"],
-        mask_N=flat.get("loss_mask", np.ones(len(changed_N), bool)),
+        mask_N=mask_N,
+        masked_by=" * ".join(mask_columns) or "nothing: every token counts",
         step_N=step_N,
         token_id_N=flat.get("token_ids"),
         token_N=flat.get("token"),

@@ -26,7 +26,7 @@ def report(analysis: Analysis) -> str:
         "d = old - rollout, in nats; KL(rollout || old). Raw ratios, before any clip or mask.",
         f"{overall['tokens']:.0f} tokens in {overall['sequences']:.0f} sequences. Left out: "
         f"{overall['nonfinite']:.0f} non-finite ({overall['nonfinite_rollout']:.0f} rollout, "
-        f"{overall['nonfinite_old']:.0f} trainer).",
+        f"{overall['nonfinite_old']:.0f} trainer), {analysis.masked_out} masked out by {analysis.masked_by}.",
         "",
         *_lines("", {"all": overall}, COLUMNS),
         "",
@@ -78,6 +78,8 @@ def _thinned(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
 
 
 def _number(value: float) -> str:
+    if not math.isfinite(value):
+        return str(value)
     return f"{value:.0f}" if value == round(value) and abs(value) < 1e15 else f"{value:.4g}"
 
 
@@ -99,6 +101,8 @@ def jsonable(analysis: Analysis) -> dict:
 
     return {
         "file": str(analysis.path),
+        "masked_by": analysis.masked_by,
+        "masked_out": analysis.masked_out,
         "overall": plain(analysis.overall),
         "steps": {step: plain(row) for step, row in analysis.by_step.items()},
         "tables": {title: {k: plain(v) for k, v in table.items()} for title, table in analysis.tables.items()},

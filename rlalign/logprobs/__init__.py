@@ -272,7 +272,8 @@ def from_logits(
     """
     logprobs_BLV = (logits_BLV[:, :-1].float() / temperature).log_softmax(-1)
     chosen_BL = logprobs_BLV.gather(-1, token_ids_BL[:, 1:, None])[..., 0]
-    entropy_BL = -(logprobs_BLV.exp() * logprobs_BLV).sum(-1)
+    probs_BLV = logprobs_BLV.exp()
+    entropy_BL = -(probs_BLV * logprobs_BLV.masked_fill(probs_BLV == 0, 0.0)).sum(-1)  # 0 * -inf would be NaN
     aligned = [torch.nn.functional.pad(value_BL, (1, 0)) for value_BL in (chosen_BL, entropy_BL)]
     if mask is not None:
         aligned = [torch.where(mask, value_BL, 0.0) for value_BL in aligned]

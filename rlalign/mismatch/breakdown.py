@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rlalign.mismatch.stats import DECILES, check_shapes, label_table
+from rlalign.aligned import require_aligned, usable
+from rlalign.mismatch.stats import DECILES, label_table
 from rlalign.mismatch.summary import label_means
 
 if TYPE_CHECKING:
@@ -41,8 +42,12 @@ def by_label(
 ) -> dict[int, dict[str, float]]:
     """tokens, k1, k2, k3, abs_mean of every label: prompt group, token class, entropy decile, data source, engine rank.
 
-    label_BL: [B, L] int, or [B, 1] for a label of the whole sequence. Non-finite tokens are left out.
+    label_BL: [B, L] int, [B, 1] for a label of the whole sequence, [1, L] for one of the position. Non-finite tokens are left out.
+    Raises ValueError for labels of another shape.
     """
+    B, L = loss_mask_BL.shape
+    if label_BL.shape not in ((B, L), (B, 1), (1, L)):
+        raise ValueError(f"by_label: labels must be {(B, L)}, {(B, 1)} or {(1, L)}, got {tuple(label_BL.shape)}")
     old_N, rollout_N, keep_BL = _finite(old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL)
     table = label_table(old_N, rollout_N, label_BL.to(keep_BL.device).expand_as(keep_BL)[keep_BL])
     return {label: label_means(row) for label, row in table.items()}
@@ -53,6 +58,7 @@ def deciles(values_BL: Tensor, loss_mask_BL: Tensor) -> Tensor:
 
     Equal values share a decile. NaN values raise ValueError: they have no place in an order.
     """
+    require_aligned("deciles", values=values_BL, mask=loss_mask_BL)
     inside_N = values_BL[loss_mask_BL].double()
     if inside_N.isnan().any():
         raise ValueError(f"deciles: {int(inside_N.isnan().sum())} masked values are NaN")
@@ -89,8 +95,7 @@ def worst_tokens(
     token_ids_BL: Tensor | None = None,
 ) -> list[TokenMismatch]:
     """The finite masked tokens of largest |d|, worst first; equal ones in batch order."""
-    check_shapes(old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL)
-    keep_BL = loss_mask_BL & old_logprobs_BL.isfinite() & rollout_logprobs_BL.isfinite()
+    keep_BL = _usable(old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL)
     size_BL = (old_logprobs_BL.detach().double() - rollout_logprobs_BL.detach().double()).abs()
     flat = size_BL.masked_fill(~keep_BL, -1.0).flatten()
     largest = flat.topk(min(count, int(keep_BL.sum()))).indices.tolist()
@@ -106,9 +111,8 @@ def nonfinite_tokens(
     count: int = 10,
     token_ids_BL: Tensor | None = None,
 ) -> list[TokenMismatch]:
-    """The first `count` masked tokens whose logprob is NaN or infinite on either side."""
-    check_shapes(old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL)
-    broken_BL = loss_mask_BL & ~(old_logprobs_BL.isfinite() & rollout_logprobs_BL.isfinite())
+    """The first `count` masked tokens whose logprob is NaN or infinite on either side, or above 0 in the rollout."""
+    broken_BL = loss_mask_BL & ~_usable(old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL)
     found = broken_BL.flatten().nonzero().flatten()[:count].tolist()
     return _rows(old_logprobs_BL, rollout_logprobs_BL, found, token_ids_BL)
 
@@ -119,6 +123,7 @@ def token_lags(version_BL: Tensor, loss_mask_BL: Tensor, *, version: int) -> Ten
     version_BL: `RolloutBatch.policy_version_BL`, or `kv_version_BL` for the age of the oldest keys attended to; there an
     unknown version (-1) raises ValueError, as does one newer than `version`: the engine was not stamped with what it held.
     """
+    require_aligned("token_lags", versions=version_BL, mask=loss_mask_BL)
     lag_BL = (version - version_BL).masked_fill(~loss_mask_BL, 0)
     wrong_BL = loss_mask_BL & ((version_BL < 0) | (version_BL > version))
     if wrong_BL.any():
@@ -130,9 +135,13 @@ def token_lags(version_BL: Tensor, loss_mask_BL: Tensor, *, version: int) -> Ten
     return lag_BL
 
 
+def _usable(old_BL: Tensor, rollout_BL: Tensor, mask_BL: Tensor) -> Tensor:
+    require_aligned("mismatch", old=old_BL, rollout=rollout_BL, mask=mask_BL)
+    return usable(old_BL.detach(), rollout_BL.detach(), mask_BL)
+
+
 def _finite(old_BL: Tensor, rollout_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    check_shapes(old_BL, rollout_BL, mask_BL)
-    keep_BL = mask_BL & old_BL.isfinite() & rollout_BL.isfinite()
+    keep_BL = _usable(old_BL, rollout_BL, mask_BL)
     return old_BL.detach()[keep_BL].double(), rollout_BL.detach()[keep_BL].double(), keep_BL
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rlalign.aligned import require_aligned, sampled, usable
 from rlalign.mismatch.distribution import Distribution
 
 if TYPE_CHECKING:
@@ -100,17 +101,16 @@ def collect(
     positions: bool = True,
 ) -> Stats:
     """The statistics of one batch; arguments as in `mismatch.compare`. An empty shard is allowed: counts are 0."""
-    check_shapes(old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL)
+    require_aligned("mismatch", old=old_logprobs_BL, rollout=rollout_logprobs_BL, mask=loss_mask_BL)
     old_BL, rollout_BL = old_logprobs_BL.detach(), rollout_logprobs_BL.detach()
-    finite_old_BL, finite_rollout_BL = old_BL.isfinite(), rollout_BL.isfinite()
-    keep_BL = loss_mask_BL & finite_old_BL & finite_rollout_BL
+    keep_BL = usable(old_BL, rollout_BL, loss_mask_BL)
     row_N, column_N = keep_BL.nonzero(as_tuple=True)
     old_N, rollout_N = old_BL[row_N, column_N].double(), rollout_BL[row_N, column_N].double()
     count_B = keep_BL.sum(-1)
     stats = _of_tokens(old_N, rollout_N, row_N, count_B)
     stats.sums["nonfinite"] = float((loss_mask_BL & ~keep_BL).sum())
-    stats.sums["nonfinite_old"] = float((loss_mask_BL & ~finite_old_BL).sum())
-    stats.sums["nonfinite_rollout"] = float((loss_mask_BL & ~finite_rollout_BL).sum())
+    stats.sums["nonfinite_old"] = float((loss_mask_BL & ~old_BL.isfinite()).sum())
+    stats.sums["nonfinite_rollout"] = float((loss_mask_BL & ~sampled(rollout_BL)).sum())
     if positions:
         order_BL = keep_BL.cumsum(-1) - 1
         decile_N = order_BL[row_N, column_N] * DECILES // count_B[row_N]
@@ -118,27 +118,18 @@ def collect(
     if group_B is not None:
         stats.tables["group"] = label_table(old_N, rollout_N, group_B.to(row_N.device)[row_N])
     if lag_B is not None:
+        if lag_B.is_floating_point():
+            raise ValueError(f"lag_B counts optimizer steps and must be integers, got {lag_B.dtype}")
         lag_BL = (lag_B if lag_B.ndim == 2 else lag_B[:, None]).to(row_N.device).expand_as(loss_mask_BL)
         for lag in lag_BL[loss_mask_BL].unique().tolist():
             at_lag_BL = loss_mask_BL & (lag_BL == lag)
             everything = bool((at_lag_BL == loss_mask_BL).all())
             stats.lags[int(lag)] = (
-                replace(stats, tables={}, lags={})
+                replace(stats, lags={})
                 if everything
-                else collect(old_BL, rollout_BL, at_lag_BL, positions=False)
+                else collect(old_BL, rollout_BL, at_lag_BL, group_B=group_B, positions=positions)
             )
     return stats
-
-
-def check_shapes(old_BL: Tensor, rollout_BL: Tensor, mask_BL: Tensor) -> None:
-    """Raise ValueError unless all three are [B, L] of one shape and the mask is bool."""
-    if old_BL.shape != rollout_BL.shape or old_BL.shape != mask_BL.shape or old_BL.ndim != 2:
-        raise ValueError(
-            "logprobs and mask must be [B, L] of one shape; got old "
-            f"{tuple(old_BL.shape)}, rollout {tuple(rollout_BL.shape)}, mask {tuple(mask_BL.shape)}"
-        )
-    if mask_BL.dtype != torch.bool:
-        raise ValueError(f"loss_mask must be bool, got {mask_BL.dtype}; use mask.bool() if it holds 0 and 1")
 
 
 def bounded_exp(x: Tensor) -> Tensor:

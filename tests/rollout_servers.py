@@ -44,7 +44,11 @@ class FakeVLLM(http_servers.Server):
             "vocab_size": 97, "dtype": "float32", "max_model_len": 64, "logprobs_mode": "processed_logprobs", "device": "cpu",
             "ranks": 1,
         } | said  # fmt: skip
-        self.version, self.status = "0.32.0", {"class": LAYER, "slot_holder": LAYER, "mode": "cached", "not_exact": []}
+        measured = {"dtype": "float32", "max_error": 1e-7, "bfloat16_error": 1e-2, "why": ""}
+        self.version, self.status = "0.32.0", {
+            "class": LAYER, "slot_holder": LAYER, "mode": "cached", "not_exact": [], "body_dtype": "float32",
+            "multiplied": {"probe": measured, "sampled": None},
+        }  # fmt: skip
         self.label, self.policy_version, self.paused = "default", 0, False
         self.engines = 1  # data-parallel; each with the ranks it was told
         self.tells_engines = True

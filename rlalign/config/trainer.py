@@ -15,9 +15,8 @@ class TrainerConfig:
     zero_stage: int = 1  # DeepSpeed ZeRO 1, 2 or 3; 0 with a float32 body only
     micro_batch_size: int = 16  # sequences in one forward, where rows are padded
     pack_tokens: int = 0  # tokens in one forward, in a row without padding; 0: padded rows
-    attention: str = (
-        "auto"  # transformers' choice (sdpa) | sdpa | eager | flash_attention_2 | flash_attention_3 | flex_attention
-    )
+    # auto: transformers' choice (sdpa), eager where that would drop a soft cap; or one of ATTENTION by name
+    attention: str = "auto"
     grad_clip: float = 1.0  # 2-norm
     weight_decay: float = 0.0
     beta1: float = 0.9

@@ -56,11 +56,14 @@ def trainer_network(model: Path, body: str, *, exact: bool = False) -> nn.Module
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
+    from rlalign import attention
     from rlalign.trainer.exact import make_exact
 
     disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, body)).eval().to(device)
+    kind = attention.of_folder(model).name
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, body), attn_implementation=kind)
+    network = network.eval().to(device)
     return make_exact(network) if exact else network
 
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from rlalign.config import RolloutConfig
-from rlalign.rollout.exact import MODE as EXACT
 from rlalign.rollout.head_plugin import SETTINGS_KEY
+from rlalign.rollout.head_settings import HeadSettings
 from rlalign.rollout.yielding import VARIABLE as YIELDING
 
 ENVIRONMENT = {  # read when vLLM and our plugin are imported; only for where the user has not chosen
@@ -35,7 +35,7 @@ def engine_arguments(
         "enable_prefix_caching": config.prefix_caching,
         "logprobs_mode": "processed_logprobs",
         "worker_extension_cls": "rlalign.rollout.worker.WorkerExtension",
-        "additional_config": {SETTINGS_KEY: {"head_dtype": head_dtype, "mode": EXACT if exact else config.head_mode}},
+        "additional_config": {SETTINGS_KEY: HeadSettings.of_run(head_dtype, config.head_mode, exact=exact).as_dict()},
         "generation_config": "vllm",  # sampling defaults come from our config, never from a file beside the model
         "disable_log_stats": True,
         "use_tqdm_on_load": False,

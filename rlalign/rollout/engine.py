@@ -11,7 +11,8 @@ from rlalign.config import RolloutConfig
 from rlalign.rollout import handshake, own_process
 from rlalign.rollout.arguments import ENVIRONMENT, Arguments, engine_arguments, engine_environment
 from rlalign.rollout.exact import building
-from rlalign.rollout.surface import EMBEDDED, expected_mode, group_seed, kv_spans, labelled, require_room, spec_of
+from rlalign.rollout.head_settings import HeadSettings
+from rlalign.rollout.surface import EMBEDDED, group_seed, kv_spans, labelled, require_room, spec_of
 from rlalign.rollout.texts import core_of, said, texts
 from rlalign.rollout.versions import has_output_spans, has_weight_version
 from rlalign.types import LogprobSpec, Rollout
@@ -62,7 +63,8 @@ class VLLMEngine:
         self._proven_live = False
         self.policy_version = 0
         device = self._llm.llm_engine.vllm_config.device_config.device_type
-        self.mode = expected_mode(head_dtype, config.head_mode, exact=exact, device=device)
+        wanted = HeadSettings.of_run(head_dtype, config.head_mode, exact=exact)
+        self.mode = wanted.resolve(device=device, vllm=self.version).value
         self.acknowledge(0)
         handshake.require(self.status(), mode=self.mode, ranks=config.tensor_parallel_size)
 
@@ -92,7 +94,9 @@ class VLLMEngine:
             for completion, text in zip(output.outputs, of_group, strict=True)
         ]
         if not self._proven_live:
-            handshake.require_called(self.status())
+            statuses = self.status()
+            handshake.require_called(statuses)
+            handshake.require_multiplied(statuses)
             self._proven_live = True
         return rollouts
 

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 
 import rlalign
+from rlalign import multiplied
 from rlalign.rollout.exact import MODE as EXACT
 from rlalign.rollout.exact import VARIABLE
 from rlalign.rollout.head_plugin import SLOT
+from rlalign.rollout.head_settings import promised
 from rlalign.rollout.surface import EMBEDDED
 
 GROUP, NAME = "vllm.general_plugins", "rlalign"
@@ -65,6 +67,14 @@ def require_called(statuses: Sequence[dict]) -> None:
             )
 
 
+def require_multiplied(statuses: Sequence[dict]) -> None:
+    """The dtype that logits were found in must be the one that the head's mode promises. Raises RuntimeError naming the rank."""
+    for status in statuses:
+        reason = _other_dtype(status)
+        if reason:
+            raise RuntimeError(f"{_who(status)}: {reason}")
+
+
 def _who(status: dict) -> str:
     engine = status.get("engine", EMBEDDED)
     return f"rollout rank {status['rank']}" + ("" if engine == EMBEDDED else f" of {engine}")
@@ -86,5 +96,23 @@ def _wrong(status: dict, mode: str) -> str | None:
         return (
             f"exact mode, but it still computes with {', '.join(status['not_exact'])}: either exact mode does not know that "
             f"layer, or the engine was built in a process without {VARIABLE}=1"
+        )
+    return _other_dtype(status)
+
+
+def _other_dtype(status: dict) -> str | None:
+    if "multiplied" not in status:
+        return "it says nothing of the dtype its logits were multiplied in; install the same rlalign everywhere"
+    wanted = promised(status["mode"], status["body_dtype"])
+    for where, found in status["multiplied"].items():
+        if found is None or found["dtype"] is None or found["dtype"] == wanted:
+            continue
+        if found["dtype"] == multiplied.OTHER and wanted != "float32":
+            continue  # a 16-bit kernel may round more than once
+        source = "a probe" if where == "probe" else "a call of this run"
+        return (
+            f"its head runs in mode {status['mode']!r}, which promises {wanted} logits; measured in {source}: "
+            f"{multiplied.said(found)}. Something computes in another dtype than it says, such as another plugin or patch around "
+            "vLLM's LogitsProcessor; remove it, or run with the head_dtype that it has"
         )
     return None

@@ -6,63 +6,24 @@ vLLM's own. `forward` must not be overridden, since the LoRA wrapper calls it un
 
 from __future__ import annotations
 
-import enum
 import weakref
-from dataclasses import dataclass
 
 import torch
 import vllm
-from vllm.config import get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
-from vllm.platforms import current_platform
 
 from rlalign import head
 from rlalign.head_cache import HeadCache, MasterHead
-from rlalign.rollout import versions
+from rlalign.rollout import exact, versions
 from rlalign.rollout.decode_head import decode_logits
-from rlalign.rollout.head_plugin import SETTINGS_KEY
+from rlalign.rollout.head_settings import HeadMode, HeadSettings
+from rlalign.rollout.head_watch import HeadWatch, watched
 
 # Speculative methods that propose tokens without a network of their own: nothing but the target's head makes logits.
 DRAFTS_WITHOUT_HEAD = frozenset({"ngram", "ngram_gpu", "suffix"})
-
-
-class HeadMode(enum.Enum):
-    """How the rollout side reaches float32 logits."""
-
-    OFF = "off"  # vLLM's own head in the model's dtype
-    NATIVE = "native"  # vLLM's own float32 head: mm(out_dtype=float32) on CUDA, nothing to go stale
-    CACHED = "cached"  # our product: straight from the weight where the host can, else from an fp32 copy of it
-    MASTER = "master"  # the trainer's unrounded fp32 weight, published beside the 16-bit one
-    EXACT = "exact"  # float32 from the lm_head's own blocked products, in an engine of exact mode
-
-
-@dataclass(frozen=True, slots=True)
-class HeadSettings:
-    """What the driver asked of this engine, from vLLM's additional_config."""
-
-    head_dtype: str
-    mode: str
-
-    @classmethod
-    def read(cls) -> HeadSettings | None:
-        """None when this engine was not started by rlalign."""
-        given = get_current_vllm_config().additional_config.get(SETTINGS_KEY)
-        return None if given is None else cls(head_dtype=given["head_dtype"], mode=given["mode"])
-
-    def resolve(self) -> HeadMode:
-        """The mode for this platform and version. Raises ValueError for names that do not exist."""
-        if self.head_dtype == "model":
-            return HeadMode.OFF
-        if self.head_dtype == "master":
-            return HeadMode.MASTER
-        if self.head_dtype != "float32":
-            raise ValueError(f'head_dtype must be "float32", "master" or "model", got {self.head_dtype!r}')
-        if self.mode != "auto":
-            return HeadMode(self.mode)
-        on_gpu = current_platform.is_cuda() or current_platform.is_rocm()
-        return HeadMode.NATIVE if on_gpu and versions.has_native_head(vllm.__version__) else HeadMode.CACHED
 
 
 VLLMS_OWN = (HeadMode.OFF, HeadMode.NATIVE, HeadMode.EXACT)  # ways through vLLM's own `_apply_head`
@@ -81,17 +42,19 @@ class AlignedLogitsProcessor(LogitsProcessor):
         soft_cap: float | None = None,
     ) -> None:
         super().__init__(vocab_size, org_vocab_size, scale, logits_as_input, soft_cap)
-        settings = HeadSettings.read()  # only here: the current config is out of reach during forward
-        mode = HeadMode.OFF if settings is None else settings.resolve()
-        if settings is not None:
-            versions.require_supported(vllm.__version__)
-            _require_no_draft_head(mode)
-        # Before 0.26 there is no head_dtype and vLLM's head always works in the model's dtype.
-        self.model_dtype = self.head_dtype if versions.has_native_head(vllm.__version__) else None
+        config = get_current_vllm_config()  # only here: it is out of reach during forward
+        self.settings = HeadSettings.of_engine(config.additional_config)
+        self.body_dtype: torch.dtype = config.model_config.dtype
+        # Before 0.26 there is no head_dtype and vLLM's head always works in the body's dtype. What it is from then on the
+        # checkpoint may have said: an engine of ours has the trainer's head instead, and that knows the body's dtype alone.
+        own = self.head_dtype if versions.has_native_head(vllm.__version__) else None
+        self.claimed = None if own in (None, self.body_dtype) else str(own).removeprefix("torch.")
+        self.off_dtype = own if own is None or self.settings is None else self.body_dtype
         self.calls = 0
         self.seen_head: weakref.ref[VocabParallelEmbedding] | None = None
         self.master = MasterHead()
-        self.set_mode(mode)
+        self.watch = HeadWatch()
+        self.set_mode(mode_of(config))
 
     def set_mode(self, mode: HeadMode) -> None:
         """Switch the head. Runs set it once; `rlalign parity` compares modes on one engine. Raises ValueError for native
@@ -99,8 +62,18 @@ class AlignedLogitsProcessor(LogitsProcessor):
         if mode is HeadMode.NATIVE and not versions.has_native_head(vllm.__version__):
             raise ValueError(f"vLLM {vllm.__version__} has no float32 head of its own (0.26 on); use head_mode=cached")
         self.mode = mode
-        self.head_dtype = torch.float32 if mode is HeadMode.NATIVE else self.model_dtype
+        self.watch.forget()
+        self.head_dtype = torch.float32 if mode is HeadMode.NATIVE else self.off_dtype
 
+    def product(self, lm_head: VocabParallelEmbedding, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """This rank's logits of hidden states, as the model would have them from this layer, without a bias."""
+        return self._apply_head(lm_head, hidden_ND, None)
+
+    def hidden_size(self, lm_head: VocabParallelEmbedding) -> int:
+        """Columns of this head's weight."""
+        return int(lm_head.weight.shape[1])
+
+    @watched
     def _apply_head(
         self, lm_head: VocabParallelEmbedding, hidden_states: torch.Tensor, embedding_bias: torch.Tensor | None
     ) -> torch.Tensor:
@@ -135,10 +108,29 @@ def require_plain_weight(lm_head: VocabParallelEmbedding, name: str = "lm_head")
     )
 
 
-def _require_no_draft_head(mode: HeadMode) -> None:
+def mode_of(config: VllmConfig) -> HeadMode:
+    """What an engine of this configuration runs; OFF where it asks nothing of us.
+
+    Raises ValueError for settings that are none or cannot be here, RuntimeError for a vLLM outside the tested range.
+    """
+    settings = HeadSettings.of_engine(config.additional_config)
+    if settings is None:
+        return HeadMode.OFF
+    versions.require_supported(vllm.__version__)
+    mode = settings.resolve(device=config.device_config.device_type, vllm=vllm.__version__)
+    if mode is HeadMode.EXACT and not exact.enabled():
+        raise ValueError(
+            f'additional_config["rlalign"]: mode "exact" in an engine that is not built in exact mode ({exact.VARIABLE} is not '
+            'set), so its head would be vLLM\'s own; start it with exact=true through rlalign, or with mode "auto"'
+        )
+    _require_no_draft_head(mode, config)
+    return mode
+
+
+def _require_no_draft_head(mode: HeadMode, config: VllmConfig) -> None:
     """Raise ValueError for a draft network under a head of ours: its logits may be replayed from a captured graph, in which
     no check for a changed weight runs (vLLM's V2 runner captures draft forward, logits and sampling as one graph)."""
-    speculative = get_current_vllm_config().speculative_config
+    speculative = config.speculative_config
     if speculative is None or speculative.method in DRAFTS_WITHOUT_HEAD or mode in (HeadMode.OFF, HeadMode.NATIVE):
         return
     raise ValueError(

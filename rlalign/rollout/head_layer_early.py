@@ -10,7 +10,8 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from rlalign.rollout.head_layer import AlignedLogitsProcessor, HeadMode
+from rlalign.rollout.head_layer import AlignedLogitsProcessor
+from rlalign.rollout.head_settings import HeadMode
 
 
 class ProjectedHead:
@@ -58,6 +59,12 @@ class EarlyLogitsProcessor(AlignedLogitsProcessor):
     ) -> torch.Tensor:
         """Argmax over the shards of the vocabulary, of our logits."""
         return super().get_top_tokens(self._projected(lm_head), hidden_states, embedding_bias)
+
+    def product(self, lm_head: VocabParallelEmbedding, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """This rank's logits of hidden states, without a bias."""
+        if self.mode in (HeadMode.OFF, HeadMode.EXACT):
+            return lm_head.quant_method.apply(lm_head, hidden_ND)
+        return self._apply_head(lm_head, hidden_ND, None)
 
     def _projected(self, lm_head: VocabParallelEmbedding) -> VocabParallelEmbedding | ProjectedHead:
         if self.mode not in (HeadMode.OFF, HeadMode.EXACT):

@@ -23,7 +23,7 @@ def register() -> None:
     from vllm.model_executor.custom_op import op_registry_oot
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
-    from rlalign.rollout import epoch_hooks, exact, own_process, versions, yielding
+    from rlalign.rollout import early_refusal, epoch_hooks, exact, own_process, versions, yielding
     from rlalign.rollout.server import every_engine
 
     if SLOT in op_registry_oot:
@@ -35,6 +35,7 @@ def register() -> None:
         from rlalign.rollout.head_layer_early import EarlyLogitsProcessor as Layer
     LogitsProcessor.register_oot(Layer)
     epoch_hooks.install()
+    early_refusal.install()
     if exact.enabled():  # engines in processes of their own learn it here
         exact.register()
     if versions.has_output_spans(vllm.__version__):  # the version whose sources these two were written for

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rlalign.config import RolloutConfig
-from rlalign.rollout.exact import MODE as EXACT
 from rlalign.types import LogprobSpec
 
 EMBEDDED = "embedded"  # the name of the one engine inside this process; a server's is its url
@@ -21,19 +20,6 @@ def spec_of(config: RolloutConfig, head_dtype: str) -> LogprobSpec:
         processed=True,
         head_dtype=head_dtype,
     )
-
-
-def expected_mode(head_dtype: str, head_mode: str, *, exact: bool, device: str) -> str:
-    """What every rank must say of its head. device: vLLM's word for where it runs, such as "cpu"."""
-    if exact:
-        return EXACT
-    if head_dtype == "model":
-        return "off"
-    if head_dtype == "master":
-        return "master"
-    if head_mode != "auto":
-        return head_mode
-    return "cached" if device == "cpu" else "native"
 
 
 def group_seed(seed: int, group: int, samples: int) -> int:

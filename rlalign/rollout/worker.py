@@ -20,7 +20,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 import rlalign
 from rlalign import head
 from rlalign.head_cache import Epoch, MasterHead, fingerprint, rounds_to
-from rlalign.rollout import readback
+from rlalign.rollout import head_watch, readback
 from rlalign.rollout.capture import CaptureExtension
 from rlalign.rollout.decode_head import kernel_name
 from rlalign.rollout.exact import proof
@@ -28,11 +28,11 @@ from rlalign.rollout.head_layer import (
     CACHE,
     VLLMS_OWN,
     AlignedLogitsProcessor,
-    HeadMode,
     reads_weight_directly,
     require_plain_weight,
 )
 from rlalign.rollout.head_plugin import SLOT
+from rlalign.rollout.head_settings import HeadMode
 from rlalign.rollout.receiving import ReceivingExtension
 from rlalign.rollout.server.identity import IdentityExtension
 from rlalign.weights import MASTER_WEIGHT, digest
@@ -49,7 +49,9 @@ class WorkerExtension(CaptureExtension, IdentityExtension, ReceivingExtension):
         route: the product behind our modes (None when vLLM's own runs); copies: whether it needs an fp32 copy of the weight;
         kernel: what carries it out in place of the library, with the same bits.
         head: name and kind of the module; bumps: how often each hook has announced a change of weights. attention: classes that
-        compute it; not_exact: everything that computes without `rlalign.exact`, empty in exact mode.
+        compute it; not_exact: everything that computes without `rlalign.exact`, empty in exact mode. multiplied: the dtype that
+        logits were found to be computed in, by a probe now and by the last real call looked at; claimed: the checkpoint's own
+        head_dtype, where it is another than the body's.
         """
         layer = self._rlalign_layer()
         name, lm_head = self._rlalign_named_head()
@@ -81,6 +83,9 @@ class WorkerExtension(CaptureExtension, IdentityExtension, ReceivingExtension):
             "rlalign": rlalign.__version__,
             "vllm": vllm.__version__,
             "vllm_plugins": os.environ.get("VLLM_PLUGINS"),
+            "body_dtype": str(self.vllm_config.model_config.dtype).removeprefix("torch."),
+            "claimed": layer.claimed if ours else None,
+            "multiplied": self._rlalign_multiplied(layer, lm_head) if ours else None,  # last: it may make the fp32 copy
         }
 
     def rlalign_acknowledge(self, version: int) -> dict[str, object]:
@@ -122,6 +127,12 @@ class WorkerExtension(CaptureExtension, IdentityExtension, ReceivingExtension):
                     problems.append(f"{name}: the engine computes with something else")
         problems += self._rlalign_head_problems(self.rlalign_version) + self._rlalign_copy_problems()
         return {"rank": self.rank, "problems": problems}
+
+    def _rlalign_multiplied(self, layer: AlignedLogitsProcessor, lm_head: VocabParallelEmbedding) -> dict[str, object]:
+        seen = layer.watch.seen
+        whole_path = self.vllm_config.lora_config is None  # adapters need the metadata of a batch
+        probed = head_watch.probe(self.get_model(), layer, lm_head, whole_path=whole_path)
+        return {"probe": probed.as_dict(), "sampled": None if seen is None else seen.as_dict()}
 
     def _rlalign_layer(self) -> LogitsProcessor:
         layers = [m for m in self.get_model().modules() if isinstance(m, LogitsProcessor)]

@@ -80,7 +80,9 @@ def attention(
     scaling: float,
     **options: object,
 ) -> tuple[Tensor, None]:
-    """Plain causal attention of right-padded sequences. Raises ValueError for any other mask."""
+    """Plain causal attention of right-padded sequences. Raises ValueError for any other mask, for soft caps and sinks."""
+    if options.get("softcap") is not None or options.get("s_aux") is not None:
+        raise ValueError(f"exact mode knows plain attention only: {type(module).__name__} asks for a soft cap or sinks")
     if mask is not None:
         allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
         if bool(allowed.triu(1).any()) or not bool(allowed[:, :, 0].all()) or options.get("sliding_window"):

@@ -6,13 +6,15 @@ weight stays, so that tied embeddings keep their dtype and their tie.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from types import MethodType
 
 import torch
 from torch import Tensor, nn
 
-from rlalign import head, logprobs
+from rlalign import head, logprobs, multiplied
+from rlalign.multiplied import Multiplied
 from rlalign.trainer.exact import ExactHead
 
 
@@ -25,7 +27,17 @@ class HeadStatus:
     dtype: str  # "float32", "master", or the body's when off
     tied: bool
     calls: int = 0
+    multiplied: Multiplied | None = None  # what the logprobs of a real call were found to be computed in
     master_VD: Tensor | None = field(default=None, repr=False)  # dtype "master": the optimizer's unrounded lm_head
+
+
+_STATUS: weakref.WeakKeyDictionary[nn.Module, HeadStatus] = weakref.WeakKeyDictionary()
+LOOKS = 4  # calls looked at, until one can tell
+
+
+def status_of(lm_head: nn.Module) -> HeadStatus:
+    """The status that `mirror` returned for this head."""
+    return _STATUS[lm_head]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +85,7 @@ def mirror(model: nn.Module, *, head_dtype: str, chunk: int) -> HeadStatus:
     own = exact_head or head_dtype == "model"  # the module's products, logits and all
     lm_head.__dict__.pop("forward", None)  # an earlier mirror: start again from the class's own forward
     transform = head.HeadTransform.of(model.config.get_text_config().to_dict())
-    status = HeadStatus(
+    status = _STATUS[lm_head] = HeadStatus(
         name=next(name for name, module in model.named_modules() if module is lm_head),
         mode="off" if head_dtype == "model" else "exact" if exact_head else "mirrored",
         dtype=head_dtype if head_dtype != "model" else str(lm_head.weight.dtype).removeprefix("torch."),
@@ -94,6 +106,12 @@ def mirror(model: nn.Module, *, head_dtype: str, chunk: int) -> HeadStatus:
         status.calls += 1
         if tokens is None:
             return plain(hidden) if own else head.project(hidden, weight_of(self), self.bias)
+        given = scored(self, hidden, tokens, exact)
+        if status.calls <= LOOKS and status.multiplied is None:
+            _look(status, weight_of(self), self.bias, transform, hidden, tokens, given[0])
+        return given
+
+    def scored(self: nn.Linear, hidden: Tensor, tokens: Tokens, exact: bool) -> tuple[Tensor, Tensor]:
         if own:
             return logprobs.from_logits(
                 transform.apply(plain(hidden)),
@@ -117,3 +135,38 @@ def mirror(model: nn.Module, *, head_dtype: str, chunk: int) -> HeadStatus:
 
     lm_head.forward = MethodType(forward, lm_head)
     return status
+
+
+def _look(
+    status: HeadStatus,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    transform: head.HeadTransform,
+    hidden_BLD: Tensor,
+    tokens: Tokens,
+    logprobs_BL: Tensor,
+) -> None:
+    """Compare a few logprobs of this call with float64. Raises RuntimeError for another dtype than the mode promises."""
+    rows, columns = tokens.mask_BL.nonzero(as_tuple=True)
+    rows, columns = rows[: multiplied.ROWS], columns[: multiplied.ROWS]
+    if not len(rows):
+        return
+    found = multiplied.of_logprobs(
+        logprobs_BL.detach()[rows, columns],
+        hidden_BLD.detach()[rows, columns - 1],
+        weight_VD,
+        tokens.ids_BL[rows, columns],
+        bias_V=bias_V,
+        transform=transform.apply,
+        temperature=tokens.temperature,
+    )
+    if found.dtype is None:
+        return
+    status.multiplied = found
+    wanted = status.dtype if status.mode == "off" else "float32"
+    if found.dtype != wanted and (wanted == "float32" or found.dtype != multiplied.OTHER):
+        raise RuntimeError(
+            f"the trainer's {status.name} runs in mode {status.mode!r}, which promises {wanted} logits; measured on logprobs of "
+            f"its own: {multiplied.said(found.as_dict())}. Another library may have replaced its products; remove it, or run "
+            "with the head_dtype that it has"
+        )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlalign import attention
 from rlalign.trainer import sdpa
 from rlalign.trainer.packing import Row
 
@@ -39,7 +40,12 @@ def refusal(network: PreTrainedModel) -> str:
     if not network._supports_attention_backend:
         return "it computes attention in its own way and cannot be told where sequences begin"
     if config._attn_implementation not in KINDS:
-        return f"attention {config._attn_implementation!r} cannot be told where sequences begin; use sdpa or a flash attention"
+        kinds = (
+            "flex_attention or a flash attention"
+            if attention.caps_scores(config.to_dict())
+            else "sdpa or a flash attention"
+        )
+        return f"attention {config._attn_implementation!r} cannot be told where sequences begin; use {kinds}"
     return ""
 
 

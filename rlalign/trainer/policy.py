@@ -91,6 +91,11 @@ class Policy:
             packed_attention.confirm(network, lambda inputs: self._engine(inputs, None), self.device)
 
     @property
+    def attention(self) -> str:
+        """The body's attention implementation, by transformers' name for it or ours."""
+        return self._passes.attention
+
+    @property
     def network(self) -> torch.nn.Module:
         """The transformers model inside the engine; under ZeRO-3 its parameters are shards."""
         return self._engine.module.network

@@ -40,7 +40,12 @@ def attention(
     """[B, L, H, E]. runs: (sequences, their length) in a packed row [1, ., T, E]; no sequence sees another.
 
     mask: None for plain causal attention. In a packed row what a sliding window leaves, cut out for each sequence.
+    Raises ValueError for what transformers' sdpa would leave out of the sum without a word.
     """
+    if options.get("softcap") is not None or options.get("s_aux") is not None:
+        raise ValueError(
+            f"{type(module).__name__} asks for a soft cap or sinks, which sdpa would leave out; use trainer.attention=eager"
+        )
     given = {"dropout": dropout, "scaling": scaling, **options}
     if runs is None:
         return _attend(module, query_BHLE, key_BGLE, value_BGLE, mask, given), None

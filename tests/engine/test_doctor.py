@@ -1,6 +1,7 @@
 """rlalign doctor on a real engine: a good set-up passes, a bad one is named, and one problem hides no other."""
 
 import json
+import shutil
 
 from rlalign import cli
 from tests.engine.conftest import build_model
@@ -53,3 +54,18 @@ def test_a_plugin_that_vllm_would_skip_is_found_before_the_run(tmp_path, untied,
     code, checks = doctor(tmp_path, f"model.path={untied}")
     assert code == 1
     assert "leaves out 'rlalign'" in checks["vllm plugin"]["found"] and checks["engine"]["state"] == "problem"
+
+
+def test_what_the_checkpoint_claims_and_what_was_multiplied_are_said(tmp_path, untied):
+    model = tmp_path / "model"
+    shutil.copytree(untied, model)
+    about = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(about | {"head_dtype": "float32"}))
+    _, checks = doctor(tmp_path, f"model.path={model}", "head_dtype=model")
+    claim = checks["head_dtype of the checkpoint"]
+    assert (
+        "config.json claims float32; both sides multiply in bfloat16" in claim["found"]
+        and "head_dtype=float32" in claim["remedy"]
+    )
+    for name in ("logits of rank 0, probe", "logits of rank 0, sampled", "logits of the trainer"):
+        assert checks[name]["state"] == "ok" and checks[name]["found"].startswith("bfloat16 ("), checks[name]

@@ -164,10 +164,10 @@ def test_a_draft_network_is_refused_where_its_head_could_go_stale(untied):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(head_layer, "get_current_vllm_config", lambda: config)
             if mode in (HeadMode.OFF, HeadMode.NATIVE):
-                head_layer._require_no_draft_head(mode)
+                head_layer._require_no_draft_head(mode, config)
                 continue
             with pytest.raises(ValueError, match="method 'eagle' brings a draft network.*use ngram"):
-                head_layer._require_no_draft_head(mode)
+                head_layer._require_no_draft_head(mode, config)
 
 
 def test_a_quantised_head_is_refused_by_name(tmp_path):

@@ -156,6 +156,7 @@ def test_one_different_rank_is_named(answer, message):
     import rlalign
 
     good = {"class": handshake.LAYER, "slot_holder": handshake.LAYER, "mode": "cached", "rlalign": rlalign.__version__}
+    good |= {"body_dtype": "bfloat16", "multiplied": {"probe": None, "sampled": None}}
     with pytest.raises(RuntimeError, match=message):
         handshake.require([good | {"rank": 0}, good | {"rank": 1} | answer], mode="cached", ranks=2)
     with pytest.raises(RuntimeError, match="1 of 2 rollout ranks answered"):

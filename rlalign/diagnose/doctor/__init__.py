@@ -6,6 +6,7 @@ look at what they really do. A check that fails never hides the ones after it.
     check         what an answer is, the report, groups that fail alone
     installation  packages, the plugin, versions known to work and known to break (known_versions)
     machine       disks, clock, memory for the fp32 head
+    claims        what the checkpoint asks of head and attention
     tokens        tokenizer, chat template, special tokens, prompt lengths
     live          the engine and the trainer's model: settings, heads, weights, agreement
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlalign.config import RunConfig
-from rlalign.diagnose.doctor import installation, live, machine, tokens
+from rlalign.diagnose.doctor import claims, installation, live, machine, tokens
 from rlalign.diagnose.doctor.check import Check, guarded
 
 
@@ -15,6 +15,7 @@ def examine(config: RunConfig) -> list[Check]:
         *guarded("disk", lambda: machine.disks(config)),
         *guarded("clock", lambda: machine.clock(config)),
         *guarded("head memory", lambda: machine.head_memory(config)),
+        *guarded("checkpoint", lambda: claims.of_checkpoint(config)),
         *guarded("tokenizer", lambda: tokens.tokenizer(config)),
         *guarded("engine", lambda: live.engine_and_trainer(config)),
     ]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlalign import mismatch
+from rlalign import mismatch, multiplied
 from rlalign.assemble import load_tokenizer, resolve_model, start_embedded
 from rlalign.config import HeadDtype, RunConfig
 from rlalign.diagnose.both_sides import sample, trainer_network, trainer_scores
@@ -111,10 +111,16 @@ def _published(engine: VLLMEngine, network: nn.Module, config: RunConfig) -> Che
 
 
 def _agreement(engine: VLLMEngine, network: nn.Module, batch: RolloutBatch, config: RunConfig) -> Iterator[Check]:
+    from rlalign.trainer.head_mirror import status_of
+
     head = config.head_dtype.value
     master_VD = network.get_output_embeddings().weight.detach().float() if head == "master" else None
     temperature = config.rollout.temperature
     trainer_BL, _ = trainer_scores(network, batch, head, temperature=temperature, master_VD=master_VD)
+    trainer = status_of(network.get_output_embeddings())
+    if trainer.multiplied is not None:
+        promise = trainer.dtype if trainer.mode == "off" else "float32"
+        yield _multiplied("logits of the trainer", promise, trainer.multiplied.as_dict())
     sides = f"rollout {engine.spec.head_dtype} ({engine.mode}), trainer {head}"
     yield judged("heads of both sides", engine.spec.head_dtype == head, sides, "set head_dtype once, for the run")
     measured = mismatch.compare(trainer_BL, batch.rollout_logprobs_BL, batch.loss_mask_BL, positions=False)
@@ -135,8 +141,25 @@ def _agreement(engine: VLLMEngine, network: nn.Module, batch: RolloutBatch, conf
     )
 
 
+def _multiplied(name: str, promise: str, found: dict[str, object]) -> Check:
+    """The dtype that live logits turned out to be computed in, against what the head's mode promises."""
+    if found["dtype"] is None:
+        return Check(name, "unknown", f"{promise} by its name; {multiplied.said(found)}")
+    fine = found["dtype"] == promise or (promise != "float32" and found["dtype"] == multiplied.OTHER)
+    remedy = (
+        f"the head's name promises {promise}; look for another plugin or patch, or run with the head_dtype that it has"
+    )
+    return judged(name, fine, multiplied.said(found), remedy)
+
+
 def _ranks(engine: VLLMEngine) -> Iterator[Check]:
+    from rlalign.rollout.head_settings import promised
+
     for status in engine.status():
+        promise = promised(status["mode"], status["body_dtype"])
+        for where, found in status["multiplied"].items():
+            if found is not None:
+                yield _multiplied(f"logits of rank {status['rank']}, {where}", promise, found)
         what = f"{status['mode']}, {status['calls']} calls, policy version {status['policy_version']}"
         yield judged(
             f"head of rank {status['rank']}",

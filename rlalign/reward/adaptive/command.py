@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from rlalign import attention
 from rlalign.reward.adaptive import AdaptiveTemperature, Confidence, Objective, TokenBatch, Training, confidence_at
 from rlalign.reward.adaptive.heads import Kind
 from rlalign.reward.adaptive.model_batches import Completion, ModelBatches, encode, read_completions
@@ -131,7 +132,9 @@ def _batches(folder: Path, parts: dict[str, list[Completion]], options: Options)
         raise ValueError(f"{folder}: not a Hugging Face folder (no config.json there)")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=options.dtype).to(device).requires_grad_(False)
+    kind = attention.of_folder(folder).name
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=options.dtype, attn_implementation=kind)
+    model = model.to(device).requires_grad_(False)
     config = model.config.get_text_config()
     encoded = {
         name: encode(rows, tokenizer, longest=config.max_position_embeddings, chat=options.chat)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
+from rlalign import attention
 from rlalign.reward.hf_scorer.forward import outputs, score_logits, vocabulary_logits
 from rlalign.reward.packing import Row
 from rlalign.reward.params import Activation, ModelInfo, PoolerDefaults, Task
@@ -102,7 +103,8 @@ def packing_refusal(loaded: LoadedModel, *, causal: bool) -> str:
     if not model._supports_attention_backend:
         return "the model computes attention in its own way and may ignore a block mask"
     if config._attn_implementation not in ("sdpa", "flex_attention"):
-        return f"attention {config._attn_implementation!r} takes no block mask; load with sdpa or flex_attention"
+        kinds = "flex_attention" if attention.caps_scores(config.to_dict()) else "sdpa or flex_attention"
+        return f"attention {config._attn_implementation!r} takes no block mask; load with {kinds}"
     error = _packing_error(loaded)
     if not error < TOLERANCE.get(model.dtype, 0.05):
         return f"measured: packed states differ from single ones by {error:.2g} (relative)"

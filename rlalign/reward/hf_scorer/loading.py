@@ -12,6 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rlalign import attention as attentions
 from rlalign.reward.params import PoolerDefaults, Task
 
 if TYPE_CHECKING:
@@ -67,10 +68,11 @@ def load(
     from transformers.utils.hub import cached_file, extract_commit_hash
 
     config = transformers.AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    kind = attentions.choose(config.get_text_config().to_dict(), attention).name
     architecture = (config.architectures or [type(config).__name__.replace("Config", "Model")])[0]
     auto, _ = _kind(architecture, config, path)
     model, report = getattr(transformers, auto).from_pretrained(
-        path, revision=revision, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code,
+        path, revision=revision, dtype=dtype, attn_implementation=kind, trust_remote_code=trust_remote_code,
         output_loading_info=True,
     )  # fmt: skip
     _check_loaded(path, architecture, model, report["missing_keys"])

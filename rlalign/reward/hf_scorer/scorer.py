@@ -48,7 +48,8 @@ class HFScorer(Scoring):
     """Sequence and token classifiers, cross-encoders, generative judges and embedders, from a folder or a hub id.
 
     dtype: "auto" is the checkpoint's. A score head is multiplied in float32 whatever the body's dtype, as vLLM does.
-    attention: sdpa, or flex_attention, which skips the blocks between packed items (GPUs). pooler: the model's own choices, where
+    attention: auto is transformers' own choice (sdpa), or eager for a model whose scores sdpa would leave uncapped; flex_attention
+    skips the blocks between packed items (GPUs). pooler: the model's own choices, where
     its files do not state them (step pooling, logit_mean).
     packing: "auto" shares a query between its items wherever that is exact and saves work, "always" raises ValueError where it
     is not exact (`info.packing_reason`), "never" runs each item alone. Scores are the same in all three.
@@ -62,7 +63,7 @@ class HFScorer(Scoring):
         revision: str | None = None,
         dtype: str = "auto",
         device: str = "cpu",
-        attention: Literal["sdpa", "flex_attention"] = "sdpa",
+        attention: Literal["auto", "sdpa", "eager", "flex_attention"] = "auto",
         pooler: PoolerDefaults | None = None,
         packing: Packing = "auto",
         max_batch_tokens: int = 4096,

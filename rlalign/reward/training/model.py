@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from rlalign import attention
 from rlalign.reward.hf_scorer.sequences import Sequencer
 from rlalign.reward.params import ScoringParams
 
@@ -56,7 +57,9 @@ def load(path: Path, *, seed: int) -> tuple[RewardNetwork, PreTrainedTokenizerBa
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # of the new head
-            model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                path, num_labels=1, dtype=torch.float32, attn_implementation=attention.of_folder(path).name
+            )
     except ValueError as error:
         raise ValueError(f"{path}: transformers has no sequence classifier of this architecture ({error})") from error
     finally:

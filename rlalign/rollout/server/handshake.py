@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlalign.rollout import handshake
+from rlalign.rollout.head_settings import HeadSettings
 from rlalign.rollout.server.client import Client, Refused
 from rlalign.rollout.server.every_engine import ENGINES
 from rlalign.rollout.server.identity import digests
-from rlalign.rollout.surface import expected_mode
 from rlalign.rollout.versions import has_output_spans
 
 PATIENCE = 60.0  # seconds for an answer of a server that may be computing
@@ -63,7 +63,8 @@ async def greet(client: Client, wanted: Wanted) -> Greeting:
     if reason:
         raise Refused(f"{client.url} (host {identities[0]['host']}) {reason}", 200)
     engines = int(identities[0].get(ENGINES, 1))
-    mode = expected_mode(wanted.head_dtype, wanted.head_mode, exact=wanted.exact, device=str(identities[0]["device"]))
+    settings = HeadSettings.of_run(wanted.head_dtype, wanted.head_mode, exact=wanted.exact)
+    mode = settings.resolve(device=str(identities[0]["device"]), vllm=version).value
     statuses = await client.rpc("rlalign_status", (), PATIENCE)
     try:
         handshake.require(statuses, mode=mode, ranks=int(identities[0]["ranks"]) * engines)

@@ -267,6 +267,7 @@ class ServerPool:
             engines = {url: self._roster.greetings[url].engines for url in new}
             due = {url for url in new if self._answered[life_of[url]] > SURE * (engines[url] - 1)}
             handshake.require_called([s for s in statuses if s["engine"] in due])
+            handshake.require_multiplied(statuses)
             self._proven_live.update(life_of[url] for url in new if url not in idle)
 
     async def _end(self) -> None:

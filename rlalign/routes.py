@@ -83,6 +83,8 @@ def decode_kernel(route: Route, hidden_ND: Tensor, weight_VD: Tensor) -> head_ke
 
 def kernel_name(route: Route, hidden_ND: Tensor, weight_VD: Tensor) -> str | None:
     """The path of the compiled kernel that makes logits of such operands in decoding; None for a library product."""
+    if hidden_ND.device.type != "cpu":
+        return None
     kernel = decode_kernel(route, stored_for(hidden_ND, route), stored_for(weight_VD, route))
     return None if kernel is None else kernel.path
 
@@ -127,17 +129,21 @@ def bits(
     hidden_size: int,
     hidden: torch.dtype,
     weight: torch.dtype,
-    device: torch.device | str = "cpu",
 ) -> str:
     """A digest of the bits that `product(hidden [N, D], weight [V, D])` gives now for a fixed probe, 1, 5 and 17 rows at a time.
 
-    Two processes with the same digest make the same logits of the same operands; the dtypes and the device are those of their
-    operands. The probe holds bf16 values, so a float32 copy of a bf16 weight is told apart from it by its route alone.
+    Two processes of one `law` with the same digest make the same logits of the same operands. hidden, weight: dtypes of the
+    operands; the probe itself holds bf16 values. On CPU: elsewhere the bits are the device's, and change with the batch.
     """
     hidden_ND, weight_VD = _probe(hidden_size, max(PROBE_ROWS), PROBE_COLUMNS)
-    hidden_ND, weight_VD = hidden_ND.to(device, hidden), weight_VD.to(device, weight)
+    hidden_ND, weight_VD = hidden_ND.to(hidden), weight_VD.to(weight)
     digest = hashlib.sha256()
     with torch.inference_mode():
         for n in PROBE_ROWS:
-            digest.update(product(hidden_ND[:n], weight_VD).contiguous().cpu().view(torch.int32).numpy().tobytes())
+            digest.update(product(hidden_ND[:n], weight_VD).contiguous().view(torch.int32).numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def law(route: str) -> str:
+    """The routes that share their bits by construction go by one name."""
+    return "bf16" if route in (Route.MKL_BF16, Route.ONEDNN_BF16) else route

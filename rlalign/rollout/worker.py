@@ -197,11 +197,10 @@ def _route_of(layer: LogitsProcessor, lm_head: VocabParallelEmbedding) -> dict[s
     if copies:
         operand = operand.float()
     route = head.route(hidden, operand, weight_is_bf16_valued=bf16_valued)
-    direct = None if copies else decode_logits
-    product = direct or partial(head.project, weight_is_bf16_valued=bf16_valued)
+    product = partial(head.project, weight_is_bf16_valued=bf16_valued) if copies else decode_logits
     return {
         "route": route.value,
         "copies": copies,
         "kernel": kernel_name(route, hidden, operand),
-        "bits": bits(product, size, body, operand.dtype, weight.device),
+        "bits": bits(product, size, body, operand.dtype) if weight.device.type == "cpu" else None,
     }

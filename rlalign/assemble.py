@@ -158,6 +158,18 @@ def start_policy(model: Path, config: RunConfig) -> Policy:
     )
 
 
+def require_same_head(policy: Policy, statuses: Sequence[dict]) -> None:
+    """Raise RuntimeError unless every trainer rank and every rollout rank makes float32 logits with the same bits.
+
+    statuses: what the rollout ranks answered.
+    """
+    from rlalign.rollout import handshake
+
+    own = {"route": policy.head.route, "kernel": policy.head.kernel, "bits": policy.head.bits}
+    trainers = {f"trainer rank {rank}": proof for rank, proof in enumerate(ranks.of_all(own))}
+    handshake.require_same_bits(trainers | handshake.proofs_of(statuses))
+
+
 def critic_folder(model: Path, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Path | None:
     """The folder the critic starts from; None where advantages need none.
 

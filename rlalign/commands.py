@@ -141,6 +141,7 @@ def _build_kernel(arguments: argparse.Namespace) -> int:
     from rlalign import head_kernel
 
     print(head_kernel.build(arguments.compiler))
+    print(f"paths of this host: {', '.join(head_kernel.available()) or 'none (no AVX2); torch products are used'}")
     return 0
 
 
@@ -243,7 +244,8 @@ def parser() -> argparse.ArgumentParser:
     board.set_defaults(run=dashboard.run)
 
     kernel = commands.add_parser(
-        "build-kernel", help="compile the decode head for this CPU (AMX): same bits, less time"
+        "build-kernel",
+        help="compile the float32 head for x86-64 CPUs (AVX2, AVX-512, AMX): no copy of the weight, and fast",
     )
     kernel.add_argument("--compiler", metavar="CC", help="default: $CC, gcc, clang or cc")
     kernel.set_defaults(run=_build_kernel)

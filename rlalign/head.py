@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlalign.products import Route, backward_route, cpu_bf16_route, logits_of, matmul, stored_for
+from rlalign.products import Route, backward_route, logits_of, matmul, stored_for
+from rlalign.routes import cpu_route
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -64,10 +65,10 @@ def route(hidden_ND: Tensor, weight_VD: Tensor, *, weight_is_bf16_valued: bool =
     dtypes = (hidden_ND.dtype, weight_VD.dtype)
     if hidden_ND.is_cuda and dtypes[0] == dtypes[1] != torch.float32:
         return Route.CUDA_OUT_DTYPE
-    bf16_weight = dtypes[1] == torch.bfloat16 or (dtypes[1] == torch.float32 and weight_is_bf16_valued)
-    if hidden_ND.device.type != "cpu" or dtypes[0] != torch.bfloat16 or not bf16_weight:
+    if hidden_ND.device.type != "cpu":
         return Route.STRICT_FP32
-    best = cpu_bf16_route(hidden_ND.shape[-1], torch.get_num_threads())
+    bf16_weight = dtypes[1] == torch.bfloat16 or (dtypes[1] == torch.float32 and weight_is_bf16_valued)
+    best = cpu_route(hidden_ND.shape[-1], bf16=dtypes[0] == torch.bfloat16 and bf16_weight)
     if best is Route.MKL_BF16 and dtypes[1] == torch.float32:
         return Route.ONEDNN_BF16
     return best

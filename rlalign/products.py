@@ -1,4 +1,4 @@
-"""Matrix products with float32 results that never round: the routes, and the self-test that chooses between them.
+"""Matrix products with float32 results that never round: the routes. `routes` chooses between them.
 
 M, K, J: rows, inner and columns of a bare product; N tokens, D hidden, V vocabulary.
 """
@@ -6,7 +6,6 @@ M, K, J: rows, inner and columns of a bare product; N tokens, D hidden, V vocabu
 from __future__ import annotations
 
 import ctypes
-import logging
 from contextlib import contextmanager
 from enum import StrEnum
 from functools import lru_cache
@@ -17,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rlalign import blocked, head_kernel
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-logger = logging.getLogger(__name__)
 
 _ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112  # cblas enums
 _DECODE_ROWS, _DECODE_COLUMNS = 16, 32768
@@ -32,25 +31,38 @@ class Route(StrEnum):
     CUDA_OUT_DTYPE: 16-bit operands, `torch.mm(out_dtype=float32)` (CUDA and ROCm, torch >= 2.10).
     MKL_BF16: bf16 operands, float32 result, no copy (`cblas_gemm_bf16bf16f32` of torch's own library).
     ONEDNN_BF16: float32 copies of bf16 values multiplied by oneDNN's bf16 math; the products are exact.
+    KERNEL_FMA: float32 or bf16 operands as they are, one fused multiply-add chain per logit (head_kernel, AVX2 or AVX-512).
+    BLOCKED_FP32: the same operands in IEEE float32 products of one fixed shape, for hosts without that kernel; slow.
     STRICT_FP32: float32 copies and an IEEE float32 product. Bits may change with the number of rows.
-    The two bf16 routes give the same bits, whatever the number of rows and the slice of the vocabulary.
+    The two bf16 routes give the same bits. On every route but the last, logits do not depend on the number of rows, on where a row
+    lies, on the slice of the vocabulary.
     """
 
     CUDA_OUT_DTYPE = "cuda_out_dtype"
     MKL_BF16 = "mkl_bf16"
     ONEDNN_BF16 = "onednn_bf16"
+    KERNEL_FMA = "kernel_fma"
+    BLOCKED_FP32 = "blocked_fp32"
     STRICT_FP32 = "strict_fp32"
+
+
+AS_STORED = (Route.MKL_BF16, Route.CUDA_OUT_DTYPE, Route.KERNEL_FMA, Route.BLOCKED_FP32)  # read a bf16 operand as it is
 
 
 def stored_for(x: Tensor, route: Route) -> Tensor:
     """`x` in the storage `matmul` wants for this route: as it is, or a float32 copy."""
-    return x if route in (Route.MKL_BF16, Route.CUDA_OUT_DTYPE) else x.float()
+    if route in (Route.KERNEL_FMA, Route.BLOCKED_FP32) and x.dtype == torch.float16:
+        return x.float()
+    return x if route in AS_STORED else x.float()
 
 
 def matmul(a_MK: Tensor, b_KJ: Tensor, route: Route, *, out: Tensor | None = None, accumulate: bool = False) -> Tensor:
     """a @ b in float32, plus `out` when accumulating. Operands as `stored_for` gives them, transposed or not."""
     if out is None:
         out = torch.empty(a_MK.shape[0], b_KJ.shape[1], dtype=torch.float32, device=a_MK.device)
+    if route in (Route.KERNEL_FMA, Route.BLOCKED_FP32):
+        product = _kernel_product if route is Route.KERNEL_FMA else blocked.product
+        return out.add_(product(a_MK, b_KJ.t(), torch.empty_like(out))) if accumulate else product(a_MK, b_KJ.t(), out)
     if route is Route.MKL_BF16:
         return _mkl_bf16(a_MK, b_KJ, out, accumulate)
     if route is Route.CUDA_OUT_DTYPE:
@@ -58,12 +70,21 @@ def matmul(a_MK: Tensor, b_KJ: Tensor, route: Route, *, out: Tensor | None = Non
             if accumulate:
                 return torch.addmm(out, a_MK, b_KJ, out_dtype=torch.float32, out=out)
             return torch.mm(a_MK, b_KJ, out_dtype=torch.float32, out=out)
-    with _fp32_matmul("bf16" if route is Route.ONEDNN_BF16 else "ieee", a_MK.device):
+    with fp32_matmul("bf16" if route is Route.ONEDNN_BF16 else "ieee", a_MK.device):
         return torch.addmm(out, a_MK, b_KJ, out=out) if accumulate else torch.mm(a_MK, b_KJ, out=out)
 
 
+def _kernel_product(hidden_ND: Tensor, weight_VD: Tensor, out_NV: Tensor) -> Tensor:
+    kernel = head_kernel.fma()
+    if kernel is None:
+        raise RuntimeError(
+            "route kernel_fma without the head kernel: it has gone since the route was chosen; rlalign build-kernel"
+        )
+    return kernel(hidden_ND, weight_VD, out_NV)
+
+
 @contextmanager
-def _fp32_matmul(precision: str, device: torch.device) -> Iterator[None]:
+def fp32_matmul(precision: str, device: torch.device) -> Iterator[None]:
     # The switch is process-wide: a float32 product in another thread meanwhile would see it too.
     switch = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
     before = switch.fp32_precision
@@ -87,6 +108,11 @@ def _mkl_symbol() -> ctypes._CFuncPtr | None:
     function.argtypes = [*size, ctypes.c_float, pointer, integer, pointer, integer, ctypes.c_float, pointer, integer]
     function.restype = None
     return function
+
+
+def has_mkl_bf16() -> bool:
+    """Whether torch's CPU library has MKL's bf16 product at all."""
+    return _mkl_symbol() is not None
 
 
 def _mkl_bf16(a_MK: Tensor, b_KJ: Tensor, out_MJ: Tensor, accumulate: bool) -> Tensor:
@@ -146,49 +172,8 @@ def _decode_logits(hidden_ND: Tensor, weight_VD: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-@lru_cache(maxsize=64)
-def cpu_bf16_route(hidden_size: int, num_threads: int) -> Route:
-    """The first bf16 route that this host carries out exactly and independently of the batch; else STRICT_FP32.
-
-    MKL is taken only where its bits equal oneDNN's, so that a float32 copy of a weight and the weight itself agree.
-    """
-    if _is_exact_and_invariant(Route.ONEDNN_BF16, hidden_size):
-        if _mkl_symbol() is None or not _is_exact_and_invariant(Route.MKL_BF16, hidden_size):
-            return Route.ONEDNN_BF16
-        hidden_ND, weight_VD = _probe(hidden_size)
-        onednn = logits_of(hidden_ND.float(), weight_VD.float(), Route.ONEDNN_BF16)
-        same_bits = torch.equal(onednn, logits_of(hidden_ND, weight_VD, Route.MKL_BF16))
-        return Route.MKL_BF16 if same_bits else Route.ONEDNN_BF16
-    logger.warning(
-        "head: this host's bf16 products (hidden size %d, %d threads) are inexact or change with the number of rows; "
-        "taking strict float32 products, whose last bits depend on the number of rows",
-        hidden_size,
-        num_threads,
-    )
-    return Route.STRICT_FP32
-
-
-def _probe(hidden_size: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    hidden_ND = torch.randn(130, hidden_size, generator=generator).bfloat16()
-    return hidden_ND, torch.randn(2048, hidden_size, generator=generator).bfloat16()
-
-
-def _is_exact_and_invariant(route: Route, hidden_size: int) -> bool:
-    """Self-test: within 2^-20 * sum |h||w| of float64 (bf16 rounding: 2^-9), same bits for any rows and slice."""
-    with torch.inference_mode():
-        hidden_ND, weight_VD = _probe(hidden_size)
-        h, w = stored_for(hidden_ND, route), stored_for(weight_VD, route)
-        whole_NV = logits_of(h, w, route)
-        exact_NV = hidden_ND[:8].double() @ weight_VD.double().t()
-        size_NV = hidden_ND[:8].double().abs() @ weight_VD.double().abs().t()
-        if bool(((whole_NV[:8] - exact_NV).abs() > 2.0**-20 * size_NV).any()):
-            return False
-        rows = all(torch.equal(logits_of(h[:n], w, route), whole_NV[:n]) for n in (1, 2, 5, 16, 64, 129))
-        slices = all(torch.equal(logits_of(h[:n], w[96:609], route), whole_NV[:n, 96:609]) for n in (1, 64, 130))
-        return rows and slices
-
-
 def backward_route(forward: Route, dtype: torch.dtype) -> Route:
-    """The route of the gradient products: the forward's, but float16 takes float32 (p * g underflows float16)."""
-    return Route.STRICT_FP32 if dtype == torch.float16 else forward
+    """The route of the gradient products: the forward's where that is made for any layout, else plain float32 (so for float16:
+    p * g underflows it). No law binds their bits."""
+    made_for_any = forward in (Route.CUDA_OUT_DTYPE, Route.MKL_BF16, Route.ONEDNN_BF16)
+    return forward if made_for_any and dtype != torch.float16 else Route.STRICT_FP32

@@ -66,6 +66,14 @@ def on_first(action: Callable[[], T]) -> T:
     return message[0]
 
 
+def of_all(value: T) -> list[T]:
+    """Every rank's value, by rank (pickled between our own ranks)."""
+    found = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(found, value)
+    return found
+
+
 def merged(part: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The ranks' parts of one tensor, each zero where the others are not, on CPU. device: where the group's backend works."""
     if world_size() == 1:

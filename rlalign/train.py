@@ -91,11 +91,13 @@ def _run(
     progress.stage("starting vLLM")
     engine = SharedEngine(lambda: assemble.start_engine(model, config, partial(run.event, "servers")))
     try:
-        run.log_head_status(engine.status())
+        statuses = engine.status()
+        run.log_head_status(statuses)
         progress.stage("starting DeepSpeed")
         policy = assemble.start_policy(model, config)
         critic = None
         try:
+            assemble.require_same_head(policy, statuses)
             critic = assemble.start_critic(critic_from, config)
             parties = _parties(config, engine, policy, critic, task, reward, tokenizer, transport)
             drift = assemble.start_drift_watch(reward, config, run, progress.stage)

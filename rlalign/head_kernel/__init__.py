@@ -1,154 +1,167 @@
-"""The decode head in C, for CPUs with AMX: the bits of `products`, at the speed of vLLM's own bf16 head.
+"""The head's forward product in C, for x86-64: one source, paths for AVX2, AVX-512 and AMX, chosen when it is loaded.
 
-Optional. `rlalign build-kernel` compiles head_amx.c once into the user's cache (a second, no library but libc); without it, or
-where its bits differ from those of the library products, those are used and `loaded` says so.
+`rlalign build-kernel` compiles it once into the user's cache (seconds, no library but libc). avx2 and avx512 share one law
+(fma.c), so they share their bits; amx has those of the library's bf16 product. `RLALIGN_HEAD_KERNEL` picks one: "auto" (default),
+"none", or the name of a path; hosts of different kinds in one job agree under "avx2".
 N rows, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
 import os
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from rlalign.cache_folder import cache_folder
-from rlalign.products import Route, cpu_bf16_route, logits_of
+from rlalign.head_kernel.build import PATHS, bind, build, library_path, names, problem_of
+
+__all__ = ["FMA_PATHS", "Kernel", "amx", "available", "build", "fma", "forced", "host_has_amx", "library_path"]
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("head_amx.c")
-FLAGS = ("-O3", "-shared", "-fPIC", "-mavx512f", "-mamx-tile", "-mamx-bf16")
-NAME = "amx"
-TILE = 16  # rows of a tile
-BLOCK, INNER = 64, 32  # the vocabulary of a thread's share, and hidden elements, come in multiples of these
-
-Logits = Callable[[Tensor, Tensor, Tensor], Tensor]
+VARIABLE = "RLALIGN_HEAD_KERNEL"
+FMA_PATHS = ("avx512", "avx2")  # the same bits, the faster first
+ROWS, COLUMNS, INNER = 16, 64, 32  # of a tile; vocabulary of a thread's share; hidden elements that AMX takes at once
+WORTH_THREADS = 2**20  # multiplications below which starting threads costs more than it saves
 
 
-def library_path() -> Path:
-    """Where the compiled library lies or will lie; the name carries a hash of the source and of the flags."""
-    digest = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
-    return cache_folder("kernels") / f"head_{NAME}-{digest}.so"
+def forced() -> str:
+    """What the environment asks for. Raises ValueError for a name that does not exist."""
+    asked = os.environ.get(VARIABLE) or "auto"
+    if asked not in ("auto", "none", *PATHS):
+        raise ValueError(f"{VARIABLE} must be auto, none, {', '.join(PATHS)}; got {asked!r}")
+    return asked
 
 
-def build(compiler: str | None = None) -> Path:
-    """Compile the kernel and return the library; nothing is done where it exists. It appears whole or not at all.
+def fma() -> Kernel | None:
+    """The kernel with the law of fma.c for float32 and bf16 operands; None where none was built or none can run.
 
-    compiler: a C compiler that knows AMX (gcc 11, clang 12 or later); by default $CC, gcc, clang or cc.
-    Raises RuntimeError when this processor lacks AMX, no compiler is found, or it fails.
+    Raises RuntimeError when the environment names a path that cannot run here.
     """
-    target = library_path()
-    if target.is_file():
-        return target
-    if not _has_amx():
-        raise RuntimeError("this processor has no AMX for bf16; the library products are used here, with the same bits")
-    named = compiler or os.environ.get("CC")
-    found = shutil.which(named) if named else next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)
-    if found is None:
+    asked = forced()
+    return next(
+        (_kernel(path) for path in FMA_PATHS if asked in ("auto", "amx", path) and path in _usable(asked)), None
+    )
+
+
+def amx() -> Kernel | None:
+    """The kernel for AMX: bf16 operands, hidden sizes that are multiples of 32, the bits of the library product. None: as `fma`."""
+    asked = forced()
+    return _kernel("amx") if asked in ("auto", "amx") and "amx" in _usable(asked) else None
+
+
+def available() -> tuple[str, ...]:
+    """The paths that this library, processor and operating system can run, whatever the environment asks for."""
+    library = _library()
+    return () if library is None else names(library.rlalign_host() & library.rlalign_built())
+
+
+def host_has_amx() -> bool:
+    """Whether processor and operating system have AMX, built for it or not; False where no library says so."""
+    library = _library()
+    return library is not None and "amx" in names(library.rlalign_host())
+
+
+def _usable(asked: str) -> tuple[str, ...]:
+    if asked == "none":
+        return ()
+    found = available()
+    if asked in PATHS and asked not in found:
         raise RuntimeError(
-            f"no C compiler ({named or 'gcc, clang or cc'}); install one (Debian: apt-get install gcc) or set CC"
+            f"{VARIABLE}={asked}, but this host can run {', '.join(found) or 'none'} "
+            f"({problem_of(library_path()) or 'processor or operating system lack it'}); "
+            "run `rlalign build-kernel` here, or name another path"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder, target.name)
-        done = subprocess.run([found, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{found} could not compile {SOURCE.name}: {done.stderr.strip()[-500:]}")
-        os.replace(made, target)
-    return target
+    return found
+
+
+@lru_cache(maxsize=4)
+def _library_at(path: str) -> ctypes.CDLL | None:
+    problem = problem_of(library_path())
+    if problem is None:
+        return bind(library_path())
+    logger.info("head kernel: not used, %s; `rlalign build-kernel` makes a new one (%s)", problem, path)
+    return None
+
+
+def _library() -> ctypes.CDLL | None:
+    return _library_at(str(library_path()))
 
 
 @lru_cache(maxsize=8)
-def loaded(hidden_size: int) -> Logits | None:
-    """The kernel for this hidden size: (hidden [N, D], weight [V, D], out [N, V] float32) -> out. None where it cannot be used.
+def _kernel(path: str) -> Kernel:
+    library = _library()
+    assert library is not None
+    return Kernel(path, PATHS[path], library)
 
-    It is tried against the library product first, and used only if every bit agrees; a difference is logged.
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One path of the library: (hidden [N, D], weight [V, D], out [N, V] float32) -> out. No gradient.
+
+    Any strides; bf16 operands are read where they lie, float32 ones too, except by amx. The number of torch's threads changes
+    no bit.
     """
-    if hidden_size % INNER or not _has_amx() or not library_path().is_file():
-        return None
-    library = _bind(library_path())
-    if not library.rlalign_allow_tiles():
-        logger.warning(
-            "head kernel: the operating system does not lend AMX tiles to this process; using the library product"
-        )
-        return None
-    kernel = _Kernel(library)
-    if cpu_bf16_route(hidden_size, torch.get_num_threads()) is not Route.MKL_BF16 or not _same_bits(
-        kernel, hidden_size
-    ):
-        logger.warning(
-            "head kernel: its bits differ from the library product's for hidden size %d here; using that one",
-            hidden_size,
-        )
-        return None
-    return kernel
 
+    path: str
+    _code: int
+    _library: ctypes.CDLL
+    _pool: ClassVar[tuple[tuple[int, int], ThreadPoolExecutor] | None] = None
 
-class _Kernel:
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
-        self._threads: ThreadPoolExecutor | None = None
-        self._owner = (0, 0)  # process and number of threads the pool was made for
+    def takes(self, hidden_ND: Tensor, weight_VD: Tensor) -> bool:
+        """Whether this path multiplies operands of these dtypes and sizes."""
+        if self.path == "amx":
+            return hidden_ND.dtype == weight_VD.dtype == torch.bfloat16 and hidden_ND.shape[1] % INNER == 0
+        return all(x.dtype in (torch.bfloat16, torch.float32) for x in (hidden_ND, weight_VD))
 
     def __call__(self, hidden_ND: Tensor, weight_VD: Tensor, out_NV: Tensor) -> Tensor:
+        """Fill `out` (float32, rows of any stride) and return it."""
+        assert self.takes(hidden_ND, weight_VD)
+        if not _rows_lie_whole(out_NV):
+            return out_NV.copy_(self(hidden_ND, weight_VD, torch.empty(out_NV.shape)))
+        hidden_ND, weight_VD = (x if _rows_lie_whole(x) else x.contiguous() for x in (hidden_ND, weight_VD))
         (n, d), vocab = hidden_ND.shape, weight_VD.shape[0]
-        packed = torch.empty(-(-n // TILE) * TILE * d, dtype=torch.bfloat16)
-        self._library.rlalign_pack(hidden_ND.data_ptr(), hidden_ND.stride(0), n, d, packed.data_ptr())
-        threads = torch.get_num_threads()
-        share = -(-vocab // (threads * BLOCK)) * BLOCK
+        packed = torch.empty(-(-n // ROWS) * ROWS * d)
+        threads = torch.get_num_threads() if n * d * vocab > WORTH_THREADS else 1
 
-        def part(start: int) -> None:
+        def pack(first: int, last: int) -> None:
+            self._library.rlalign_pack(
+                self._code, hidden_ND.data_ptr(), hidden_ND.stride(0), hidden_ND.dtype == torch.float32, n, d,
+                first, last, packed.data_ptr(),
+            )  # fmt: skip
+
+        def multiply(start: int, stop: int) -> None:
             self._library.rlalign_logits(
-                weight_VD.data_ptr(), weight_VD.stride(0), start, min(vocab, start + share), vocab, d,
+                self._code, weight_VD.data_ptr(), weight_VD.stride(0), weight_VD.dtype == torch.float32, start, stop, d,
                 packed.data_ptr(), n, out_NV.data_ptr(), out_NV.stride(0),
             )  # fmt: skip
 
-        if share >= vocab:
-            part(0)
-        else:
-            list(self._pool(threads).map(part, range(0, vocab, share)))
+        self._share(pack, self._library.rlalign_panels(self._code, n), 1, threads if n >= 256 else 1)
+        self._share(multiply, vocab, COLUMNS, threads)
         return out_NV
 
-    def _pool(self, threads: int) -> ThreadPoolExecutor:
+    def _share(self, part, count: int, multiple: int, threads: int) -> None:
+        share = -(-count // (threads * multiple)) * multiple
+        if share >= count:
+            part(0, count)
+        else:
+            starts = range(0, count, share)
+            list(self._threads(threads).map(lambda start: part(start, min(count, start + share)), starts))
+
+    @classmethod
+    def _threads(cls, threads: int) -> ThreadPoolExecutor:
         # torch's own threads cannot be lent to C without its headers; these wait in the kernel, outside the interpreter's lock
-        if self._owner != (os.getpid(), threads):
-            self._threads, self._owner = ThreadPoolExecutor(threads, "rlalign-head"), (os.getpid(), threads)
-        return self._threads
+        owner = (os.getpid(), threads)
+        if cls._pool is None or cls._pool[0] != owner:
+            cls._pool = owner, ThreadPoolExecutor(threads, "rlalign-head")
+        return cls._pool[1]
 
 
-def _bind(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    size, pointer = ctypes.c_int64, ctypes.c_void_p
-    library.rlalign_allow_tiles.restype = ctypes.c_int
-    library.rlalign_pack.argtypes = [pointer, size, size, size, pointer]
-    library.rlalign_pack.restype = None
-    library.rlalign_logits.argtypes = [pointer, size, size, size, size, size, pointer, size, pointer, size]
-    library.rlalign_logits.restype = None
-    return library
-
-
-def _has_amx() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.is_file() and all(f" {flag}" in cpuinfo.read_text() for flag in ("amx_tile", "amx_bf16", "avx512f"))
-
-
-def _same_bits(kernel: Logits, hidden_size: int) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    hidden_ND = torch.randn(70, hidden_size, generator=generator).bfloat16()
-    weight_VD = torch.randn(661, hidden_size, generator=generator).bfloat16()  # ends inside a tile
-    for n in (1, 16, 17, 70):
-        expected = logits_of(hidden_ND[:n], weight_VD, Route.MKL_BF16)
-        if not torch.equal(kernel(hidden_ND[:n], weight_VD, torch.empty(n, len(weight_VD))), expected):
-            return False
-    return True
+def _rows_lie_whole(x: Tensor) -> bool:
+    return x.shape[1] == 1 or x.stride(1) == 1

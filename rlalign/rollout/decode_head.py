@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlalign import head, head_kernel
+from rlalign import head, routes
 from rlalign.head_cache import Epoch
 
 # On one thread MKL repacks the weight in blocks that leave the cache (1.5 times slower at 256 rows); several threads share it out
@@ -64,32 +64,25 @@ MEMORY = LogitsMemory()
 def decode_logits(hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None = None) -> Tensor:
     """float32 logits [..., V] of hidden states [..., D], with the bits of `head.project(hidden, weight, bias)`.
 
-    No gradient. On other routes than MKL_BF16 it is `head.project`. Raises ValueError as `head.project` does.
+    No gradient. On other routes than MKL_BF16 and KERNEL_FMA it is `head.project`. Raises ValueError as `head.project` does.
     """
     route = head.route(hidden, weight_VD)
     rows = hidden.numel() // max(1, hidden.shape[-1])
-    if route is not head.Route.MKL_BF16 or rows == 0:
+    if route not in (head.Route.MKL_BF16, head.Route.KERNEL_FMA) or rows == 0:
         return head.project(hidden, weight_VD, bias_V)
     head.check_operands(hidden, weight_VD, bias_V)
     logits_NV = MEMORY.take(rows, weight_VD.shape[0])
     hidden_ND = hidden.reshape(rows, -1)
-    rows_lie_whole = weight_VD.stride(1) == 1 and hidden_ND.stride(1) == 1
-    kernel = head_kernel.loaded(weight_VD.shape[1]) if rows_lie_whole else None
+    kernel = routes.decode_kernel(route, hidden_ND, weight_VD)
     if kernel is not None:
         kernel(hidden_ND, weight_VD, logits_NV)
+    elif route is head.Route.KERNEL_FMA:  # float16: widened, then as it is
+        head.logits_of(head.stored_for(hidden_ND, route), head.stored_for(weight_VD, route), route, out=logits_NV)
     else:
         _library_product(hidden_ND, weight_VD, logits_NV)
     if bias_V is not None:
         logits_NV.add_(bias_V.float())
     return logits_NV.view(*hidden.shape[:-1], weight_VD.shape[0])
-
-
-def kernel_name(weight_VD: Tensor) -> str | None:
-    """The compiled kernel that `decode_logits` uses on this host for a 16-bit weight; None for the library product."""
-    hidden = weight_VD.new_empty(1, weight_VD.shape[1])
-    if head.route(hidden, weight_VD) is not head.Route.MKL_BF16 or head_kernel.loaded(weight_VD.shape[1]) is None:
-        return None
-    return head_kernel.NAME
 
 
 def _library_product(hidden_ND: Tensor, weight_VD: Tensor, logits_NV: Tensor) -> None:

@@ -7,7 +7,7 @@ the driver looks before it starts an engine, asks every rank afterwards, and che
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 
 import rlalign
@@ -17,6 +17,7 @@ from rlalign.rollout.exact import VARIABLE
 from rlalign.rollout.head_plugin import SLOT
 from rlalign.rollout.head_settings import promised
 from rlalign.rollout.surface import EMBEDDED
+from rlalign.routes import law
 
 GROUP, NAME = "vllm.general_plugins", "rlalign"
 LAYER = "rlalign.rollout.head_layer.AlignedLogitsProcessor"
@@ -55,6 +56,7 @@ def require(statuses: Sequence[dict], *, mode: str, ranks: int) -> None:
         reason = _wrong(status, mode)
         if reason:
             raise RuntimeError(f"{_who(status)}: {reason}")
+    require_same_bits(proofs_of(statuses))
 
 
 def require_called(statuses: Sequence[dict]) -> None:
@@ -73,6 +75,33 @@ def require_multiplied(statuses: Sequence[dict]) -> None:
         reason = _other_dtype(status)
         if reason:
             raise RuntimeError(f"{_who(status)}: {reason}")
+
+
+def require_same_bits(proofs: Mapping[str, Mapping]) -> None:
+    """Every process that makes logits of its own must make them with the same bits. Raises RuntimeError naming two that do not.
+
+    proofs: {who: its "route", "kernel" and "bits"}; a route or bits of None (vLLM's own head, another device) prove nothing and
+    are left out.
+    """
+    heads = {who: proof for who, proof in proofs.items() if proof.get("route") and proof.get("bits")}
+    for other, theirs in list(heads.items())[1:]:
+        first, mine = next(iter(heads.items()))
+        if (law(mine["route"]), mine["bits"]) != (law(theirs["route"]), theirs["bits"]):
+            raise RuntimeError(
+                f"two ways of making float32 logits in one job: {first} has {_described(mine)}, {other} has {_described(theirs)}; "
+                "their last bits differ, so the heads alone would make a mismatch. Run `rlalign build-kernel` on both hosts (it "
+                "needs a C compiler), with the same torch; hosts of different kinds agree with RLALIGN_HEAD_KERNEL=avx2 on all"
+            )
+
+
+def proofs_of(statuses: Sequence[dict]) -> dict[str, dict]:
+    """The ranks' answers to `rlalign_status`, by the name of the rank."""
+    return {_who(status): status for status in statuses}
+
+
+def _described(proof: Mapping) -> str:
+    kernel = f" ({proof['kernel']})" if proof.get("kernel") else ""
+    return f"route {proof['route']}{kernel}, bits {proof['bits']}"
 
 
 def _who(status: dict) -> str:

@@ -17,6 +17,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 
 from rlalign import head
 from rlalign.head_cache import HeadCache, MasterHead
+from rlalign.products import AS_STORED
 from rlalign.rollout import exact, versions
 from rlalign.rollout.decode_head import decode_logits
 from rlalign.rollout.head_settings import HeadMode, HeadSettings
@@ -94,7 +95,7 @@ class AlignedLogitsProcessor(LogitsProcessor):
 
 def reads_weight_directly(hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
     """True where the product takes the 16-bit weight as it is: no fp32 copy exists, so none can be stale."""
-    return head.route(hidden_states, weight) in (head.Route.MKL_BF16, head.Route.CUDA_OUT_DTYPE)
+    return weight.dtype != torch.float16 and head.route(hidden_states, weight) in AS_STORED
 
 
 def require_plain_weight(lm_head: VocabParallelEmbedding, name: str = "lm_head") -> None:

@@ -7,6 +7,7 @@ data. It is imported by name, not by the plugin, so that it can report that the 
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from rlalign import head
 from rlalign.head_cache import Epoch, MasterHead, fingerprint, rounds_to
 from rlalign.rollout import head_watch, readback
 from rlalign.rollout.capture import CaptureExtension
-from rlalign.rollout.decode_head import kernel_name
+from rlalign.rollout.decode_head import decode_logits
 from rlalign.rollout.exact import proof
 from rlalign.rollout.head_layer import (
     CACHE,
@@ -35,6 +36,7 @@ from rlalign.rollout.head_plugin import SLOT
 from rlalign.rollout.head_settings import HeadMode
 from rlalign.rollout.receiving import ReceivingExtension
 from rlalign.rollout.server.identity import IdentityExtension
+from rlalign.routes import bits, kernel_name
 from rlalign.weights import MASTER_WEIGHT, digest
 
 
@@ -194,18 +196,22 @@ class WorkerExtension(CaptureExtension, IdentityExtension, ReceivingExtension):
 
 
 def _route_of(layer: LogitsProcessor, lm_head: VocabParallelEmbedding) -> dict[str, object]:
-    """{"route", "copies", "kernel"} of this layer for hidden states in the body's dtype."""
+    """{"route", "copies", "kernel", "bits"} of this layer for hidden states in the body's dtype, tried now."""
     if not isinstance(layer, AlignedLogitsProcessor) or layer.mode in VLLMS_OWN:
-        return {"route": None, "copies": False, "kernel": None}
+        return {"route": None, "copies": False, "kernel": None, "bits": None}
     weight = lm_head.weight
-    hidden = weight.new_empty(1, weight.shape[1])
-    if layer.mode is HeadMode.MASTER:
-        wide = weight.new_empty(1, weight.shape[1], dtype=torch.float32)
-        return {"route": head.route(hidden, wide).value, "copies": False, "kernel": None}
-    copies = weight.dtype != torch.float32 and not reads_weight_directly(hidden, weight)
-    wide = weight.new_empty(1, weight.shape[1], dtype=torch.float32) if copies else weight
+    body, size = weight.dtype, weight.shape[1]
+    wide = torch.float32 if layer.mode is HeadMode.MASTER else body
+    hidden, operand = weight.new_empty(1, size), weight.new_empty(1, size, dtype=wide)
+    copies = wide != torch.float32 and not reads_weight_directly(hidden, operand)
+    bf16_valued = copies and body == torch.bfloat16
+    if copies:
+        operand = operand.float()
+    route = head.route(hidden, operand, weight_is_bf16_valued=bf16_valued)
+    product = partial(head.project, weight_is_bf16_valued=bf16_valued) if copies else decode_logits
     return {
-        "route": head.route(hidden, wide, weight_is_bf16_valued=weight.dtype == torch.bfloat16).value,
+        "route": route.value,
         "copies": copies,
-        "kernel": None if copies or weight.dtype == torch.float32 else kernel_name(weight),
+        "kernel": kernel_name(route, hidden, operand),
+        "bits": bits(product, size, body, operand.dtype) if weight.device.type == "cpu" else None,
     }

@@ -13,7 +13,7 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-from rlalign import head, logprobs, multiplied
+from rlalign import head, logprobs, multiplied, routes
 from rlalign.multiplied import Multiplied
 from rlalign.trainer.exact import ExactHead
 
@@ -28,7 +28,22 @@ class HeadStatus:
     tied: bool
     calls: int = 0
     multiplied: Multiplied | None = None  # what the logprobs of a real call were found to be computed in
+    route: str | None = None  # how logits are made, as `prove` found it; None for a head that is not mirrored
+    kernel: str | None = None  # the compiled path behind that route
+    bits: str | None = None  # digest of the bits of a fixed probe; None where not on CPU
     master_VD: Tensor | None = field(default=None, repr=False)  # dtype "master": the optimizer's unrounded lm_head
+
+    def prove(self, lm_head: nn.Linear, device: torch.device) -> None:
+        """Note route, kernel and bits of this process now, for operands of the dtypes that this head multiplies."""
+        if self.mode != "mirrored":
+            return
+        body, size = lm_head.weight.dtype, lm_head.in_features  # under ZeRO-3 the weight itself may be elsewhere
+        wide = torch.float32 if self.dtype == "master" else body
+        hidden = torch.empty(1, size, dtype=body, device=device)
+        weight = torch.empty(1, size, dtype=wide, device=device)
+        route = head.route(hidden, weight)
+        self.route, self.kernel = route.value, routes.kernel_name(route, hidden, weight)
+        self.bits = routes.bits(head.project, size, body, wide) if device.type == "cpu" else None
 
 
 _STATUS: weakref.WeakKeyDictionary[nn.Module, HeadStatus] = weakref.WeakKeyDictionary()

@@ -86,6 +86,7 @@ class Policy:
         )
         self.version = 0
         self._refresh_master()
+        self.head.prove(network.get_output_embeddings(), self.device)
         if config.pack_tokens:
             self._engine.eval()
             packed_attention.confirm(network, lambda inputs: self._engine(inputs, None), self.device)

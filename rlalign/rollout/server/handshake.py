@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlalign.rollout import handshake
@@ -41,6 +41,7 @@ class Greeting:
     life: str
     engines: int  # data-parallel ones behind its url
     ranks: int  # of all of them
+    head: Mapping[str, str | None] = field(default_factory=dict)  # its proof: see rollout.handshake.require_same_bits
 
 
 async def greet(client: Client, wanted: Wanted) -> Greeting:
@@ -78,11 +79,13 @@ async def greet(client: Client, wanted: Wanted) -> Greeting:
             200,
         )
     life = str(identities[0]["life"])
-    return Greeting(url=client.url, version=version, mode=mode, life=life, engines=engines, ranks=len(statuses))
+    return Greeting(
+        url=client.url, version=version, mode=mode, life=life, engines=engines, ranks=len(statuses), head=statuses[0]
+    )
 
 
-def require_same_version(greeting: Greeting, others: Iterable[Greeting]) -> None:
-    """Raise Refused where a server that passed already runs another vLLM."""
+def require_same_numbers(greeting: Greeting, others: Iterable[Greeting]) -> None:
+    """Raise Refused where a server that passed already runs another vLLM, or makes logits with other bits."""
     for other in others:
         if other.version != greeting.version:
             raise Refused(
@@ -90,6 +93,10 @@ def require_same_version(greeting: Greeting, others: Iterable[Greeting]) -> None
                 "one version",
                 200,
             )
+        try:
+            handshake.require_same_bits({other.url: other.head, greeting.url: greeting.head})
+        except RuntimeError as error:
+            raise Refused(str(error), 200) from error
 
 
 def _wrong(identities: Sequence[dict], wanted: Wanted) -> str | None:

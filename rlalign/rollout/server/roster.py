@@ -11,7 +11,7 @@ from rlalign.config import RolloutConfig
 from rlalign.rollout.server import ready
 from rlalign.rollout.server.client import Client, Unreachable
 from rlalign.rollout.server.dispatch import ALIVE
-from rlalign.rollout.server.handshake import Greeting, Wanted, greet, require_same_version
+from rlalign.rollout.server.handshake import Greeting, Wanted, greet, require_same_numbers
 from rlalign.rollout.server.members import Member, State
 
 PATIENCE = 5.0  # seconds for a sign of life
@@ -147,7 +147,7 @@ class Roster:
             return
         try:
             greeting = await greet(member.client, self._wanted)
-            require_same_version(greeting, (g for url, g in self.greetings.items() if url != member.url))
+            require_same_numbers(greeting, (g for url, g in self.greetings.items() if url != member.url))
         except Unreachable as error:
             member.becomes(State.DOWN, str(error))
         except RuntimeError as error:

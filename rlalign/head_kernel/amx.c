@@ -5,67 +5,42 @@
  * kilobytes). Products are exact and summed in float32 in the order of the hidden dimension, as in the library products of
  * products.py, whose bits these are. The result comes out turned over and is turned back 16 by 16 in registers.
  */
-#define _GNU_SOURCE
-#include <immintrin.h>
-#include <stdint.h>
+#include "head.h"
+#if !defined RLALIGN_NO_AMX && !defined RLALIGN_NO_AVX512
 #include <stdlib.h>
-#include <string.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
-typedef uint16_t bf16;
-enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18, TILE = 16, INNER = 32 };
+#define PATH amx
+#define NAME(f) f##_amx
+#define TARGET __attribute__((target("avx512f,amx-tile,amx-bf16")))
+#include "transpose512.h"
 
-/* Linux lends the tile registers to a process that asks; 1 when it does. */
-int rlalign_allow_tiles(void) { return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0; }
+enum { TILE = 16, INNER = 32 };
 
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-static void configure(void) {
+TARGET static void configure(void) {
   struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } tiles = {.palette = 1};
   for (int t = 0; t < 8; t++) { tiles.rows[t] = TILE; tiles.bytes[t] = 64; }
   _tile_loadconfig(&tiles);
 }
 
-/* hidden [n][d] -> packed [n / 16][d / 2][16][2]; rows past n are zero. packed holds ceil(n / 16) * 16 * d elements. */
-void rlalign_pack(const bf16 *hidden, int64_t stride, int64_t n, int64_t d, bf16 *packed) {
-  for (int64_t first = 0; first < n; first += TILE)
+int64_t panels_amx(int64_t n) { return (n + TILE - 1) / TILE; }
+
+/* hidden [n][d] -> panels [d / 2][16][2]; rows past n are zero. packed holds ceil(n / 16) * 16 * d elements. */
+void pack_amx(const void *hidden, int64_t stride, int wide, int64_t n, int64_t d, int64_t first, int64_t last, void *packed) {
+  const bf16 *h = hidden;
+  bf16 *to = (bf16 *)packed + first * TILE * d;
+  for (int64_t row = first * TILE; row < last * TILE; row += TILE)
     for (int64_t pair = 0; pair < d / 2; pair++)
-      for (int64_t r = first; r < first + TILE; r++) {
-        *packed++ = r < n ? hidden[r * stride + 2 * pair] : 0;
-        *packed++ = r < n ? hidden[r * stride + 2 * pair + 1] : 0;
+      for (int64_t r = row; r < row + TILE; r++) {
+        *to++ = r < n ? h[r * stride + 2 * pair] : 0;
+        *to++ = r < n ? h[r * stride + 2 * pair + 1] : 0;
       }
 }
 
-static void transpose(const float *tile, __m512 *out) {
-  __m512 a[16], b[16];
-  for (int i = 0; i < 16; i++) a[i] = _mm512_load_ps(tile + 16 * i);
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; j++) {
-      __m512d low = _mm512_castps_pd(b[i + j]), high = _mm512_castps_pd(b[i + j + 2]);
-      a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-      a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-    }
-  for (int i = 0; i < 4; i++)
-    for (int j = 0; j < 2; j++) {
-      b[i + 8 * j] = _mm512_shuffle_f32x4(a[i + 8 * j], a[i + 8 * j + 4], 0x88);
-      b[i + 8 * j + 4] = _mm512_shuffle_f32x4(a[i + 8 * j], a[i + 8 * j + 4], 0xdd);
-    }
-  for (int i = 0; i < 4; i++)
-    for (int j = 0; j < 2; j++) {
-      out[i + 4 * j] = _mm512_shuffle_f32x4(b[i + 4 * j], b[i + 4 * j + 8], 0x88);
-      out[i + 4 * j + 8] = _mm512_shuffle_f32x4(b[i + 4 * j], b[i + 4 * j + 8], 0xdd);
-    }
-}
-
 /* Tile t, [16 of the vocabulary][16 rows], to out[row][vocabulary]; past the caches where a line is written whole. */
-static void put(const float *t, float *out, int64_t stride, int64_t rows, int64_t width) {
-  __m512 lines[16];
-  transpose(t, lines);
+TARGET static void put(const float *t, float *out, int64_t stride, int64_t rows, int64_t width) {
+  __m512 lines[TILE];
+  for (int i = 0; i < TILE; i++) lines[i] = _mm512_load_ps(t + TILE * i);
+  transpose_amx(lines);
   int whole = width == TILE && ((uintptr_t)out & 63) == 0 && (stride & 15) == 0;
   __mmask16 mask = (__mmask16)((1u << width) - 1);
   for (int64_t r = 0; r < rows; r++)
@@ -83,7 +58,7 @@ static const bf16 *weight_rows(const bf16 *weight, int64_t *stride, int64_t v, i
 }
 
 /* Up to 16 rows: four tiles of the vocabulary at a time. The hardware fetches ahead; asking it to was 10 % slower. */
-static void few(const bf16 *w, int64_t stride, int64_t v, int64_t vocab, int64_t d, const bf16 *h, int64_t n, float *out, int64_t to) {
+TARGET static void few(const bf16 *w, int64_t stride, int64_t v, int64_t vocab, int64_t d, const bf16 *h, int64_t n, float *out, int64_t to) {
   __attribute__((aligned(64))) float t[4][TILE * TILE];
   int64_t bytes = stride * 2, down = TILE * stride;
   _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
@@ -100,7 +75,7 @@ static void few(const bf16 *w, int64_t stride, int64_t v, int64_t vocab, int64_t
 }
 
 /* More rows: 32 of the vocabulary, which stay in the cache, against 32 rows at a time. */
-static void many(const bf16 *w, int64_t stride, int64_t v, int64_t vocab, int64_t d, const bf16 *h, int64_t n, float *out, int64_t to) {
+TARGET static void many(const bf16 *w, int64_t stride, int64_t v, int64_t vocab, int64_t d, const bf16 *h, int64_t n, float *out, int64_t to) {
   __attribute__((aligned(64))) float t[4][TILE * TILE];
   int64_t bytes = stride * 2, down = TILE * stride;
   for (int64_t row = 0; row < n; row += 2 * TILE) {
@@ -120,18 +95,19 @@ static void many(const bf16 *w, int64_t stride, int64_t v, int64_t vocab, int64_
   }
 }
 
-/* logits[n][start..stop) of n packed rows; d is a multiple of 32, start a multiple of 64. Strides in elements. */
-void rlalign_logits(const bf16 *weight, int64_t stride, int64_t start, int64_t stop, int64_t vocab, int64_t d,
-                    const bf16 *packed, int64_t n, float *logits, int64_t to) {
+/* logits[n][start..stop) of n packed rows; d is a multiple of 32. */
+TARGET void logits_amx(const void *weight, int64_t stride, int wide, int64_t start, int64_t stop, int64_t d, const void *packed,
+                       int64_t n, float *logits, int64_t to) {
   bf16 *edge = aligned_alloc(64, 4 * TILE * d * sizeof(bf16));
   int64_t step = n <= TILE ? 4 * TILE : 2 * TILE;
   configure();
   for (int64_t v = start; v < stop; v += step) {
     int64_t own = stride;
-    const bf16 *w = weight_rows(weight, &own, v, step, vocab, d, edge);
-    (n <= TILE ? few : many)(w, own, v, vocab, d, packed, n, logits, to);
+    const bf16 *w = weight_rows(weight, &own, v, step, stop, d, edge);
+    (n <= TILE ? few : many)(w, own, v, stop, d, packed, n, logits, to);
   }
   _mm_sfence();
   _tile_release();
   free(edge);
 }
+#endif

@@ -14,7 +14,7 @@ LEVELS = {
     1: {
         "exact", "head", "head_cache", "head_kernel", "products", "logprobs", 
         "mismatch", "corrections", "presets", "surrogate", "losses", "objective", "advantages", "reference_kl", "ranks",
-        "reward.calibration", "reward.adaptive", "reward.metrics",
+        "widened", "reward.calibration", "reward.adaptive", "reward.metrics",
     },
     2: {
         "weights", "checkpoint", "tracking", "tasks", "tiny_policy", "reward",

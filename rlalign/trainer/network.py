@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
+from rlalign import widened
 from rlalign.trainer import packed_attention, sdpa
 from rlalign.trainer.exact import make_exact
 from rlalign.trainer.head_mirror import Tokens
@@ -65,6 +66,8 @@ def load(
     chosen = None if attention == "auto" else attention
     network = kind.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation=chosen)
     del partitioned
+    if not (exact or torch.cuda.is_available()):
+        widened.decide_together(network.dtype)
     network.config.use_cache = False
     if zero_3:
         _restore_buffers(network)

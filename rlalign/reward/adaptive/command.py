@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from rlalign import widened
 from rlalign.reward.adaptive import AdaptiveTemperature, Confidence, Objective, TokenBatch, Training, confidence_at
 from rlalign.reward.adaptive.heads import Kind
 from rlalign.reward.adaptive.model_batches import Completion, ModelBatches, encode, read_completions
@@ -132,6 +133,7 @@ def _batches(folder: Path, parts: dict[str, list[Completion]], options: Options)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=options.dtype).to(device).requires_grad_(False)
+    widened.decide_for(model)
     config = model.config.get_text_config()
     encoded = {
         name: encode(rows, tokenizer, longest=config.max_position_embeddings, chat=options.chat)

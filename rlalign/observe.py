@@ -105,7 +105,9 @@ def server_metrics(engine: SharedEngine) -> dict[str, float]:
 
 
 def participants(config: RunConfig, engine: SharedEngine, statuses: list[dict], policy: Policy) -> dict:
-    """Engine, heads, trainer ranks and final version, for the summary."""
+    """Engine, heads, trainer ranks, products of 16 bits on CPU and final version, for the summary."""
+    from rlalign import widened
+
     return {
         "engine": {"name": "vllm", "version": engine.version},
         "head": {
@@ -125,5 +127,6 @@ def participants(config: RunConfig, engine: SharedEngine, statuses: list[dict], 
                 "bits": policy.head.bits,
             },
         },
+        "products": widened.state(),
         "policy_version": policy.version,
     }

@@ -37,6 +37,21 @@ class Stateful(Protocol):
     def load_state(self, folder: Path) -> None: ...
 
 
+def settle_products(config: RunConfig, found: Checkpoint | None, log: Log) -> None:
+    """How this run computes bf16 products on CPUs, before anything does: measured, or as in its checkpoint. Every rank calls it."""
+    import torch
+
+    from rlalign import widened
+
+    if torch.cuda.is_available() or config.exact:
+        return
+    if found is not None:
+        widened.resume(found.state.get("products", ()))
+    choice = widened.decide_together(getattr(torch, config.model.dtype.value))
+    if choice is not None:
+        log.event("products", choice.describe())
+
+
 def find(config: RunConfig) -> Checkpoint | None:
     """The checkpoint to go on from, on every rank. Raises ValueError when one must exist and does not, or does not fit.
 
@@ -156,6 +171,8 @@ class Checkpoints:
         return self.signals.asked.name if self.signals.asked is not None else "a signal to another rank"
 
     def _save(self, step: int) -> None:
+        from rlalign import widened
+
         def write(folder: Path) -> None:
             self.policy.save_state(folder / "policy")
             for name, part in (self.shared | {"random": RandomStates()}).items():
@@ -171,7 +188,7 @@ class Checkpoints:
             Path(self.config.output_dir),
             step,
             config=to_plain(self.config),
-            state={"version": self.policy.version},
+            state={"version": self.policy.version, "products": widened.state()},
             write=write,
             keep=self.config.checkpoint.keep,
         )

@@ -83,9 +83,9 @@ def _run(
     from rlalign.weights import open_transport
 
     model = ranks.on_first(lambda: assemble.resolve_model(config.model.path, progress.stage))
-    tokenizer = assemble.load_tokenizer(model)
+    tokenizer, task = assemble.load_tokenizer(model), assemble.load_task_of(config)
     critic_from = ranks.on_first(lambda: assemble.critic_folder(model, config, tokenizer))
-    task = assemble.load_task_of(config)
+    resume.settle_products(config, found, run)
     reward = assemble.SharedReward(config, progress.stage)
     transport = open_transport(config.weights)
     progress.stage("starting vLLM")

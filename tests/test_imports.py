@@ -12,9 +12,10 @@ ROOT = Path(__file__).parents[1] / "rlalign"
 LEVELS = {
     0: {"types", "config", "install_check", "exits", "cache_folder"},
     1: {
-        "aligned", "attention", "blocked", "exact", "head", "head_cache", "head_kernel", "products", "multiplied", "routes", "logprobs",
+        "aligned", "attention", "blocked", "exact", "head", "head_cache", "head_kernel", "products", "multiplied", "routes",
+        "logprobs",
         "mismatch", "corrections", "presets", "surrogate", "losses", "objective", "advantages", "reference_kl", "ranks",
-        "reward.calibration", "reward.adaptive", "reward.metrics",
+        "widened", "reward.calibration", "reward.adaptive", "reward.metrics",
     },
     2: {
         "weights", "checkpoint", "tracking", "tasks", "tiny_policy", "reward",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from rlalign import widened
 from rlalign.assemble import encode, load_task_of
 from rlalign.config import RunConfig
 from rlalign.types import Rollout, RolloutBatch, collate
@@ -64,7 +65,10 @@ def trainer_network(model: Path, body: str, *, exact: bool = False) -> nn.Module
     kind = attention.of_folder(model).name
     network = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, body), attn_implementation=kind)
     network = network.eval().to(device)
-    return make_exact(network) if exact else network
+    if exact:
+        return make_exact(network)
+    widened.decide_for(network)
+    return network
 
 
 @torch.no_grad()

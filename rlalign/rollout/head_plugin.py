@@ -23,7 +23,7 @@ def register() -> None:
     from vllm.model_executor.custom_op import op_registry_oot
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
-    from rlalign.rollout import early_refusal, epoch_hooks, exact, own_process, versions, yielding
+    from rlalign.rollout import cpu_layers, early_refusal, epoch_hooks, exact, own_process, versions, yielding
     from rlalign.rollout.server import every_engine
 
     if SLOT in op_registry_oot:
@@ -42,6 +42,7 @@ def register() -> None:
         every_engine.install()
         if os.environ.get(yielding.VARIABLE) == "1":
             yielding.install()
+            cpu_layers.install()
     if versions.has_weight_transfer(vllm.__version__):
         from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, TypeVar
 
+from rlalign import widened
 from rlalign.exits import Lost
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class EngineProcesses:
         if not wanted:
             yield
             return
-        environment = ENVIRONMENT | {FOLLOWS: str(os.getpid())}
+        environment = ENVIRONMENT | {FOLLOWS: str(os.getpid())} | widened.environment()
         before = {name: os.environ.get(name) for name in environment}
         children = set(multiprocessing.active_children())
         os.environ.update(environment)

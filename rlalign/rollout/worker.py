@@ -19,7 +19,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 import rlalign
-from rlalign import head
+from rlalign import head, widened
 from rlalign.head_cache import Epoch, MasterHead, fingerprint, rounds_to
 from rlalign.rollout import head_watch, readback
 from rlalign.rollout.capture import CaptureExtension
@@ -49,7 +49,7 @@ class WorkerExtension(CaptureExtension, IdentityExtension, ReceivingExtension):
         """Which head this rank runs, and what it has done so far.
 
         route: the product behind our modes (None when vLLM's own runs); copies: whether it needs an fp32 copy of the weight;
-        kernel: what carries it out in place of the library, with the same bits.
+        kernel: what carries it out in place of the library, with the same bits. products: of the body's layers on CPU.
         head: name and kind of the module; bumps: how often each hook has announced a change of weights. attention: classes that
         compute it; not_exact: everything that computes without `rlalign.exact`, empty in exact mode. multiplied: the dtype that
         logits were found to be computed in, by a probe now and by the last real call looked at; claimed: the checkpoint's own
@@ -71,6 +71,7 @@ class WorkerExtension(CaptureExtension, IdentityExtension, ReceivingExtension):
             "mode": layer.mode.value if ours else None,
             **_route_of(layer, lm_head),
             "head": f"{name}: {type(lm_head).__name__}/{type(lm_head.quant_method).__name__}",
+            "products": _products_of(lm_head),
             "calls": layer.calls if ours else 0,
             "attention": proof.attention(self.vllm_config),
             "not_exact": proof.not_exact(self.get_model(), self.vllm_config),
@@ -193,6 +194,12 @@ class WorkerExtension(CaptureExtension, IdentityExtension, ReceivingExtension):
         if copies and not rounds_to(CACHE.get(lm_head.weight), lm_head.weight):
             return [f"{name}: the fp32 copy differs from the weight it was made of"]
         return []
+
+
+def _products_of(lm_head: VocabParallelEmbedding) -> str | None:
+    """native or widened: how this process computes products of the body's dtype (`rlalign.widened`). None off the CPU."""
+    choice = widened.decide_for(lm_head)
+    return None if choice is None else choice.products
 
 
 def _route_of(layer: LogitsProcessor, lm_head: VocabParallelEmbedding) -> dict[str, object]:

@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from rlalign import attention as attentions
+from rlalign import widened
 from rlalign.trainer import packed_attention, sdpa
 from rlalign.trainer.exact import make_exact
 from rlalign.trainer.head_mirror import Tokens
@@ -67,6 +68,8 @@ def load(
     chosen = attentions.of_folder(model, attention, setting="trainer.attention").name
     network = kind.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation=chosen)
     del partitioned
+    if not (exact or torch.cuda.is_available()):
+        widened.decide_together(network.dtype)
     network.config.use_cache = False
     if zero_3:
         _restore_buffers(network)

@@ -11,6 +11,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlalign import widened
+
 NAME = "rlalign_sdpa"  # of our function in transformers' registries of attention and masks
 SHORT = (
     128  # tokens. Up to here torch 2.13's 16-bit gradient on CPU is slower than one in float32: at 14 tokens 10 times
@@ -63,8 +65,8 @@ def attention(
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, object]
 ) -> Tensor:
-    short = query.device.type == "cpu" and query.dtype != torch.float32 and query.shape[2] <= SHORT
-    if short and torch.is_grad_enabled() and not options["dropout"]:
+    slow = query.device.type == "cpu" and query.dtype != torch.float32 and not widened.is_widened(query.dtype)
+    if slow and query.shape[2] <= SHORT and torch.is_grad_enabled() and not options["dropout"]:
         return _Float32Gradient.apply(query, key, value, module, mask, options)
     return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
 

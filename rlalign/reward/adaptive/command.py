@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from rlalign import attention
+from rlalign import attention, widened
 from rlalign.reward.adaptive import AdaptiveTemperature, Confidence, Objective, TokenBatch, Training, confidence_at
 from rlalign.reward.adaptive.heads import Kind
 from rlalign.reward.adaptive.model_batches import Completion, ModelBatches, encode, read_completions
@@ -135,6 +135,7 @@ def _batches(folder: Path, parts: dict[str, list[Completion]], options: Options)
     kind = attention.of_folder(folder).name
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=options.dtype, attn_implementation=kind)
     model = model.to(device).requires_grad_(False)
+    widened.decide_for(model)
     config = model.config.get_text_config()
     encoded = {
         name: encode(rows, tokenizer, longest=config.max_position_embeddings, chat=options.chat)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlalign import attention as attentions
+from rlalign import widened
 from rlalign.reward.params import PoolerDefaults, Task
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def wrap(
     architecture = architecture or type(model).__name__
     _, task = _kind(architecture, model.config, id)
     model.eval()
+    widened.decide_for(model)
     head = model.get_output_embeddings() if task == "generative" else None
     score = dict(model.named_children()).get("score")
     if task in ("classify", "token_classify") and isinstance(score, nn.Linear | nn.Sequential):

@@ -54,7 +54,9 @@ def backward_tiles(
     """
     route = backward_route(problem.route, problem.hidden_ND.dtype)
     low_dtype = problem.hidden_ND.dtype if route in (Route.MKL_BF16, Route.CUDA_OUT_DTYPE) else torch.float32
-    problem, tile = problem.widened(), problem.tile
+    # on the CPU every route of the logits takes float32 copies too, with the same bits; so one copy serves all products
+    storage = problem.route if problem.route is Route.CUDA_OUT_DTYPE else route
+    problem, tile = problem.widened(storage), problem.tile
     (n, d), vocab, device = problem.hidden_ND.shape, problem.weight_VD.shape[0], problem.hidden_ND.device
     shape = (min(tile.tokens, n), min(tile.vocab, vocab))
     x_buffer = padded(*shape, torch.float32, device)
@@ -68,7 +70,7 @@ def backward_tiles(
         grads.weight_VD[vocab:] = 0
     scratch = torch.empty(strip_height(device) * shape[1], device=device)
     block_buffer = None if weight is None else padded(shape[1], d, torch.float32, device)
-    for columns, weight_SD in problem.blocks():
+    for columns, weight_SD in problem.blocks(storage):
         width = columns.stop - columns.start
         for rows in token_tiles(n, tile.tokens):
             low_TS = low_buffer[: rows.stop - rows.start, :width]

@@ -85,15 +85,18 @@ class Problem:
     route: Route
     kept_NK: Tensor | None = None
 
-    def widened(self) -> Problem:
-        """The same with hidden states in the route's storage, where a whole copy of them is small."""
+    def widened(self, storage: Route) -> Problem:
+        """The same with hidden states in that route's storage, where a whole copy of them is small."""
         whole = self.hidden_ND.numel() <= _WIDENED_ONCE
-        return replace(self, hidden_ND=stored_for(self.hidden_ND, self.route)) if whole else self
+        return replace(self, hidden_ND=stored_for(self.hidden_ND, storage)) if whole else self
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(columns, their weight in the route's storage, until the next block); no block is a single column."""
+    def blocks(self, storage: Route | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """(columns, their weight in that route's storage, until the next block); no block is a single column.
+
+        storage: by default that of the problem's own route.
+        """
         blocks = columns_of(self.weight_VD.shape[0], self.tile.vocab)
-        copies = bool(blocks) and stored_for(self.weight_VD[:1], self.route).dtype != self.weight_VD.dtype
+        copies = stored_for(self.weight_VD[:0], storage or self.route).dtype != self.weight_VD.dtype
         if copies:
             buffer = padded(self.tile.vocab, self.weight_VD.shape[1], torch.float32, self.weight_VD.device)
         for columns in blocks:
@@ -148,7 +151,7 @@ def forward_sums(problem: Problem, *, mean: bool, stash: Stash | None = None) ->
 
 
 def _sums(problem: Problem, *, mean: bool, running_max: bool, stash: Stash | None = None) -> Sums:
-    problem, tile = problem.widened(), problem.tile
+    problem, tile = problem.widened(problem.route), problem.tile
     n, device = problem.hidden_ND.shape[0], problem.hidden_ND.device
     target_N = torch.full((n,), float("nan"), device=device)
     buffer = padded(min(tile.tokens, n), min(tile.vocab, problem.weight_VD.shape[0]), torch.float32, device)

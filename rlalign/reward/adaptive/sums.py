@@ -127,7 +127,7 @@ class _Rest(torch.autograd.Function):
 
 def _tiles(problem: Problem) -> Iterator[tuple[slice, slice, Tensor]]:
     """(tokens, columns, logits) of every tile; the logits are overwritten by the next tile."""
-    problem, n, tile = problem.widened(), len(problem.hidden_ND), problem.tile
+    problem, n, tile = problem.widened(problem.route), len(problem.hidden_ND), problem.tile
     shape = (min(tile.tokens, n), min(tile.vocab, problem.weight_VD.shape[0]))
     buffer = padded(*shape, torch.float32, problem.hidden_ND.device)
     for columns, weight_SD in problem.blocks():

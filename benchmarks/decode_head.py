@@ -1,10 +1,10 @@
 """Speed and memory of one decode step's head inside the real engine, against vLLM's own heads.
 
-    python benchmarks/decode_head.py [--tensor-parallel 2] [--out benchmarks/results]
+    python benchmarks/decode_head.py [--tensor-parallel 2] [--out benchmarks/results] [--kind avx2 --host NAME]
 
 A one-layer model (hidden 1024, vocabulary 151,936, bf16, tied) runs in vLLM with our plugin; the layer that the engine built is
 called on the engine's own lm_head in every worker. All paths of a shape take turns, so a busy machine slows all of them; ratios
-are medians over rounds of the ratio within a round. Writes decode_head.md and head_memory.md.
+are medians over rounds of the ratio within a round. Writes decode_head.md and head_memory.md; --kind marks another sort of host.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ HIDDEN, VOCABULARY = 1024, 151936
 SIZES = (1, 8, 64, 256)
 BASE, NATIVE, OURS = "vLLM bf16", "vLLM float32 (casts the weight)", "rlalign"
 LIBRARY = "rlalign, without the compiled kernel"
+COPY = "torch's float32 product with an fp32 copy"
 PATHS = (
-    BASE, "vLLM bf16, then float32 for the sampler", NATIVE, OURS, LIBRARY, "rlalign with an fp32 copy", "rlalign, master",
+    BASE, "vLLM bf16, then float32 for the sampler", NATIVE, OURS, LIBRARY, "rlalign with an fp32 copy", "rlalign, master", COPY,
 )  # fmt: skip
 
 
-def measure(wrapper: object, sizes: tuple[int, ...], rounds: int) -> dict:
+def measure(wrapper: object, sizes: tuple[int, ...], rounds: int, host: str) -> dict:
     """On one worker: {"device", "route", "rows", "seconds": {size: {path: [per round]}}, "memory": {path: (held, peak)}}."""
     import platform
 
@@ -41,9 +42,10 @@ def measure(wrapper: object, sizes: tuple[int, ...], rounds: int) -> dict:
         seconds = {n: take_turns(calls, torch.randn(n, HIDDEN).bfloat16(), rounds) for n in sizes}
     layer.set_mode(HeadMode.CACHED)
     flags = Path("/proc/cpuinfo").read_text()
-    isa = " ".join(f for f in ("avx512f", "avx512_bf16", "amx_bf16") if f" {f}" in flags)
+    isa = " ".join(f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {f}" in flags)
+    name = host or f"{platform.machine()} ({isa})"
     return {
-        "device": f"{platform.machine()} ({isa}), {torch.get_num_threads()} thread(s) a rank, torch {torch.__version__}",
+        "device": f"{name}, {torch.get_num_threads()} thread(s) a rank, torch {torch.__version__}",
         "route": worker.rlalign_status()["route"],
         "kernel": worker.rlalign_status()["kernel"],
         "rows": lm_head.weight.shape[0],
@@ -74,22 +76,28 @@ def sample_cost(weight: object) -> float:
 
 def paths_of(layer: object, lm_head: object) -> dict[str, Callable]:
     """hidden -> logits for each path, through the layer as vLLM calls it."""
+    import torch
+
     from rlalign import head_kernel
     from rlalign.rollout import head_layer
     from rlalign.rollout.head_layer import HeadMode
 
-    chosen, loaded = head_layer.reads_weight_directly, head_kernel.loaded
+    chosen, asked = head_layer.reads_weight_directly, head_kernel.forced()
 
     def through(mode: HeadMode, *, copies: bool = False, widen: bool = False, library: bool = False) -> Callable:
         def call(hidden: object) -> object:
             layer.set_mode(mode)
-            head_kernel.loaded = (lambda size: None) if library else loaded
+            os.environ[head_kernel.VARIABLE] = "none" if library else asked
             head_layer.reads_weight_directly = (lambda hidden, weight: False) if copies else chosen
             logits = layer._apply_head(lm_head, hidden, None)
             head_layer.reads_weight_directly = chosen
+            os.environ[head_kernel.VARIABLE] = asked
             return logits.float() if widen else logits
 
         return call
+
+    def copied(hidden: object) -> object:
+        return torch.nn.functional.linear(hidden.float(), head_layer.CACHE.get(lm_head.weight))
 
     ways = (
         through(HeadMode.OFF),
@@ -99,6 +107,7 @@ def paths_of(layer: object, lm_head: object) -> dict[str, Callable]:
         through(HeadMode.CACHED, library=True),
         through(HeadMode.CACHED, copies=True),
         through(HeadMode.MASTER),
+        copied,
     )
     return dict(zip(PATHS, ways, strict=True))
 
@@ -157,7 +166,7 @@ def build(folder: Path) -> Path:
     return folder
 
 
-def run(tensor_parallel: int, rounds: int) -> list[dict]:
+def run(tensor_parallel: int, rounds: int, host: str) -> list[dict]:
     """Start the engine and measure on every rank."""
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # the function above is sent to the workers
     from rlalign.rollout.engine import EMBEDDED_ENVIRONMENT
@@ -178,14 +187,14 @@ def run(tensor_parallel: int, rounds: int) -> list[dict]:
             worker_extension_cls="rlalign.rollout.worker.WorkerExtension",
             additional_config={SETTINGS_KEY: {"head_dtype": "float32", "mode": "auto"}},
         )
-        return llm.collective_rpc(measure, args=(SIZES, rounds))
+        return llm.collective_rpc(measure, args=(SIZES, rounds, host))
 
 
 def speed_table(ranks: list[dict]) -> list[str]:
     """Markdown lines: milliseconds (best round of the slowest rank), and the two ratios that matter."""
     lines = [
-        "| rows decoded | path | ms | of vLLM's bf16 head | faster than vLLM's float32 head |",
-        "|---:|---|---:|---:|---:|",
+        "| rows decoded | path | ms | of vLLM's bf16 head | of torch's product with a copy | faster than vLLM's float32 head |",
+        "|---:|---|---:|---:|---:|---:|",
     ]
     for n in SIZES:
         for path in PATHS:
@@ -195,9 +204,10 @@ def speed_table(ranks: list[dict]) -> list[str]:
                     statistics.median(a / b for a, b in zip(r["seconds"][n][x], r["seconds"][n][y], strict=True))
                     for r in ranks
                 ]
-                for x, y in ((path, BASE), (NATIVE, path))
+                for x, y in ((path, BASE), (path, COPY), (NATIVE, path))
             ]
-            lines.append(f"| {n} | {path} | {best * 1e3:.1f} | {max(ratios[0]):.2f} | {min(ratios[1]):.1f} |")
+            cells = f"{max(ratios[0]):.2f} | {max(ratios[1]):.2f} | {min(ratios[2]):.1f}"
+            lines.append(f"| {n} | {path} | {best * 1e3:.1f} | {cells} |")
     return lines
 
 
@@ -213,9 +223,9 @@ def memory_table(ranks: list[dict]) -> list[str]:
 def notes_of(ranks: list[dict]) -> dict[str, str]:
     """What the tables do not say."""
     return {
-        "decode_head": " vLLM's bf16 kernel reads a weight that it packed at start-up and writes bf16, which the sampler then "
-        "widens to float32 (second path). Ours reads the bf16 weight as it lies and writes float32: through the compiled kernel "
-        "(`rlalign build-kernel`), or without a compiler through the library product, bit for bit the same. Where an fp32 copy "
+        "decode_head": " vLLM's bf16 kernel writes bf16, which the sampler then widens to float32 (second path). Ours reads the "
+        "bf16 weight as it lies and writes float32: through the compiled kernel (`rlalign build-kernel`), or without a compiler "
+        "through library products (with AMX of the same bits, elsewhere of one fixed shape). Where an fp32 copy "
         f"is needed, the sample of the content that guards it adds {max(r['sample_us'] for r in ranks):.0f} microseconds a call, "
         "whatever the number of rows.",
         "head_memory": " Beyond the engine's own bf16 weight, at 8 rows, logits included. A copy or a master is one float32 weight "
@@ -229,11 +239,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--kind", default="", help="a word at the end of the tables' names")
+    parser.add_argument("--host", default="", help="what to call this machine, where its processor hides what it is")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    ranks = run(options.tensor_parallel, options.rounds)
+    ranks = run(options.tensor_parallel, options.rounds, options.host)
     what = f"{HIDDEN} hidden, {VOCABULARY} vocabulary ({ranks[0]['rows']} rows a rank), {ranks[0]['device']}"
-    suffix = "" if options.tensor_parallel == 1 else f"_tp{options.tensor_parallel}"
+    suffix = f"_{options.kind}" if options.kind else ""
+    suffix += "" if options.tensor_parallel == 1 else f"_tp{options.tensor_parallel}"
     title = f"tensor parallel {options.tensor_parallel}"
     for name, table in (("decode_head", speed_table(ranks)), ("head_memory", memory_table(ranks))):
         ours = f"rlalign's route here: {ranks[0]['route']}, kernel: {ranks[0]['kernel']}"

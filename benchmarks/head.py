@@ -5,7 +5,8 @@
 Rows are added to the file: device, path, fp32_output, n, hidden, vocab, what (forward | forward_backward | decode),
 seconds (minimum), peak_extra_bytes, max_error, mean_error (against float64), repeats. All paths of
 a shape run interleaved in one process; a path slower than --slow seconds runs once. A peer that is not installed gets a
-row with `status`; head_peers.py says how to get them.
+row with `status`; head_peers.py says how to get them. --keep gives ours budgets of kept logits in MiB, 0 for one that
+holds all of them. The bare float32 products of the same shape, of operands widened beforehand, are rows too: the limit.
 """
 
 from __future__ import annotations
@@ -29,13 +30,16 @@ from torch import Tensor
 
 from rlalign import head
 from rlalign.logprobs import token_logprobs
+from rlalign.logprobs.blocks import padded
 
 
-def ours(mode: str) -> Score:
+def ours(mode: str, keep_mib: int = 0) -> Score:
     def score(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
         # one row too many in front, since token_logprobs pairs token t with the hidden state at t - 1
         ids = F.pad(target_N, (1, 0)).unsqueeze(0)
-        return token_logprobs(F.pad(hidden_ND, (0, 0, 0, 1)).unsqueeze(0), weight_VD, ids, mode=mode)[0, 1:]
+        return token_logprobs(
+            F.pad(hidden_ND, (0, 0, 0, 1)).unsqueeze(0), weight_VD, ids, mode=mode, keep_mib=keep_mib
+        )[0, 1:]
 
     return score
 
@@ -74,7 +78,29 @@ PATHS: dict[str, tuple[bool, Callable[[], Score]]] = {
     "RL-Kernel native bf16": (False, lambda: peers.rl_kernel(torch.bfloat16)),
     "RL-Kernel native fp32": (True, lambda: peers.rl_kernel(torch.float32)),
 }
+BARE = {"forward": "fp32 product alone", "forward_backward": "four fp32 products alone"}
 SLOW_BY_DESIGN = "torch core linear_cross_entropy"  # minutes per call on CPU: only when asked for by name
+
+
+def bare_products(hidden_ND: Tensor, weight_VD: Tensor, what: str, columns: int = 2048) -> Callable[[], None]:
+    """The float32 products behind one call of ours and nothing else, block by block: logits; again, and both gradients."""
+    (n, d), v = hidden_ND.shape, weight_VD.shape[0]
+    hidden, weight = hidden_ND.float(), weight_VD.float()
+    tile, of_hidden = (padded(n, size, torch.float32, hidden.device) for size in (columns, d))
+    of_block = padded(columns, d, torch.float32, hidden.device)
+    of_hidden.zero_()
+
+    def call() -> None:
+        for start in range(0, v, columns):
+            block = weight[start : start + columns]
+            logits = tile[:, : len(block)]
+            torch.mm(hidden, block.t(), out=logits)
+            if what == "forward_backward":
+                torch.mm(hidden, block.t(), out=logits)
+                of_hidden.addmm_(logits, block)
+                torch.mm(logits.t(), hidden, out=of_block[: len(block)])
+
+    return call
 
 
 def decode_paths(weight_VD: Tensor) -> dict[str, tuple[bool, Callable[[Tensor], Tensor]]]:
@@ -118,23 +144,24 @@ class Peak:
         return int(line.split()[1]) * 1024
 
 
-def machine(device: torch.device) -> str:
+def machine(device: torch.device, called: str) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     info = Path("/proc/cpuinfo").read_text()
     name = next(
         (x.split(":")[1].strip() for x in info.splitlines() if x.startswith("model name")), platform.processor()
     )
-    features = " ".join(f for f in ("avx512f", "avx512_bf16", "amx_bf16") if f in info)
-    return f"{name} ({features}), {torch.get_num_threads()} threads, torch {torch.__version__}"
+    features = " ".join(f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in info)
+    return f"{called or f'{name} ({features})'}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def timed(call: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
-    start = time.perf_counter()
+def timed(call: Callable[[], Tensor | None], device: torch.device, clock: str = "wall") -> tuple[float, Tensor | None]:
+    now = time.process_time if clock == "processor" else time.perf_counter
+    start = now()
     result = call()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start, result
+    return now() - start, result
 
 
 def operands(n: int, d: int, v: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,10 +181,14 @@ def exact(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
 def score_rows(args: argparse.Namespace, n: int, v: int, what: str, device: torch.device) -> list[dict[str, object]]:
     hidden_ND, weight_VD, target_N = operands(n, args.hidden, v, device)
     reference = exact(hidden_ND[:16], weight_VD, target_N[:16])
+    paths = dict(PATHS)
+    for mib in args.keep if what == "forward_backward" else []:
+        mib = mib or int(1.03 * 4 * n * v / 2**20) + 1
+        paths[f"rlalign fast, keep_mib={mib}"] = (True, functools.partial(ours, "fast", mib))
     rows: dict[str, dict[str, object]] = {}
     calls: dict[str, Callable[[], Tensor]] = {}
-    for name in args.paths or [p for p in PATHS if p != SLOW_BY_DESIGN]:
-        fp32, make = PATHS[name]
+    for name in [p for p in paths if p in (args.paths or PATHS.keys() - {SLOW_BY_DESIGN}) or p not in PATHS]:
+        fp32, make = paths[name]
         rows[name] = {"path": name, "fp32_output": fp32, "n": n, "hidden": args.hidden, "vocab": v, "what": what}
         try:
             score = make()
@@ -166,14 +197,31 @@ def score_rows(args: argparse.Namespace, n: int, v: int, what: str, device: torc
             print(f"{name}: {rows[name]['status']}", flush=True)
             continue
         calls[name] = lambda score=score: run(score, hidden_ND, weight_VD, target_N, what)
+    if args.bare:
+        rows[BARE[what]] = {
+            "path": BARE[what],
+            "fp32_output": True,
+            "n": n,
+            "hidden": args.hidden,
+            "vocab": v,
+            "what": what,
+        }
+        calls[BARE[what]] = bare_products(hidden_ND, weight_VD, what)
     for repeat in range(args.rounds):
         for name, call in calls.items():
             row, cold = rows[name], "compile" in name and repeat == 0
             if repeat and float(row.get("seconds", 0.0)) > args.slow:
                 continue
-            with Peak(device) as peak:
-                seconds, got = timed(call, device)
-            if repeat == 0:
+            if "status" in row:
+                continue
+            try:
+                with Peak(device) as peak:
+                    seconds, got = timed(call, device, args.clock)
+            except ImportError as missing:  # some look for what they need only when they are called
+                row["status"] = f"not measured: {missing}"
+                print(f"{name}: {row['status']}", flush=True)
+                continue
+            if repeat == 0 and got is not None:
                 error = (got[:16].detach().double() - reference).abs()
                 row |= {"max_error": error.max().item(), "mean_error": error.mean().item()}
             if not cold:  # the first call of a compiled path compiles
@@ -205,7 +253,7 @@ def decode_rows(args: argparse.Namespace, v: int, device: torch.device) -> list[
             paths = decode_paths(weight_VD)
             for _ in range(4 * args.rounds):
                 for name, (_, call) in paths.items():
-                    seconds, _ = timed(functools.partial(call, hidden_ND), device)
+                    seconds, _ = timed(functools.partial(call, hidden_ND), device, args.clock)
                     best[name] = min(seconds, best.get(name, seconds))
             for name, (fp32, call) in paths.items():
                 with Peak(device) as peak:
@@ -226,17 +274,26 @@ def main() -> None:
     parser.add_argument("--paths", nargs="+", choices=list(PATHS))
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--slow", type=float, default=12.0)
+    parser.add_argument("--keep", nargs="*", type=int, default=[0], help="MiB of logits ours may keep; 0: all of them")
+    parser.add_argument("--bare", action=argparse.BooleanOptionalAction, default=True, help="the bare float32 products")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's choice")
+    parser.add_argument("--host", default="", help="what to call this machine, where its processor hides what it is")
+    parser.add_argument(
+        "--clock", choices=("wall", "processor"), default="wall", help="processor: on a busy machine, one thread"
+    )
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     device = torch.device(args.device)
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    name, when = machine(device), time.strftime("%Y-%m-%d %H:%M:%S")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    name, when = machine(device, args.host), time.strftime("%Y-%m-%d %H:%M:%S")
     for what in args.what:
         for shape in args.shapes:
             n, v = map(int, shape.split("x"))
             rows = decode_rows(args, v, device) if what == "decode" else score_rows(args, n, v, what, device)
             known = json.loads(args.json.read_text())["rows"] if args.json.exists() else []
-            known += [{"device": name, "run": when, **row} for row in rows]
+            known += [{"device": name, "run": when, "clock": args.clock, **row} for row in rows]
             args.json.write_text('{"rows": [\n' + ",\n".join(map(json.dumps, known)) + "\n]}\n")
 
 

@@ -27,22 +27,31 @@ def score_table(rows: list[Row], what: str) -> list[str]:
         ours = next(r for r in measured if r["path"] == "rlalign fast")
         weight = vocab * ours["hidden"] * 2 if what == "forward_backward" else 0
         beyond = " beyond the weight gradient" if weight else ""
+        clock = "processor seconds" if ours.get("clock") == "processor" else "seconds"
         lines += [f"### {what.replace('_', ' + ')}, {n:,} tokens x {vocab:,}, hidden {ours['hidden']:,} ({run})", "",
-                  f"| path | fp32 logits | seconds | x rlalign | extra MiB{beyond} | max / mean error | runs |",
+                  f"| path | fp32 logits | {clock} | x rlalign | extra MiB{beyond} | max / mean error | runs |",
                   "|---|:-:|--:|--:|--:|--:|--:|"]  # fmt: skip
         for r in measured:
-            memory, error = (r["peak_extra_bytes"] - weight) / 2**20, (r["max_error"], r["mean_error"])
+            memory, error = "", ""
+            if "max_error" in r:
+                memory = f"{(r['peak_extra_bytes'] - weight) / 2**20:,.0f}"
+                error = f"{r['max_error']:.1e} / {r['mean_error']:.1e}"
             lines.append(
                 f"| {r['path']} | {'yes' if r['fp32_output'] else 'no'} | {r['seconds']:.2f} | "
-                f"{r['seconds'] / ours['seconds']:.1f} | {memory:,.0f} | {error[0]:.1e} / {error[1]:.1e} | "
-                f"{r['repeats']} |"
+                f"{r['seconds'] / ours['seconds']:.2f} | {memory} | {error} | {r['repeats']} |"
             )
-        peers = [r for r in measured if not r["path"].startswith("rlalign")]
+        for bare in (r for r in measured if r["path"].endswith("alone")):
+            lines += ["", f"rlalign fast: {ours['seconds'] / bare['seconds']:.2f} times the {bare['path']}."]
+        peers = [r for r in measured if not r["path"].startswith("rlalign") and "max_error" in r]
         for fp32, words in ((True, "with fp32 logits"), (False, "with bf16 logits")):
             best = min((r for r in peers if r["fp32_output"] == fp32), key=lambda r: r["seconds"], default=None)
             if best is not None:
-                share = ours["seconds"] / best["seconds"]
-                lines += ["", f"{share:.2f} times the best peer {words} ({best['path']})."]
+                shares = [
+                    f"{r['path']} {r['seconds'] / best['seconds']:.2f}"
+                    for r in measured
+                    if r["path"].startswith("rlalign fast")
+                ]
+                lines += ["", f"Times the best peer {words} ({best['path']}): {'; '.join(shares)}."]
         lines += ["", *(f"{r['path']}: {r['status']}." for r in group if "status" in r), ""]
     return lines
 
@@ -75,7 +84,7 @@ def plot(rows: list[Row], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.2))
     for axis, what in zip(axes, ("forward", "forward_backward"), strict=True):
         (n, vocab, _), group = max(groups(rows, what).items(), key=lambda item: (item[0][:2], len(item[1])))
-        measured = sorted((r for r in group if "seconds" in r), key=lambda r: r["seconds"], reverse=True)
+        measured = sorted((r for r in group if "max_error" in r), key=lambda r: r["seconds"], reverse=True)
         colors = [OURS if r["path"].startswith("rlalign") else FP32 if r["fp32_output"] else BF16 for r in measured]
         bars = axis.barh([r["path"] for r in measured], [r["seconds"] for r in measured], color=colors)
         axis.bar_label(bars, [f"{r['seconds']:.1f}" for r in measured], padding=3, fontsize=8)

@@ -77,6 +77,7 @@ BAD = {
     "algo.correction={preset: tis, level: token, mode: mask}": "either a preset or both level and mode",
     "algo.correction.high=2": "neither a preset nor level and mode",
     "trainer.zero_stage=0": "without an fp32 master",
+    "trainer.logprob_keep_mib=-1": "cannot be negative",
     "trainer.zero_stage=4": "0, 1, 2 or 3",
     "checkpoint.resume=maybe": "never, auto or must",
     "checkpoint.keep=0": "at least one must stay",

@@ -9,7 +9,8 @@ import torch
 
 from rlalign import products
 from rlalign.logprobs.backward import Upstream, backward_tiles
-from rlalign.logprobs.forward import Problem, Sums, Tile, Transform, _sums, forward_sums, mirror
+from rlalign.logprobs.blocks import Tile
+from rlalign.logprobs.forward import Problem, Sums, Transform, _sums, forward_sums, mirror
 from rlalign.products import Route
 
 N, D, V = 19, 64, 301

@@ -19,6 +19,7 @@ CASES = [
     {"entropy": True, "soft_cap": 4.0, "logit_scale": 0.5, "temperature": 0.7, "vocab_size": 150},
     {"entropy": True, "kept": True, "temperature": 0.7},
     {"entropy": True, "vocab_size": 90, "chunk": 3},  # the second rank holds padding only
+    {"entropy": True, "keep_mib": 1, "temperature": 0.7},
 ]
 
 

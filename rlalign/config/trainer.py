@@ -24,6 +24,7 @@ class TrainerConfig:
     gradient_checkpointing: bool = False  # recompute activations in the backward pass instead of keeping them
     threads: int = 0  # torch threads; 0 leaves torch's choice. Two busy cores are faster with 1
     logprob_chunk: int = 0  # tokens projected at once; 0 chooses
+    logprob_keep_mib: int = 0  # MiB of logits kept from the forward to the backward pass; 0 forms all of them again
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
@@ -33,6 +34,6 @@ class TrainerConfig:
             self.attention in ATTENTION, f"trainer.attention={self.attention!r}: choose one of {', '.join(ATTENTION)}"
         )
         require(
-            self.threads >= 0 and self.logprob_chunk >= 0 and self.pack_tokens >= 0,
-            "trainer.threads, trainer.logprob_chunk and trainer.pack_tokens cannot be negative",
+            min(self.threads, self.logprob_chunk, self.logprob_keep_mib, self.pack_tokens) >= 0,
+            "trainer.threads, trainer.logprob_chunk, trainer.logprob_keep_mib and trainer.pack_tokens cannot be negative",
         )

@@ -37,6 +37,7 @@ def token_logprobs(
     logit_scale: float = 1.0,
     vocab_size: int | None = None,
     chunk: int | None = None,
+    keep_mib: int = 0,
     entropy: bool = False,
     mode: Mode = "fast",
     mask: Tensor | None = None,
@@ -51,6 +52,8 @@ def token_logprobs(
     hidden [B, L, D], weight [V, D], bias [V]: float32, bfloat16 or float16; token_ids [B, L] int64.
     temperature: one number, or [B] or [B, L] float32 (entry t for token t). vocab_size: real vocabulary where the
     weight is padded. chunk: tokens per tile; more is faster and larger.
+    keep_mib: MiB of logits that may stay in memory from the forward to the backward pass instead of being formed again;
+    4 * N * V bytes (and 2 % more) hold them all. 0: constant memory. Gradients have the same bits, whatever it is.
     mask [B, L] bool: score these tokens only; the others are 0.0, cost nothing and get no gradient (on a GPU their
     count is read back once). cu_seqlens [S + 1] int: boundaries of the sequences packed into a batch of one; the first
     token of each has no context and is 0.0, like everything after the last boundary.
@@ -67,22 +70,23 @@ def token_logprobs(
     """
     check_operands(hidden_BLD, weight_VD, bias)
     vocab_rows = weight_VD.shape[0] if shard is None else shard.total
-    _check_metadata(hidden_BLD, token_ids_BL, temperature, soft_cap, logit_scale, chunk)
+    _check_metadata(hidden_BLD, token_ids_BL, temperature, soft_cap, logit_scale, chunk, keep_mib)
     _check_vocabulary(mode, vocab_rows, vocab_size, shard)
     _check_kept(kept, token_ids_BL)
     scored_BL = _scored(token_ids_BL, mask, cu_seqlens)
     real = vocab_size or vocab_rows
+    keep_mib = keep_mib if _differentiated(hidden_BLD, weight_VD, bias) else 0
     if hidden_BLD.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_values(hidden_BLD, token_ids_BL, bias, temperature, scored_BL, kept, real)
     rows = _shift(hidden_BLD, token_ids_BL, _temperature(temperature, token_ids_BL), kept, scored_BL)
     if shard is None:
         results = flat_logprobs(
             rows.hidden_ND, weight_VD, bias, rows.target_N, rows.temperature_N, rows.kept_NK, soft_cap, logit_scale,
-            real, chunk, entropy, mode == "exact_mirror",
-        )  # fmt: skip
+            real, chunk, entropy, mode == "exact_mirror", keep_mib,
+        )[:2]  # fmt: skip
     else:
         transform = Transform(soft_cap, logit_scale, rows.temperature_N)
-        options = (rows.target_N, transform, rows.kept_NK, shard, real, chunk, entropy)
+        options = (rows.target_N, transform, rows.kept_NK, shard, real, chunk, entropy, keep_mib)
         results = sharded_logprobs(rows.hidden_ND, weight_VD, bias, *options)
     logprobs_BL = rows.aligned(results[0], token_ids_BL.shape)
     return (logprobs_BL, rows.aligned(results[1], token_ids_BL.shape)) if entropy else logprobs_BL
@@ -133,6 +137,10 @@ def _shift(
     return _Rows(hidden_BLD.flatten(0, 1).index_select(0, index_N - 1), *at_token, index_N=index_N)
 
 
+def _differentiated(*operands: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
+
+
 def _scored(token_ids_BL: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
     """[B, L] bool of the tokens to score, or None for all that have a context."""
     if mask is None and cu_seqlens is None:
@@ -173,6 +181,7 @@ def _check_metadata(
     soft_cap: float | None,
     logit_scale: float,
     chunk: int | None,
+    keep_mib: int,
 ) -> None:
     if hidden_BLD.dim() != 3 or token_ids_BL.shape != hidden_BLD.shape[:2]:
         raise ValueError(
@@ -198,6 +207,8 @@ def _check_metadata(
     for name, value in (("soft_cap", soft_cap), ("chunk", chunk)):
         if value is not None and not value > 0:
             raise ValueError(f"token_logprobs: {name} must be positive or None, got {value}")
+    if keep_mib < 0 or keep_mib != int(keep_mib):
+        raise ValueError(f"token_logprobs: keep_mib must be a whole number of MiB, 0 for none, got {keep_mib}")
     if not abs(logit_scale) < float("inf") or logit_scale == 0.0:
         raise ValueError(f"token_logprobs: logit_scale must be finite and not 0, got {logit_scale}")
 

@@ -1,4 +1,4 @@
-"""Gradients of token logprobs and entropies, tile by tile: the logits are formed again, never kept.
+"""Gradients of token logprobs and entropies, tile by tile: the logits are formed again, unless a stash holds them.
 
 Vocabulary outer, tokens inner: the weight gradient of one vocabulary block is summed over all tokens in float32 and
 written once, the hidden gradient grows in a float32 accumulator. Four products instead of three buy the memory.
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlalign.logprobs.forward import Problem, padded, token_tiles
+from rlalign.logprobs.blocks import padded, strip_height, strips, token_tiles
+from rlalign.logprobs.forward import Problem
+from rlalign.logprobs.stash import Stash
 from rlalign.products import Route, backward_route, matmul, stored_for
 
 # MKL's bf16 product is a fifth faster on inner lengths of 1024 than on longer ones (AMX).
@@ -40,24 +42,25 @@ class Gradients:
 
 
 def backward_tiles(
-    problem: Problem, upstream: Upstream, weight: Tensor | None, *, hidden: bool, bias: bool
+    problem: Problem, upstream: Upstream, weight: Tensor | None, *, hidden: bool, bias: bool, stash: Stash | None = None
 ) -> Gradients:
     """Gradients for hidden states, weight and bias from per-token upstream gradients, each if wanted.
 
     weight: the whole parameter (the problem's weight may leave out padded rows: gradient 0), or None if frozen.
+    stash: where the forward pass left logits; read, not written.
 
     With 16-bit operands the gradient of the logits is rounded once to bfloat16 before the two products (float32
     operands and float16: not at all); `p - 1` of the target is formed in float32 before that.
     """
-    hidden_ND, tile = problem.hidden_ND, problem.tile
-    route = backward_route(problem.route, hidden_ND.dtype)
-    (n, d), vocab, device = hidden_ND.shape, problem.weight_VD.shape[0], hidden_ND.device
+    route = backward_route(problem.route, problem.hidden_ND.dtype)
+    low_dtype = problem.hidden_ND.dtype if route in (Route.MKL_BF16, Route.CUDA_OUT_DTYPE) else torch.float32
+    # on the CPU every route of the logits takes float32 copies too, with the same bits; so one copy serves all products
+    storage = problem.route if problem.route is Route.CUDA_OUT_DTYPE else route
+    problem, tile = problem.widened(storage), problem.tile
+    (n, d), vocab, device = problem.hidden_ND.shape, problem.weight_VD.shape[0], problem.hidden_ND.device
     shape = (min(tile.tokens, n), min(tile.vocab, vocab))
     x_buffer = padded(*shape, torch.float32, device)
-    logits_needed = problem.transform.soft_cap is not None or upstream.entropy_grad_N is not None
-    p_buffer = padded(*shape, torch.float32, device) if logits_needed else x_buffer
-    low_dtype = hidden_ND.dtype if route in (Route.MKL_BF16, Route.CUDA_OUT_DTYPE) else torch.float32
-    low_buffer = p_buffer if low_dtype == torch.float32 else padded(*shape, low_dtype, device)
+    low_buffer = x_buffer if low_dtype == torch.float32 else padded(*shape, low_dtype, device)
     grads = Gradients(
         padded(n, d, torch.float32, device).zero_() if hidden else None,
         None if weight is None else weight.new_empty(weight.shape),
@@ -65,50 +68,55 @@ def backward_tiles(
     )
     if grads.weight_VD is not None:
         grads.weight_VD[vocab:] = 0
+    scratch = torch.empty(strip_height(device) * shape[1], device=device)
     block_buffer = None if weight is None else padded(shape[1], d, torch.float32, device)
-    for columns, weight_SD in problem.blocks():
+    for columns, weight_SD in problem.blocks(storage):
         width = columns.stop - columns.start
-        if block_buffer is not None:
-            block_buffer.zero_()
         for rows in token_tiles(n, tile.tokens):
-            height = rows.stop - rows.start
-            x_TS = problem.logits(rows, columns, weight_SD, x_buffer[:height, :width])
-            grad_TS = _logit_gradient(problem, upstream, x_TS, p_buffer[:height, :width], rows, columns)
-            if grads.bias_V is not None:
-                grads.bias_V[columns] += grad_TS.sum(0)
-            low_TS = grad_TS if low_dtype == torch.float32 else low_buffer[:height, :width].copy_(grad_TS)
+            low_TS = low_buffer[: rows.stop - rows.start, :width]
+            x_TS = None if stash is None else stash.tile(rows, columns)
+            if x_TS is None:
+                x_TS = problem.logits(rows, columns, weight_SD, x_buffer[: rows.stop - rows.start, :width])
+            for tokens, strip in strips(rows, device):
+                grad_TS = _logit_gradient(problem, upstream, x_TS[strip], tokens, columns, scratch)
+                if grads.bias_V is not None:
+                    grads.bias_V[columns].add_(grad_TS.sum(0))
+                low_TS[strip] = grad_TS
             if grads.hidden_ND is not None:
                 _add_product(grads.hidden_ND[rows], low_TS, stored_for(weight_SD, route), route)
             if block_buffer is not None:
-                _add_product(block_buffer[:width], low_TS.t(), stored_for(hidden_ND[rows], route), route)
+                of_rows_TD = stored_for(problem.hidden_ND[rows], route)
+                _add_product(block_buffer[:width], low_TS.t(), of_rows_TD, route, fresh=rows.start == 0)
         if grads.weight_VD is not None and block_buffer is not None:
-            grads.weight_VD[columns] = block_buffer[:width]
+            grads.weight_VD[columns] = block_buffer[:width] if n else 0
     return grads
 
 
 def _logit_gradient(
-    problem: Problem, upstream: Upstream, x_TS: Tensor, p_TS: Tensor, rows: slice, columns: slice
+    problem: Problem, upstream: Upstream, x_TS: Tensor, tokens: slice, columns: slice, scratch: Tensor
 ) -> Tensor:
-    """Gradient for the projection's output on one tile, in `p_TS`; overwrites the logits `x_TS`.
+    """Gradient for the projection's output on one strip, in `scratch`, from its logits, which stay as they are.
 
     g (onehot - p) for the logprob; -h p (log p + H) for the entropy; times the slope of the transform.
     """
-    lse_T1, grad_T1 = upstream.lse_N[rows].unsqueeze(1), upstream.logprob_N[rows].unsqueeze(1)
+    lse_T1, grad_T1 = upstream.lse_N[tokens].unsqueeze(1), upstream.logprob_N[tokens].unsqueeze(1)
+    p_TS = torch.sub(x_TS, lse_T1, out=scratch[: x_TS.numel()].view(x_TS.shape)).exp_()
     if upstream.entropy_grad_N is None or upstream.entropy_N is None:
-        torch.exp(torch.sub(x_TS, lse_T1, out=p_TS), out=p_TS).mul_(-grad_T1)
+        p_TS.mul_(-grad_T1)
     else:
-        entropy_grad_T1 = upstream.entropy_grad_N[rows].unsqueeze(1)
-        constant_T1 = grad_T1 + entropy_grad_T1 * (upstream.entropy_N[rows].unsqueeze(1) - lse_T1)
-        torch.exp(torch.sub(x_TS, lse_T1, out=p_TS), out=p_TS)
+        entropy_grad_T1 = upstream.entropy_grad_N[tokens].unsqueeze(1)
+        constant_T1 = grad_T1 + entropy_grad_T1 * (upstream.entropy_N[tokens].unsqueeze(1) - lse_T1)
         p_TS.mul_(torch.addcmul(constant_T1, entropy_grad_T1, x_TS).neg_())
-    column_T1, inside_T = problem.target_columns(rows, columns)
+    column_T1, inside_T = problem.target_columns(tokens, columns)
     p_TS.scatter_add_(1, column_T1, (grad_T1.squeeze(1) * inside_T).unsqueeze(1))
-    slope = problem.transform.slope_(x_TS, rows)
+    slope = problem.transform.slope(x_TS, tokens)
     return p_TS if slope is None else p_TS.mul_(slope)
 
 
-def _add_product(out: Tensor, a_MK: Tensor, b_KJ: Tensor, route: Route) -> None:
+def _add_product(out: Tensor, a_MK: Tensor, b_KJ: Tensor, route: Route, *, fresh: bool = False) -> None:
+    """out += a @ b; `fresh`: out = a @ b."""
     inner = a_MK.shape[1]
     step = _INNER if route is Route.MKL_BF16 else inner
     for k in range(0, inner, step):
-        matmul(a_MK[:, k : k + step], b_KJ[k : k + step], route, out=out, accumulate=True)
+        accumulate = k > 0 or not fresh
+        matmul(a_MK[:, k : k + step], b_KJ[k : k + step], route, out=out, accumulate=accumulate)

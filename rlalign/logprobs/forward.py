@@ -9,35 +9,22 @@ N tokens, D hidden, V vocabulary (or this rank's shard of it), T rows and S colu
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rlalign.logprobs.blocks import Tile, columns_of, padded, strip_height, strips, token_tiles
+from rlalign.logprobs.stash import Stash
 from rlalign.products import Route, logits_of, stored_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Rows a multiple of 4096 bytes apart collide in the caches: without the padding the products take a third longer (AMX).
-_PAD = 32
+# Hidden states of up to this many numbers are widened once, larger ones tile by tile.
+_WIDENED_ONCE = 2**24
 # What a token outside the kept set adds to its logit: probability exactly 0, as with -inf, but 0 * BARRED is not NaN.
 BARRED = -1e30
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """Rows and columns of logits held at once."""
-
-    tokens: int
-    vocab: int
-
-    @staticmethod
-    def of(device: torch.device, chunk: int | None) -> Tile:
-        """16 MiB of logits on CPU, 256 MiB elsewhere; `chunk` overrides the number of tokens."""
-        tokens, vocab = (2048, 2048) if device.type == "cpu" else (4096, 16384)
-        return Tile(chunk or tokens, vocab)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +48,8 @@ class Transform:
             x_TS.div_(self.temperature_N[rows].unsqueeze(1))
         return x_TS
 
-    def slope_(self, x_TS: Tensor, rows: slice) -> Tensor | None:
-        """d(transformed) / d(projection) given the transformed logits, which it overwrites; None when it is 1."""
+    def slope(self, x_TS: Tensor, rows: slice) -> Tensor | None:
+        """d(transformed) / d(projection) given the transformed logits; None when it is 1."""
         if self.soft_cap is None and self.logit_scale == 1.0 and self.temperature_N is None:
             return None
         scale_T1 = torch.full((1, 1), self.logit_scale, device=x_TS.device)
@@ -70,7 +57,7 @@ class Transform:
             scale_T1 = scale_T1 / self.temperature_N[rows].unsqueeze(1)
         if self.soft_cap is None:
             return scale_T1
-        tanh_TS = x_TS.div_(scale_T1 * self.soft_cap).clamp_(-1.0, 1.0)
+        tanh_TS = x_TS.div(scale_T1 * self.soft_cap).clamp_(-1.0, 1.0)
         return tanh_TS.square_().neg_().add_(1.0).mul_(scale_T1)
 
 
@@ -98,13 +85,23 @@ class Problem:
     route: Route
     kept_NK: Tensor | None = None
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(columns, their weight in the route's storage); no block is a single column."""
-        vocab = self.weight_VD.shape[0]
-        count = -(-vocab // self.tile.vocab)
-        bounds = [vocab * i // count for i in range(count + 1)] if count else []
-        for start, stop in pairwise(bounds):
-            yield slice(start, stop), stored_for(self.weight_VD[start:stop], self.route)
+    def widened(self, storage: Route) -> Problem:
+        """The same with hidden states in that route's storage, where a whole copy of them is small."""
+        whole = self.hidden_ND.numel() <= _WIDENED_ONCE
+        return replace(self, hidden_ND=stored_for(self.hidden_ND, storage)) if whole else self
+
+    def blocks(self, storage: Route | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """(columns, their weight in that route's storage, until the next block); no block is a single column.
+
+        storage: by default that of the problem's own route.
+        """
+        blocks = columns_of(self.weight_VD.shape[0], self.tile.vocab)
+        copies = stored_for(self.weight_VD[:0], storage or self.route).dtype != self.weight_VD.dtype
+        if copies:
+            buffer = padded(self.tile.vocab, self.weight_VD.shape[1], torch.float32, self.weight_VD.device)
+        for columns in blocks:
+            weight_SD = self.weight_VD[columns]
+            yield columns, buffer[: len(weight_SD)].copy_(weight_SD) if copies else weight_SD
 
     def logits(self, rows: slice, columns: slice, weight_SD: Tensor, out_TS: Tensor) -> Tensor:
         """Transformed logits of a tile, written into `out_TS`."""
@@ -127,21 +124,16 @@ class Problem:
         return column_T.clamp(0, width - 1).unsqueeze(1), (column_T >= 0) & (column_T < width)
 
 
-def padded(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised [rows, columns] whose rows do not start a power of two apart."""
-    return torch.empty(rows, columns + _PAD, dtype=dtype, device=device)[:, :columns]
-
-
-def forward_sums(problem: Problem, *, mean: bool) -> Sums:
+def forward_sums(problem: Problem, *, mean: bool, stash: Stash | None = None) -> Sums:
     """Log-sum-exp, target logit and (for the entropy) mean logit of every token, over this weight's rows.
 
     On CPU exp is summed without subtracting a maximum, which saves two passes; tokens whose sum leaves the range of
     float32 are summed again with a running maximum (arXiv 1805.02867). Elsewhere the running maximum is always taken,
-    since looking at the sums would synchronise the device.
+    since looking at the sums would synchronise the device. The tiles that `stash` has room for are left in it.
     """
     if problem.hidden_ND.device.type != "cpu":
-        return _sums(problem, mean=mean, running_max=True)
-    sums = _sums(problem, mean=mean, running_max=False)
+        return _sums(problem, mean=mean, running_max=True, stash=stash)
+    sums = _sums(problem, mean=mean, running_max=False, stash=stash)
     kept = (sums.lse_N > -60.0) & (sums.lse_N < 80.0)
     if sums.mean_N is not None:
         kept &= sums.mean_N.isfinite()
@@ -158,42 +150,64 @@ def forward_sums(problem: Problem, *, mean: bool) -> Sums:
     return sums
 
 
-def _sums(problem: Problem, *, mean: bool, running_max: bool) -> Sums:
-    hidden_ND, tile = problem.hidden_ND, problem.tile
-    n, device = hidden_ND.shape[0], hidden_ND.device
-    peak_N, total_N, weighted_N = torch.zeros(3, n, device=device)
+def _sums(problem: Problem, *, mean: bool, running_max: bool, stash: Stash | None = None) -> Sums:
+    problem, tile = problem.widened(problem.route), problem.tile
+    n, device = problem.hidden_ND.shape[0], problem.hidden_ND.device
     target_N = torch.full((n,), float("nan"), device=device)
-    shape = (min(tile.tokens, n), min(tile.vocab, problem.weight_VD.shape[0]))
-    x_buffer = padded(*shape, torch.float32, device)
-    exp_buffer = padded(*shape, torch.float32, device) if mean else x_buffer
+    buffer = padded(min(tile.tokens, n), min(tile.vocab, problem.weight_VD.shape[0]), torch.float32, device)
+    sums = _Running(n, buffer.shape[1], device, mean=mean, running_max=running_max)
     for columns, weight_SD in problem.blocks():
-        width = columns.stop - columns.start
         for rows in token_tiles(n, tile.tokens):
-            height = rows.stop - rows.start
-            x_TS = problem.logits(rows, columns, weight_SD, x_buffer[:height, :width])
+            room_TS = None if stash is None else stash.tile(rows, columns)
+            out_TS = buffer[: rows.stop - rows.start, : len(weight_SD)] if room_TS is None else room_TS
+            x_TS = problem.logits(rows, columns, weight_SD, out_TS)
             column_T1, inside_T = problem.target_columns(rows, columns)
             target_N[rows] = torch.where(inside_T, x_TS.gather(1, column_T1).squeeze(1), target_N[rows])
-            if running_max and columns.start == 0:
-                peak_N[rows] = x_TS.amax(1)
-            elif running_max:
-                before_T = peak_N[rows].clone()
-                peak_N[rows] = torch.maximum(before_T, x_TS.amax(1))
-                lower_T = before_T - peak_N[rows]
-                weighted_N[rows] = (weighted_N[rows] + lower_T * total_N[rows]) * lower_T.exp()
-                total_N[rows] *= lower_T.exp()
-            if running_max:
-                x_TS.sub_(peak_N[rows].unsqueeze(1))
-            exp_TS = torch.exp(x_TS, out=exp_buffer[:height, :width])
-            total_N[rows] += exp_TS.sum(1)
-            if mean:
-                weighted_N[rows] += x_TS.mul_(exp_TS).sum(1)
+            for tokens, strip in strips(rows, device):
+                sums.add(tokens, x_TS[strip], first=columns.start == 0)
+    total_N, weighted_N, peak_N = sums.total_N, sums.weighted_N, sums.peak_N
     return Sums(total_N.log() + peak_N, target_N, weighted_N / total_N + peak_N if mean else None)
 
 
-def mirror(problem: Problem, *, rows: int | None, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+class _Running:
+    """Per token, over the columns so far: the largest logit (or 0), sums of exp(x - peak) and of (x - peak) times that."""
+
+    def __init__(self, n: int, width: int, device: torch.device, *, mean: bool, running_max: bool) -> None:
+        self.peak_N, self.total_N, self.weighted_N = torch.zeros(3, n, device=device)
+        self._mean, self._running_max = mean, running_max
+        size = strip_height(device) * width  # scratch: fresh memory would be touched page by page in every strip
+        self._exp = torch.empty(size, device=device)
+        self._shifted = torch.empty(size, device=device) if running_max and mean else self._exp
+
+    def add(self, tokens: slice, x_TS: Tensor, *, first: bool) -> None:
+        """The next columns of these tokens; reads the logits and leaves them as they are."""
+        exp_TS, shifted_TS = (scratch[: x_TS.numel()].view(x_TS.shape) for scratch in (self._exp, self._shifted))
+        if self._running_max:
+            self._raise_peak(tokens, x_TS.amax(1), first=first)
+            x_TS = torch.sub(x_TS, self.peak_N[tokens].unsqueeze(1), out=shifted_TS)
+        torch.exp(x_TS, out=exp_TS)
+        self.total_N[tokens].add_(exp_TS.sum(1))
+        if self._mean:
+            self.weighted_N[tokens].add_(exp_TS.mul_(x_TS).sum(1))
+
+    def _raise_peak(self, tokens: slice, highest_T: Tensor, *, first: bool) -> None:
+        if first:
+            self.peak_N[tokens] = highest_T
+            return
+        before_T = self.peak_N[tokens].clone()
+        self.peak_N[tokens] = torch.maximum(before_T, highest_T)
+        lower_T = before_T - self.peak_N[tokens]
+        self.weighted_N[tokens] = (self.weighted_N[tokens] + lower_T * self.total_N[tokens]) * lower_T.exp()
+        self.total_N[tokens] *= lower_T.exp()
+
+
+def mirror(
+    problem: Problem, *, rows: int | None, entropy: bool, stash: Stash | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(logprob_N, entropy_N or empty, lse_N) through torch.log_softmax over whole rows, with the bits of vLLM's.
 
-    `rows` of the vocabulary are held at once; by default as many logits as four tiles.
+    `rows` of the vocabulary are held at once; by default as many logits as four tiles. The logits that `stash` has room
+    for are left in it.
     """
     n, vocab = problem.hidden_ND.shape[0], problem.weight_VD.shape[0]
     device, columns = problem.hidden_ND.device, slice(0, vocab)
@@ -203,6 +217,8 @@ def mirror(problem: Problem, *, rows: int | None, entropy: bool) -> tuple[Tensor
     buffer = torch.empty(min(rows, n), vocab, device=device)
     for tile in token_tiles(n, rows):
         x_TV = problem.logits(tile, columns, weight_VD, buffer[: tile.stop - tile.start])
+        if stash is not None:
+            stash.put(tile, x_TV)
         column_T1, inside_T = problem.target_columns(tile, columns)
         logit_T = x_TV.gather(1, column_T1).squeeze(1)
         torch.log_softmax(x_TV, dim=-1, out=x_TV)
@@ -211,8 +227,3 @@ def mirror(problem: Problem, *, rows: int | None, entropy: bool) -> tuple[Tensor
         if entropy:
             entropy_N[tile] = -x_TV.mul_(x_TV.exp()).sum(1)
     return logprob_N, entropy_N, lse_N
-
-
-def token_tiles(n: int, height: int) -> list[slice]:
-    """The rows 0..n in slices of `height`."""
-    return [slice(start, min(start + height, n)) for start in range(0, n, height)]

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from rlalign.head import route
 from rlalign.logprobs.backward import Upstream, backward_tiles
-from rlalign.logprobs.forward import Problem, Tile, Transform, forward_sums, mirror
+from rlalign.logprobs.blocks import Tile
+from rlalign.logprobs.forward import Problem, Transform, forward_sums, mirror
+from rlalign.logprobs.stash import Stash, stash_size
 
 
 @torch.library.custom_op("rlalign::token_logprobs", mutates_args=())
@@ -27,16 +29,20 @@ def flat_logprobs(
     chunk: int | None,
     entropy: bool,
     exact_mirror: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprobs [N], entropy [N] or [0], log-sum-exp [N]) float32; NaN for targets outside the vocabulary."""
+    keep_mib: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logprobs [N], entropy [N] or [0], log-sum-exp [N], stash [E]) float32; NaN for targets outside the vocabulary."""
     problem = _problem(
         hidden_ND, weight_VD, bias_V, target_N, temperature_N, kept_NK, soft_cap, logit_scale, vocab_size, chunk
     )
+    size = stash_size(len(hidden_ND), vocab_size, problem.tile.vocab, keep_mib)
+    stash_E = torch.empty(size, device=hidden_ND.device)
+    stash = _stash(stash_E, problem)
     if exact_mirror:
-        return mirror(problem, rows=chunk, entropy=entropy)
-    sums = forward_sums(problem, mean=entropy)
+        return *mirror(problem, rows=chunk, entropy=entropy, stash=stash), stash_E
+    sums = forward_sums(problem, mean=entropy, stash=stash)
     entropy_N = sums.lse_N.new_empty(0) if sums.mean_N is None else sums.lse_N - sums.mean_N
-    return sums.target_N - sums.lse_N, entropy_N, sums.lse_N
+    return sums.target_N - sums.lse_N, entropy_N, sums.lse_N, stash_E
 
 
 @flat_logprobs.register_fake
@@ -53,10 +59,12 @@ def _(
     chunk: int | None,
     entropy: bool,
     exact_mirror: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    sizes = (hidden_ND.shape[0], hidden_ND.shape[0] if entropy else 0, hidden_ND.shape[0])
-    first, second, third = (hidden_ND.new_empty(size, dtype=torch.float32) for size in sizes)
-    return first, second, third
+    keep_mib: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, width = hidden_ND.shape[0], Tile.of(hidden_ND.device, chunk).vocab
+    sizes = (tokens, tokens if entropy else 0, tokens, stash_size(tokens, vocab_size, width, keep_mib))
+    first, second, third, fourth = (hidden_ND.new_empty(size, dtype=torch.float32) for size in sizes)
+    return first, second, third, fourth
 
 
 @torch.library.custom_op("rlalign::token_logprobs_backward", mutates_args=())
@@ -65,6 +73,7 @@ def _flat_backward(
     entropy_grad_N: Tensor | None,
     lse_N: Tensor,
     entropy_N: Tensor,
+    stash_E: Tensor,
     hidden_ND: Tensor,
     weight_VD: Tensor,
     bias_V: Tensor | None,
@@ -81,7 +90,8 @@ def _flat_backward(
         hidden_ND, weight_VD, bias_V, target_N, temperature_N, kept_NK, soft_cap, logit_scale, vocab_size, chunk
     )
     upstream = Upstream(logprob_grad_N, entropy_grad_N, lse_N, entropy_N)
-    grads = backward_tiles(problem, upstream, weight_VD if wants[1] else None, hidden=wants[0], bias=wants[2])
+    wanted = {"hidden": wants[0], "bias": wants[2], "stash": _stash(stash_E, problem)}
+    grads = backward_tiles(problem, upstream, weight_VD if wants[1] else None, **wanted)
     hidden = None if grads.hidden_ND is None else grads.hidden_ND.to(hidden_ND.dtype).contiguous()
     bias = None
     if bias_V is not None and grads.bias_V is not None:
@@ -96,6 +106,7 @@ def _(
     entropy_grad_N: Tensor | None,
     lse_N: Tensor,
     entropy_N: Tensor,
+    stash_E: Tensor,
     hidden_ND: Tensor,
     weight_VD: Tensor,
     bias_V: Tensor | None,
@@ -116,22 +127,24 @@ def _(
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    hidden_ND, weight_VD, bias_V, target_N, temperature_N, kept_NK, *ctx.options = inputs
-    _, entropy_N, lse_N = output
-    ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, temperature_N, kept_NK, lse_N, entropy_N)
+    hidden_ND, weight_VD, bias_V, target_N, temperature_N, kept_NK, *ctx.options, _ = inputs
+    _, entropy_N, lse_N, stash_E = output
+    ctx.mark_non_differentiable(lse_N, stash_E)
+    ctx.set_materialize_grads(False)  # or autograd would fill a gradient of zeros as large as the stash
+    ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, temperature_N, kept_NK, lse_N, entropy_N, stash_E)
 
 
 def _backward(
-    ctx: torch.autograd.function.FunctionCtx, logprob_grad_N: Tensor, entropy_grad_N: Tensor, _: Tensor
+    ctx: torch.autograd.function.FunctionCtx, logprob_grad_N: Tensor | None, entropy_grad_N: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    hidden_ND, weight_VD, bias_V, target_N, temperature_N, kept_NK, lse_N, entropy_N = ctx.saved_tensors
+    *operands, lse_N, entropy_N, stash_E = ctx.saved_tensors
     soft_cap, logit_scale, vocab_size, chunk, entropy, exact_mirror = ctx.options
     wants = list(ctx.needs_input_grad[:3])
     grads = torch.ops.rlalign.token_logprobs_backward(
-        logprob_grad_N, entropy_grad_N if entropy else None, lse_N, entropy_N, hidden_ND, weight_VD, bias_V, target_N,
-        temperature_N, kept_NK, soft_cap, logit_scale, vocab_size, None if exact_mirror else chunk, wants,
+        torch.zeros_like(lse_N) if logprob_grad_N is None else logprob_grad_N, entropy_grad_N if entropy else None,
+        lse_N, entropy_N, stash_E, *operands, soft_cap, logit_scale, vocab_size, None if exact_mirror else chunk, wants,
     )  # fmt: skip
-    return *(grad if want else None for grad, want in zip(grads, wants, strict=True)), *[None] * 9
+    return *(grad if want else None for grad, want in zip(grads, wants, strict=True)), *[None] * 10
 
 
 flat_logprobs.register_autograd(_backward, setup_context=_setup_context)
@@ -159,3 +172,9 @@ def _problem(
         route=route(hidden_ND, weight_VD),
         kept_NK=kept_NK,
     )
+
+
+def _stash(flat_E: Tensor, problem: Problem) -> Stash | None:
+    if flat_E.numel() == 0:
+        return None
+    return Stash(flat_E, len(problem.hidden_ND), problem.weight_VD.shape[0], problem.tile.vocab)

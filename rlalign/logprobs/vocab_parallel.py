@@ -17,7 +17,9 @@ from torch import Tensor
 
 from rlalign.head import route
 from rlalign.logprobs.backward import Upstream, backward_tiles
-from rlalign.logprobs.forward import Problem, Sums, Tile, Transform, forward_sums
+from rlalign.logprobs.blocks import Tile
+from rlalign.logprobs.forward import Problem, Sums, Transform, forward_sums
+from rlalign.logprobs.stash import Stash, stash_size
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -46,10 +48,12 @@ def sharded_logprobs(
     vocab_size: int,
     chunk: int | None,
     entropy: bool,
+    keep_mib: int,
 ) -> tuple[Tensor, Tensor]:
     """(logprobs [N], entropy [N] or [0]) float32, equal on all ranks; hidden states and targets must be too.
 
-    vocab_size: real vocabulary over all ranks; rows beyond it are padding. A collective: every rank must call it.
+    vocab_size: real vocabulary over all ranks; rows beyond it are padding. keep_mib: budget of each rank. A collective:
+    every rank must call it.
     """
     real_rows = min(max(vocab_size - shard.start, 0), weight_VD.shape[0])
     problem = Problem(
@@ -62,7 +66,7 @@ def sharded_logprobs(
         route=route(hidden_ND, weight_VD),
         kept_NK=None if kept_NK is None else torch.where(kept_NK < 0, -1, kept_NK - shard.start),
     )
-    return _Sharded.apply(hidden_ND, weight_VD, bias_V, problem, shard.group, entropy)
+    return _Sharded.apply(hidden_ND, weight_VD, bias_V, problem, shard.group, entropy, keep_mib)
 
 
 class _Sharded(torch.autograd.Function):
@@ -75,21 +79,25 @@ class _Sharded(torch.autograd.Function):
         problem: Problem,
         group: ProcessGroup | None,
         entropy: bool,
+        keep_mib: int,
     ) -> tuple[Tensor, Tensor]:
-        merged = _merge(forward_sums(problem, mean=entropy), group)
+        layout = (len(hidden_ND), problem.weight_VD.shape[0], problem.tile.vocab)
+        stash_E = torch.empty(stash_size(*layout, keep_mib), device=hidden_ND.device)
+        merged = _merge(forward_sums(problem, mean=entropy, stash=Stash(stash_E, *layout)), group)
         entropy_N = merged.lse_N.new_empty(0) if merged.mean_N is None else merged.lse_N - merged.mean_N
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, merged.lse_N, entropy_N)
-        ctx.problem, ctx.group, ctx.entropy = problem, group, entropy
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, merged.lse_N, entropy_N, stash_E)
+        ctx.problem, ctx.group, ctx.entropy, ctx.layout = problem, group, entropy, layout
         return merged.target_N - merged.lse_N, entropy_N
 
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, logprob_grad_N: Tensor, entropy_grad_N: Tensor
     ) -> tuple[Tensor | None, ...]:
-        hidden_ND, weight_VD, bias_V, lse_N, entropy_N = ctx.saved_tensors
+        hidden_ND, weight_VD, bias_V, lse_N, entropy_N, stash_E = ctx.saved_tensors
         hidden, weight, bias = ctx.needs_input_grad[:3]
         upstream = Upstream(logprob_grad_N, entropy_grad_N if ctx.entropy else None, lse_N, entropy_N)
-        grads = backward_tiles(ctx.problem, upstream, weight_VD if weight else None, hidden=hidden, bias=bias)
+        wanted = {"hidden": hidden, "bias": bias, "stash": Stash(stash_E, *ctx.layout)}
+        grads = backward_tiles(ctx.problem, upstream, weight_VD if weight else None, **wanted)
         hidden_grad_ND = None
         if grads.hidden_ND is not None:
             hidden_grad_ND = grads.hidden_ND.contiguous()
@@ -99,7 +107,7 @@ class _Sharded(torch.autograd.Function):
         if bias_V is not None and grads.bias_V is not None:
             bias_grad_V = torch.zeros_like(bias_V)
             bias_grad_V[: len(grads.bias_V)] = grads.bias_V
-        return hidden_grad_ND, grads.weight_VD, bias_grad_V, None, None, None
+        return hidden_grad_ND, grads.weight_VD, bias_grad_V, None, None, None, None
 
 
 def _merge(local: Sums, group: ProcessGroup | None) -> Sums:

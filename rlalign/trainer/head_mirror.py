@@ -77,13 +77,14 @@ class _Unrounded(torch.autograd.Function):
         return grad_VD.to(ctx.dtype), None
 
 
-def mirror(model: nn.Module, *, head_dtype: str, chunk: int) -> HeadStatus:
+def mirror(model: nn.Module, *, head_dtype: str, chunk: int, keep_mib: int = 0) -> HeadStatus:
     """Replace the forward of `model`'s lm_head; returns its live status.
 
     Given `Tokens` too, the head returns their float32 logprobs and entropies, both [B, L] (nats; entry t is about token t; 0.0
     where not asked) without building [tokens, vocabulary]; without, it returns logits as any lm_head does.
     head_dtype "model" keeps the projection in the body's dtype, as transformers would; "master" projects with
     `status.master_VD` wherever it is set (gradients still reach the weight itself). An exact head keeps its own products.
+    chunk, keep_mib: as in `token_logprobs`, 0 for none.
     Raises ValueError without an lm_head, and for an exact one with head_dtype "master".
     """
     lm_head = model.get_output_embeddings()
@@ -143,6 +144,7 @@ def mirror(model: nn.Module, *, head_dtype: str, chunk: int) -> HeadStatus:
             soft_cap=transform.soft_cap,
             logit_scale=transform.logit_scale,
             chunk=chunk or None,
+            keep_mib=keep_mib,
             entropy=True,
             mode="exact_mirror" if exact else "fast",
             mask=tokens.mask_BL,

@@ -64,7 +64,8 @@ class Policy:
         settings = deepspeed_settings(config, dtype)
         form = {"exact": exact, "attention": config.attention, "packed": config.pack_tokens > 0}
         network = load(model, dtype, settings, checkpointing=config.gradient_checkpointing, **form)
-        self.head: HeadStatus = mirror(network, head_dtype=head_dtype, chunk=config.logprob_chunk)
+        tiles = {"chunk": config.logprob_chunk, "keep_mib": config.logprob_keep_mib}
+        self.head: HeadStatus = mirror(network, head_dtype=head_dtype, **tiles)
         self._adapters = _adapters(network, config, model, seed) if config.lora.rank else None
         self._needs_reference = algo.needs_reference
         needs_copy = algo.needs_reference and self._adapters is None

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from rlalign.head import HeadTransform, check_operands, route
-from rlalign.logprobs.forward import Problem, Tile, Transform, padded, token_tiles
+from rlalign.logprobs.blocks import Tile, padded, token_tiles
+from rlalign.logprobs.forward import Problem, Transform
 from rlalign.reward.adaptive.losses import Facts
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class _Rest(torch.autograd.Function):
 
 def _tiles(problem: Problem) -> Iterator[tuple[slice, slice, Tensor]]:
     """(tokens, columns, logits) of every tile; the logits are overwritten by the next tile."""
-    n, tile = len(problem.hidden_ND), problem.tile
+    problem, n, tile = problem.widened(problem.route), len(problem.hidden_ND), problem.tile
     shape = (min(tile.tokens, n), min(tile.vocab, problem.weight_VD.shape[0]))
     buffer = padded(*shape, torch.float32, problem.hidden_ND.device)
     for columns, weight_SD in problem.blocks():

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.real_model_check import About, require_room, usable
+from benchmarks.real_model_check import BATCHED, About, require_room, usable
 from benchmarks.real_model_memory import Peak
 from benchmarks.real_model_table import markdown
 from rlalign.tracking import environment
@@ -58,6 +58,7 @@ def phases(about: About, out: Path, *, max_tokens: int, chosen: Sequence[str] = 
         "rollout.prompts_per_step=4",
         "rollout.group_size=4",
         "trainer.micro_batch_size=4",
+        f"rollout.max_num_batched_tokens={BATCHED}",  # bounds vLLM's [tokens, vocabulary] when it scores prompts
         "mismatch.action=warn",  # the table says how far apart they are; stopping is for runs that matter
         f"output_dir={out / 'run'}",
     ] + ([] if about.on_gpu else ["rollout.enforce_eager=true", "rollout.max_num_seqs=64"])

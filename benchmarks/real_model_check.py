@@ -7,10 +7,14 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model", "spiece.model")
 GIB = 2**30
 LIBRARIES = 3 * GIB  # torch, vLLM and DeepSpeed in their processes, and the smallest key/value cache
 # Bytes for each parameter in the phase that holds most: fp32 master, two moments and gradient, bf16 weights on both sides.
 TRAINING = 4 + 8 + 4 + 2 + 2
+BATCHED = 1024  # tokens of one engine step
+LOGITS = 8 * 4 * BATCHED  # bytes for each word: float32 logits of an engine step and what is made of them
+ACTIVATIONS = 6 * 1024 * 10 * 4  # bytes: six recordings of 1024 tokens, about ten points a layer, four bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +61,16 @@ def usable(folder: Path) -> About:
         raise ValueError(f"{folder} holds a {named[0]}, not a causal language model: it has no lm_head to compare")
     if not [*folder.glob("*.safetensors")]:
         raise ValueError(f"{folder} has no *.safetensors; save the model with save_pretrained first")
+    if not any(
+        (folder / name).is_file() for name in VOCABULARIES
+    ):  # transformers would make one of special tokens alone
+        raise ValueError(f"{folder} has no tokenizer (none of {', '.join(VOCABULARIES)}); copy the model's files there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # whatever a tokenizer class makes of missing files
         raise ValueError(
             f"{folder} has no tokenizer that loads ({_first_line(error)}); copy the model's tokenizer files there"
         ) from error
-    if not len(tokenizer):
-        raise ValueError(
-            f"{folder} has no tokenizer: an empty one was made from its config; copy the model's tokenizer files there"
-        )
     import torch
 
     text = config.get_text_config()
@@ -85,11 +89,11 @@ def usable(folder: Path) -> About:
 
 def require_room(about: About, out: Path) -> None:
     """Raises ValueError where memory or disk are smaller than the largest phase is expected to need."""
-    need = LIBRARIES + TRAINING * about.parameters
+    need = LIBRARIES + TRAINING * about.parameters + LOGITS * about.vocabulary
     have, where = _free_memory(about.on_gpu)
     if have < need:
         raise ValueError(
-            f"three GRPO steps of {about.parameters / 1e6:,.0f} M parameters need about {need / GIB:.1f} GiB, and "
+            f"{about.parameters / 1e6:,.0f} M parameters and {about.vocabulary:,} words need about {need / GIB:.1f} GiB, and "
             f"{have / GIB:.1f} GiB are free {where}; use a larger machine, --phase for the smaller ones, or --no-estimate to try"
         )
     folder = out
@@ -101,9 +105,6 @@ def require_room(about: About, out: Path) -> None:
         raise ValueError(
             f"about {need / GIB:.1f} GiB of disk are needed for activations and the run, {free / GIB:.1f} GiB are free at {folder}"
         )
-
-
-ACTIVATIONS = 6 * 1024 * 10 * 4  # bytes: six recordings of 1024 tokens, about ten points a layer, four bytes
 
 
 def _parameters(folder: Path) -> int:

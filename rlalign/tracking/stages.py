@@ -5,16 +5,15 @@ On standard error, since a command's standard output is its result.
 
 from __future__ import annotations
 
-import threading
 import time
+from contextlib import nullcontext
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from rlalign.tracking.console import clock
-
-EVERY = 30.0  # seconds between lines where there is no terminal
+from rlalign.tracking.heartbeat import EVERY, Heartbeat
 
 
 class Stages:
@@ -24,15 +23,14 @@ class Stages:
     """
 
     def __init__(self, command: str, total: int = 0, *, console: Console | None = None, every: float = EVERY) -> None:
-        self.command, self.total, self.every = command, total, every
+        self.command, self.total = command, total
         self._console = console or Console(stderr=True)
         self._began = time.monotonic()
         self._done, self._text = -1, ""  # stage() counts the one before it as done
-        self._stop = threading.Event()
-        self._heart = threading.Thread(target=self._beat, name="stages", daemon=True)
+        self._heart = nullcontext() if self._console.is_terminal else Heartbeat(self._beat, self._say, every=every)
         self._bar = Progress(
             SpinnerColumn(),
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[left]}", style="cyan"),
             TimeElapsedColumn(),
@@ -45,14 +43,13 @@ class Stages:
     def __enter__(self) -> Stages:
         self._began = time.monotonic()
         self._bar.start()
-        self._heart.start()
+        self._heart.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop.set()
-        self._heart.join()
+        self._heart.__exit__(kind, error, trace)
         self._bar.stop()
 
     def stage(self, text: str) -> None:
@@ -75,10 +72,9 @@ class Stages:
         seconds = self.left()
         return "" if seconds is None else f"ETA {clock(seconds)}"
 
-    def _beat(self) -> None:
-        if self._console.is_terminal:
-            return
-        while not self._stop.wait(self.every):
-            spent = clock(time.monotonic() - self._began)
-            parts = [self.line(), f"{spent} so far", self._eta()]
-            self._console.print(", ".join(p for p in parts if p), markup=False, highlight=False, soft_wrap=True)
+    def _beat(self) -> str:
+        spent = clock(time.monotonic() - self._began)
+        return ", ".join(part for part in (self.line(), f"{spent} so far", self._eta()) if part)
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)

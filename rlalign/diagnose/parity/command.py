@@ -27,8 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--head-limit",
         type=float,
-        default=body_rounding.HEAD,
-        help="exit 1 when such a head alone is further from float64 than this, mean nats (default %(default)s)",
+        help="exit 1 when such a head alone is further from float64, mean nats (default: a twentieth of a bf16 head's error)",
     )
     add("--baseline", type=Path, metavar="FILE", help="exit 1 when a figure is worse than in this file of --json")
     add(
@@ -110,11 +109,12 @@ def grid_of(config: RunConfig, arguments: argparse.Namespace) -> grid.Grid:
     )
 
 
-def over_limit(result: dict, k3_limit: float | None = None, *, head_limit: float = body_rounding.HEAD) -> list[str]:
+def over_limit(result: dict, k3_limit: float | None = None, *, head_limit: float | None = None) -> list[str]:
     """One line for every pair of equal heads, both float32 or both master, that is further apart than it may be.
 
-    The whole model: over k3_limit, or without one over what rounding explains (`body_rounding`). The head alone: a side further
-    than head_limit from float64, since a bf16 body hides its head. In exact mode every token must be equal. NaN is over all.
+    The whole model: over k3_limit, or without one over what rounding explains (`body_rounding`). The head alone, which a bf16 body
+    hides: a side further from float64 than float32 rounding, or than head_limit. In exact mode every token must be equal. NaN is
+    over all.
     """
     from rlalign.diagnose.parity.table import name_of
 

@@ -47,7 +47,7 @@ COLUMNS = {
     "abs_max": "abs_max",
     "pearson": "pearson_prob",
 }
-ERRORS = ("rollout_error", "trainer_error")  # of the head in isolation: mean distance from float64
+ERRORS = ("rollout_error", "trainer_error", "bf16_error")  # of the head in isolation: mean distance from float64
 ISOLATED_TOKENS = 256
 LONG_PROMPTS = 4
 

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlalign.diagnose import body_rounding
 from rlalign.diagnose.parity import grid
 
 if TYPE_CHECKING:
@@ -116,6 +115,7 @@ def over_limit(result: dict, k3_limit: float | None = None, *, head_limit: float
     hides: a side further from float64 than float32 rounding, or than head_limit. In exact mode every token must be equal. NaN is
     over all.
     """
+    from rlalign.diagnose import body_rounding
     from rlalign.diagnose.parity.table import name_of
 
     found = []

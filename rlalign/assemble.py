@@ -41,15 +41,20 @@ def resolve_model(path: str, say: Callable[[str], None] = print, *, what: str = 
 
 
 def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer. Raises ValueError when its ids do not fit the model's vocabulary."""
+    """The folder's tokenizer. Raises ValueError when its ids do not fit the model's vocabulary.
+
+    Special tokens behind the model's last row are let through: text-only checkpoints keep the placeholders of images that way,
+    and only a prompt that holds one is impossible (`fitting`).
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    size = AutoConfig.from_pretrained(model).vocab_size
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= size:
+    size = AutoConfig.from_pretrained(model).get_text_config().vocab_size
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    words = [id for id in tokenizer.get_vocab().values() if id not in special]
+    if max(words, default=0) >= size:
         raise ValueError(
-            f"{model}: the tokenizer has token ids up to {largest}, the model only {size} rows of embeddings; "
+            f"{model}: the tokenizer has token ids up to {max(words)}, the model only {size} rows of embeddings; "
             "tokenizer and checkpoint do not belong together"
         )
     if tokenizer.pad_token_id is None:
@@ -73,6 +78,21 @@ def load_task_of(config: RunConfig) -> Task:
 
     c = config.task
     return load_task(c.name, dict(c.params), train_size=c.train_size, eval_size=c.eval_size, seed=c.seed)
+
+
+def fitted_task(config: RunConfig, model: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Task, int]:
+    """The configured task without the prompts that this model and engine cannot take, and how many those were.
+
+    Raises ValueError for one of them unless task.unusable_prompts=drop.
+    """
+    from transformers import AutoConfig
+
+    from rlalign.fitting import fitted
+
+    rows = AutoConfig.from_pretrained(model).get_text_config().vocab_size
+    return fitted(
+        load_task_of(config), config, lambda text: encode(tokenizer, text, chat=config.task.chat_template), rows
+    )
 
 
 class SharedReward:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
@@ -20,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal ended the run, which is saved; 130: interrupted.
     """
     set_environment()
-    arguments = parser().parse_args(own_arguments(sys.argv[1:] if argv is None else argv))
+    arguments = parsed(own_arguments(sys.argv[1:] if argv is None else argv))
     try:
         require_working()
         return arguments.run(arguments)
@@ -43,6 +44,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def own_arguments(argv: Sequence[str]) -> list[str]:
     """What the user wrote: deepspeed's launcher adds --local_rank=N in front, which every rank has as LOCAL_RANK too."""
     return [word for word in argv if not word.startswith("--local_rank=")]
+
+
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments, with overrides before, after and between the options, which argparse by itself ends at the first option."""
+    whole = parser()
+    arguments, rest = whole.parse_known_args(argv)
+    if rest and not (hasattr(arguments, "overrides") and all(_overrides(word) for word in rest)):
+        whole.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
+def _overrides(word: str) -> bool:
+    return "=" in word and not word.startswith("-")
 
 
 def set_environment() -> None:

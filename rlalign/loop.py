@@ -44,7 +44,7 @@ def collect(step: int, parties: Parties, config: RunConfig, sampler: Sampler | N
     """Sample the step's completions, or take those that were sampled ahead, and reward them."""
     metrics: dict[str, float] = {}
     spans: list[Span] = []
-    clock = Clock(step, metrics, spans)
+    clock = Clock(step, metrics, spans, parties.say)
     with clock("rollout"):
         sampled = request(step, parties, config)(parties.engine) if sampler is None else sampler.take(step)
         rollouts = sampled.rollouts
@@ -70,7 +70,7 @@ def learn(
     """Score what was collected, compare, correct, train on it and publish the result."""
     batch, rewards, trainer = collected.batch, collected.rewards, parties.trainer
     metrics, spans = dict(collected.metrics), list(collected.spans)
-    clock = Clock(step, metrics, spans)
+    clock = Clock(step, metrics, spans, parties.say)
     with clock("score"):
         old_BL, entropy_BL = trainer.score(batch)
         ref_BL = trainer.score_reference(batch)

@@ -88,6 +88,7 @@ class Parties:
     floor: Mapping[str, float] | None = None  # the engine's noise floor: name -> nats
     critic: Critic | None = None  # with algo.advantage=gae
     kl_penalty: KlController | None = None  # with algo.kl_penalty
+    say: Callable[[int, str], None] = lambda step, phase: None  # told each phase of a step as it begins
 
     def sample(self, prompts: Sequence[Prompt], *, samples: int, seed: int) -> list[Rollout]:
         """So many completions of each prompt, from the engine as it is now."""

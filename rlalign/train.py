@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,6 +86,10 @@ def _run(
     tokenizer, task = assemble.load_tokenizer(model), assemble.load_task_of(config)
     critic_from = ranks.on_first(lambda: assemble.critic_folder(model, config, tokenizer))
     resume.settle_products(config, found, run)
+    task, dropped = assemble.fitted_task(config, model, tokenizer)
+    if dropped:
+        run.event("task", f"{dropped} prompts dropped that this engine cannot take (task.unusable_prompts=drop)")
+        progress.stage(f"{dropped} prompts dropped: too long, or with ids the model has no row for")
     reward = assemble.SharedReward(config, progress.stage)
     transport = open_transport(config.weights)
     progress.stage("starting vLLM")
@@ -100,6 +104,7 @@ def _run(
             assemble.require_same_head(policy, statuses)
             critic = assemble.start_critic(critic_from, config)
             parties = _parties(config, engine, policy, critic, task, reward, tokenizer, transport)
+            parties = replace(parties, say=progress.phase)
             drift = assemble.start_drift_watch(reward, config, run, progress.stage)
             sampler = None
             if config.schedule.mode is not ScheduleMode.synchronous:
@@ -172,6 +177,7 @@ class _Steps:
         next_step = self.checkpoints.restore(found)
         if found is not None:
             self.run.rewind(found.step)
+        self.progress.stage("publishing the first weights")
         # Both loaded one folder: now it is proved.
         self.parties.publish(self.policy.named_weights(), self.policy.version)
         watch = self._watch()

@@ -78,3 +78,31 @@ def test_the_word_that_deepspeeds_launcher_adds_is_not_taken_for_the_users(tmp_p
         "demo",
         "algo.steps=3",
     ]
+
+
+def test_overrides_may_stand_between_the_options():
+    words = ["parity", "a=1", "--body", "float32", "b=2", "--json", "x.json", "c=3"]
+    found = cli.parsed(words)
+    assert found.overrides == ["a=1", "b=2", "c=3"] and (found.body, str(found.json)) == (["float32"], "x.json")
+    for wrong in (
+        ["parity", "a=1", "--no-such", "b=2"],
+        ["parity", "a=1", "--body", "float32", "word"],
+        ["report", "x", "--out", "y", "z"],
+    ):
+        with pytest.raises(SystemExit):
+            cli.parsed([*wrong, "--no-such"] if wrong[0] == "report" else wrong)
+
+
+@pytest.mark.parametrize(
+    "word", ["+rollout.temprature=0.5", "+rollout.logit_bias={40:5}", "+nonsense=1", "++rollout.x=1"]
+)
+def test_a_key_that_is_added_and_unknown_is_refused(word, capsys):
+    assert cli.main(["doctor", word]) == 2
+    assert "not in 'R" in capsys.readouterr().err
+
+
+def test_a_tasks_own_parameters_can_be_added():
+    from rlalign.compose import compose
+    from rlalign.config import load
+
+    assert load(compose("demo", ["+task.params.match=numeric"])).task.params["match"] == "numeric"

@@ -23,8 +23,8 @@ LEVELS = {
     },
     3: {"rollout", "trainer", "reward.vllm_scorer", "reward.http_scorer"},
     4: {
-        "loop", "sampler", "gate", "parties", "step_metrics", "train", "assemble", "observe", "verified_samples", "watch",
-        "resume", "joining", "cli", "commands", "compose", "diagnose",
+        "loop", "sampler", "gate", "parties", "step_metrics", "train", "assemble", "fitting", "observe", "watch",
+        "verified_samples", "resume", "joining", "cli", "commands", "compose", "diagnose",
     },
 }  # fmt: skip
 HOMES = {

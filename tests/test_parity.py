@@ -29,7 +29,8 @@ def row(**changes):
         "body_dtype": "bfloat16", "tensor_parallel": 1, "path": "prefill", "temperature": 1.0, "batch": 0, "context": 0,
         "rollout_head": "float32", "mode": "cached", "trainer_head": "float32", "k1": 0.0, "k3": 1e-5, "abs_mean": 5e-3,
         "p99": 0.05, "abs_max": 0.1, "pearson": 0.9999, "floor_k3": 0.0, "floor_abs_mean": 0.0, "rollout_error": 1e-7,
-        "trainer_error": 1e-7, "tokens": 9,
+        "trainer_error": 1e-7, "bf16_error": 4e-3, "tokens": 9, "rounding_k3": 1e-5, "rounding_abs_mean": 5e-3,
+        "rollout_rounding_abs_mean": 5e-3,
     }  # fmt: skip
     return found | changes
 
@@ -107,11 +108,36 @@ def test_a_baseline_of_something_else_is_refused(tmp_path):
     baseline.check_same_model(same, tmp_path)
 
 
-def test_the_limit_is_for_equal_heads_of_ours():
+def test_a_hard_limit_is_for_equal_heads_of_ours():
     rows = [row(k3=1.0, trainer_head="model"), row(k3=1.0, rollout_head="model", mode="off", trainer_head="model")]
-    assert command.over_limit(result(*rows), 1e-3) == []
+    assert command.over_limit(result(*rows), 1e-3) == command.over_limit(result(*rows)) == []
     over = [row(k3=float("nan")), row(k3=2e-3, rollout_head="master", mode="master", trainer_head="master")]
     assert len(command.over_limit(result(*over, settings=[row(k3=2e-3, path="decode")]), 1e-3)) == 3
+
+
+def test_without_a_hard_limit_rounding_is_the_bar():
+    """One k3 is ordinary for a model that rounds as much, and far too much for one that does not."""
+    ordinary = row(k3=2.3e-3, abs_mean=4e-2, rounding_k3=1.2e-3, rounding_abs_mean=3e-2, rollout_rounding_abs_mean=3e-2)
+    assert command.over_limit(result(ordinary)) == []
+    (line,) = command.over_limit(result(ordinary | {"rounding_k3": 1e-5, "rounding_abs_mean": 3e-3}))
+    assert "more than rounding explains" in line and "10.0 times as far from the float32 body as the trainer" in line
+    for worse in ({"abs_mean": 0.2}, {"k3": 0.1}, {"k3": float("nan")}, {"abs_mean": float("nan")}):
+        assert len(command.over_limit(result(ordinary | worse))) == 1
+    noisy = ordinary | {"rounding_k3": 0.0, "rounding_abs_mean": 0.0, "floor_k3": 1e-3, "floor_abs_mean": 2e-2}
+    assert command.over_limit(result(noisy | {"rounding_abs_mean": 1e-9})) == [], (
+        "an engine that differs from itself as much"
+    )
+
+
+def test_a_head_alone_is_judged_where_the_body_hides_it():
+    both = result(row(k3=1.7e-3, rounding_k3=1e-3, abs_mean=4e-2, rounding_abs_mean=3e-2))
+    both["head_isolated"] = [row(rollout_error=1e-7, trainer_error=2e-7), row(trainer_head="model", trainer_error=4e-3)]
+    assert command.over_limit(both) == []
+    for side in ("rollout", "trainer"):
+        both["head_isolated"][0] = row(**{f"{side}_error": 4.2e-3})
+        (line,) = command.over_limit(both)
+        assert f"the {side}'s head is 0.0042 nats from the float64 head" in line and "not multiply in float32" in line
+        assert command.over_limit(both, head_limit=1e-2) == []
 
 
 def test_the_markdown_holds_every_figure_once():

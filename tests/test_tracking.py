@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -276,6 +277,23 @@ def test_a_log_file_gets_plain_lines_with_the_numbers(tmp_path):
     assert [line.split()[1] for line in lines if line.startswith("step")] == ["1/3", "2/3", "3/3"]
     assert "reward 0.500  k3 1.5e-09  1,234 tokens/s  ETA 0:0" in lines[1] and "\x1b" not in path.read_text()
     assert lines[-1] == "report: runs/demo/report.html"
+
+
+def test_a_long_first_step_says_in_a_log_what_it_is_doing(tmp_path):
+    with (tmp_path / "log").open("w+") as out:
+        with Progress(3, console=Console(file=out, force_terminal=False, width=120), heartbeat=0.05) as progress:
+            progress.stage("starting vLLM")
+            time.sleep(0.12)
+            progress.phase(0, "rollout")
+            progress.phase(0, "train")
+            time.sleep(0.12)
+            progress.step(0, {})
+            time.sleep(0.12)
+        out.seek(0)
+        text = out.read()
+    assert "starting vLLM: 0:00 so far" in text and "step 1/3: train: 0:00 so far" in text
+    assert "rollout" not in text, "a phase that was short is no line"
+    assert text.rstrip().splitlines()[-1].startswith("step 1/3  reward"), "between steps there is nothing to say"
 
 
 def test_a_step_without_numbers_shows_dashes(tmp_path):

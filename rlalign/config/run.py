@@ -123,6 +123,8 @@ def load(overrides: Mapping[str, Any]) -> RunConfig:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
+        if OmegaConf.is_config(overrides):  # a key that +key=value added would pass as part of the schema
+            overrides = OmegaConf.to_container(overrides, resolve=False)
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), overrides))
     except OmegaConfBaseException as error:
         raise ValueError(_readable(error)) from error

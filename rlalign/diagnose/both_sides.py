@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rlalign import widened
-from rlalign.assemble import encode, load_task_of
+from rlalign.assemble import encode, fitted_task, load_task_of, resolve_model
 from rlalign.config import RunConfig
 from rlalign.types import Rollout, RolloutBatch, collate
 
@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 
 
 def task_prompts(tokenizer: PreTrainedTokenizerBase, config: RunConfig, *, count: int) -> list[list[int]]:
-    """Token ids of the task's first training prompts."""
-    chosen = load_task_of(config).train_prompts(0, min(count, config.task.train_size))
+    """Token ids of the task's first training prompts; with task.unusable_prompts=drop of those that fit."""
+    task = load_task_of(config)
+    if config.task.unusable_prompts == "drop":
+        task, _ = fitted_task(config, resolve_model(config.model.path, say=lambda _: None), tokenizer)
+    chosen = task.train_prompts(0, min(count, len(task.train)))
     return [encode(tokenizer, p.text, chat=config.task.chat_template) for p in chosen]
 
 

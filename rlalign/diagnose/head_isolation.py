@@ -44,14 +44,16 @@ def measure(
     hidden_ND: what predicts token_ids_N, as `predicting` gives it; network: the mirrored transformers model; master_VD: the
     unrounded head where both sides project with it.
     Keys: k1 k3 abs_mean p99 abs_max pearson_prob between the two sides; rollout_error and trainer_error: each side's mean
-    distance from the float64 head, which equal kernels on both sides cannot hide.
+    distance from the float64 head, which equal kernels on both sides cannot hide; bf16_error: that of a head whose logits are
+    rounded to bf16 once, the scale that tells a float32 head from one that is not.
     """
     trainer_N = _trainer_logprobs(network.get_output_embeddings(), hidden_ND, token_ids_N, temperature)
     rollout_BL = torch.stack(_engine_logprobs(engine, hidden_ND, token_ids_N, temperature, shared))
     trainer_BL = trainer_N.expand_as(rollout_BL)
     measured = mismatch.compare(trainer_BL, rollout_BL, torch.ones_like(rollout_BL, dtype=torch.bool), positions=False)
-    exact_N = _float64_logprobs(network, hidden_ND, token_ids_N, temperature, master_VD)
+    exact_N, rounded_N = _float64_logprobs(network, hidden_ND, token_ids_N, temperature, master_VD)
     return {name: measured[name] for name in KEPT} | {
+        "bf16_error": float((rounded_N - exact_N).abs().mean()),
         "rollout_error": float((rollout_BL - exact_N).abs().mean()),
         "trainer_error": float((trainer_N - exact_N).abs().mean()),
     }
@@ -87,14 +89,16 @@ def _engine_logprobs(
 
 def _float64_logprobs(
     network: nn.Module, hidden_ND: Tensor, token_ids_N: Tensor, temperature: float, master_VD: Tensor | None
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """Of the tokens, exactly and with the logits rounded to bf16."""
     lm_head = network.get_output_embeddings()
     weight_VD = lm_head.weight if master_VD is None else master_VD
     logits_NV = hidden_ND.detach().cpu().double() @ weight_VD.detach().cpu().double().t()
     if lm_head.bias is not None:
         logits_NV += lm_head.bias.detach().cpu().double()
     logits_NV = HeadTransform.of(network.config.get_text_config().to_dict()).apply(logits_NV)
-    return _chosen((logits_NV / temperature).log_softmax(-1), token_ids_N)
+    rounded_NV = logits_NV.bfloat16().double()
+    return tuple(_chosen((x / temperature).log_softmax(-1), token_ids_N) for x in (logits_NV, rounded_NV))
 
 
 def _chosen(logprobs_NV: Tensor, token_ids_N: Tensor) -> Tensor:

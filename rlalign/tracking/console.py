@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 
@@ -12,6 +13,8 @@ from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
+
+from rlalign.tracking.heartbeat import EVERY, Heartbeat
 
 LOG_LINES = 20  # about as many step lines as a log file gets, whatever the number of steps
 
@@ -22,11 +25,15 @@ class Progress:
     every: steps between lines where the output is not a terminal; by default about 20 lines a run.
     """
 
-    def __init__(self, steps: int, *, console: Console | None = None, every: int | None = None) -> None:
+    def __init__(
+        self, steps: int, *, console: Console | None = None, every: int | None = None, heartbeat: float = EVERY
+    ) -> None:
         self.steps, self.console = steps, console or Console()
         self.every = every or max(1, steps // LOG_LINES)
+        self._phase = ""  # of a step
         self._stage, self._stage_began, self._live = "", time.monotonic(), self.console.is_terminal
         self._first_step_began = 0.0
+        self._heart = nullcontext() if self._live else Heartbeat(self._beat, self._print, every=heartbeat)
         self._bar = Bar(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
@@ -40,6 +47,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._bar.start()
+        self._heart.__enter__()
         return self
 
     def __exit__(
@@ -47,6 +55,7 @@ class Progress:
     ) -> None:
         if error is None:
             self._end_stage()
+        self._heart.__exit__(kind, error, trace)
         self._bar.stop()
 
     def stage(self, text: str, done: int | None = None, total: int | None = None) -> None:
@@ -58,12 +67,19 @@ class Progress:
                 self._say(f"{text} ...")
         self._bar.update(self._task, description=_plain(text), completed=done or 0, total=total)
 
+    def phase(self, step: int, name: str) -> None:
+        """Say what step `step` (from 0) is doing: on a terminal at once, in a log only where it takes long."""
+        if self._stage:
+            self._end_stage()
+        self._phase, self._stage_began = f"step {step + 1}/{self.steps}: {name}", time.monotonic()
+        self._bar.update(self._task, description=self._phase, completed=step, total=self.steps)
+
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show step `step` (from 0) with its metrics."""
         if self._first_step_began == 0.0:
             self._first_step_began = time.monotonic() - metrics.get("time/step_s", 0.0)
             self._end_stage()
-        number, line = step + 1, metrics_line(metrics)
+        number, line, self._phase = step + 1, metrics_line(metrics), ""
         self._bar.update(
             self._task, description=f"step {number}/{self.steps}", completed=number, total=self.steps, line=line
         )
@@ -83,7 +99,16 @@ class Progress:
             self._say(f"{self._stage}: {time.monotonic() - self._stage_began:.1f} s")
         self._stage = ""
 
+    def _beat(self) -> str:
+        doing = self._stage or self._phase
+        return f"{doing}: {clock(time.monotonic() - self._stage_began)} so far" if doing else ""
+
     def _say(self, text: str) -> None:
+        if isinstance(self._heart, Heartbeat):
+            self._heart.said()
+        self._print(text)
+
+    def _print(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

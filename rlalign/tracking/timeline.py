@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,14 +28,21 @@ class Span:
 class Clock:
     """Times the phases of one step: `with clock("rollout"): ...` adds time/rollout_s to `metrics` and a span to `spans`.
 
-    A phase that raises leaves neither.
+    A phase that raises leaves neither. say: told step and phase as it begins.
     """
 
-    def __init__(self, step: int, metrics: MutableMapping[str, float], spans: list[Span]) -> None:
-        self._step, self._metrics, self._spans = step, metrics, spans
+    def __init__(
+        self,
+        step: int,
+        metrics: MutableMapping[str, float],
+        spans: list[Span],
+        say: Callable[[int, str], None] = lambda step, phase: None,
+    ) -> None:
+        self._step, self._metrics, self._spans, self._say = step, metrics, spans, say
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        self._say(self._step, phase)
         start, began = time.time(), time.perf_counter()
         yield
         seconds = time.perf_counter() - began

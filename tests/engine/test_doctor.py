@@ -20,6 +20,7 @@ def test_a_good_set_up_passes_every_check(tmp_path, tied, capsys):
     assert checks["body dtype"]["found"] == "float32" and checks["tied embeddings"]["found"] == "True"
     assert checks["tokenizer of both sides"]["found"].startswith("the same: ")
     assert "rollout float32 (cached), trainer float32" in checks["heads of both sides"]["found"]
+    assert checks["head alone"]["found"].startswith("mean distance from the float64 head")
     assert {
         "clock",
         "head memory",
@@ -42,9 +43,10 @@ def test_a_mismatch_over_the_limit_and_a_missing_folder_are_named_with_a_remedy(
     model = build_model(tmp_path / "model", tied=False, logit_scale=8.0)
     code, checks = doctor(tmp_path, f"model.path={model}", "mismatch.k3_limit=1e-15")
     assert code == 1
-    assert (
-        checks["mismatch at lag 0"]["state"] == "problem" and "rlalign parity" in checks["mismatch at lag 0"]["remedy"]
-    )
+    assert checks["mismatch at lag 0"]["state"] == "ok", "ordinary for this model, whatever the run's limit"
+    limit = checks["limit of the run"]
+    assert limit["state"] == "problem" and "it would stop the run at its first step" in limit["found"]
+    assert limit["remedy"].startswith("mismatch.k3_limit=")
     code, checks = doctor(tmp_path, f"model.path={model}", f"weights.shared={tmp_path / 'nowhere'}")
     assert code == 1 and "does not exist" in checks["shared folder"]["found"]
 
@@ -69,3 +71,25 @@ def test_what_the_checkpoint_claims_and_what_was_multiplied_are_said(tmp_path, u
     )
     for name in ("logits of rank 0, probe", "logits of rank 0, sampled", "logits of the trainer"):
         assert checks[name]["state"] == "ok" and checks[name]["found"].startswith("bfloat16 ("), checks[name]
+
+
+def test_a_bf16_model_that_only_rounds_is_no_problem_and_a_head_on_one_side_is(tmp_path, monkeypatch):
+    """The body hides the head in the whole model's numbers; alone it is seen, with its side."""
+    from rlalign.diagnose.doctor import live
+
+    model = build_model(tmp_path / "model", tied=False, logit_scale=12.0)
+    code, checks = doctor(tmp_path, f"model.path={model}", "mismatch.k3_limit=1")
+    assert code == 0 and checks["mismatch at lag 0"]["state"] == checks["head alone"]["state"] == "ok"
+    assert "rounding explains up to" in checks["mismatch at lag 0"]["found"]
+
+    real = live.start_embedded
+
+    def with_vllms_own_head(*arguments):
+        engine = real(*arguments)
+        engine.set_head("off")
+        return engine
+
+    monkeypatch.setattr(live, "start_embedded", with_vllms_own_head)
+    code, checks = doctor(tmp_path, f"model.path={model}", "mismatch.k3_limit=1")
+    assert code == 1 and checks["head alone"]["state"] == "problem"
+    assert "the rollout's head is" in checks["head alone"]["found"] and "trainer's" not in checks["head alone"]["found"]

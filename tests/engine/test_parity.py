@@ -27,7 +27,8 @@ def pick(rows, body, rollout, trainer):
 def test_the_table_has_every_pair_and_every_number(measured):
     _, result, _ = measured
     keys = {"body_dtype", "rollout_head", "trainer_head", "k1", "k3", "abs_mean", "p99", "abs_max", "pearson"}
-    assert all({"floor_k3", "floor_abs_mean"} <= row.keys() for row in result["rows"])
+    measured = {"floor_k3", "floor_abs_mean", "rounding_k3", "rounding_abs_mean", "rollout_rounding_abs_mean"}
+    assert all(measured <= row.keys() for row in result["rows"])
     for rows in (result["rows"], result["head_isolated"]):
         assert len(rows) == 8 and all(keys <= row.keys() for row in rows)
         assert len({(r["body_dtype"], r["rollout_head"], r["trainer_head"]) for r in rows}) == 8
@@ -66,6 +67,37 @@ def test_over_the_limit_exits_1_and_says_which_pair(untied, capsys):
     assert (
         "bfloat16 body, TP 1, prefill, temperature 1, heads float32 (cached) / float32: k3 =" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("side", ["rollout", "trainer"])
+def test_a_head_of_another_dtype_on_one_side_is_named_though_the_body_hides_it(untied, monkeypatch, capsys, side):
+    from rlalign.rollout.engine import VLLMEngine
+    from rlalign.trainer import head_mirror
+
+    if side == "rollout":
+        real = VLLMEngine.set_head
+        monkeypatch.setattr(VLLMEngine, "set_head", lambda self, mode: real(self, "off"))
+    else:
+        real_mirror = head_mirror.mirror
+        monkeypatch.setattr(
+            head_mirror, "mirror", lambda network, **kind: real_mirror(network, **kind | {"head_dtype": "model"})
+        )
+    options = [f"model.path={untied}", "rollout.group_size=4", "rollout.max_tokens=24", "--k3-limit", "1"]
+    assert cli.main(["parity", "--prompts", "4", "--body", "bfloat16", *options]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlalign: head in isolation")]
+    assert len(lines) == 1 and "heads float32 (cached) / float32" in lines[0] and f"the {side}'s head is" in lines[0]
+    assert cli.main(["parity", "--prompts", "4", "--body", "bfloat16", *options, "--head-limit", "1"]) == 0
+
+
+def test_what_no_rounding_explains_is_over_the_limit_and_named(untied, monkeypatch, capsys):
+    """A trainer that answers at another temperature than it was asked."""
+    from rlalign.diagnose.parity import measure
+
+    real = measure.head_logprobs
+    monkeypatch.setattr(measure, "head_logprobs", lambda *a, **k: real(*a, **k | {"temperature": 1.1}))
+    options = [f"model.path={untied}", "rollout.group_size=4", "rollout.max_tokens=24"]
+    assert cli.main(["parity", "--prompts", "4", "--body", "bfloat16", *options]) == 1
+    assert "is more than rounding explains" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

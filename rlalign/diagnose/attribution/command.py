@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +11,11 @@ from rlalign.tracking.files import ATTRIBUTION, write_json
 
 if TYPE_CHECKING:
     from rlalign.config import RunConfig
+    from rlalign.diagnose.attribution.mapping import Pairs
     from rlalign.diagnose.attribution.result import Attribution
     from rlalign.diagnose.attribution.sources import Source
     from rlalign.rollout.engine import VLLMEngine
+    from rlalign.rollout.teacher_forcing import Route
 
 ROUTES = ("prefill", "decode")
 CHUNK = 16  # tokens prefilled at once by the engine that measures the floor of chunking
@@ -87,44 +88,65 @@ def run(config: Callable[[], RunConfig], arguments: argparse.Namespace) -> int:
 
 
 def _measured(source: Source, arguments: argparse.Namespace) -> tuple[Attribution, list[str]]:
+    from rlalign.diagnose.attribution.mapping import BUILT_IN, read_pairs
+    from rlalign.rollout.teacher_forcing import Route
+    from rlalign.tracking.stages import Stages
+
+    config, changed = _adjusted(source.config, exact=arguments.exact)
+    pairs = read_pairs(arguments.mapping) if arguments.mapping else BUILT_IN
+    routes = [Route(r) for r in ROUTES if arguments.route in (r, "both")]
+    total = 5 + 2 * (not arguments.no_chunked) + len(routes) * (3 - arguments.no_patch)
+    with Stages("attribute", total) as stages:
+        found, notes = _both_sides(source, config, arguments, routes, pairs, stages.stage)
+    return found, [*source.notes, *changed, *notes]
+
+
+def _both_sides(
+    source: Source,
+    config: RunConfig,
+    arguments: argparse.Namespace,
+    routes: Sequence[Route],
+    pairs: Pairs,
+    say: Callable[[str], None],
+) -> tuple[Attribution, list[str]]:
+    """Start what is needed, sample where the source brings no tokens, prove the weights equal, measure."""
     from dataclasses import replace
 
     from rlalign.assemble import start_embedded
     from rlalign.diagnose.attribution import sources
-    from rlalign.diagnose.attribution.mapping import BUILT_IN, read_pairs
     from rlalign.diagnose.attribution.measure import measure
     from rlalign.diagnose.attribution.same_weights import require_same_weights
     from rlalign.diagnose.both_sides import trainer_network
-    from rlalign.rollout.teacher_forcing import Route
 
-    config, changed = _adjusted(source.config, exact=arguments.exact)
-    notes = [*source.notes, *changed]
-    pairs = read_pairs(arguments.mapping) if arguments.mapping else BUILT_IN
+    say("loading the trainer's model")
     network = trainer_network(source.model, config.model.dtype.value, exact=config.exact)
     engines: list[VLLMEngine] = []
     try:
+        say("starting vLLM")
         engines.append(start_embedded(source.model, config))
+        say("tokens, and whether both sides hold the same weights")
         batch = source.batch
         if batch is None:
             batch = sources.sampled(
                 engines[0], source, prompt_file=arguments.prompt_file, prompts=arguments.prompts,
                 samples=arguments.samples, tokens=arguments.tokens,
             )  # fmt: skip
-        notes += require_same_weights(engines[0], network, Path(config.weights.shared), anyway=arguments.any_weights)
+        notes = require_same_weights(engines[0], network, Path(config.weights.shared), anyway=arguments.any_weights)
         if not arguments.no_chunked:
+            say("starting a second vLLM with another chunking")
             small = replace(config.rollout, max_num_batched_tokens=CHUNK, max_num_seqs=CHUNK)
             engines.append(start_embedded(source.model, replace(config, rollout=small)))
         found = measure(
             engines[0],
             network,
             batch,
-            routes=[Route(r) for r in ROUTES if arguments.route in (r, "both")],
+            routes=routes,
             pairs=pairs,
             chunked=engines[1] if len(engines) > 1 else None,
             rows=arguments.rows or min(config.trainer.micro_batch_size, len(batch)),
             patch=not arguments.no_patch,
             scratch=arguments.scratch,
-            say=lambda line: print(line, file=sys.stderr),
+            say=say,
         )
         return found, notes
     finally:

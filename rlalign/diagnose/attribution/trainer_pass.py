@@ -70,7 +70,7 @@ def _record_part(side: Side, batch: RolloutBatch, first: int, recorder: Recorder
             input_ids=batch.token_ids_BL.to(device), attention_mask=mask_BL.to(device), use_cache=False
         )
     hidden_ND = body.last_hidden_state[mask_BL.to(device)]
-    step = max(1, LOGIT_ELEMENTS // side.network.config.vocab_size)
+    step = max(1, LOGIT_ELEMENTS // side.network.config.get_text_config().vocab_size)
     recorder.rows(LOGIT_ROWS, rows_N3)
     for start in range(0, len(hidden_ND), step):
         recorder.write(LOGITS, logits(side, hidden_ND[start : start + step]), table=LOGIT_ROWS)

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rlalign.config import RunConfig
 from rlalign.diagnose.doctor import claims, installation, live, machine, tokens
 from rlalign.diagnose.doctor.check import Check, guarded
+from rlalign.tracking.stages import Stages
+
+STAGES = 7  # the cheap checks, then those of live.engine_and_trainer
 
 
 def examine(config: RunConfig) -> list[Check]:
     """Every check on this configuration. Starts the engine and loads the trainer's model once."""
+    with Stages("doctor", STAGES) as stages:
+        stages.stage("installation, machine, tokenizer")
+        return _examined(config, stages.stage)
+
+
+def _examined(config: RunConfig, say: Callable[[str], None]) -> list[Check]:
     return [
         *guarded("installation", lambda: installation.packages(config)),
         *guarded("vllm plugin", installation.plugin),
@@ -17,5 +28,5 @@ def examine(config: RunConfig) -> list[Check]:
         *guarded("head memory", lambda: machine.head_memory(config)),
         *guarded("checkpoint", lambda: claims.of_checkpoint(config)),
         *guarded("tokenizer", lambda: tokens.tokenizer(config)),
-        *guarded("engine", lambda: live.engine_and_trainer(config)),
+        *guarded("engine", lambda: live.engine_and_trainer(config, say)),
     ]

@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlalign import mismatch, multiplied
 from rlalign.assemble import load_tokenizer, resolve_model, start_embedded
-from rlalign.config import HeadDtype, RunConfig
+from rlalign.config import GateAction, HeadDtype, RunConfig
+from rlalign.diagnose import body_rounding, head_isolation
 from rlalign.diagnose.both_sides import sample, trainer_network, trainer_scores
 from rlalign.diagnose.doctor import tokens
 from rlalign.diagnose.doctor.check import Check, judged
 from rlalign.types import RolloutBatch
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from rlalign.rollout.engine import VLLMEngine
 
+ISOLATED_TOKENS = 64  # of the head alone
 
-def engine_and_trainer(config: RunConfig) -> Iterator[Check]:
+
+def engine_and_trainer(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> Iterator[Check]:
     """Start both, publish the trainer's own copy, sample, teacher-force: weights, tokens and numbers of both sides at once."""
     model = resolve_model(config.model.path, say=lambda _: None)
+    say("starting vLLM")
     engine = start_embedded(model, config)  # proves the head on every rank, or raises
     try:
         yield from settings(engine, config)
+        say("loading the trainer's model")
         network = trainer_network(model, config.model.dtype.value, exact=config.exact)
         yield tied(engine, network)
+        say("publishing the weights, every tensor verified")
         yield _published(engine, network, config)
         tokenizer = load_tokenizer(model)
         yield tokens.both_sides(tokenizer, engine.tokenizer())
+        say("sampling")
         batch, rollouts = sample(engine, tokenizer, config, prompts=tokens.PROMPTS, samples=2)
         yield tokens.round_trip(rollouts, tokenizer)
+        say("prefix cache")
         yield prefix_cache(engine, batch)
+        say("the same tokens through both sides")
         yield from _agreement(engine, network, batch, config)
         yield from _ranks(engine)
     finally:
@@ -113,17 +122,22 @@ def _published(engine: VLLMEngine, network: nn.Module, config: RunConfig) -> Che
 def _agreement(engine: VLLMEngine, network: nn.Module, batch: RolloutBatch, config: RunConfig) -> Iterator[Check]:
     from rlalign.trainer.head_mirror import status_of
 
-    head = config.head_dtype.value
+    head, temperature = config.head_dtype.value, config.rollout.temperature
     master_VD = network.get_output_embeddings().weight.detach().float() if head == "master" else None
-    temperature = config.rollout.temperature
-    trainer_BL, _ = trainer_scores(network, batch, head, temperature=temperature, master_VD=master_VD)
+
+    def score(tokens: RolloutBatch) -> tuple[Tensor, Tensor]:
+        return trainer_scores(network, tokens, head, temperature=temperature, master_VD=master_VD)
+
+    trainer_BL, hidden_BLD = score(batch)
     trainer = status_of(network.get_output_embeddings())
     if trainer.multiplied is not None:
         promise = trainer.dtype if trainer.mode == "off" else "float32"
         yield _multiplied("logits of the trainer", promise, trainer.multiplied.as_dict())
     sides = f"rollout {engine.spec.head_dtype} ({engine.mode}), trainer {head}"
     yield judged("heads of both sides", engine.spec.head_dtype == head, sides, "set head_dtype once, for the run")
-    measured = mismatch.compare(trainer_BL, batch.rollout_logprobs_BL, batch.loss_mask_BL, positions=False)
+    yield head_alone(engine, network, hidden_BLD, batch, config, master_VD)
+    rollout_BL = batch.rollout_logprobs_BL
+    measured = mismatch.compare(trainer_BL, rollout_BL, batch.loss_mask_BL, positions=False)
     if config.exact:
         yield judged(
             "exact mode",
@@ -132,13 +146,50 @@ def _agreement(engine: VLLMEngine, network: nn.Module, batch: RolloutBatch, conf
             f"{', '.join(engine.status()[0]['attention'])}",
             "the two sides must agree in every bit: `rlalign attribute` names the first step that does not",
         )
-    yield judged(
-        "mismatch at lag 0",
-        measured["k3"] <= config.mismatch.k3_limit,
-        f"k3 {measured['k3']:.2e}, mean |log_ratio| {measured['abs_mean']:.2e} over {measured['tokens']:.0f} tokens, "
-        f"limit {config.mismatch.k3_limit:.0e}",
-        "`rlalign parity` tells the head from the body, `rlalign attribute` names the layer",
+    elif head != "model":
+        measured |= body_rounding.measure(network, batch, trainer_BL, rollout_BL, lambda few: score(few)[0])
+        yield mismatch_at_lag_0(measured)
+    yield limit_of_the_run(measured, config)
+
+
+def head_alone(
+    engine: VLLMEngine,
+    network: nn.Module,
+    hidden_BLD: Tensor,
+    batch: RolloutBatch,
+    config: RunConfig,
+    master_VD: Tensor | None = None,
+) -> Check:
+    """Does each side's live head, given the same hidden states, multiply in the dtype it is named after?"""
+    hidden, ids = head_isolation.predicting(hidden_BLD, batch.token_ids_BL, batch.loss_mask_BL, limit=ISOLATED_TOKENS)
+    measured = head_isolation.measure(
+        engine, network, hidden, ids, temperature=1.0, shared=Path(config.weights.shared), master_VD=master_VD
     )
+    found = f"mean distance from the float64 head: rollout {measured['rollout_error']:.1e}, "
+    found += f"trainer {measured['trainer_error']:.1e} nats over {len(ids)} tokens"
+    wrong = "" if config.head_dtype is HeadDtype.model else body_rounding.heads_over(measured)
+    return judged("head alone", not wrong, wrong or found, "that side's head is other than its name; see its status")
+
+
+def mismatch_at_lag_0(measured: Mapping[str, float]) -> Check:
+    """Is the difference of the two sides no more than rounding explains? measured: as `body_rounding.over` takes it."""
+    k3, mean = body_rounding.limits(measured)
+    found = (
+        f"k3 {measured['k3']:.2e}, mean |log_ratio| {measured['abs_mean']:.2e} over {measured['tokens']:.0f} tokens; "
+    )
+    found += f"rounding explains up to {k3:.1e} and {mean:.1e} for this model"
+    wrong = body_rounding.over(measured)
+    remedy = "`rlalign parity` tells the head from the body, `rlalign attribute` names the layer"
+    return judged("mismatch at lag 0", not wrong, wrong or found, remedy)
+
+
+def limit_of_the_run(measured: Mapping[str, float], config: RunConfig) -> Check:
+    """Would the first step pass the run's own gate?"""
+    k3, limit = measured["k3"], config.mismatch.k3_limit
+    stops = "stop the run at its first step" if config.mismatch.action is GateAction.stop else "warn at every step"
+    found = f"k3 {k3:.2e} against mismatch.k3_limit={limit:.0e}" + ("" if k3 <= limit else f": it would {stops}")
+    remedy = f"mismatch.k3_limit={10 * k3:.0e}, ten times this, unless the checks above name a fault"
+    return judged("limit of the run", k3 <= limit, found, remedy)
 
 
 def _multiplied(name: str, promise: str, found: dict[str, object]) -> Check:

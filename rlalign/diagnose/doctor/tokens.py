@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlalign import fitting
 from rlalign.assemble import encode, load_task_of, load_tokenizer, resolve_model
 from rlalign.config import RunConfig
 from rlalign.diagnose.doctor.check import Check, judged
@@ -33,11 +34,30 @@ def tokenizer(config: RunConfig) -> Iterator[Check]:
             "the tokenizer has one" if ours.chat_template else "task.chat_template is on, the tokenizer has none",
             "task.chat_template=false",
         )
-    prompts = load_task_of(config).train_prompts(0, min(PROMPTS, config.task.train_size))
-    longest = max(len(encode(ours, p.text, chat=config.task.chat_template)) for p in prompts)
+    yield prompts_fit(config, model, ours)
+
+
+def prompts_fit(config: RunConfig, model: Path, tokenizer: PreTrainedTokenizerBase) -> Check:
+    """Every prompt of the run, training and held out, against the room and the model's rows."""
+    task = load_task_of(config)
+    prompts = [*task.train, *task.held_out]
+    lengths: list[int] = []
+
+    def ids_of(text: str) -> list[int]:
+        ids = encode(tokenizer, text, chat=config.task.chat_template)
+        lengths.append(len(ids))
+        return ids
+
+    about = json.loads((model / "config.json").read_text())
+    bad = fitting.unfit(prompts, config, ids_of, int(about.get("text_config", about)["vocab_size"]))
     room = config.rollout.max_model_len - config.rollout.max_tokens
-    found = f"longest of {len(prompts)} prompts {longest} tokens, room for {room}"
-    yield judged("prompt length", longest <= room, found, "raise rollout.max_model_len or lower rollout.max_tokens")
+    found = f"longest of {len(prompts)} prompts {max(lengths)} tokens, room for {room}"
+    if bad:
+        found = fitting.describe(bad, len(prompts), config)
+    if bad and config.task.unusable_prompts == "drop":
+        return Check("prompt length", "ok", f"{found}; they are dropped")
+    remedy = "raise rollout.max_model_len, lower rollout.max_tokens, or task.unusable_prompts=drop"
+    return judged("prompt length", not bad, found, remedy)
 
 
 def identity(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rlalign import mismatch
 from rlalign.assemble import load_tokenizer, resolve_model
 from rlalign.config import RunConfig
-from rlalign.diagnose import head_isolation, noise_floor
+from rlalign.diagnose import body_rounding, head_isolation, noise_floor
 from rlalign.diagnose.both_sides import (
     at_temperature,
     head_logprobs,
@@ -33,6 +33,7 @@ from rlalign.diagnose.both_sides import (
 from rlalign.diagnose.parity.grid import HEAD_OF_MODE, Grid, Setting
 from rlalign.diagnose.parity.master import unrounded
 from rlalign.diagnose.prompt_file import read_prompts
+from rlalign.tracking.stages import Stages
 from rlalign.types import Rollout, RolloutBatch, collate
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ COLUMNS = {
     "abs_max": "abs_max",
     "pearson": "pearson_prob",
 }
-ERRORS = ("rollout_error", "trainer_error")  # of the head in isolation: mean distance from float64
+ERRORS = ("rollout_error", "trainer_error", "bf16_error")  # of the head in isolation: mean distance from float64
 ISOLATED_TOKENS = 256
 LONG_PROMPTS = 4
 
@@ -70,10 +71,31 @@ def measure(config: RunConfig, grid: Grid, *, prompt_file: Path | None = None) -
     needed = max(grid.longest, *(len(p) for p in prompts)) + config.rollout.max_tokens + 1  # scoring samples one more
     _require_room(model, needed)
     room = replace(config.rollout, temperature=1.0, max_model_len=max(config.rollout.max_model_len, needed))
-    for size, body in product(grid.tensor_parallel, grid.bodies):
-        sized = replace(config, rollout=replace(room, tensor_parallel_size=size))
-        _one_engine(model, sized, grid, body, prompts, tokenizer.pad_token_id, result)
+    with Stages("parity", _stages(config, grid)) as stages:
+        for size, body in product(grid.tensor_parallel, grid.bodies):
+            sized = replace(config, rollout=replace(room, tensor_parallel_size=size))
+            _one_engine(model, sized, grid, body, prompts, tokenizer.pad_token_id, result, stages.stage)
     return result
+
+
+def _stages(config: RunConfig, grid: Grid) -> int:
+    """How many a grid has: both sides started, tokens sampled, every head, every setting under every head, the floor."""
+    found = 0
+    for size, body in product(grid.tensor_parallel, grid.bodies):
+        heads = len(rollout_modes(config, grid, body, "cached"))
+        found += 3 + heads * (1 + len(grid.settings)) + (grid.noise_floor and size == grid.tensor_parallel[0])
+    return found
+
+
+def rollout_modes(config: RunConfig, grid: Grid, body: str, own: str) -> tuple[str, ...]:
+    """Head modes of the rollout side: vLLM's own, the run's (`own`), and those asked for; in exact mode there is one.
+
+    A float32 weight is its own master.
+    """
+    if config.exact:
+        return (own,)
+    asked = [m for m in grid.modes if m != "master" or body != "float32"]
+    return tuple(dict.fromkeys(("off", own, *asked)))
 
 
 def longest_context(model: Path, max_tokens: int, wanted: int) -> int:
@@ -100,20 +122,31 @@ def _require_room(model: Path, needed: int) -> None:
 
 
 def _one_engine(
-    model: Path, config: RunConfig, grid: Grid, body: str, prompts: list[list[int]], pad: int, result: dict
+    model: Path,
+    config: RunConfig,
+    grid: Grid,
+    body: str,
+    prompts: list[list[int]],
+    pad: int,
+    result: dict,
+    say: Callable[[str], None],
 ) -> None:
     from rlalign.rollout.engine import VLLMEngine
 
     kinds = {"dtype": body, "head_dtype": "float32", "seed": config.seed, "exact": config.exact}
+    say(f"{body} body: starting vLLM")
     engine = VLLMEngine(model, config.rollout, **kinds)
     try:
-        sides = _Sides(engine, trainer_network(model, body, exact=config.exact), config, grid, body, prompts, pad)
+        say(f"{body} body: loading the trainer's model")
+        network = trainer_network(model, body, exact=config.exact)
+        sides = _Sides(engine, network, config, grid, body, prompts, pad, say)
         sides.prepare_master(model, result)
         sides.every_pair(result)
         for setting in grid.settings:
             sides.matched_pairs(setting, result)
         first_size = config.rollout.tensor_parallel_size == grid.tensor_parallel[0]
         if "noise_floor" in result and first_size:
+            say(f"{body} body: noise floor, source by source")
             engine.set_head(engine.mode)
             batch = sides.tokens_of(Setting(), engine.mode)
             result["noise_floor"][body] = noise_floor.measure(engine, model, config, batch, body=body)
@@ -133,18 +166,12 @@ class _Sides:
     body: str
     prompts: list[list[int]]
     pad: int
+    say: Callable[[str], None]
     master_VD: Tensor | None = None
 
     @cached_property
     def modes(self) -> tuple[str, ...]:
-        """Head modes of the rollout side: vLLM's own, the run's, and those asked for; in exact mode there is one.
-
-        A float32 weight is its own master.
-        """
-        if self.config.exact:
-            return (self.engine.mode,)
-        asked = [m for m in self.grid.modes if m != "master" or self.body != "float32"]
-        return tuple(dict.fromkeys(("off", self.engine.mode, *asked)))
+        return rollout_modes(self.config, self.grid, self.body, self.engine.mode)
 
     def prepare_master(self, model: Path, result: dict) -> None:
         """Publish the weights once more with an unrounded lm_head, where that mode is measured."""
@@ -159,23 +186,28 @@ class _Sides:
 
     def every_pair(self, result: dict) -> None:
         """Each rollout head against each trainer head, teacher-forced at temperature 1."""
+        self.say(f"{self.body} body: sampling from {len(self.prompts)} prompts")
         batch = self.tokens_of(Setting(), self.engine.mode)
         result["tokens"][self.body] = int(batch.loss_mask_BL.sum())
         hidden_BLD = self._hidden(batch)
         trainer_heads = tuple(dict.fromkeys(HEAD_OF_MODE[m] for m in self.modes))
         for mode in self.modes:
+            self.say(f"{self.body} body: rollout head {mode} against every trainer head")
             self.engine.set_head(mode)
             rollout_BL = noise_floor.scores(self.engine, batch)
             floor = noise_floor.of_scoring(self.engine, batch, rollout_BL)
             for head in trainer_heads:
                 trainer_BL = self._trainer(hidden_BLD, batch, head, temperature=1.0)
                 row = self._row(Setting(), mode, head)
-                result["rows"].append(row | _measured(trainer_BL, rollout_BL, batch) | floor)
+                rounding = self._rounding(batch, head, trainer_BL, rollout_BL)
+                result["rows"].append(row | _measured(trainer_BL, rollout_BL, batch) | floor | rounding)
                 result["head_isolated"].append(row | self._isolated(hidden_BLD, batch, head))
 
     def matched_pairs(self, setting: Setting, result: dict) -> None:
         """Each rollout head against the trainer's same head, asked in this way."""
         for mode in self.modes:
+            asked = f"{setting.path}, temperature {setting.temperature:g}, batch {setting.batch or 'all'}"
+            self.say(f"{self.body} body: {asked}, head {mode} on both")
             self.engine.set_head(mode)
             head = HEAD_OF_MODE[mode]
             with at_temperature(self.engine, setting.temperature):
@@ -188,7 +220,8 @@ class _Sides:
                     floor = noise_floor.of_scoring(self.engine, batch, rollout_BL)
             trainer_BL = self._trainer(self._hidden(batch), batch, head, temperature=setting.temperature)
             row = self._row(setting, mode, head)
-            result["settings"].append(row | _measured(trainer_BL, rollout_BL, batch) | floor)
+            rounding = self._rounding(batch, head, trainer_BL, rollout_BL, temperature=setting.temperature)
+            result["settings"].append(row | _measured(trainer_BL, rollout_BL, batch) | floor | rounding)
 
     def tokens_of(self, setting: Setting, mode: str) -> RolloutBatch:
         """What is compared under a setting: for teacher forcing the same tokens under every head, else sampled by each."""
@@ -229,6 +262,20 @@ class _Sides:
 
     def _trainer(self, hidden_BLD: Tensor, batch: RolloutBatch, head: str, *, temperature: float) -> Tensor:
         return head_logprobs(self.network, hidden_BLD, batch, head, temperature=temperature, master_VD=self.master_VD)
+
+    def _rounding(
+        self, batch: RolloutBatch, head: str, trainer_BL: Tensor, rollout_BL: Tensor, *, temperature: float = 1.0
+    ) -> dict[str, float]:
+        """What rounding explains of this row; in exact mode nothing is explained by it."""
+        if self.config.exact:
+            return {}
+        return body_rounding.measure(
+            self.network,
+            batch,
+            trainer_BL,
+            rollout_BL,
+            lambda few: self._trainer(self._hidden(few), few, head, temperature=temperature),
+        )
 
     def _row(self, setting: Setting, mode: str, trainer_head: str) -> dict:
         return {

@@ -7,15 +7,19 @@ from collections.abc import Mapping, Sequence
 from rlalign.diagnose import noise_floor
 from rlalign.diagnose.parity.measure import COLUMNS, ERRORS
 
+FLOORS = ("floor_k3", "floor_abs_mean", "rounding_k3", "rounding_abs_mean")
 Row = Mapping[str, object]
 
 
 def markdown(result: Mapping) -> str:
-    """Every table that was measured. Nats per token; `floor`: the rollout engine against itself on the same tokens."""
+    """Every table that was measured. Nats per token, on the same tokens.
+
+    `floor`: the rollout engine against itself; `rounding`: the trainer against itself with a float32 body.
+    """
     where = ", ".join(f"{name} {version}" for name, version in result["identity"]["versions"].items())
     lines = [f"`rlalign parity` of {result['model']} ({where}), tokens {result['tokens']}", ""]
     lines += [f"- {note}" for note in result["notes"]] + [""] * bool(result["notes"])
-    lines += _pairs("whole model", result["rows"], (*COLUMNS, "floor_k3", "floor_abs_mean"))
+    lines += _pairs("whole model", result["rows"], (*COLUMNS, *FLOORS))
     lines += _pairs("head in isolation", result["head_isolated"], (*COLUMNS, *ERRORS))
     if result["settings"]:
         lines += _settings(result["settings"])
@@ -41,7 +45,7 @@ def _pairs(title: str, rows: Sequence[Row], columns: Sequence[str]) -> list[str]
     header = ["body", "TP", "rollout head", "trainer head", *columns]
     lines = [f"**{title}** (nats per token)", "", _line(header), "|---" * 4 + "|--:" * len(columns) + "|"]
     for row in rows:
-        numbers = [f"{row[c]:.9f}" if c == "pearson" else f"{row[c]:.2e}" for c in columns]
+        numbers = ["" if c not in row else f"{row[c]:.9f}" if c == "pearson" else f"{row[c]:.2e}" for c in columns]
         lines.append(
             _line([row["body_dtype"], row["tensor_parallel"], rollout_head(row), row["trainer_head"], *numbers])
         )

@@ -30,15 +30,16 @@ def cpu_route(hidden_size: int, *, bf16: bool) -> Route:
 def _chosen(hidden_size: int, bf16: bool, threads: int, asked: str, has_kernel: bool) -> Route:
     kernel = has_kernel and is_exact_and_invariant(Route.KERNEL_FMA, hidden_size)
     # Without tiles torch's bf16 products are no faster than the kernel, and one of them wants a float32 copy of the weight.
-    library_first = not kernel or (head_kernel.host_has_amx() and asked not in head_kernel.FMA_PATHS)
+    library_first = not kernel or ("amx" in head_kernel.host_paths() and asked not in head_kernel.FMA_PATHS)
     if bf16 and library_first and (library := _library_route(hidden_size)) is not None:
         return library
     if kernel:
         return Route.KERNEL_FMA
     if blocked.shape_for(hidden_size, threads) is not None and is_exact_and_invariant(Route.BLOCKED_FP32, hidden_size):
         logger.warning(
-            "head: no compiled kernel here, so float32 logits are made of torch products of one fixed shape: the same bits for "
-            "every batch, but several times slower for few rows; run `rlalign build-kernel` on every host (it needs a C compiler)"
+            "head: without the compiled kernel (%s) float32 logits are made of torch products of one fixed shape: the same bits "
+            "for every batch, but 3 to 8 times slower for few rows; run `rlalign build-kernel` on every host",
+            head_kernel.why_none(),
         )
         return Route.BLOCKED_FP32
     logger.warning(

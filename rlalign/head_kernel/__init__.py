@@ -14,6 +14,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -21,11 +22,24 @@ from torch import Tensor
 
 from rlalign.head_kernel.build import PATHS, bind, build, library_path, names, problem_of
 
-__all__ = ["FMA_PATHS", "Kernel", "amx", "available", "build", "fma", "forced", "host_has_amx", "library_path"]
+__all__ = [
+    "FMA_PATHS",
+    "Kernel",
+    "amx",
+    "available",
+    "build",
+    "fma",
+    "forced",
+    "forget",
+    "host_paths",
+    "library_path",
+    "why_none",
+]
 
 logger = logging.getLogger(__name__)
 
 VARIABLE = "RLALIGN_HEAD_KERNEL"
+INSTRUCTIONS = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f"}, "amx": {"avx512f", "amx_tile", "amx_bf16"}}
 FMA_PATHS = ("avx512", "avx2")  # the same bits, the faster first
 ROWS, COLUMNS, INNER = 16, 64, 32  # of a tile; vocabulary of a thread's share; hidden elements that AMX takes at once
 WORTH_THREADS = 2**20  # multiplications below which starting threads costs more than it saves
@@ -45,15 +59,15 @@ def fma() -> Kernel | None:
     Raises RuntimeError when the environment names a path that cannot run here.
     """
     asked = forced()
-    return next(
-        (_kernel(path) for path in FMA_PATHS if asked in ("auto", "amx", path) and path in _usable(asked)), None
-    )
+    found = _usable(asked)
+    best = next((path for path in FMA_PATHS if asked in ("auto", "amx", path) and path in found), None)
+    return None if best is None else _kernel(best, library_path())
 
 
 def amx() -> Kernel | None:
     """The kernel for AMX: bf16 operands, hidden sizes that are multiples of 32, the bits of the library product. None: as `fma`."""
     asked = forced()
-    return _kernel("amx") if asked in ("auto", "amx") and "amx" in _usable(asked) else None
+    return _kernel("amx", library_path()) if asked in ("auto", "amx") and "amx" in _usable(asked) else None
 
 
 def available() -> tuple[str, ...]:
@@ -62,10 +76,27 @@ def available() -> tuple[str, ...]:
     return () if library is None else names(library.rlalign_host() & library.rlalign_built())
 
 
-def host_has_amx() -> bool:
-    """Whether processor and operating system have AMX, built for it or not; False where no library says so."""
-    library = _library()
-    return library is not None and "amx" in names(library.rlalign_host())
+@lru_cache(maxsize=1)
+def host_paths() -> tuple[str, ...]:
+    """The paths that this processor and its kernel have the instructions for, built or not."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
+    return tuple(path for path, needed in INSTRUCTIONS.items() if needed <= flags)
+
+
+def why_none() -> str:
+    """Why `fma` gives nothing here, for a log line."""
+    if forced() == "none":
+        return f"{VARIABLE}=none"
+    if problem := problem_of(library_path()):
+        return problem
+    return "this processor has no AVX2, the least it is written for"
+
+
+def forget() -> None:
+    """Look for the library anew at the next use. A run keeps the one it started with."""
+    _library_at.cache_clear()
+    _kernel.cache_clear()
 
 
 def _usable(asked: str) -> tuple[str, ...]:
@@ -75,28 +106,29 @@ def _usable(asked: str) -> tuple[str, ...]:
     if asked in PATHS and asked not in found:
         raise RuntimeError(
             f"{VARIABLE}={asked}, but this host can run {', '.join(found) or 'none'} "
-            f"({problem_of(library_path()) or 'processor or operating system lack it'}); "
-            "run `rlalign build-kernel` here, or name another path"
+            f"(the library: {problem_of(library_path()) or 'whole'}; the processor: {', '.join(host_paths()) or 'none'}). "
+            "Run `rlalign build-kernel` here, or name another path"
         )
     return found
 
 
 @lru_cache(maxsize=4)
-def _library_at(path: str) -> ctypes.CDLL | None:
-    problem = problem_of(library_path())
+def _library_at(path: Path) -> ctypes.CDLL | None:
+    problem = problem_of(path)
     if problem is None:
-        return bind(library_path())
-    logger.info("head kernel: not used, %s; `rlalign build-kernel` makes a new one (%s)", problem, path)
+        return bind(path)
+    if path.is_file():
+        logger.warning("head kernel: %s is not used: %s; `rlalign build-kernel` makes it anew", path, problem)
     return None
 
 
 def _library() -> ctypes.CDLL | None:
-    return _library_at(str(library_path()))
+    return _library_at(library_path())
 
 
 @lru_cache(maxsize=8)
-def _kernel(path: str) -> Kernel:
-    library = _library()
+def _kernel(path: str, where: Path) -> Kernel:
+    library = _library_at(where)
     assert library is not None
     return Kernel(path, PATHS[path], library)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rlalign import head, routes
 from rlalign.rollout import handshake
 from tests.engine.conftest import sample, start
 
@@ -29,7 +30,18 @@ def test_every_rank_reports_the_patched_head(engine):
     assert status["class"] == handshake.LAYER and status["mode"] == "cached"
     assert status["calls"] > 0 and status["head"] == "lm_head: ParallelLMHead/UnquantizedEmbeddingMethod"
     padded = 4 * 320 * 128  # vLLM pads 288 rows to a multiple of 64
+    assert status["copies"] == (status["route"] == "onednn_bf16"), "only that product wants a float32 copy"
     assert status["cache_bytes"] == (padded if status["copies"] else 0)
+
+
+def test_every_rank_proves_its_bits_with_the_head_that_it_uses(engine):
+    (status,) = engine.status()
+    assert status["bits"] == routes.bits(head.project, 128, torch.bfloat16, torch.bfloat16)
+    hidden = torch.empty(1, 128, dtype=torch.bfloat16)
+    if not status["copies"]:
+        assert status["route"] == head.route(hidden, hidden) and status["kernel"] == routes.kernel_name(
+            head.route(hidden, hidden), hidden, hidden
+        )
 
 
 def test_the_fp32_copy_is_made_once_where_it_is_needed(engine, fp32_copies):
@@ -37,7 +49,9 @@ def test_the_fp32_copy_is_made_once_where_it_is_needed(engine, fp32_copies):
     for _ in range(3):
         sample(engine)
     (status,) = engine.status()
-    assert status["copies"] and status["route"] in ("onednn_bf16", "strict_fp32")
+    direct = head.route(torch.empty(1, 128, dtype=torch.bfloat16), torch.empty(1, 128, dtype=torch.bfloat16))
+    copied = head.Route.ONEDNN_BF16 if direct is head.Route.MKL_BF16 else direct
+    assert status["copies"] and status["route"] == copied
     assert status["cache_bytes"] == 4 * 320 * 128 and status["rebuilds"] == before["rebuilds"] + 1
     assert status["caught_by_fingerprint"] == before["caught_by_fingerprint"]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+VARIABLE = "RLALIGN_CACHE"
+
 
 def cache_folder(kind: str) -> Path:
     """The folder of one kind of thing, under $RLALIGN_CACHE or ~/.cache/rlalign. It need not exist yet."""
-    return Path(os.environ.get("RLALIGN_CACHE") or Path.home() / ".cache" / "rlalign") / kind
+    return Path(os.environ.get(VARIABLE) or Path.home() / ".cache" / "rlalign") / kind

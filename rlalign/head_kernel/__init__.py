@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rlalign.cache_folder import VARIABLE as CACHE_VARIABLE
 from rlalign.head_kernel.build import PATHS, bind, build, library_path, names, problem_of
 
 __all__ = [
@@ -58,21 +59,17 @@ def fma() -> Kernel | None:
 
     Raises RuntimeError when the environment names a path that cannot run here.
     """
-    asked = forced()
-    found = _usable(asked)
-    best = next((path for path in FMA_PATHS if asked in ("auto", "amx", path) and path in found), None)
-    return None if best is None else _kernel(best, library_path())
+    return _best(FMA_PATHS, forced(), _home())
 
 
 def amx() -> Kernel | None:
     """The kernel for AMX: bf16 operands, hidden sizes that are multiples of 32, the bits of the library product. None: as `fma`."""
-    asked = forced()
-    return _kernel("amx", library_path()) if asked in ("auto", "amx") and "amx" in _usable(asked) else None
+    return _best(("amx",), forced(), _home())
 
 
 def available() -> tuple[str, ...]:
     """The paths that this library, processor and operating system can run, whatever the environment asks for."""
-    library = _library()
+    library = _library(_home())
     return () if library is None else names(library.rlalign_host() & library.rlalign_built())
 
 
@@ -95,8 +92,8 @@ def why_none() -> str:
 
 def forget() -> None:
     """Look for the library anew at the next use. A run keeps the one it started with."""
-    _library_at.cache_clear()
-    _kernel.cache_clear()
+    _best.cache_clear()
+    _library.cache_clear()
 
 
 def _usable(asked: str) -> tuple[str, ...]:
@@ -112,25 +109,30 @@ def _usable(asked: str) -> tuple[str, ...]:
     return found
 
 
+def _home() -> str | None:
+    return os.environ.get(CACHE_VARIABLE)
+
+
+@lru_cache(maxsize=16)
+def _best(paths: tuple[str, ...], asked: str, home: str | None) -> Kernel | None:
+    """The first of these paths that is usable and not ruled out. Looked up once: it is asked for at every product."""
+    found = _usable(asked)
+    wanted = (
+        path for path in paths if path in found and (asked in ("auto", path) or (asked == "amx" and path in FMA_PATHS))
+    )
+    path = next(wanted, None)
+    return None if path is None else Kernel(path, PATHS[path], _library(home))
+
+
 @lru_cache(maxsize=4)
-def _library_at(path: Path) -> ctypes.CDLL | None:
+def _library(home: str | None) -> ctypes.CDLL | None:
+    path = library_path()
     problem = problem_of(path)
     if problem is None:
         return bind(path)
     if path.is_file():
         logger.warning("head kernel: %s is not used: %s; `rlalign build-kernel` makes it anew", path, problem)
     return None
-
-
-def _library() -> ctypes.CDLL | None:
-    return _library_at(library_path())
-
-
-@lru_cache(maxsize=8)
-def _kernel(path: str, where: Path) -> Kernel:
-    library = _library_at(where)
-    assert library is not None
-    return Kernel(path, PATHS[path], library)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ PATHS = (
 )  # fmt: skip
 
 
-def measure(wrapper: object, sizes: tuple[int, ...], rounds: int, host: str) -> dict:
+def measure(wrapper: object, sizes: tuple[int, ...], rounds: int, host: str, clock: str) -> dict:
     """On one worker: {"device", "route", "rows", "seconds": {size: {path: [per round]}}, "memory": {path: (held, peak)}}."""
     import platform
 
@@ -39,7 +39,7 @@ def measure(wrapper: object, sizes: tuple[int, ...], rounds: int, host: str) -> 
     calls = paths_of(layer, lm_head)
     with torch.inference_mode():
         held = {path: memory(call, layer) for path, call in calls.items()}
-        seconds = {n: take_turns(calls, torch.randn(n, HIDDEN).bfloat16(), rounds) for n in sizes}
+        seconds = {n: take_turns(calls, torch.randn(n, HIDDEN).bfloat16(), rounds, clock) for n in sizes}
     layer.set_mode(HeadMode.CACHED)
     flags = Path("/proc/cpuinfo").read_text()
     isa = " ".join(f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {f}" in flags)
@@ -112,17 +112,18 @@ def paths_of(layer: object, lm_head: object) -> dict[str, Callable]:
     return dict(zip(PATHS, ways, strict=True))
 
 
-def take_turns(calls: dict[str, Callable], hidden: object, rounds: int) -> dict[str, list[float]]:
+def take_turns(calls: dict[str, Callable], hidden: object, rounds: int, clock: str) -> dict[str, list[float]]:
     """Seconds of each path in each round; the first round warms up (copies are made, kernels packed) and is left out."""
     import time
 
+    now = time.thread_time if clock == "processor" else time.perf_counter
     seconds = {path: [] for path in calls}
     for round_ in range(rounds + 1):
         for path, call in calls.items():
-            started = time.perf_counter()
+            started = now()
             call(hidden)
             if round_:
-                seconds[path].append(time.perf_counter() - started)
+                seconds[path].append(now() - started)
     return seconds
 
 
@@ -166,7 +167,7 @@ def build(folder: Path) -> Path:
     return folder
 
 
-def run(tensor_parallel: int, rounds: int, host: str) -> list[dict]:
+def run(tensor_parallel: int, rounds: int, host: str, clock: str) -> list[dict]:
     """Start the engine and measure on every rank."""
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # the function above is sent to the workers
     from rlalign.rollout.engine import EMBEDDED_ENVIRONMENT
@@ -187,7 +188,7 @@ def run(tensor_parallel: int, rounds: int, host: str) -> list[dict]:
             worker_extension_cls="rlalign.rollout.worker.WorkerExtension",
             additional_config={SETTINGS_KEY: {"head_dtype": "float32", "mode": "auto"}},
         )
-        return llm.collective_rpc(measure, args=(SIZES, rounds, host))
+        return llm.collective_rpc(measure, args=(SIZES, rounds, host, clock))
 
 
 def speed_table(ranks: list[dict]) -> list[str]:
@@ -239,18 +240,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--clock", choices=("wall", "processor"), default="wall", help="processor: on a busy machine, one thread"
+    )
     parser.add_argument("--kind", default="", help="a word at the end of the tables' names")
     parser.add_argument("--host", default="", help="what to call this machine, where its processor hides what it is")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    ranks = run(options.tensor_parallel, options.rounds, options.host)
+    ranks = run(options.tensor_parallel, options.rounds, options.host, options.clock)
     what = f"{HIDDEN} hidden, {VOCABULARY} vocabulary ({ranks[0]['rows']} rows a rank), {ranks[0]['device']}"
     suffix = f"_{options.kind}" if options.kind else ""
     suffix += "" if options.tensor_parallel == 1 else f"_tp{options.tensor_parallel}"
     title = f"tensor parallel {options.tensor_parallel}"
     for name, table in (("decode_head", speed_table(ranks)), ("head_memory", memory_table(ranks))):
         ours = f"rlalign's route here: {ranks[0]['route']}, kernel: {ranks[0]['kernel']}"
-        note = f"{what}; {ours}. Written by benchmarks/decode_head.py."
+        note = f"{what}; {ours}; {options.clock} time. Written by benchmarks/decode_head.py."
         note += notes_of(ranks)[name]
         text = "\n".join([f"# {name.replace('_', ' ')}, {title}", "", note, "", *table, ""])
         (options.out / f"{name}{suffix}.md").write_text(text)

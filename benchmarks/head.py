@@ -5,8 +5,7 @@
 Rows are added to the file: device, path, fp32_output, n, hidden, vocab, what (forward | forward_backward | decode),
 seconds (minimum), peak_extra_bytes, max_error, mean_error (against float64), repeats. All paths of
 a shape run interleaved in one process; a path slower than --slow seconds runs once. A peer that is not installed gets a
-row with `status`; head_peers.py says how to get them. --keep gives ours budgets of kept logits in MiB, 0 for one that
-holds all of them. The bare float32 products of the same shape, of operands widened beforehand, are rows too: the limit.
+row with `status`; head_peers.py says how to get them. The bare float32 products of operands widened beforehand are rows too.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ from rlalign.logprobs import token_logprobs
 from rlalign.logprobs.blocks import columns_of
 from rlalign.logprobs.forward import Problem
 from rlalign.logprobs.stash import Stash, stash_size
+from rlalign.trainer.head_mirror import Tokens, mirror
+from tests import attribution_parts as parts
 
 D, V = 24, 5000  # three vocabulary blocks
 TOKENS = 2 * 299
@@ -193,6 +195,16 @@ def test_the_operators_obey_torchs_own_rules():
     # what a stash has no use for is uninitialised, so its values cannot be compared
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.rlalign.token_logprobs, (*operands, *options, 1), test_utils=utils)
+
+
+def test_a_runs_budget_reaches_the_trainers_head(products):
+    network = parts.model().bfloat16()
+    mirror(network, head_dtype="float32", chunk=0, keep_mib=WHOLE)
+    batch = parts.batch(2)
+    hidden_BLD = network.base_model(batch.token_ids_BL, attention_mask=batch.attention_mask_BL).last_hidden_state
+    logprobs, _ = network.lm_head(hidden_BLD, Tokens(batch.token_ids_BL, batch.loss_mask_BL, 1.0))
+    logprobs.sum().backward()
+    assert len(products) == 1 and float(network.lm_head.weight.grad.abs().sum()) > 0
 
 
 @pytest.mark.parametrize("keep_mib", [-1, 0.5])

@@ -49,8 +49,8 @@ def backward_tiles(
     weight: the whole parameter (the problem's weight may leave out padded rows: gradient 0), or None if frozen.
     stash: where the forward pass left logits; read, not written.
 
-    With 16-bit operands the gradient of the logits is rounded once to bfloat16 before the two products (float32
-    operands and float16: not at all); `p - 1` of the target is formed in float32 before that.
+    Where the two products read 16-bit operands, the gradient of the logits is rounded once to their dtype (with float32
+    copies: not at all); `p - 1` of the target is formed in float32 before that.
     """
     route = backward_route(problem.route, problem.hidden_ND.dtype)
     low_dtype = problem.hidden_ND.dtype if route in (Route.MKL_BF16, Route.CUDA_OUT_DTYPE) else torch.float32

@@ -65,7 +65,7 @@ def attention(
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, object]
 ) -> Tensor:
-    slow = query.device.type == "cpu" and query.dtype != torch.float32 and not widened.is_widened(query.dtype)
+    slow = query.device.type == "cpu" and query.dtype in widened.SIXTEEN_BITS and not widened.is_widened(query.dtype)
     if slow and query.shape[2] <= SHORT and torch.is_grad_enabled() and not options["dropout"]:
         return _Float32Gradient.apply(query, key, value, module, mask, options)
     return sdpa_attention_forward(module, query, key, value, mask, **options)[0]

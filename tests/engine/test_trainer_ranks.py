@@ -50,7 +50,8 @@ def test_packed_rows_equal_padded_ones(two_ranks):
         ("zero1-packed-bf16", "zero1-bf16", 2e-3),
     ):
         mine, theirs = result(two_ranks, packed), result(two_ranks, padded)
-        assert (mine["logprobs"] - theirs["logprobs"]).abs().max() <= floor
+        largest = float(theirs["logprobs"].abs().max())  # a logprob is a difference of numbers about as large
+        assert float((mine["logprobs"] - theirs["logprobs"]).abs().max()) <= floor * max(1.0, largest)
         if RANK_CASES[packed][1]:
             assert mine["norms"] == pytest.approx(theirs["norms"], rel=floor)
         assert float((mine["moved"] - theirs["moved"]).abs().mean()) < 10 * floor * float(theirs["moved"].abs().mean())

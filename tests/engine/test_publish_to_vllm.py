@@ -7,6 +7,7 @@ import torch
 
 from rlalign.weights import publish
 from rlalign.weights.files import FileTransport
+from tests import routes_run
 from tests.engine.conftest import ROLLOUT, logprobs_of, perturbed, sample, start, worker_of
 
 KINDS = [
@@ -30,7 +31,10 @@ def multiplies_by_a_copy(lm_head) -> bool:
     lm_head.weight.data.add_(1.0)
     after = lm_head.quant_method.apply(lm_head, one_hot)
     lm_head.weight.data.copy_(kept)
-    return torch.equal(before, after)
+    packed = torch.equal(before, after)
+    if lm_head.weight.dtype == torch.bfloat16:
+        routes_run.took(routes_run.VLLM_HEAD, "packed" if packed else "read where it lies")
+    return packed
 
 
 def test_after_two_publishes_the_engine_equals_a_fresh_one_exactly(kind, tmp_path):

@@ -47,6 +47,8 @@ if ! "${private[@]}" mount --bind "$cpuinfo" /proc/cpuinfo 2>/dev/null; then
   rm -f "$cpuinfo"
   refuse "this user may not mount over /proc/cpuinfo, even in a namespace of its own (a container?)"
 fi
+# torch's cache of compiled graphs does not record the processor, so another's code would be used (docs/upstream.md).
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$built/inductor-$kind}
 export AS_HOST=$kind AS_HOST_LIBRARY=$library AS_HOST_CPUINFO=$cpuinfo
 # shellcheck disable=SC2016  # expanded inside
 exec "${private[@]}" bash -c 'mount --bind "$AS_HOST_CPUINFO" /proc/cpuinfo && rm -f "$AS_HOST_CPUINFO"

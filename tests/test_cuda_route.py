@@ -36,7 +36,11 @@ def problem(transform: dict, *, kept: bool, dtype: torch.dtype = torch.bfloat16)
 
 def gradients(of: Problem, sums: Sums) -> tuple[torch.Tensor, ...]:
     entropy_N = sums.lse_N - sums.mean_N
-    upstream = Upstream(torch.linspace(-1, 1, N), torch.linspace(0.2, -0.1, N), sums.lse_N, entropy_N)
+    there = (
+        sums.lse_N.device
+    )  # said, not left to the default device: libraries in this process wrap torch's constructors
+    slope_N, fall_N = torch.linspace(-1, 1, N, device=there), torch.linspace(0.2, -0.1, N, device=there)
+    upstream = Upstream(slope_N, fall_N, sums.lse_N, entropy_N)
     got = backward_tiles(of, upstream, of.weight_VD, hidden=True, bias=True)
     return got.hidden_ND, got.weight_VD, got.bias_V
 

@@ -140,7 +140,11 @@ class TwoServers:
 
         rollout = replace(ROLLOUT, max_num_seqs=16)
         self.launch = Launch(model=model, config=rollout, dtype="float32", head_dtype="float32", seed=0)
+        before = time.monotonic()
         self.processes = start_all(self.launch, 2, logs=logs)
+        self.patience_s = 60 + 5 * (
+            time.monotonic() - before
+        )  # what to wait for on this machine, as loaded as it is now
         self.urls = [process.url for process in self.processes]
         self._logs = logs
 
@@ -149,7 +153,11 @@ class TwoServers:
         from rlalign.rollout.server.pool import ServerPool
 
         config = replace(
-            ROLLOUT, backend="server", servers=list(urls or self.urls), health_every_s=0.5, start_timeout_s=5
+            ROLLOUT,
+            backend="server",
+            servers=list(urls or self.urls),
+            health_every_s=0.5,
+            start_timeout_s=self.patience_s,
         )
         config = replace(config, **settings)
         wanted = replace(self.launch.wanted(), model=model or self.launch.model, max_model_len=config.max_model_len)
@@ -162,7 +170,7 @@ class TwoServers:
         old.stop()
         log = self._logs / f"server-{index}-again.log"
         self.processes[index] = ServerProcess(self.launch, host="127.0.0.1", port=old.port, key=None, log=log)
-        self.processes[index].wait_ready(time.monotonic() + 120)
+        self.processes[index].wait_ready(time.monotonic() + self.patience_s)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import torch
 
 from rlalign.weights import publish
 from rlalign.weights.files import FileTransport
+from tests import routes_run
 from tests.engine.conftest import ROLLOUT, logprobs_of, perturbed, sample, start, worker_of
 
 KINDS = [
@@ -23,15 +24,32 @@ def kind(request):
     return request.getfixturevalue(tie), dtype, head_dtype
 
 
+def multiplies_by_a_copy(lm_head) -> bool:
+    """Whether vLLM packs its head on this host: its product then does not notice that the parameter was written to."""
+    one_hot = torch.eye(lm_head.weight.shape[1], dtype=lm_head.weight.dtype)[:4]
+    before, kept = lm_head.quant_method.apply(lm_head, one_hot), lm_head.weight.detach().clone()
+    lm_head.weight.data.add_(1.0)
+    after = lm_head.quant_method.apply(lm_head, one_hot)
+    lm_head.weight.data.copy_(kept)
+    packed = torch.equal(before, after)
+    if lm_head.weight.dtype == torch.bfloat16:
+        routes_run.took(routes_run.VLLM_HEAD, "packed" if packed else "read where it lies")
+    return packed
+
+
 def test_after_two_publishes_the_engine_equals_a_fresh_one_exactly(kind, tmp_path):
+    """A tied head is repaired once a publish where this host makes vLLM multiply by a packed copy of it, and nowhere else."""
     folder, dtype, head_dtype = kind
     engine = start(folder, dtype=dtype, head_dtype=head_dtype)
+    tied = folder.name.startswith("tied")
+    with torch.inference_mode():
+        packed = tied and multiplies_by_a_copy(worker_of(engine._llm).get_model().lm_head)
     before = logprobs_of(sample(engine))
     for version in (1, 2):
         model = perturbed(folder, seed=version, dtype=getattr(torch, dtype))
         report = publish(model.named_parameters(), version, receiver=engine, shared=tmp_path)
         assert report.tensors == len(list(model.named_parameters()))
-        assert report.repaired == (1 if "tied-" in str(folder.name) or folder.name.startswith("tied") else 0)
+        assert report.repaired == packed
     after = sample(engine)
     engine.close()
     assert {span for r in after for span in r.version_spans} == {(r.prompt_length, len(r.token_ids), 2) for r in after}
@@ -46,25 +64,30 @@ def test_after_two_publishes_the_engine_equals_a_fresh_one_exactly(kind, tmp_pat
     fresh.close()
 
 
-def test_vllm_leaves_a_tied_head_stale_and_publish_repairs_it(tied, tmp_path):
-    """vLLM 0.32 on CPU: `reload_weights` re-packs embed_tokens only, and its own lm_head keeps multiplying by the old weight."""
+def test_vllm_leaves_a_packed_tied_head_stale_and_publish_repairs_it(tied, tmp_path):
+    """vLLM 0.32 on CPU: `reload_weights` re-packs embed_tokens only, and a packed lm_head keeps multiplying by the old weight.
+
+    Where vLLM packs nothing (no instructions for bf16), the head reads the parameter, and there is nothing to repair.
+    """
     from rlalign.rollout import readback
 
     engine = start(tied, head_dtype="model")
     worker = engine._llm.llm_engine.model_executor.driver_worker.worker
     model = perturbed(tied, seed=1)
-    worker.reload_weights(weights_iterator=iter([(n, p.data) for n, p in model.named_parameters()]))
     lm_head = worker.get_model().lm_head
+    with torch.inference_mode():
+        packed = multiplies_by_a_copy(lm_head)
+    worker.reload_weights(weights_iterator=iter([(n, p.data) for n, p in model.named_parameters()]))
     assert torch.equal(lm_head.weight[:288], model.lm_head.weight), "the parameter itself was updated"
-    assert readback.head_is_stale(lm_head, offset=0), "vLLM now refreshes the packed head: the repair can go"
+    assert readback.head_is_stale(lm_head, offset=0) == packed, "vLLM now refreshes a packed head: the repair can go"
     stale = logprobs_of(sample(engine))
 
     report = publish(model.named_parameters(), 1, receiver=engine, shared=tmp_path)
-    assert report.repaired == 1 and not readback.head_is_stale(lm_head, offset=0)
+    assert report.repaired == packed and not readback.head_is_stale(lm_head, offset=0)
     repaired = sample(engine)
     scored = engine.score([r.token_ids for r in repaired])
     agrees(model, repaired, within=0.05)
-    assert len(scored) == len(repaired) and stale != logprobs_of(repaired)
+    assert len(scored) == len(repaired) and (stale != logprobs_of(repaired)) == packed
     engine.close()
 
 

@@ -69,7 +69,7 @@ def load(
     from transformers.utils.hub import cached_file, extract_commit_hash
 
     config = transformers.AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    kind = attentions.choose(config.get_text_config().to_dict(), attention).name
+    kind = attentions.choose(config.get_text_config().to_dict(), attention, on_cpu=device.startswith("cpu")).name
     architecture = (config.architectures or [type(config).__name__.replace("Config", "Model")])[0]
     auto, _ = _kind(architecture, config, path)
     model, report = getattr(transformers, auto).from_pretrained(

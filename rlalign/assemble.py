@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,12 +15,15 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+    from rlalign.parties import Parties
     from rlalign.reward.drift.watch import DriftWatch, EventLog
     from rlalign.rollout.engine import VLLMEngine
     from rlalign.rollout.server.pool import ServerPool
+    from rlalign.rollout.shared import SharedEngine
     from rlalign.tasks import Task
     from rlalign.trainer.critic import Critic
     from rlalign.trainer.policy import Policy
+    from rlalign.weights import Transport
 
 
 def resolve_model(path: str, say: Callable[[str], None] = print, *, what: str = "model.path") -> Path:
@@ -80,8 +84,10 @@ def load_task_of(config: RunConfig) -> Task:
     return load_task(c.name, dict(c.params), train_size=c.train_size, eval_size=c.eval_size, seed=c.seed)
 
 
-def fitted_task(config: RunConfig, model: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Task, int]:
-    """The configured task without the prompts that this model and engine cannot take, and how many those were.
+def fitted_task(
+    config: RunConfig, model: Path, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None] = lambda _: None
+) -> Task:
+    """The configured task without the prompts that this model and engine cannot take; say: told how many those were.
 
     Raises ValueError for one of them unless task.unusable_prompts=drop.
     """
@@ -90,9 +96,11 @@ def fitted_task(config: RunConfig, model: Path, tokenizer: PreTrainedTokenizerBa
     from rlalign.fitting import fitted
 
     rows = AutoConfig.from_pretrained(model).get_text_config().vocab_size
-    return fitted(
-        load_task_of(config), config, lambda text: encode(tokenizer, text, chat=config.task.chat_template), rows
-    )
+    ids_of = partial(encode, tokenizer, chat=config.task.chat_template)
+    task, dropped = fitted(load_task_of(config), config, ids_of, rows)
+    if dropped:
+        say(f"{dropped} prompts dropped that are too long for the engine or hold ids that the model has no row for")
+    return task
 
 
 class SharedReward:
@@ -216,3 +224,36 @@ def start_critic(folder: Path | None, config: RunConfig) -> Critic | None:
     from rlalign.trainer.critic import Critic
 
     return Critic(folder, config.trainer, config.algo.critic, dtype=config.model.dtype.value)
+
+
+def parties(
+    config: RunConfig,
+    engine: SharedEngine,
+    policy: Policy,
+    critic: Critic | None,
+    task: Task,
+    reward: SharedReward,
+    tokenizer: PreTrainedTokenizerBase,
+    transport: Transport,
+    say: Callable[[int, str], None],
+) -> Parties:
+    """Everyone a step talks to. say: told each phase of a step as it begins."""
+    from rlalign.diagnose import noise_floor
+    from rlalign.parties import Parties
+    from rlalign.reference_kl import KlController
+    from rlalign.weights import publish_from_ranks
+
+    floor = noise_floor.read(Path(config.mismatch.floor), config.model.dtype.value) if config.mismatch.floor else None
+    return Parties(
+        engine=engine,
+        trainer=policy,
+        critic=critic,
+        kl_penalty=KlController(config.algo.kl_penalty) if config.algo.kl_penalty.coef else None,
+        task=task,
+        reward=reward,
+        publish=partial(publish_from_ranks, receiver=lambda: engine.local, transport=transport),
+        encode=partial(encode, tokenizer, chat=config.task.chat_template),
+        pad_token_id=tokenizer.pad_token_id,
+        floor=floor,
+        say=say,
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
     from rlalign.tracking.console import Progress
     from rlalign.tracking.run import Run
     from rlalign.tracking.silent import SilentProgress, SilentRun
-    from rlalign.trainer.critic import Critic
     from rlalign.trainer.policy import Policy
-    from rlalign.weights import Transport
 
 
 def train(config: RunConfig) -> dict:
@@ -83,13 +81,10 @@ def _run(
     from rlalign.weights import open_transport
 
     model = ranks.on_first(lambda: assemble.resolve_model(config.model.path, progress.stage))
-    tokenizer, task = assemble.load_tokenizer(model), assemble.load_task_of(config)
+    tokenizer = assemble.load_tokenizer(model)
     critic_from = ranks.on_first(lambda: assemble.critic_folder(model, config, tokenizer))
     resume.settle_products(config, found, run)
-    task, dropped = assemble.fitted_task(config, model, tokenizer)
-    if dropped:
-        run.event("task", f"{dropped} prompts dropped that this engine cannot take (task.unusable_prompts=drop)")
-        progress.stage(f"{dropped} prompts dropped: too long, or with ids the model has no row for")
+    task = assemble.fitted_task(config, model, tokenizer, partial(run.event, "task"))
     reward = assemble.SharedReward(config, progress.stage)
     transport = open_transport(config.weights)
     progress.stage("starting vLLM")
@@ -103,8 +98,9 @@ def _run(
         try:
             assemble.require_same_head(policy, statuses)
             critic = assemble.start_critic(critic_from, config)
-            parties = _parties(config, engine, policy, critic, task, reward, tokenizer, transport)
-            parties = replace(parties, say=progress.phase)
+            parties = assemble.parties(
+                config, engine, policy, critic, task, reward, tokenizer, transport, progress.phase
+            )
             drift = assemble.start_drift_watch(reward, config, run, progress.stage)
             sampler = None
             if config.schedule.mode is not ScheduleMode.synchronous:
@@ -125,35 +121,6 @@ def _run(
     finally:
         transport.close()
         engine.close()
-
-
-def _parties(
-    config: RunConfig,
-    engine: SharedEngine,
-    policy: Policy,
-    critic: Critic | None,
-    task: assemble.Task,
-    reward: assemble.SharedReward,
-    tokenizer: PreTrainedTokenizerBase,
-    transport: Transport,
-) -> Parties:
-    from rlalign.diagnose import noise_floor
-    from rlalign.reference_kl import KlController
-    from rlalign.weights import publish_from_ranks
-
-    floor = noise_floor.read(Path(config.mismatch.floor), config.model.dtype.value) if config.mismatch.floor else None
-    return Parties(
-        engine=engine,
-        trainer=policy,
-        critic=critic,
-        kl_penalty=KlController(config.algo.kl_penalty) if config.algo.kl_penalty.coef else None,
-        task=task,
-        reward=reward,
-        publish=partial(publish_from_ranks, receiver=lambda: engine.local, transport=transport),
-        encode=partial(assemble.encode, tokenizer, chat=config.task.chat_template),
-        pad_token_id=tokenizer.pad_token_id,
-        floor=floor,
-    )
 
 
 @dataclass

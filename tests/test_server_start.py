@@ -234,6 +234,17 @@ def test_the_command_line_says_what_the_embedded_engine_is_given(model):
     assert environment["VLLM_SERVER_DEV_MODE"] == "1" and "RANK" not in environment
 
 
+@pytest.mark.parametrize(
+    "tokens, on_gpu, chunked", [(0, False, False), (99, False, False), (16, False, None), (0, True, None)]
+)
+def test_prompts_are_cut_into_chunks_on_cpu_only_where_that_is_asked_for(model, monkeypatch, tokens, on_gpu, chunked):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: on_gpu)
+    config = RolloutConfig(max_model_len=99, max_tokens=9, max_num_batched_tokens=tokens)
+    arguments = engine_arguments(model, config, dtype="float32", head_dtype="float32", seed=3, exact=False)
+    assert arguments["enable_chunked_prefill"] is chunked
+    assert ("--no-enable-chunked-prefill" in as_options(arguments)) is (chunked is False)
+
+
 def test_servers_take_the_last_devices_and_leave_the_first_to_the_trainer(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4,5,6,7")
     assert [devices_of(i, 2, 2) for i in range(2)] == ["4,5", "6,7"]

@@ -29,7 +29,7 @@ def task_prompts(tokenizer: PreTrainedTokenizerBase, config: RunConfig, *, count
     """Token ids of the task's first training prompts; with task.unusable_prompts=drop of those that fit."""
     task = load_task_of(config)
     if config.task.unusable_prompts == "drop":
-        task, _ = fitted_task(config, resolve_model(config.model.path, say=lambda _: None), tokenizer)
+        task = fitted_task(config, resolve_model(config.model.path, say=lambda _: None), tokenizer)
     chosen = task.train_prompts(0, min(count, len(task.train)))
     return [encode(tokenizer, p.text, chat=config.task.chat_template) for p in chosen]
 

@@ -29,6 +29,7 @@ def engine_arguments(
         "max_model_len": config.max_model_len,
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": config.max_num_batched_tokens or None,
+        "enable_chunked_prefill": False if _must_not_chunk(config) else None,
         "tensor_parallel_size": config.tensor_parallel_size,
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "enforce_eager": config.enforce_eager,
@@ -40,6 +41,15 @@ def engine_arguments(
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
+
+
+def _must_not_chunk(config: RolloutConfig) -> bool:
+    """On CPU, unless the run asks for chunks: a sampled request with a seed whose prompt is cut at the end of an engine step ends
+    vLLM 0.32 with "CPU Generator does not use offset", and a step's prompts together are often more than one engine step holds.
+    """
+    import torch
+
+    return not torch.cuda.is_available() and not 0 < config.max_num_batched_tokens < config.max_model_len
 
 
 def as_options(arguments: Arguments) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 HEAD_OF_MODE = {"off": "model", "native": "float32", "cached": "float32", "master": "master", "exact": "float32"}
 MODES = ("off", "native", "cached", "master")  # between which one engine can be switched
@@ -60,3 +61,23 @@ def settings(
     found += [Setting(path=path, batch=n) for n in batches for path in ("prefill", "decode")]
     found += [Setting(path=path, context=n) for n in contexts for path in ("prefill", "decode")]
     return tuple(found)
+
+
+def rollout_modes(exact: bool, grid: Grid, body: str, own: str) -> tuple[str, ...]:
+    """Head modes of the rollout side: vLLM's own, the run's (`own`), and those asked for; in exact mode there is one.
+
+    A float32 weight is its own master.
+    """
+    if exact:
+        return (own,)
+    asked = [m for m in grid.modes if m != "master" or body != "float32"]
+    return tuple(dict.fromkeys(("off", own, *asked)))
+
+
+def stage_count(exact: bool, grid: Grid) -> int:
+    """How many stages a grid has: both sides started, tokens sampled, every head, every setting under every head, the floor."""
+    found = 0
+    for size, body in product(grid.tensor_parallel, grid.bodies):
+        heads = len(rollout_modes(exact, grid, body, "cached"))
+        found += 3 + heads * (1 + len(grid.settings)) + (grid.noise_floor and size == grid.tensor_parallel[0])
+    return found

@@ -30,7 +30,7 @@ from rlalign.diagnose.both_sides import (
     task_prompts,
     trainer_network,
 )
-from rlalign.diagnose.parity.grid import HEAD_OF_MODE, Grid, Setting
+from rlalign.diagnose.parity.grid import HEAD_OF_MODE, Grid, Setting, rollout_modes, stage_count
 from rlalign.diagnose.parity.master import unrounded
 from rlalign.diagnose.prompt_file import read_prompts
 from rlalign.tracking.stages import Stages
@@ -71,31 +71,11 @@ def measure(config: RunConfig, grid: Grid, *, prompt_file: Path | None = None) -
     needed = max(grid.longest, *(len(p) for p in prompts)) + config.rollout.max_tokens + 1  # scoring samples one more
     _require_room(model, needed)
     room = replace(config.rollout, temperature=1.0, max_model_len=max(config.rollout.max_model_len, needed))
-    with Stages("parity", _stages(config, grid)) as stages:
+    with Stages("parity", stage_count(config.exact, grid)) as stages:
         for size, body in product(grid.tensor_parallel, grid.bodies):
             sized = replace(config, rollout=replace(room, tensor_parallel_size=size))
             _one_engine(model, sized, grid, body, prompts, tokenizer.pad_token_id, result, stages.stage)
     return result
-
-
-def _stages(config: RunConfig, grid: Grid) -> int:
-    """How many a grid has: both sides started, tokens sampled, every head, every setting under every head, the floor."""
-    found = 0
-    for size, body in product(grid.tensor_parallel, grid.bodies):
-        heads = len(rollout_modes(config, grid, body, "cached"))
-        found += 3 + heads * (1 + len(grid.settings)) + (grid.noise_floor and size == grid.tensor_parallel[0])
-    return found
-
-
-def rollout_modes(config: RunConfig, grid: Grid, body: str, own: str) -> tuple[str, ...]:
-    """Head modes of the rollout side: vLLM's own, the run's (`own`), and those asked for; in exact mode there is one.
-
-    A float32 weight is its own master.
-    """
-    if config.exact:
-        return (own,)
-    asked = [m for m in grid.modes if m != "master" or body != "float32"]
-    return tuple(dict.fromkeys(("off", own, *asked)))
 
 
 def longest_context(model: Path, max_tokens: int, wanted: int) -> int:
@@ -171,7 +151,7 @@ class _Sides:
 
     @cached_property
     def modes(self) -> tuple[str, ...]:
-        return rollout_modes(self.config, self.grid, self.body, self.engine.mode)
+        return rollout_modes(self.config.exact, self.grid, self.body, self.engine.mode)
 
     def prepare_master(self, model: Path, result: dict) -> None:
         """Publish the weights once more with an unrounded lm_head, where that mode is measured."""

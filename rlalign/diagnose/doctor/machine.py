@@ -70,6 +70,17 @@ def clock(config: RunConfig) -> Iterator[Check]:
     yield judged("clock", abs(skew) <= SKEW, found, "synchronise both clocks (NTP)")
 
 
+def products(config: RunConfig) -> Iterator[Check]:
+    """How 16-bit products are computed on this CPU."""
+    import torch
+
+    from rlalign import widened
+
+    choice = None if torch.cuda.is_available() else widened.decide(getattr(torch, config.model.dtype.value))
+    if choice is not None:
+        yield Check("bf16 products", "ok", choice.describe())
+
+
 def head_memory(config: RunConfig) -> Iterator[Check]:
     """Room for the float32 copy that this head mode keeps beside the weights, on every rank."""
     need, why = head_bytes(config)

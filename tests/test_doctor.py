@@ -52,7 +52,7 @@ def biting(found, surroundings):
     return [line for line in installation._known_issues(found, surroundings) if line.state == "problem"]
 
 
-HERE = {"vllm": "0.32.0", "deepspeed": "0.19.8"}
+HERE = {"vllm": "0.32.0", "deepspeed": "0.19.8", "torch": "2.13.0"}
 
 
 def test_what_is_installed_here_is_fine_on_one_rank_without_a_gpu(model):
@@ -80,6 +80,16 @@ def test_the_batch_invariant_switch_on_cpu(model, monkeypatch):
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     assert "unset VLLM_BATCH_INVARIANT" in biting(HERE, around(model))[0].remedy
     assert biting(HERE, around(model, on_gpu=True)) == []
+
+
+@pytest.mark.parametrize(
+    ("capability", "size", "bites"), [("AVX2", 16, True), ("AVX2", 64, False), ("AVX512", 16, False)]
+)
+def test_flex_attention_on_a_cpu_where_torch_computes_it_wrongly(model, monkeypatch, capability, size, bites):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    asked = {"model": {"head_dim": size}, "trainer": TrainerConfig(attention="flex_attention")}
+    assert ["AVX2" in line.found for line in biting(HERE, around(model, **asked))] == [True] * bites
+    assert biting(HERE, around(model, **asked, on_gpu=True)) == biting(HERE, around(model, model=asked["model"])) == []
 
 
 def test_every_entry_names_its_source_and_has_a_range():

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rlalign.attention import flex_fault
 from rlalign.config import Dtype, RunConfig
 
 # What the tests of this release ran on: major.minor, both ends included.
@@ -77,7 +78,22 @@ def _bf16(around: Surroundings) -> bool:
     return around.config.model.dtype is Dtype.bfloat16
 
 
+def _flex_on_avx2(around: Surroundings) -> bool:
+    text = around.model.get("text_config", around.model)
+    asked = around.config.trainer.attention == "flex_attention"
+    return asked and bool(flex_fault(text, on_cpu=not around.on_gpu))
+
+
 KNOWN = (
+    KnownIssue(
+        package="torch",
+        since="2.13",
+        until="",
+        what="flex attention compiled for AVX2 is wrong for heads of 8 or 16 elements",
+        upstream="measured on torch 2.13.0, docs/upstream.md",
+        bites=_flex_on_avx2,
+        remedy="trainer.attention=auto",
+    ),
     KnownIssue(
         package="vllm",
         since="0.0",

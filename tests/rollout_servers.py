@@ -126,7 +126,7 @@ class FakeVLLM(http_servers.Server):
 
 
 def config_for(urls: list[str], **settings: object) -> RolloutConfig:
-    defaults = {"max_tokens": 4, "max_model_len": 64, "health_every_s": 0.05, "start_timeout_s": 0.5, "servers": urls}
+    defaults = {"max_tokens": 4, "max_model_len": 64, "health_every_s": 0.05, "start_timeout_s": 20, "servers": urls}
     return RolloutConfig(backend="server", **(defaults | settings))
 
 
@@ -179,7 +179,7 @@ class Later(threading.Thread):
             self.error = error
 
     def get(self):
-        self.join(10)
+        self.join(120)
         assert not self.is_alive(), "still waiting"
         if self.error:
             raise self.error
@@ -187,7 +187,7 @@ class Later(threading.Thread):
 
 
 def until(condition):
-    end = time.monotonic() + 10
+    end = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < end, "it never came true"
         time.sleep(0.005)

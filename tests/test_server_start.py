@@ -169,7 +169,7 @@ def test_a_server_that_is_not_there_is_named(model):
         gone = FakeVLLM(model)
         gone._http.server_close()
         gone.url = "http://127.0.0.1:9"
-        pool_of(model, there, gone)
+        pool_of(model, there, gone, start_timeout_s=2)
 
 
 def announce(folder, server, key=None):
@@ -194,7 +194,7 @@ def test_servers_are_found_by_their_ready_files_and_later_ones_join_at_a_publish
         assert len(rollouts) == 8 and second.calls
         pool.close()
     with pytest.raises(RuntimeError, match="0 of 2 rollout servers were ready after rollout.start_timeout_s=0.5"):
-        pool_of(model, servers=[], server_folder=str(folder), wait_for=2)
+        pool_of(model, servers=[], server_folder=str(folder), wait_for=2, start_timeout_s=0.5)
     (folder / "x.server.json").write_text("{}")
     with pytest.raises(ValueError, match="x.server.json: no announcement of `rlalign rollout-server`.*remove it"):
         list(ready.read_all(folder))

@@ -75,7 +75,7 @@ def on_two_ranks(module: str, model: Path, folder: Path) -> Path:
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", module, model, folder],
         cwd=Path(__file__).parents[2], env=environment_without_launcher() | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=400,
+        capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return folder

@@ -246,7 +246,7 @@ def test_two_tensor_parallel_ranks_are_joined(tmp_path, untied):
     program.write_text(PROGRAM)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(program), str(untied)], capture_output=True, text=True, env=environment, timeout=300
+        [sys.executable, str(program), str(untied)], capture_output=True, text=True, env=environment, timeout=1200
     )
     lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("RESULT")]
     assert lines == [["2", "None"], ["layers.1.k"]], done.stderr[-3000:]

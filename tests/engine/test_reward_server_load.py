@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "serve_load.py"
 
 def run(folder: Path, mode: str, *options: str) -> dict:
     command = [sys.executable, str(SCRIPT), mode, "--json", str(folder / "found.json"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "found.json").read_text())
 

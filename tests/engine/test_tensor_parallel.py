@@ -63,7 +63,7 @@ def test_both_ranks_are_proved_and_updated(kind, tmp_path, request):
     program.write_text(PROGRAM)
     (tmp_path / "shared").mkdir()
     command = [sys.executable, str(program), str(folder), str(tmp_path / "shared"), dtype, head_dtype]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=1200)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT")] or [done.stderr[-3000:]]
     ranks, processes, calls, worst, head_error, same_bits, mode, shards, epoch, masters = line.split()[1:]
     assert (ranks, processes, shards) == ("2", "2", "2"), "each rank holds its own shard of the head"

@@ -124,7 +124,7 @@ def server(reward_model, tmp_path):
     command = [sys.executable, "-m", "rlalign.cli", "serve", str(reward_model), "--port", str(port)]
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
     url = f"http://127.0.0.1:{port}"
-    for _ in range(1200):
+    for _ in range(6000):
         try:
             urllib.request.urlopen(f"{url}/health", timeout=1)
             break

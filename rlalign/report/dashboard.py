@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlalign.tracking.dashboard_panels import SECTIONS, Panel, Section
+from rlalign.report.charts import SECTIONS, Chart, Section
 from rlalign.tracking.files import write_json
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def workspace(project: str, entity: str, group: str) -> Workspace:
         project=project,
         name=TITLE + (f", {group}" if group else ""),
         sections=[
-            ws.Section(name=each.title, panels=[_chart(panel) for panel in each.panels], is_open=not each.shut)
+            ws.Section(name=each.title, panels=[_panel(chart) for chart in each.charts], is_open=not each.shut)
             for each in SECTIONS
         ],
         settings=ws.WorkspaceSettings(x_axis=X, max_runs=20),
@@ -112,23 +112,19 @@ def _panel_grid(section: Section, group: str) -> object:
 
     return wr.PanelGrid(
         runsets=[wr.Runset(name=group or "all runs", filters=_filter(group))],
-        panels=[_chart(panel) for panel in section.panels],
+        panels=[_panel(chart) for chart in section.charts],
     )
 
 
-def _chart(panel: Panel) -> object:
+def _panel(chart: Chart) -> object:
     import wandb_workspaces.reports.v2 as wr
 
-    if panel.table:
-        return wr.WeavePanelSummaryTable(table_name=panel.table)
+    if chart.table:
+        return wr.WeavePanelSummaryTable(table_name=chart.table)
     return wr.LinePlot(
-        title=panel.title,
-        x=X,
-        y=list(panel.keys),
-        metric_regex=panel.regex or None,
-        log_y=panel.log or None,
-        plot_type="stacked-area" if panel.stacked else None,
-    )
+        title=chart.title, x=X, y=chart.keys, metric_regex=chart.regex or None, log_y=chart.log or None,
+        plot_type="stacked-area" if chart.stacked else None,
+    )  # fmt: skip
 
 
 def _filter(group: str) -> And | str:

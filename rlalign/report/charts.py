@@ -47,7 +47,7 @@ class Chart:
         return f"^({found})$" if found else ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Section:
     """A section of the dashboard. about: how to read it, for wandb's report. shut: closed until someone asks."""
 
@@ -136,58 +136,31 @@ HEAD = (
 WORST = Chart(title="Worst tokens", table="mismatch/worst_tokens", in_table=True)
 ALERTS = Chart(title="Alerts since the start", lines={"events/alerts": ""}, in_table=True)
 
+# fmt: off
 SECTIONS = (
-    Section(
-        title="Mismatch: engine, staleness, floor",
-        about="At lag 0 nothing differs but the two engines; what older versions sampled is staleness; beyond the floor is what "
-        "can be fixed. k3 in nats per token.",
-        charts=(*CAUSES, *LAG0, WORST),
-    ),
-    Section(
-        title="Corrections",
-        about="What importance weights and masks did about it. A falling effective sample size says that the correction hides a "
-        "mismatch that should be fixed.",
-        charts=CORRECTIONS,
-    ),
-    Section(
-        title="Rewards",
-        about="What is learned. Groups whose rewards are all equal teach nothing.",
-        charts=REWARDS,
-    ),
-    Section(
-        title="Reward calibration",
-        about="Reward models against the verifier on the same samples. State: 2 drift, 1 warn, 0 ok, -1 too few labels.",
-        charts=CALIBRATION,
-        shut=True,
-    ),
-    Section(
-        title="Staleness",
-        about="Versions between the trainer and what sampled a token, and the oldest keys and values the token attended to.",
-        charts=STALENESS,
-    ),
-    Section(
-        title="Alerts",
-        about="Alerts of the rules and monitors so far; their messages are wandb alerts of the run, and in its events.jsonl.",
-        charts=(ALERTS,),
-    ),
-    Section(
-        title="Phases",
-        about="Seconds of each phase of a step. Asynchronous schedules sample while they train: rollout is then the wait for them.",
-        charts=(*PHASES, *SPEED),
-    ),
-    Section(
-        title="Publish",
-        about="Weights on their way to the engine; a tensor that had to be repaired did not arrive by the ordinary path.",
-        charts=PUBLISH,
-        shut=True,
-    ),
-    Section(
-        title="Head",
-        about="Both heads on the same hidden states, and each against float64: the projection alone.",
-        charts=HEAD,
-        shut=True,
-    ),
+    Section("Mismatch: engine, staleness, floor",
+        "At lag 0 nothing differs but the two engines; what older versions sampled is staleness; beyond the floor is what can be "
+        "fixed. k3 in nats per token.", (*CAUSES, *LAG0, WORST)),
+    Section("Corrections",
+        "What importance weights and masks did about it. A falling effective sample size says that the correction hides a mismatch "
+        "that should be fixed.", CORRECTIONS),
+    Section("Rewards", "What is learned. Groups whose rewards are all equal teach nothing.", REWARDS),
+    Section("Reward calibration",
+        "Reward models against the verifier on the same samples. State: 2 drift, 1 warn, 0 ok, -1 too few labels.",
+        CALIBRATION, shut=True),
+    Section("Staleness",
+        "Versions between the trainer and what sampled a token, and the oldest keys and values the token attended to.", STALENESS),
+    Section("Alerts",
+        "Alerts of the rules and monitors so far; their messages are wandb alerts of the run, and in its events.jsonl.", (ALERTS,)),
+    Section("Phases",
+        "Seconds of each phase of a step. Asynchronous schedules sample while they train: rollout is then the wait for them.",
+        (*PHASES, *SPEED)),
+    Section("Publish",
+        "Weights on their way to the engine; a tensor that had to be repaired did not arrive by the ordinary path.",
+        PUBLISH, shut=True),
+    Section("Head", "Both heads on the same hidden states, and each against float64: the projection alone.", HEAD, shut=True),
 )
+# fmt: on
 
 
 def every() -> list[Chart]:
@@ -202,12 +175,12 @@ def keys() -> set[str]:
 
 def patterns() -> set[str]:
     """Every pattern that a panel matches metrics with."""
-    return {chart.regex for chart in every() if chart.regex}
+    return {chart.regex for chart in every()} - {""}
 
 
 def tables() -> set[str]:
     """Every logged table that a panel shows."""
-    return {chart.table for chart in every() if chart.table}
+    return {chart.table for chart in every()} - {""}
 
 
 def _is_pattern(key: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -15,7 +15,7 @@ from rlalign.report.html import MACROS, chip, figure
 from rlalign.report.plots import Line
 from rlalign.tracking.record import RunRecord
 
-__all__ = ["Shown", "drawn", "items", "k3_limit", "legend", "named", "series"]
+__all__ = ["Shown", "at", "drawn", "items", "k3_limit", "legend", "named", "number_at", "series"]
 
 LOOKS = (("-", "solid"), ("--", "dashed"), (":", "dotted"), ("-.", "double"))  # of matplotlib and of CSS
 
@@ -38,29 +38,32 @@ def named(records: Sequence[RunRecord]) -> list[Shown]:
     return [Shown(r, p, chip(c) + p, c) for r, p, c in zip(records, plain, plots.RUN_COLORS, strict=False)]
 
 
-def k3_limit(run: RunRecord) -> float | None:
-    """The gate's limit, where the configuration has one."""
-    return configured(run, "mismatch.k3_limit")
-
-
-def configured(run: RunRecord, path: str) -> float | None:
-    """A number of the configuration by its dotted key."""
-    value: object = run.config
+def at(nested: Mapping, path: str) -> object:
+    """A value of nested dictionaries by its dotted path, None where there is none."""
+    value: object = nested
     for key in path.split("."):
         value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def number_at(nested: Mapping, path: str) -> float | None:
+    """The same, where it is a number."""
+    value = at(nested, path)
     return float(value) if isinstance(value, int | float) else None
+
+
+def k3_limit(run: RunRecord) -> float | None:
+    """The gate's limit, where the configuration has one."""
+    return number_at(run.config, "mismatch.k3_limit")
 
 
 def series(run: RunRecord, key: str) -> tuple[list[float], list[float]]:
     """Steps and values of a metric, logged or computed from others; empty where it was not measured."""
     if key == FLOOR:
         engine = dict(zip(*run.series("mismatch/lag0/k3"), strict=True))
-        found = [
-            (step, engine[step] - x)
-            for step, x in zip(*run.series("mismatch/excess/k3"), strict=True)
-            if step in engine
-        ]
-        return [step for step, _ in found], [value for _, value in found]
+        excess = dict(zip(*run.series("mismatch/excess/k3"), strict=True))
+        steps = [step for step in excess if step in engine]
+        return steps, [engine[step] - excess[step] for step in steps]
     steps, values = run.series(key)
     if key == "staleness/k3" and not steps:
         return run.series("mismatch/lag1/k3")  # runs before the sum over lags was logged
@@ -76,26 +79,23 @@ def drawn(charts: Sequence[Chart], runs: Sequence[Shown], name: str = "*") -> li
 def _drawn(chart: Chart, runs: Sequence[Shown], name: str) -> Markup:
     """Labels differ in dashes, so that equal lines do not hide each other, and with a single run in colour as well."""
     keys, note = _expanded(chart, runs, name)
-    labels = list(dict.fromkeys(keys.values()))
+    labels, single = list(dict.fromkeys(keys.values())), len(runs) == 1
     lines: list[Line] = []
-    shown: dict[str, Markup] = {}
+    marks: dict[str, Markup] = {}
     for key, label in keys.items():
         (style, css), color = LOOKS[labels.index(label)], plots.RUN_COLORS[labels.index(label)]
         for run in runs:
             steps, values = series(run.record, key)
             if steps:
-                shown[label] = MACROS["dash"](css, color if len(runs) == 1 else plots.INK)
-                ink = color if len(runs) == 1 else run.color
-                line = Line(
-                    steps=steps, values=values, color=ink, style=style, smooth=chart.smooth, markers=chart.markers
-                )
-                lines.append(line)
+                look = {"color": color if single else run.color, "style": style}
+                lines.append(Line(steps=steps, values=values, smooth=chart.smooth, markers=chart.markers, **look))
+                marks[label] = MACROS["dash"](css, color if single else plots.INK)
     if not lines or len(keys) < chart.fewest or _idle(chart, runs, lines):
         return Markup()
-    limits = {configured(run.record, chart.limit) for run in runs} - {None} if chart.limit else set()
+    limits = {number_at(run.record.config, chart.limit) for run in runs} - {None} if chart.limit else set()
     limit = limits.pop() if len(limits) == 1 else None
     svg = plots.line_chart(lines, log=chart.log, limit=limit, name=f"{chart.title}-{'-'.join(keys)}")
-    return figure(svg, chart.title, note, items(shown) if len(labels) > 1 else "", legend(runs))
+    return figure(svg, chart.title, note, items(marks) if len(labels) > 1 else "", legend(runs))
 
 
 def _expanded(chart: Chart, runs: Sequence[Shown], name: str) -> tuple[dict[str, str], str]:
@@ -104,11 +104,10 @@ def _expanded(chart: Chart, runs: Sequence[Shown], name: str) -> tuple[dict[str,
         return {key.replace("*", name): label for key, label in chart.lines.items()}, chart.note
     pattern = re.compile("|".join(key.replace("*", "([^/]+)") for key in chart.lines))
     logged = {key for run in runs for row in run.record.metrics.rows for key in row}
-    found = {match[0]: match[1] for match in map(pattern.fullmatch, sorted(logged)) if match}
+    found = [(match[0], match[match.lastindex]) for match in map(pattern.fullmatch, sorted(logged)) if match]
     more = len(found) - len(LOOKS)
-    return dict(list(found.items())[: len(LOOKS)]), chart.note + (
-        f"; {more} more are in metrics.jsonl" if more > 0 else ""
-    )
+    note = f"{chart.note}; {more} more are in metrics.jsonl" if more > 0 else chart.note
+    return dict(found[: len(LOOKS)]), note
 
 
 def _idle(chart: Chart, runs: Sequence[Shown], lines: Sequence[Line]) -> bool:

@@ -1,4 +1,4 @@
-"""Formats and templates of every HTML page. No scripts, no fonts, nothing loaded; text of a run never becomes markup."""
+"""Formats and templates of every page. No scripts, no fonts, nothing loaded; text of a run never becomes markup."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup, escape
 
 __all__ = ["chip", "esc", "figure", "num", "prose", "render", "short", "table", "token_text"]
@@ -56,6 +56,11 @@ def short(value: float) -> str:
     return _plain_exponent(f"{value:.1e}").replace(".0e", "e")
 
 
+def plain(value: float) -> str:
+    """A number in four digits, or whole, for text that is pasted elsewhere."""
+    return f"{value:.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.4g}"
+
+
 def _plain_exponent(number: str) -> str:
     return EXPONENT.sub(lambda m: f"e{m[1].rstrip('+')}{m[2]}", number)
 
@@ -66,9 +71,14 @@ def prose(value: object) -> Markup:
 
 
 ENVIRONMENT = Environment(
-    loader=PackageLoader("rlalign.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-)  # fmt: skip
-ENVIRONMENT.filters |= {"json": json.dumps, "num": num, "short": short, "prose": prose, "token": token_text}
+    loader=PackageLoader("rlalign.report"),
+    autoescape=select_autoescape(["html"]),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+ENVIRONMENT.filters |= {"json": json.dumps, "num": num, "plain": plain, "prose": prose, "repr": repr, "short": short}
+ENVIRONMENT.filters["token"] = token_text
 MACROS = vars(ENVIRONMENT.get_template("parts.html").module)
 
 

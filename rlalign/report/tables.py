@@ -12,7 +12,7 @@ import numpy as np
 from markupsafe import Markup
 
 from rlalign.report.charts import FLOOR
-from rlalign.report.figures import series
+from rlalign.report.figures import at, series
 from rlalign.report.html import MACROS, NOTHING, num
 from rlalign.report.tokens import TokenView
 from rlalign.tracking.record import RunRecord
@@ -35,12 +35,11 @@ class Row:
     times: bool = False
 
 
+# fmt: off
 ROWS = (
     Row("Steps", "steps", ",.0f"),
-    Row("Reward, first 10 %", "reward_first", ".3f"),
-    Row("Reward, last 10 %", "reward_last", ".3f"),
-    Row("Held-out accuracy, first", "eval_first", ".3f"),
-    Row("Held-out accuracy, last", "eval_last", ".3f"),
+    Row("Reward, first 10 %", "reward_first", ".3f"), Row("Reward, last 10 %", "reward_last", ".3f"),
+    Row("Held-out accuracy, first", "eval_first", ".3f"), Row("Held-out accuracy, last", "eval_last", ".3f"),
     Row("k3, median over steps", "mismatch.lag0.k3", ".2e", times=True),
     Row("k3, worst step", "mismatch.lag0.k3_max", ".2e", times=True),
     Row("k1, median", "mismatch.lag0.k1", ".2e"),
@@ -50,31 +49,15 @@ ROWS = (
     Row("Pearson of probabilities", "mismatch.lag0.pearson", ".8f"),
     Row("Effective sample size", "mismatch.lag0.ess", ".6f"),
     Row("Tokens that are not finite", "mismatch.nonfinite", ",.0f"),
-    Row("Head alone: k3", "head_isolated.k3", ".2e", times=True),
-    Row("Head alone: |log_ratio|, mean", "head_isolated.abs_mean", ".2e", times=True),
-    Row("Head alone: |log_ratio|, p99", "head_isolated.p99", ".2e", times=True),
-    Row("Head alone: |log_ratio|, worst", "head_isolated.abs_max", ".2e", times=True),
-    Row("Head alone: rollout to float64, mean", "head_isolated.rollout_error", ".2e", times=True),
-    Row("Head alone: trainer to float64, mean", "head_isolated.trainer_error", ".2e", times=True),
-    Row("Head dtype", "head.dtype"),
-    Row("Head mode", "head.mode"),
-    Row("Ranks", "head.ranks", ",.0f"),
-    Row("Engine", "engine.version"),
-    Row("Publishes", "publishes", ",.0f"),
-    Row("Tensors repaired", "repaired", ",.0f"),
-    Row("Head rebuilds", "rebuilds", ",.0f"),
-    Row("Sampled tokens", "tokens", ",.0f"),
-    Row("Seconds in steps", "seconds", ",.1f"),
-    Row("Tokens per second", "tokens_per_s", ",.0f", times=True),
+    *(Row(f"Head alone: {label}", f"head_isolated.{name}", ".2e", times=True) for name, label in {
+        "k3": "k3", "abs_mean": "|log_ratio|, mean", "p99": "|log_ratio|, p99", "abs_max": "|log_ratio|, worst",
+        "rollout_error": "rollout to float64, mean", "trainer_error": "trainer to float64, mean"}.items()),
+    Row("Head dtype", "head.dtype"), Row("Head mode", "head.mode"), Row("Ranks", "head.ranks", ",.0f"),
+    Row("Engine", "engine.version"), Row("Publishes", "publishes", ",.0f"), Row("Tensors repaired", "repaired", ",.0f"),
+    Row("Head rebuilds", "rebuilds", ",.0f"), Row("Sampled tokens", "tokens", ",.0f"),
+    Row("Seconds in steps", "seconds", ",.1f"), Row("Tokens per second", "tokens_per_s", ",.0f", times=True),
 )
-
-
-def at(summary: Mapping, path: str) -> object:
-    """A value of a nested dictionary by its dotted path, None where there is none."""
-    value: object = summary
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
+# fmt: on
 
 
 def number_rows(runs: Sequence[RunRecord]) -> list[list[Markup]]:
@@ -86,10 +69,8 @@ def number_rows(runs: Sequence[RunRecord]) -> list[list[Markup]]:
             continue
         cells = [Markup.escape(row.label), num(values[0], row.spec)]
         for value in values[1:]:
-            cells += [
-                num(value, row.spec),
-                Markup('<span class="diff">{}</span>').format(difference(values[0], value, row)),
-            ]
+            differs = Markup('<span class="diff">{}</span>').format(difference(values[0], value, row))
+            cells += [num(value, row.spec), differs]
         rows.append(cells)
     return rows
 

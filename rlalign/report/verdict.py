@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from rlalign.report.figures import k3_limit
+from rlalign.report.figures import k3_limit, number_at
 from rlalign.report.html import short
 from rlalign.tracking.record import RunRecord
 
@@ -111,9 +111,9 @@ def sentences(run: RunRecord) -> str:
 
 
 COMPARED = {
-    "k3 of rollout engine and trainer": ("mismatch", "lag0", "k3"),
-    "k3 of the heads in isolation": ("head_isolated", "k3"),
-    "the rollout head's distance from float64": ("head_isolated", "rollout_error"),
+    "k3 of rollout engine and trainer": "mismatch.lag0.k3",
+    "k3 of the heads in isolation": "head_isolated.k3",
+    "the rollout head's distance from float64": "head_isolated.rollout_error",
 }
 
 
@@ -123,19 +123,13 @@ def comparison(a: RunRecord, b: RunRecord, names: tuple[str, str], different: li
     first = f"{names[0]} and {names[1]} have the same configuration" if not different else f"They differ in {listed}"
     parts = []
     for of, path in COMPARED.items():
-        x, y = (_at(run.summary, path) for run in (a, b))
+        x, y = (number_at(run.summary, path) for run in (a, b))
         if x is not None and y is not None:
             parts.append(f"{of} is {short(x)} in {names[0]} and {short(y)} in {names[1]}{_times(x, y, names)}")
     gains = [_gain(r) for r in (a, b)]
     if None not in gains:
         parts.append(f"the reward changed by {gains[0]:+.3f} and {gains[1]:+.3f}")
     return f"{first}. " + ("; ".join(parts) + "." if parts else "")
-
-
-def _at(summary: dict, path: tuple[str, ...]) -> float | None:
-    for key in path:
-        summary = summary.get(key) or {}
-    return summary if isinstance(summary, int | float) else None
 
 
 def _gain(run: RunRecord) -> float | None:

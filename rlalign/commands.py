@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from rlalign.compose import compose
 from rlalign.diagnose.attribution import command as attribute_command
 from rlalign.diagnose.parity import command as parity_command
+from rlalign.report import dashboard
 from rlalign.reward.server import command as serve_command
 from rlalign.rollout.server import command as rollout_command
-from rlalign.tracking import dashboard
 
 if TYPE_CHECKING:
     from rlalign.config import RunConfig
@@ -130,7 +130,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from rlalign.tracking.report import write_report
+    from rlalign.report import write_report
 
     out = arguments.out or (arguments.runs[0] / "report.html" if len(arguments.runs) == 1 else Path("report.html"))
     print(write_report(arguments.runs, out))

@@ -37,9 +37,9 @@ def train(config: RunConfig) -> dict:
     The directory holds everything up to the last whole step, however the run ends. Raises ValueError for input that cannot
     be used, RuntimeError when the two engines break their contract, StepRefused when a limit stops the run.
     """
+    from rlalign.report import write_report
     from rlalign.tracking.backends import places_of
     from rlalign.tracking.console import Progress
-    from rlalign.tracking.report import write_report
     from rlalign.tracking.run import Run
     from rlalign.tracking.silent import SilentProgress, SilentRun
 

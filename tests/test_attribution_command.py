@@ -16,8 +16,8 @@ from rlalign.diagnose.attribution.patching import Removed
 from rlalign.diagnose.attribution.result import Attribution, PointDifference, RouteAttribution
 from rlalign.diagnose.attribution.sources import budget, of_run
 from rlalign.diagnose.attribution.trainer_side import module_names
+from rlalign.report.drawings import BELOW, FAULT, NOTHING, Scale, heat_map, scale_of
 from rlalign.rollout.recording import Tap
-from rlalign.tracking.report_heat import BELOW, FAULT, NOTHING, Scale, heat_map, scale_of
 from tests import attribution_parts as parts
 
 YAML = """

@@ -15,7 +15,7 @@ from rlalign.cli import main
 from rlalign.config import load
 from rlalign.loop import train_step
 from rlalign.observe import log_step
-from rlalign.tracking.dashboard_panels import SECTIONS, keys, patterns, tables
+from rlalign.report.charts import SECTIONS, keys, patterns, tables
 from rlalign.tracking.run import ALERTS, WORST, Run
 from tests.fakes import FakeEngine, FakeTrainer, parties
 from tests.test_report_reward import make_run as drifting_run
@@ -23,7 +23,8 @@ from tests.test_report_reward import make_run as drifting_run
 # wandb-workspaces is written for an older pydantic.
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic V1 style:DeprecationWarning")
 # Of held-out prompts and of the heads on shared hidden states, which no step with fakes has. The test of the demo finds them too.
-BESIDE_THE_STEP = {"eval/accuracy", "head_isolated/k3", "head_isolated/rollout_error", "head_isolated/trainer_error"}
+ALONE = ("k3", "abs_mean", "p99", "abs_max", "rollout_error", "trainer_error")
+BESIDE_THE_STEP = {"eval/accuracy", *(f"head_isolated/{name}" for name in ALONE)}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_the_sections_that_were_asked_for_are_there():
         "Head",
     )
     assert [section.title.partition(":")[0] for section in SECTIONS] == list(wanted)
-    assert all(section.panels and section.about.endswith(".") for section in SECTIONS)
+    assert all(section.charts and section.about.endswith(".") for section in SECTIONS)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ LEVELS = {
         "widened", "reward.calibration", "reward.adaptive", "reward.metrics",
     },
     2: {
-        "weights", "checkpoint", "tracking", "tasks", "tiny_policy", "reward",
+        "weights", "checkpoint", "tracking", "report", "tasks", "tiny_policy", "reward",
         "reward.adaptive.model_batches", "reward.adaptive.command",
     },
     3: {"rollout", "trainer", "reward.vllm_scorer", "reward.http_scorer"},
@@ -30,8 +30,9 @@ LEVELS = {
 HOMES = {
     "vllm": ("rollout", "weights.nccl", "diagnose", "tracking.environment", "reward.vllm_scorer"),
     "deepspeed": ("trainer", "tracking.environment"),
-    "wandb": ("tracking",),
-    "wandb_workspaces": ("tracking.dashboard",),
+    "wandb": ("tracking", "report.dashboard"),
+    "wandb_workspaces": ("report.dashboard",),
+    "jinja2": ("report",),
     "trackio": ("tracking.trackio_run",),
     "prometheus_client": ("tracking.prometheus", "reward.server"),
     "hydra": ("compose",),
@@ -109,6 +110,13 @@ def test_heavy_packages_stay_in_their_rooms(path):
         homes = HOMES[package]
         assert any(module == h or module.startswith(f"{h}.") for h in homes), (
             f"{module} imports {package}, whose home is {homes}"
+        )
+
+
+def test_tracking_knows_no_page():
+    for path in (ROOT / "tracking").rglob("*.py"):
+        assert not any(target.startswith("rlalign.report") for target in imports(path)), (
+            f"{path}: report stands on tracking"
         )
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlalign.tracking.report import write_report
-from rlalign.tracking.report_page import esc, num, prose, short, table, token_text
-from rlalign.tracking.report_plots import Line, histogram, line_chart
-from rlalign.tracking.report_tokens import view_tokens
+from rlalign.report import write_report
+from rlalign.report.html import esc, num, prose, short, table, token_text
+from rlalign.report.plots import Line, histogram, line_chart
+from rlalign.report.tokens import view_tokens
 from rlalign.tracking.run import Run
 from rlalign.tracking.summary import summarize
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
+from rlalign.report import write_report
+from rlalign.report.verdict import drift_problems, watched
 from rlalign.reward.calibration import PlattCalibrator
 from rlalign.reward.drift import DriftMonitor
 from rlalign.tracking.record import read_run
-from rlalign.tracking.report import write_report
-from rlalign.tracking.report_reward import drift_problems, watched
 from rlalign.tracking.run import Run
 from tests.test_report import read
 

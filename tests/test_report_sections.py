@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rlalign.tracking.report import write_report
-from rlalign.tracking.report_plots import POINTS
+from rlalign.report import write_report
+from rlalign.report.plots import POINTS
 from rlalign.tracking.run import Run
 from rlalign.tracking.timeline import Span
 from tests.test_report import EVIL, Page, read

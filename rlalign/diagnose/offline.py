@@ -77,7 +77,7 @@ def run(
     path: a file, a directory of them, or a glob. all_tokens: no mask is needed, every token counts.
     columns: "field=name" pairs for dumps whose names are unknown. Raises ValueError on a dump that cannot be read.
     """
-    from rlalign.diagnose.offline_report import jsonable, report
+    from rlalign.diagnose.offline_report import jsonable, report, write_plot
 
     pairs = [pair.partition("=") for pair in columns]
     if wrong := ["".join(p) for p in pairs if not (p[0] and p[2])]:
@@ -87,8 +87,6 @@ def run(
     if json_path:
         json_path.write_text(json.dumps(jsonable(analysis), indent=2, allow_nan=False))
     if plot:
-        from rlalign.diagnose.offline_plot import write_plot
-
         write_plot(analysis, plot)
         print(f"\nplot: {plot}")
     if k3_limit is not None and not analysis.overall["k3"] <= k3_limit:

@@ -70,7 +70,7 @@ def test_the_summary_has_what_was_promised(demo):
 
 
 def test_the_demo_logs_what_the_dashboard_plots(demo):
-    from rlalign.tracking.dashboard_panels import keys, tables
+    from rlalign.report.charts import keys, tables
 
     (store,) = (demo[0] / "wandb").glob("offline-run-*")
     tool = [sys.executable.replace("python", "wandb"), "leet", "inspect", "--json", store]
@@ -123,7 +123,7 @@ def test_a_tied_model_stays_in_step_over_many_publishes(tmp_path, tied, lively):
 
 
 def test_one_setting_switches_both_heads_and_the_report_shows_the_difference(tmp_path, lively):
-    from rlalign.tracking.report import write_report
+    from rlalign.report import write_report
 
     folder = build_model(tmp_path / "checkpoint", tied=False, logit_scale=8.0)
     errors = {}

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlalign.tracking.dashboard_panels import SECTIONS, Panel, Section
+from rlalign.report.charts import SECTIONS, Chart
 from rlalign.tracking.files import write_json
 
 if TYPE_CHECKING:
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from wandb_workspaces.reports.v2 import Report
     from wandb_workspaces.workspaces import Workspace
 
-TITLE = "rlalign: mismatch"
-X = "step"
+__all__ = ["add_options", "report", "run", "spec", "workspace"]
+
+TITLE, X = "rlalign: mismatch", "step"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -56,18 +57,14 @@ def _upload(project: str, entity: str, group: str) -> None:
         for board in (workspace(project, entity, group), report(project, entity, group)):
             print(board.save().url)
     except Exception as error:  # wandb's client has several kinds, private ones among them
-        raise RuntimeError(
-            f"wandb did not take the dashboard of {entity or 'your account'}/{project}: {error}"
-        ) from error
+        whose = f"{entity or 'your account'}/{project}"
+        raise RuntimeError(f"wandb did not take the dashboard of {whose}: {error}") from error
 
 
 def spec(project: str, entity: str, group: str) -> dict[str, object]:
     """Both as what the server would store."""
     # wandb-workspaces has no public way to serialise; the version is pinned below the next minor one.
-    models = {
-        "workspace": workspace(project, entity, group)._to_model(),
-        "report": report(project, entity, group)._to_model(),
-    }
+    models = {board.__name__: board(project, entity, group)._to_model() for board in (workspace, report)}
     return {name: json.loads(model.model_dump_json(by_alias=True, exclude_none=True)) for name, model in models.items()}
 
 
@@ -75,21 +72,13 @@ def workspace(project: str, entity: str, group: str) -> Workspace:
     """One section a subject, over the runs of the project."""
     import wandb_workspaces.workspaces as ws
 
+    columns = ["summary:mismatch/lag0/k3.max", "summary:eval/accuracy.max", "config:head_dtype"]
     return ws.Workspace(
-        entity=entity,
-        project=project,
-        name=TITLE + (f", {group}" if group else ""),
-        sections=[
-            ws.Section(name=each.title, panels=[_chart(panel) for panel in each.panels], is_open=not each.shut)
-            for each in SECTIONS
-        ],
+        entity=entity, project=project, name=_title(group), auto_generate_panels=False,
+        sections=[ws.Section(name=s.title, panels=[_panel(c) for c in s.charts], is_open=not s.shut) for s in SECTIONS],
         settings=ws.WorkspaceSettings(x_axis=X, max_runs=20),
-        runset_settings=ws.RunsetSettings(
-            filters=_filter(group),
-            pinned_columns=["summary:mismatch/lag0/k3.max", "summary:eval/accuracy.max", "config:head_dtype"],
-        ),
-        auto_generate_panels=False,
-    )
+        runset_settings=ws.RunsetSettings(filters=_filter(group), pinned_columns=columns),
+    )  # fmt: skip
 
 
 def report(project: str, entity: str, group: str) -> Report:
@@ -98,37 +87,29 @@ def report(project: str, entity: str, group: str) -> Report:
 
     blocks: list[object] = [wr.TableOfContents()]
     for each in SECTIONS:
-        blocks += [wr.H2(each.title), wr.P(each.about), _panel_grid(each, group)]
-    described = "Mismatch between rollout engine and trainer, what corrects it, and what it costs."
+        # Over the report's own project: a run set that names another project asks the server for it.
+        runs = wr.Runset(name=group or "all runs", filters=_filter(group))
+        panels = wr.PanelGrid(runsets=[runs], panels=[_panel(chart) for chart in each.charts])
+        blocks += [wr.H2(each.title), wr.P(each.about), panels]
     return wr.Report(
-        project=project, entity=entity, title=TITLE + (f", {group}" if group else ""), description=described,
-        blocks=blocks, width="fluid",
+        project=project, entity=entity, title=_title(group), blocks=blocks, width="fluid",
+        description="Mismatch between rollout engine and trainer, what corrects it, and what it costs.",
     )  # fmt: skip
 
 
-def _panel_grid(section: Section, group: str) -> object:
-    """The section's panels over the report's own project: a run set that names another project asks the server for it."""
+def _panel(chart: Chart) -> object:
     import wandb_workspaces.reports.v2 as wr
 
-    return wr.PanelGrid(
-        runsets=[wr.Runset(name=group or "all runs", filters=_filter(group))],
-        panels=[_chart(panel) for panel in section.panels],
-    )
-
-
-def _chart(panel: Panel) -> object:
-    import wandb_workspaces.reports.v2 as wr
-
-    if panel.table:
-        return wr.WeavePanelSummaryTable(table_name=panel.table)
+    if chart.table:
+        return wr.WeavePanelSummaryTable(table_name=chart.table)
     return wr.LinePlot(
-        title=panel.title,
-        x=X,
-        y=list(panel.keys),
-        metric_regex=panel.regex or None,
-        log_y=panel.log or None,
-        plot_type="stacked-area" if panel.stacked else None,
-    )
+        title=chart.title, x=X, y=chart.keys, metric_regex=chart.regex or None, log_y=chart.log or None,
+        plot_type="stacked-area" if chart.stacked else None,
+    )  # fmt: skip
+
+
+def _title(group: str) -> str:
+    return TITLE + (f", {group}" if group else "")
 
 
 def _filter(group: str) -> And | str:

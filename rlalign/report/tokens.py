@@ -10,6 +10,8 @@ import pyarrow
 
 from rlalign.tracking.tokens import read_tokens
 
+__all__ = ["TokenView", "WorstToken", "view_tokens"]
+
 WORST = 12
 BEFORE, AFTER = 6, 3  # tokens of context around a worst token
 

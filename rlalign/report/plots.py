@@ -1,56 +1,41 @@
-"""The report's charts as inline SVG. No text of a run (names, tokens) enters a chart: captions are HTML."""
+"""The report's charts as inline SVG. No text of a run enters one: captions are HTML."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from rlalign.tracking.report_page import short
+from rlalign.report.html import short
+
+__all__ = ["Line", "histogram", "line_chart", "phase_color", "reliability", "stacked", "thinned"]
 
 WIDTH, HEIGHT = 430, 220  # points = SVG units; the page scales a chart to its column
 POINTS = 300  # a line has at most this many points; more steps are averaged, with a band from smallest to largest
 RUN_COLORS = ("#0b62a8", "#c8501e", "#2a8c5a", "#8a4fbf", "#a07a14", "#444b57")
 PHASE_COLORS = {
-    "rollout": "#0b62a8",
-    "reward": "#b07d12",
-    "score": "#5a9bc7",
-    "train": "#c8501e",
-    "publish": "#2a8c5a",
-    "eval": "#3f7fb5",
-    "probe": "#7fa8c9",
-    "wait": "#9aa1ad",
-    "head": "#8a4fbf",
-    "checkpoint": "#6b7280",
-}
-LIMIT_COLOR, INK, QUIET, GRID = "#b3261e", "#1f2430", "#5d6675", "#e6e8ec"
+    "rollout": "#0b62a8", "reward": "#b07d12", "score": "#5a9bc7", "train": "#c8501e", "publish": "#2a8c5a", "eval": "#3f7fb5",
+    "probe": "#7fa8c9", "wait": "#9aa1ad", "head": "#8a4fbf", "checkpoint": "#6b7280",
+}  # fmt: skip
+LIMIT_COLOR, INK, QUIET, GRID, EDGE = "#b3261e", "#1f2430", "#5d6675", "#e6e8ec", "#b9bec8"
 STYLE = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",  # widest of the likely fonts, so text laid out with it fits in any other
-    "font.size": 10.5,
-    "axes.edgecolor": "#b9bec8",
-    "axes.labelcolor": QUIET,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": QUIET,
-    "ytick.color": QUIET,
-    "xtick.major.size": 3,
-    "ytick.major.size": 0,
-    "text.color": INK,
-    "lines.solid_capstyle": "round",
-}
+    "font.size": 10.5, "text.color": INK, "lines.solid_capstyle": "round",
+    "axes.edgecolor": EDGE, "axes.labelcolor": QUIET, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.8,
+    "xtick.color": QUIET, "ytick.color": QUIET, "xtick.major.size": 3, "ytick.major.size": 0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,34 +50,28 @@ class Line:
     markers: bool = False
 
 
-def line_chart(lines: Sequence[Line], *, log: bool = False, limit: float | None = None, name: str) -> str:
+def line_chart(lines: Sequence[Line], *, log: bool = False, limit: float | None = None, name: str) -> Markup:
     """Metrics over steps; steps whose value is not finite get a cross at the bottom.
 
     log: a log axis of at least one decade, zeros drawn under the smallest value. limit: a line values must stay under.
     """
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _canvas(HEIGHT)
+
+    def draw(axes: Axes) -> None:
         floor = _log_axis(axes, lines, limit) if log else None
         for line in lines:
             _draw(axes, line, floor)
         if limit is not None:
             axes.axhline(limit, color=LIMIT_COLOR, linewidth=1.1, linestyle=(0, (4, 3)))
             axes.annotate(
-                f"limit {short(limit)}",
-                (1, limit),
-                (0, -4),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                ha="right",
-                va="top",
-                color=LIMIT_COLOR,
-            )
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
-        axes.set_xlabel("step")
-        return _svg(figure, name)
+                f"limit {short(limit)}", (1, limit), (0, -4), xycoords=("axes fraction", "data"), textcoords="offset points",
+                ha="right", va="top", color=LIMIT_COLOR,
+            )  # fmt: skip
+        _step_axis(axes)
+
+    return _svg(draw, name)
 
 
-def histogram(values: np.ndarray, *, color: str, low: float, high: float, name: str) -> str:
+def histogram(values: np.ndarray, *, color: str, low: float, high: float, name: str) -> Markup:
     """Tokens per |log_ratio| on two log axes, exact zeros as a bar of their own, median and p99 marked.
 
     values: sorted, finite, >= 0. low, high: the decades shown, equal for all runs of a page; values outside are in the
@@ -103,18 +82,14 @@ def histogram(values: np.ndarray, *, color: str, low: float, high: float, name: 
     edges = np.logspace(first, last, (last - first) * 6 + 1)
     counts, _ = np.histogram(np.clip(values[values > 0], edges[0], edges[-1]), edges)
     zeros = int((values == 0).sum())
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _canvas(HEIGHT)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_ylim(0.7, max(counts.max(initial=1), zeros) * 12)
+    left = edges[0] / 10**0.75 if zeros else edges[0]
+
+    def draw(axes: Axes) -> None:
+        axes.set(xscale="log", yscale="log", ylim=(0.7, max(counts.max(initial=1), zeros) * 12))
         axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=color, alpha=0.85, linewidth=0)
-        left = edges[0]
         if zeros:
-            left = edges[0] / 10**0.75
             axes.bar(left * 10**0.15, zeros, left * (10**0.55 - 10**0.15), align="edge", color=color, alpha=0.45)
         axes.set_xlim(left, edges[-1])
-        axes.xaxis.set_major_locator(LogLocator(10, numticks=9))
         ticks = [10.0**d for d in range(first, last + 1, max(1, (last - first) // 7))]
         labels = [short(t) for t in ticks]
         if zeros:
@@ -124,51 +99,45 @@ def histogram(values: np.ndarray, *, color: str, low: float, high: float, name: 
         axes.yaxis.set_major_locator(LogLocator(10, numticks=6))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
         axes.yaxis.set_minor_locator(NullLocator())
-        _mark(axes, _quantile(values, 0.5), "median", 0.985, left, edges[-1])
-        _mark(axes, _quantile(values, 0.99), "p99", 0.89, left, edges[-1])
-        axes.set_xlabel("|log_ratio| in nats")
-        axes.set_ylabel("tokens")
-        return _svg(figure, name)
+        for q, label, height in ((0.5, "median", 0.985), (0.99, "p99", 0.89)):
+            _mark(axes, float(np.quantile(values, q)) if values.size else 0.0, label, height, left, edges[-1])
+        axes.set(xlabel="|log_ratio| in nats", ylabel="tokens")
+
+    return _svg(draw, name)
 
 
-def stacked(steps: Sequence[float], phases: dict[str, Sequence[float]], *, top: float, name: str) -> str:
+def stacked(steps: Sequence[float], phases: dict[str, Sequence[float]], *, top: float, name: str) -> Markup:
     """Seconds per step, phases on top of each other. top: the y limit, equal for all runs of a page."""
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _canvas(HEIGHT - 30)
+
+    def draw(axes: Axes) -> None:
         grouped = [_groups(np.asarray(steps), np.asarray(values, dtype=float)) for values in phases.values()]
         x = grouped[0][0]
-        width = (x[1] - x[0]) if len(x) > 1 else 1.0
-        base = np.zeros(len(x))
+        step = (x[1] - x[0]) if len(x) > 1 else 1.0
+        width, base = step * (0.86 if len(x) <= 80 else 1.0), np.zeros(len(x))
         for phase, (_, mean, _, _) in zip(phases, grouped, strict=True):
-            axes.bar(
-                x, mean, width * (0.86 if len(x) <= 80 else 1.0), bottom=base, color=phase_color(phase), linewidth=0
-            )
+            axes.bar(x, mean, width, bottom=base, color=phase_color(phase), linewidth=0)
             base = base + np.nan_to_num(mean)
-        axes.set_ylim(0, top * 1.05)
-        axes.set_xlim(x[0] - width * 0.6, x[-1] + width * 0.6)
+        axes.set(ylim=(0, top * 1.05), xlim=(x[0] - step * 0.6, x[-1] + step * 0.6), ylabel="seconds")
         axes.grid(axis="x", visible=False)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
-        axes.set_xlabel("step")
-        axes.set_ylabel("seconds")
-        return _svg(figure, name)
+        _step_axis(axes)
+
+    return _svg(draw, name, HEIGHT - 30)
 
 
-def reliability(bins: Sequence[Mapping[str, float]], *, color: str, name: str) -> str:
+def reliability(bins: Sequence[Mapping[str, float]], *, color: str, name: str) -> Markup:
     """Observed rate against promised probability with 95 % ranges; a point's area grows with its share of the samples."""
     p, rate, low, high, share = (
         np.array([each[key] for each in bins]) for key in ("confidence", "outcome", "low", "high", "share")
     )
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _canvas(HEIGHT)
-        axes.plot([0, 1], [0, 1], color="#b9bec8", linewidth=1.1, linestyle=(0, (4, 3)))
+
+    def draw(axes: Axes) -> None:
+        axes.plot([0, 1], [0, 1], color=EDGE, linewidth=1.1, linestyle=(0, (4, 3)))
         axes.vlines(p, low, high, color=color, linewidth=1.2, alpha=0.45)
         axes.plot(p, rate, color=color, linewidth=1.4)
         axes.scatter(p, rate, s=8 + 260 * share, color=color, alpha=0.85, zorder=3, linewidth=0)
-        axes.set_xlim(-0.02, 1.02)
-        axes.set_ylim(-0.02, 1.02)
-        axes.set_xlabel("calibrated probability")
-        axes.set_ylabel("share that is right")
-        return _svg(figure, name)
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="calibrated probability", ylabel="share that is right")
+
+    return _svg(draw, name)
 
 
 def phase_color(phase: str) -> str:
@@ -179,17 +148,13 @@ def phase_color(phase: str) -> str:
 def thinned(steps: int) -> str:
     """What a page says about charts with more steps than points; empty where every step is drawn."""
     size = -(-steps // POINTS)
-    return (
-        f"Charts draw means of {size} neighbouring steps; the band reaches from the smallest to the largest."
-        if size > 1
-        else ""
-    )
+    said = f"Charts draw means of {size} neighbouring steps; the band reaches from the smallest to the largest."
+    return said if size > 1 else ""
 
 
-def _canvas(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03)
-    return figure, figure.add_subplot()
+def _step_axis(axes: Axes) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+    axes.set_xlabel("step")
 
 
 def _draw(axes: Axes, line: Line, floor: float | None) -> None:
@@ -208,15 +173,8 @@ def _draw(axes: Axes, line: Line, floor: float | None) -> None:
     else:
         axes.plot(x, mean, color=line.color, linewidth=1.6, linestyle=line.style, marker=marker, markersize=4.5)
     if bad.any():
-        axes.plot(
-            steps[bad],
-            np.full(bad.sum(), 0.03),
-            "x",
-            color=LIMIT_COLOR,
-            markersize=5,
-            transform=axes.get_xaxis_transform(),
-            clip_on=False,
-        )
+        bottom = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+        axes.plot(steps[bad], np.full(bad.sum(), 0.03), "x", color=LIMIT_COLOR, markersize=5, **bottom)
 
 
 def _groups(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -256,38 +214,29 @@ def _log_axis(axes: Axes, lines: Sequence[Line], limit: float | None) -> float:
     return 10 ** (low + 0.1)
 
 
-def _quantile(ordered: np.ndarray, q: float) -> float:
-    return float(np.quantile(ordered, q)) if ordered.size else 0.0
-
-
 def _mark(axes: Axes, value: float, label: str, height: float, left: float, right: float) -> None:
     """A vertical line with its number on the side that has room."""
     at = max(value, left)
     axes.axvline(at, color=INK, linewidth=1.1, linestyle=(0, (2, 2)))
     late = np.log10(at / left) > 0.6 * np.log10(right / left)
     axes.annotate(
-        f"{label} {short(value)}",
-        (at, height),
-        (-4 if late else 4, 0),
-        xycoords=("data", "axes fraction"),
-        textcoords="offset points",
-        ha="right" if late else "left",
-        va="top",
+        f"{label} {short(value)}", (at, height), (-4 if late else 4, 0), xycoords=("data", "axes fraction"),
+        textcoords="offset points", ha="right" if late else "left", va="top",
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
-    )
+    )  # fmt: skip
 
 
-def _svg(figure: Figure, name: str) -> str:
-    """The figure as an SVG element for an HTML page: no prologue, no addresses, ids unique by `name`, reproducible."""
+def _svg(draw: Callable[[Axes], None], name: str, height: float = HEIGHT) -> Markup:
+    """What `draw` draws, as an SVG element for an HTML page: no prologue, no addresses, ids unique by `name`, reproducible."""
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(WIDTH / 72, height / 72), layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03))
+        draw(figure.add_subplot())
         FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
     used = set(re.findall(r'(?:href="|url\()#(\w+)', svg))  # names of groups and lines repeat between charts: drop them
     svg = re.sub(r'\sid="([^"]*)"', lambda m: m[0] if m[1] in used else "", svg)
-    return re.sub(
-        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img" aria-hidden="true">', svg, count=1
-    )
+    head = r'<svg viewBox="\1" role="img" aria-hidden="true">'
+    return Markup(re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', head, svg, count=1))

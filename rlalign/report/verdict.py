@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 
+from rlalign.report.figures import k3_limit, number_at
+from rlalign.report.html import short
 from rlalign.tracking.record import RunRecord
-from rlalign.tracking.report_page import short
-from rlalign.tracking.report_reward import drift_problems
 
-ENDINGS = {
-    "running": "is still running",
-    "failed": "failed",
-    "interrupted": "was interrupted",
-    "killed": "was killed",
-}
+__all__ = ["comparison", "drift_problems", "problems", "sentences", "watched"]
+
+DRIFT, DRIFTED = "reward/drift/", 2
+ENDINGS = {"running": "is still running", "interrupted": "was interrupted", "killed": "was killed"}
 IDENTITY = ("class", "mode", "rlalign", "vllm", "policy_version")  # what must be the same on every rank
 
 
@@ -45,19 +43,37 @@ def problems(run: RunRecord) -> list[str]:
         first = raised[0]["message"].partition("\n")[0]
         count = "An alert was" if len(raised) == 1 else f"{len(raised)} alerts were"
         found.append(f"{count} raised; the first, after step {raised[0]['step']}: {first}")
-    found += [f"{name} {verb}" for name, verb in _learning(run)]
-    return found + drift_problems(run) + _head_problems(run)
+    return found + _learning(run) + drift_problems(run) + _head_problems(run)
 
 
-def _learning(run: RunRecord) -> list[tuple[str, str]]:
-    s, found = run.summary, []
-    if run.status == "finished" and s["steps"] > 1:
-        for name, first, last in (
-            ("Reward", "reward_first", "reward_last"),
-            ("Held-out accuracy", "eval_first", "eval_last"),
-        ):
-            if s[first] is not None and s[last] <= s[first]:
-                found.append((name, f"did not rise: {s[first]:.3f} at the start, {s[last]:.3f} at the end."))
+def _learning(run: RunRecord) -> list[str]:
+    s, names = run.summary, {"reward": "Reward", "eval": "Held-out accuracy"}
+    if run.status != "finished" or s["steps"] <= 1:
+        return []
+    ends = [(name, s[f"{key}_first"], s[f"{key}_last"]) for key, name in names.items()]
+    return [
+        f"{name} did not rise: {first:.3f} at the start, {last:.3f} at the end."
+        for name, first, last in ends
+        if first is not None and last <= first
+    ]
+
+
+def watched(run: RunRecord) -> list[str]:
+    """Names of the reward models whose drift the run has watched."""
+    keys = {key for row in run.metrics.rows for key in row if key.startswith(DRIFT)}
+    return sorted({key.removeprefix(DRIFT).partition("/")[0] for key in keys})
+
+
+def drift_problems(run: RunRecord) -> list[str]:
+    """One sentence for every reward model that the monitor saw drift."""
+    found = []
+    for name in watched(run):
+        steps, states = run.series(f"{DRIFT}{name}/state")
+        if bad := [step for step, state in zip(steps, states, strict=True) if state == DRIFTED]:
+            found.append(
+                f"The reward model {name} drifted from the verifier on {len(bad)} of {len(steps)} reports (first: step "
+                f"{bad[0]:.0f}, last: step {bad[-1]:.0f})."
+            )
     return found
 
 
@@ -95,9 +111,9 @@ def sentences(run: RunRecord) -> str:
 
 
 COMPARED = {
-    "k3 of rollout engine and trainer": ("mismatch", "lag0", "k3"),
-    "k3 of the heads in isolation": ("head_isolated", "k3"),
-    "the rollout head's distance from float64": ("head_isolated", "rollout_error"),
+    "k3 of rollout engine and trainer": "mismatch.lag0.k3",
+    "k3 of the heads in isolation": "head_isolated.k3",
+    "the rollout head's distance from float64": "head_isolated.rollout_error",
 }
 
 
@@ -107,31 +123,19 @@ def comparison(a: RunRecord, b: RunRecord, names: tuple[str, str], different: li
     first = f"{names[0]} and {names[1]} have the same configuration" if not different else f"They differ in {listed}"
     parts = []
     for of, path in COMPARED.items():
-        x, y = (_at(run.summary, path) for run in (a, b))
+        x, y = (number_at(run.summary, path) for run in (a, b))
         if x is not None and y is not None:
             parts.append(f"{of} is {short(x)} in {names[0]} and {short(y)} in {names[1]}{_times(x, y, names)}")
-    gains = [gain(r) for r in (a, b)]
+    gains = [_gain(r) for r in (a, b)]
     if None not in gains:
         parts.append(f"the reward changed by {gains[0]:+.3f} and {gains[1]:+.3f}")
     return f"{first}. " + ("; ".join(parts) + "." if parts else "")
 
 
-def _at(summary: dict, path: tuple[str, ...]) -> float | None:
-    for key in path:
-        summary = summary.get(key) or {}
-    return summary if isinstance(summary, int | float) else None
-
-
-def gain(run: RunRecord) -> float | None:
+def _gain(run: RunRecord) -> float | None:
     """Reward of the last tenth minus reward of the first tenth."""
     first, last = run.summary["reward_first"], run.summary["reward_last"]
     return None if first is None else last - first
-
-
-def k3_limit(run: RunRecord) -> float | None:
-    """The gate's limit, where the configuration has one."""
-    limit = run.config.get("mismatch", {}).get("k3_limit") if isinstance(run.config.get("mismatch"), dict) else None
-    return float(limit) if isinstance(limit, int | float) else None
 
 
 def _times(x: float, y: float, names: tuple[str, str]) -> str:

@@ -84,7 +84,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.2))
     for axis, what in zip(axes, ("forward", "forward_backward"), strict=True):
-        (n, vocab, _), group = max(groups(rows, what).items(), key=lambda item: (item[0][:2], len(item[1])))
+        (n, vocab, _), group = max(groups(rows, what).items(), key=lambda item: (len(item[1]), item[0][:2]))
         measured = sorted((r for r in group if "max_error" in r), key=lambda r: r["seconds"], reverse=True)
         colors = [OURS if r["path"].startswith("rlalign") else FP32 if r["fp32_output"] else BF16 for r in measured]
         bars = axis.barh([r["path"] for r in measured], [r["seconds"] for r in measured], color=colors)

@@ -28,7 +28,8 @@ def score_table(rows: list[Row], what: str) -> list[str]:
         weight = vocab * ours["hidden"] * 2 if what == "forward_backward" else 0
         beyond = " beyond the weight gradient" if weight else ""
         clock = "processor seconds" if ours.get("clock") == "processor" else "seconds"
-        lines += [f"### {what.replace('_', ' + ')}, {n:,} tokens x {vocab:,}, hidden {ours['hidden']:,} ({run})", "",
+        threads = ours["device"].split(", ")[-2]
+        lines += [f"### {what.replace('_', ' + ')}, {n:,} tokens x {vocab:,}, hidden {ours['hidden']:,} ({run}, {threads})", "",
                   f"| path | fp32 logits | {clock} | x rlalign | extra MiB{beyond} | max / mean error | runs |",
                   "|---|:-:|--:|--:|--:|--:|--:|"]  # fmt: skip
         for r in measured:
@@ -83,7 +84,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.2))
     for axis, what in zip(axes, ("forward", "forward_backward"), strict=True):
-        (n, vocab, _), group = max(groups(rows, what).items(), key=lambda item: (item[0][:2], len(item[1])))
+        (n, vocab, _), group = max(groups(rows, what).items(), key=lambda item: (len(item[1]), item[0][:2]))
         measured = sorted((r for r in group if "max_error" in r), key=lambda r: r["seconds"], reverse=True)
         colors = [OURS if r["path"].startswith("rlalign") else FP32 if r["fp32_output"] else BF16 for r in measured]
         bars = axis.barh([r["path"] for r in measured], [r["seconds"] for r in measured], color=colors)
@@ -101,10 +102,12 @@ def plot(rows: list[Row], path: Path) -> None:
 def main() -> None:
     source = Path(sys.argv[1])
     rows = json.loads(source.read_text())["rows"]
+    *host, _, torch = rows[-1]["device"].split(", ")
     text = ["# Token logprobs from hidden states: speed, memory, error", "",
-            f"{rows[-1]['device']}. Minimum of the runs, all paths of a table interleaved in one process; the machine",
+            f"{', '.join(host)}, {torch}. Minimum of the runs, all paths of a table interleaved in one process; the machine",
             "was shared: compare within a table only, and a path with one run may have met a busy moment. bf16 weights.",
-            "Error in nats against float64.", "",
+            "Error in nats against float64. Processor seconds are those the process itself ran, on one thread, whatever else the",
+            "machine did; the bare products read float32 copies made beforehand. keep_mib: logits kept for the backward pass.", "",
             f"![seconds]({source.with_suffix('.png').name})", ""]  # fmt: skip
     for what in ("forward", "forward_backward"):
         text += score_table(rows, what)

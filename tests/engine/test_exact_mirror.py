@@ -39,7 +39,9 @@ def test_equal_to_the_bit_at_every_decode_step(engine, rows, monkeypatch):
     finally:
         hook.remove()
     weight_VD = worker_of(engine._llm)._rlalign_named_head()[1].weight
-    steps = [step for step in steps if len(step) == 3]  # at the first generation the live head is asked for its dtype too
+    steps = [
+        step for step in steps if len(step) == 3
+    ]  # at the first generation the live head is asked for its dtype too
     assert max(len(hidden_ND) for hidden_ND, _, _ in steps) == rows
     returned = []
     for hidden_ND, tokens_N, logprobs_N in steps:

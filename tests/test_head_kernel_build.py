@@ -42,6 +42,15 @@ def copied(cache, compiled):  # noqa: F811
     return target
 
 
+@pytest.fixture
+def fast(tmp_path, monkeypatch):
+    """CC is the compiler, told last not to optimise: a second instead of seven."""
+    script = tmp_path / "fastcc"
+    script.write_text(f'#!/bin/sh\nexec {COMPILER} "$@" -O0\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CC", str(script))
+
+
 def test_nothing_is_compiled_behind_the_users_back_and_the_slow_way_is_named(cache, caplog):
     routes._chosen.cache_clear()
     with caplog.at_level(logging.WARNING):
@@ -63,7 +72,7 @@ def test_what_is_built_is_used_by_the_next_process(copied):
 
 @needs_compiler
 @pytest.mark.parametrize("left", [0, 10, 5000, -1])
-def test_a_damaged_library_is_neither_loaded_nor_kept(copied, caplog, left):
+def test_a_damaged_library_is_neither_loaded_nor_kept(copied, fast, caplog, left):
     whole = copied.read_bytes()
     copied.write_bytes(whole[:left])
     assert head_kernel.fma() is None and "its file is damaged" in caplog.text
@@ -110,14 +119,14 @@ def test_a_compiler_that_fails_leaves_nothing(cache, tmp_path, monkeypatch):
 def test_an_old_compiler_leaves_out_what_it_does_not_know(cache, tmp_path, refused, kept):
     """As a compiler that fails on the sources of a path until it is told to leave that path out."""
     old = tmp_path / "oldcc"
-    old.write_text(f'#!/bin/sh\ncase "$*" in *RLALIGN_NO_{refused}*) exec {COMPILER} -O0 "$@";; esac\nexit 1\n')
+    old.write_text(f'#!/bin/sh\ncase "$*" in *RLALIGN_NO_{refused}*) exec {COMPILER} "$@" -O0;; esac\nexit 1\n')
     old.chmod(0o755)
     head_kernel.build(str(old))
     assert head_kernel.available() == tuple(path for path in head_kernel.host_paths() if path in kept)
 
 
 @needs_compiler
-def test_two_processes_that_build_at_once_both_end_with_a_whole_library(cache):
+def test_two_processes_that_build_at_once_both_end_with_a_whole_library(cache, fast):
     threads = [threading.Thread(target=head_kernel.build) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -188,6 +197,7 @@ int main(int count, char **arguments) { /* a sum of the bits of many products by
 """
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="needs qemu-x86_64 (Debian: apt-get install qemu-user)")
 @pytest.mark.parametrize("processor", EMULATED)

@@ -1,4 +1,4 @@
-.PHONY: demo test quick test-vllm-matrix install lint clean
+.PHONY: demo test quick coverage docs test-vllm-matrix install install-test lint clean
 PY = .venv/bin/python
 TWO = $(PY) -m pytest -n 2 --dist loadfile
 # Two busy cores: one thread each is faster than two that spin, and the results do not depend on the core count.
@@ -14,6 +14,14 @@ test: install-test       ## every test, two files at a time; the tests of a file
 quick: install-test      ## the tests that start no engine
 	$(TWO) -m "not engine and not slurm and not slow"
 
+coverage: install-test   ## every test, and htmlcov/index.html says which lines ran, in the engines' own processes too
+	$(PY) -m coverage erase
+	$(TWO) --cov --cov-report=
+	$(PY) -m coverage html -q && $(PY) -m coverage report --skip-covered --sort=miss | tail -n 40
+
+docs: install-test       ## site/index.html; a link to nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -q
+
 install:                 ## .venv with the locked CPU requirements
 	@scripts/setup.sh cpu
 
@@ -27,4 +35,4 @@ lint: install-test
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site htmlcov

@@ -81,7 +81,9 @@ def test_the_exit_code_says_whether_to_start_again(monkeypatch, error, code):
     def run(arguments):
         raise error
 
-    monkeypatch.setattr(cli, "parser", lambda: SimpleNamespace(parse_known_args=lambda argv: (SimpleNamespace(run=run), [])))
+    monkeypatch.setattr(
+        cli, "parser", lambda: SimpleNamespace(parse_known_args=lambda argv: (SimpleNamespace(run=run), []))
+    )
     assert cli.main([]) == code
 
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from rlalign import widened
 from rlalign.config import load
 from rlalign.trainer import packed_attention, sdpa
 from rlalign.trainer.packing import pack, plan
@@ -177,7 +178,12 @@ def test_short_sequences_keep_their_forward_bits_and_get_a_better_gradient(maske
     )
     exact = run(sdpa_attention_forward, torch.float64)[1]
     assert torch.equal(ours, own)
-    assert (our_gradient - exact).norm() < (own_gradient - exact).norm() < 0.01 * exact.norm()
+    ours_off, own_off = (our_gradient - exact).norm(), (own_gradient - exact).norm()
+    if widened.is_widened(torch.bfloat16):  # then torch's own is computed in float32 too
+        assert ours_off <= own_off * (1 + 1e-3)
+    else:
+        assert ours_off < own_off
+    assert own_off < 0.01 * exact.norm()
 
 
 def test_a_budget_that_one_sequence_may_break_is_refused():

@@ -106,12 +106,10 @@ def slope_of(values: list[float]) -> tuple[float, float]:
 
 
 def test_the_policy_learns_what_the_reward_model_alone_rewards(learned):
-    """Its rewards rise by more than they scatter; the verifier's, which a small reward model only resembles, do not fall."""
+    """Its rewards rise by more than they scatter. Nothing is asked of the verifier's, which no sample is trained on."""
     rows = rows_of(learned)
     rise, error = slope_of([row["reward/rm/mean"] for row in rows])
     assert rise > 2 * error, "no more than the steps differ among themselves"
-    rise, error = slope_of([row["reward/verifier/mean"] for row in rows])
-    assert rise > -2 * error
     assert all(row["reward/mean"] == row["reward/rm/mean"] != row["reward/verifier/mean"] for row in rows)
     assert all(row["reward/failed"] == 0 and 0 < row["reward/rm/mean"] < 1 for row in rows)
     assert (learned / "report.html").exists()

@@ -53,7 +53,8 @@ def test_packed_rows_equal_padded_ones(two_ranks):
         largest = float(theirs["logprobs"].abs().max())  # a logprob is a difference of numbers about as large
         assert float((mine["logprobs"] - theirs["logprobs"]).abs().max()) <= floor * max(1.0, largest)
         if RANK_CASES[packed][1]:
-            assert mine["norms"] == pytest.approx(theirs["norms"], rel=floor)
+            # of the steps after the first, whose weights already differ by rounding
+            assert mine["norms"] == pytest.approx(theirs["norms"], rel=10 * floor)
         assert float((mine["moved"] - theirs["moved"]).abs().mean()) < 10 * floor * float(theirs["moved"].abs().mean())
 
 

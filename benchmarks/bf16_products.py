@@ -115,9 +115,9 @@ def _steps(model: Path, steps: int, folder: Path) -> list[str]:
     for way in reversed(WAYS):
         out = folder / way
         settings = [
-            f"model.path={model}", "rollout=cpu", "trainer=cpu", "task=addition", "mismatch=demo", f"steps={steps}",
+            f"model.path={model}", "rollout=cpu", "trainer=cpu", "task=addition", "mismatch=warn", f"steps={steps}",
             f"output_dir={out}",
-            "algo.prompts_per_step=4", "algo.group_size=2", "rollout.max_tokens=16", "rollout.max_model_len=64",
+            "rollout.prompts_per_step=4", "rollout.group_size=2", "rollout.max_tokens=16", "rollout.max_model_len=64",
             "tracking.backends=[]", "tracking.eval_every=1000", "tracking.eval_samples=1", "task.eval_size=2",
         ]  # fmt: skip
         subprocess.run(

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlalign import ranks
+from rlalign import head_kernel, ranks
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ def _install() -> None:
     library = torch.library.Library("aten", "IMPL")
     kernels: dict[str, Callable] = dict.fromkeys(PRODUCTS, _product)
     kernels |= {f"{name}.out": _product_into for name in PRODUCTS}
-    kernels |= {ATTENTION: _attention, f"{ATTENTION}_backward": _attention_gradient}
+    kernels |= {"mm": _mm, "addmm": _addmm, ATTENTION: _attention, f"{ATTENTION}_backward": _attention_gradient}
     originals = {name: torch.library.get_kernel(f"aten::{name}", "CPU") for name in kernels}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that a kernel is replaced is what is wanted
@@ -202,6 +202,34 @@ def _install() -> None:
             functional = originals[name.removesuffix(".out")]
             library.impl(name, partial(ours, functional, originals[name]), "CPU", with_keyset=True)
     _library.append(library)
+
+
+def _mm(functional: Kernel, own: Kernel, keys: Keys, a_NK: Tensor, b_KM: Tensor) -> Tensor:
+    product_NM = _lying_product(a_NK, b_KM)
+    return _product(functional, own, keys, a_NK, b_KM) if product_NM is None else product_NM.to(a_NK.dtype)
+
+
+def _addmm(
+    functional: Kernel, own: Kernel, keys: Keys, bias_M: Tensor, a_NK: Tensor, b_KM: Tensor, **options: object
+) -> Tensor:
+    product_NM = _lying_product(a_NK, b_KM) if bias_M.dtype == a_NK.dtype and not options else None
+    if product_NM is None:
+        return _product(functional, own, keys, bias_M, a_NK, b_KM, **options)
+    return product_NM.add_(bias_M.float()).to(a_NK.dtype)
+
+
+def _lying_product(a_NK: Tensor, b_KM: Tensor) -> Tensor | None:
+    """The float32 product of a linear layer, x @ weight.T in bf16, by the compiled kernel that reads the weight as it lies.
+
+    None for other operands, and where no kernel is built: those are widened. Its bits do not depend on the number of rows.
+    """
+    transposed = b_KM.stride(0) == 1 and b_KM.stride(1) >= b_KM.shape[0]
+    if not (a_NK.dtype == b_KM.dtype == torch.bfloat16 and torch.bfloat16 in _widened and transposed):
+        return None
+    kernel = head_kernel.fma()
+    if kernel is None or a_NK.stride(1) != 1 or not a_NK.numel() or not b_KM.numel():
+        return None
+    return kernel(a_NK, b_KM.t(), torch.empty(a_NK.shape[0], b_KM.shape[1], dtype=torch.float32, device="cpu"))
 
 
 def _product(_: Kernel, own: Kernel, keys: Keys, *tensors: Tensor, **options: object) -> Tensor:

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from rlalign import widened
+from rlalign import head_kernel, widened
 from rlalign.trainer import sdpa
 from rlalign.widened import NATIVE, WIDENED, Choice
+from tests.kernel_parts import compiled, forget, needs_compiler  # noqa: F401
 
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a unit in the last place, relative
 TINIEST = {torch.bfloat16: 0.0, torch.float16: 2.0**-25}
@@ -58,6 +59,25 @@ def test_a_linear_layer_and_its_gradients_are_rounded_once(dtype, bias, shape):
     assert_rounded_once(y.detach().flatten(0, -2), x64 @ w64.t() + plus, size)
     assert_rounded_once(x.grad.flatten(0, -2), g64 @ w64, g64.abs() @ w64.abs())
     assert_rounded_once(w.grad, g64.t() @ x64, g64.abs().t() @ x64.abs())
+
+
+@needs_compiler
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_bf16_linear_layer_has_the_bits_of_the_kernel_for_any_number_of_rows(compiled, monkeypatch, bias):  # noqa: F811
+    monkeypatch.setenv("RLALIGN_CACHE", str(compiled))
+    forget()
+    x, w = normal(70, 300, dtype=torch.bfloat16, seed=0), normal(40, 300, dtype=torch.bfloat16, seed=1)
+    b = normal(40, dtype=torch.bfloat16, seed=2) if bias else None
+    with widened.using(WIDENED):
+        whole = F.linear(x, w, b)
+        assert all(torch.equal(F.linear(x[:n], w, b), whole[:n]) for n in (1, 2, 5, 16, 33, 69))
+        assert torch.equal(F.linear(x[None], w, b)[0], whole)
+        strided = F.linear(x[:, ::2], w[:, ::2], b)  # rows that do not lie whole
+    logits = head_kernel.fma()(x, w, torch.empty(70, 40))
+    assert torch.equal(whole, (logits if b is None else logits + b.float()).bfloat16())
+    half = x[:, ::2].double() @ w[:, ::2].double().t() + (0.0 if b is None else b.double())
+    assert_rounded_once(strided, half, x.double().abs() @ w.double().abs().t() + 3.0)
+    forget()
 
 
 @DTYPES

@@ -223,8 +223,9 @@ def _lying_product(a_NK: Tensor, b_KM: Tensor) -> Tensor | None:
 
     None for other operands, and where no kernel is built: those are widened. Its bits do not depend on the number of rows.
     """
-    transposed = b_KM.stride(0) == 1 and b_KM.stride(1) >= b_KM.shape[0]
-    if not (a_NK.dtype == b_KM.dtype == torch.bfloat16 and torch.bfloat16 in _widened and transposed):
+    if torch.bfloat16 not in _widened or not (a_NK.dtype == b_KM.dtype == torch.bfloat16):
+        return None
+    if b_KM.stride(0) != 1 or b_KM.stride(1) < b_KM.shape[0]:
         return None
     kernel = head_kernel.fma()
     if kernel is None or a_NK.stride(1) != 1 or not a_NK.numel() or not b_KM.numel():

@@ -119,9 +119,9 @@ def probe(model: nn.Module, layer: AlignedLogitsProcessor, lm_head: nn.Module, *
 
 def line(layer: AlignedLogitsProcessor, lm_head: nn.Module) -> str:
     """What a worker's log says of its head."""
-    from rlalign.rollout.worker import _route_of
+    from rlalign.rollout.worker import route_of
 
-    route = _route_of(layer, lm_head)
+    route = route_of(layer, lm_head)
     body = _name(layer.body_dtype)
     dtype = body if layer.mode is HeadMode.OFF and layer.settings is not None else "float32"
     if layer.settings is None:

@@ -69,7 +69,7 @@ class WorkerExtension(CaptureExtension, IdentityExtension, ReceivingExtension):
             "class": f"{type(layer).__module__}.{type(layer).__qualname__}",
             "slot_holder": None if holder is None else f"{holder.__module__}.{holder.__qualname__}",
             "mode": layer.mode.value if ours else None,
-            **_route_of(layer, lm_head),
+            **route_of(layer, lm_head),
             "head": f"{name}: {type(lm_head).__name__}/{type(lm_head.quant_method).__name__}",
             "products": _products_of(lm_head),
             "calls": layer.calls if ours else 0,
@@ -190,7 +190,7 @@ class WorkerExtension(CaptureExtension, IdentityExtension, ReceivingExtension):
     def _rlalign_copy_problems(self) -> list[str]:
         """Whether the fp32 copy, where this head needs one, is the weight's."""
         name, lm_head = self._rlalign_named_head()
-        copies = _route_of(self._rlalign_layer(), lm_head)["copies"]
+        copies = route_of(self._rlalign_layer(), lm_head)["copies"]
         if copies and not rounds_to(CACHE.get(lm_head.weight), lm_head.weight):
             return [f"{name}: the fp32 copy differs from the weight it was made of"]
         return []
@@ -202,7 +202,7 @@ def _products_of(lm_head: VocabParallelEmbedding) -> str | None:
     return None if choice is None else choice.products
 
 
-def _route_of(layer: LogitsProcessor, lm_head: VocabParallelEmbedding) -> dict[str, object]:
+def route_of(layer: LogitsProcessor, lm_head: VocabParallelEmbedding) -> dict[str, object]:
     """{"route", "copies", "kernel", "bits"} of this layer for hidden states in the body's dtype, tried now."""
     if not isinstance(layer, AlignedLogitsProcessor) or layer.mode in VLLMS_OWN:
         return {"route": None, "copies": False, "kernel": None, "bits": None}

@@ -32,7 +32,7 @@ test-vllm-matrix: install-test ## the engine tests on every supported vLLM, each
 	$(PY) scripts/test_vllm_matrix.py
 
 lint: install-test
-	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	$(PY) -m ruff check . && $(PY) -m ruff format --check . && .venv/bin/lint-imports
 
 clean:
 	rm -rf .venv runs site htmlcov

@@ -20,7 +20,7 @@ from adaptive_data import FAMILIES, Part, Policy, problems
 from adaptive_methods import BASELINES, Judged, Method, adaptive, adaptive_then_isotonic
 from adaptive_policy import overconfident_policy
 
-from rlalign.reward.adaptive import Objective
+from rlalign.calibration.adaptive import Objective
 from rlalign.tiny_policy import cache_root
 
 RESULTS = Path(__file__).parent / "results"

@@ -12,8 +12,8 @@ import numpy as np
 from adaptive_data import FAMILIES, Part, Policy
 from adaptive_methods import BASELINES, Judged, adaptive, log_odds
 
-from rlalign.reward.adaptive import Objective
-from rlalign.reward.calibration import PlattCalibrator
+from rlalign.calibration.adaptive import Objective
+from rlalign.calibration.calibrators import PlattCalibrator
 
 if TYPE_CHECKING:
     from adaptive import Data

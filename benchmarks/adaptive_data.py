@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rlalign.reward.adaptive import Projection, TokenBatch, token_batches
+from rlalign.calibration.adaptive import Projection, TokenBatch, token_batches
 from rlalign.tasks import Prompt, Task, load_task
 
 MAX_ANSWER_TOKENS = 8

@@ -18,10 +18,10 @@ import torch
 from adaptive_data import Part
 from torch import Tensor
 
-from rlalign.reward.adaptive import AdaptiveTemperature, Objective, Training, confidence_at
-from rlalign.reward.adaptive.batches import Level
-from rlalign.reward.adaptive.heads import Kind
-from rlalign.reward.calibration import CalibrationWarning, IsotonicCalibrator, PlattCalibrator
+from rlalign.calibration.adaptive import AdaptiveTemperature, Objective, Training, confidence_at
+from rlalign.calibration.adaptive.batches import Level
+from rlalign.calibration.adaptive.heads import Kind
+from rlalign.calibration.calibrators import CalibrationWarning, IsotonicCalibrator, PlattCalibrator
 
 BINS = 15
 SMALLEST = 1e-7

@@ -12,7 +12,7 @@ import numpy as np
 from adaptive_data import FAMILIES
 from adaptive_methods import Judged
 
-from rlalign.reward.metrics import expected_calibration_error as ece
+from rlalign.calibration.metrics import expected_calibration_error as ece
 
 SHOWN = {
     "uncalibrated": "0.45", "temperature, top-label loss": "tab:orange", "histogram binning": "tab:green",

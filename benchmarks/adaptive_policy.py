@@ -9,7 +9,7 @@ import os
 from functools import partial
 from pathlib import Path
 
-from rlalign.compose import compose, set_environment
+from rlalign.config.compose import compose, set_environment
 from rlalign.tiny_policy import cached_policy
 
 
@@ -19,26 +19,26 @@ def overconfident_policy(folder: Path, steps: int) -> Path:
         return folder
     set_environment()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from rlalign import assemble
     from rlalign.config import load
-    from rlalign.loop import train_step
-    from rlalign.parties import Parties
+    from rlalign.run import assembly
+    from rlalign.run.parties import Parties
+    from rlalign.run.step import train_step
     from rlalign.weights import publish
 
     overrides = ["task.train_size=512", "task.eval_size=128", "rollout.prompts_per_step=32", f"steps={steps}"]
     config = load(compose("demo", overrides))
     base = cached_policy("untied", report=print)
-    tokenizer = assemble.load_tokenizer(base)
-    engine = assemble.start_engine(base, config)
+    tokenizer = assembly.load_tokenizer(base)
+    engine = assembly.start_engine(base, config)
     try:
-        policy = assemble.start_policy(base, config)
+        policy = assembly.start_policy(base, config)
         try:
             parties = Parties(
                 engine=engine,
                 trainer=policy,
-                task=assemble.load_task_of(config),
+                task=assembly.load_task_of(config),
                 publish=partial(publish, receiver=engine, shared=Path(config.weights.shared)),
-                encode=partial(assemble.encode, tokenizer, chat=False),
+                encode=partial(assembly.encode, tokenizer, chat=False),
                 pad_token_id=tokenizer.pad_token_id,
             )
             parties.publish(policy.named_weights(), policy.version)

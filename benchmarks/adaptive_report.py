@@ -13,7 +13,7 @@ import torch
 from adaptive_data import FAMILIES
 from adaptive_methods import BASELINES, Judged
 
-from rlalign.reward.metrics import (
+from rlalign.calibration.metrics import (
     auroc,
     bootstrap_ci,
     brier_score,

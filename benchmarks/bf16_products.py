@@ -1,4 +1,5 @@
-"""16-bit products on this CPU: torch's own against `rlalign.widened`, for single layers, attention, and whole steps of training.
+"""16-bit products on this CPU: torch's own against `rlalign.head.widened`, for single layers, attention, and whole steps of
+training.
 
 python -m benchmarks.bf16_products [--model FOLDER] [--steps 2] [--device NAME] [--write]
 
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from rlalign import widened
+from rlalign.head import widened
 
 RESULTS = Path(__file__).parent / "results" / "bf16_products.md"
 LAYERS = ((16, 576, 1536), (512, 576, 1536), (1000, 128, 384))  # tokens, inputs, outputs

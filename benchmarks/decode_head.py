@@ -32,7 +32,7 @@ def measure(wrapper: object, sizes: tuple[int, ...], rounds: int, host: str, clo
 
     import torch
 
-    from rlalign.rollout.head_layer import HeadMode
+    from rlalign.rollout.head.logits_processor import HeadMode
 
     worker = wrapper.worker
     layer, (_, lm_head) = worker._rlalign_layer(), worker._rlalign_named_head()
@@ -59,7 +59,7 @@ def sample_cost(weight: object) -> float:
     """Microseconds that looking at a sample of the content adds to one use of the fp32 copy (median of 200)."""
     import time
 
-    from rlalign.head_cache import HeadCache
+    from rlalign.head.cache import HeadCache
 
     medians = []
     cache = HeadCache()
@@ -78,26 +78,26 @@ def paths_of(layer: object, lm_head: object) -> dict[str, Callable]:
     """hidden -> logits for each path, through the layer as vLLM calls it."""
     import torch
 
-    from rlalign import head_kernel
-    from rlalign.rollout import head_layer
-    from rlalign.rollout.head_layer import HeadMode
+    from rlalign.head import kernel
+    from rlalign.rollout.head import logits_processor
+    from rlalign.rollout.head.logits_processor import HeadMode
 
-    chosen, asked = head_layer.reads_weight_directly, head_kernel.forced()
+    chosen, asked = logits_processor.reads_weight_directly, kernel.forced()
 
     def through(mode: HeadMode, *, copies: bool = False, widen: bool = False, library: bool = False) -> Callable:
         def call(hidden: object) -> object:
             layer.set_mode(mode)
-            os.environ[head_kernel.VARIABLE] = "none" if library else asked
-            head_layer.reads_weight_directly = (lambda hidden, weight: False) if copies else chosen
+            os.environ[kernel.VARIABLE] = "none" if library else asked
+            logits_processor.reads_weight_directly = (lambda hidden, weight: False) if copies else chosen
             logits = layer._apply_head(lm_head, hidden, None)
-            head_layer.reads_weight_directly = chosen
-            os.environ[head_kernel.VARIABLE] = asked
+            logits_processor.reads_weight_directly = chosen
+            os.environ[kernel.VARIABLE] = asked
             return logits.float() if widen else logits
 
         return call
 
     def copied(hidden: object) -> object:
-        return torch.nn.functional.linear(hidden.float(), head_layer.CACHE.get(lm_head.weight))
+        return torch.nn.functional.linear(hidden.float(), logits_processor.CACHE.get(lm_head.weight))
 
     ways = (
         through(HeadMode.OFF),
@@ -133,7 +133,7 @@ def memory(call: Callable, layer: object) -> tuple[int, int]:
 
     import torch
 
-    from rlalign.head_cache import Epoch
+    from rlalign.head.cache import Epoch
 
     hidden = torch.randn(8, HIDDEN).bfloat16()
     Epoch.bump("benchmark")  # releases fp32 copies and the block of logits
@@ -170,8 +170,8 @@ def build(folder: Path) -> Path:
 def run(tensor_parallel: int, rounds: int, host: str, clock: str) -> list[dict]:
     """Start the engine and measure on every rank."""
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # the function above is sent to the workers
-    from rlalign.rollout.engine import EMBEDDED_ENVIRONMENT
-    from rlalign.rollout.head_plugin import SETTINGS_KEY
+    from rlalign.rollout.engine.embedded import EMBEDDED_ENVIRONMENT
+    from rlalign.rollout.names import SETTINGS_KEY
 
     for name, value in (EMBEDDED_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "1"}).items():
         os.environ.setdefault(name, value)
@@ -185,7 +185,7 @@ def run(tensor_parallel: int, rounds: int, host: str, clock: str) -> list[dict]:
             enforce_eager=True,
             skip_tokenizer_init=True,
             tensor_parallel_size=tensor_parallel,
-            worker_extension_cls="rlalign.rollout.worker.WorkerExtension",
+            worker_extension_cls="rlalign.rollout.worker.extension.WorkerExtension",
             additional_config={SETTINGS_KEY: {"head_dtype": "float32", "mode": "auto"}},
         )
         return llm.collective_rpc(measure, args=(SIZES, rounds, host, clock))

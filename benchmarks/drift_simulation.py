@@ -10,8 +10,8 @@ from statistics import median
 import numpy as np
 from scipy.special import expit
 
-from rlalign.reward.calibration import PlattCalibrator
-from rlalign.reward.drift import DriftMonitor, DriftState
+from rlalign.calibration.calibrators import PlattCalibrator
+from rlalign.calibration.drift import DriftMonitor, DriftState
 
 STEPS, MOVED_AT, PROMPTS, GROUP = 120, 60, 8, 8  # 64 labelled rows a step
 

@@ -47,7 +47,7 @@ LOADS = {
 def measure(model: Path, load: Load, dtype: str) -> dict[str, tuple[list[float], list[float]]]:
     """{operation: (plain seconds, exact seconds)}, one after the other in every round."""
     from rlalign.diagnose.both_sides import trainer_network
-    from rlalign.rollout.engine import VLLMEngine
+    from rlalign.rollout.engine.embedded import VLLMEngine
 
     rollout = RolloutConfig(
         max_tokens=load.tokens, max_model_len=256, max_num_seqs=128, enforce_eager=True, prefix_caching=False

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from head_peers import Score
 from torch import Tensor
 
-from rlalign import head
+from rlalign.head import projection
 from rlalign.logprobs import token_logprobs
 from rlalign.logprobs.blocks import padded
 
@@ -107,8 +107,11 @@ def decode_paths(weight_VD: Tensor) -> dict[str, tuple[bool, Callable[[Tensor], 
     copy_VD = weight_VD.float()
     return {
         "bf16 head": (False, lambda h: F.linear(h, weight_VD)),
-        "rlalign project": (True, lambda h: head.project(h, weight_VD)),
-        "rlalign project, cached fp32 weight": (True, lambda h: head.project(h, copy_VD, weight_is_bf16_valued=True)),
+        "rlalign project": (True, lambda h: projection.project(h, weight_VD)),
+        "rlalign project, cached fp32 weight": (
+            True,
+            lambda h: projection.project(h, copy_VD, weight_is_bf16_valued=True),
+        ),
         "cached fp32 weight, sgemm": (True, lambda h: F.linear(h.float(), copy_VD)),
         "fp32 by casting the weight each call": (True, lambda h: F.linear(h.float(), weight_VD.float())),
     }

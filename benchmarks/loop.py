@@ -132,11 +132,12 @@ def summary(runs: list[dict]) -> dict[str, object]:
 
 def run_ours(arguments: dict) -> dict[str, object]:
     """`rlalign train` in this process, with a clock around the verbs of its parties."""
-    from rlalign import loop, train
-    from rlalign.compose import compose
     from rlalign.config import load
-    from rlalign.rollout.engine import VLLMEngine
-    from rlalign.tracking.run import Run
+    from rlalign.config.compose import compose
+    from rlalign.rollout.engine.embedded import VLLMEngine
+    from rlalign.run import step as loop
+    from rlalign.run import train
+    from rlalign.tracking.run_directory import Run
     from rlalign.trainer.policy import Policy
 
     spent: dict[str, float] = {}
@@ -218,9 +219,9 @@ def overrides(arguments: dict) -> list[str]:
 
 def write_prompts(path: Path, arguments: dict) -> Path:
     """The prompts of our steps, in their order, with their answers, for the peer."""
-    from rlalign.assemble import load_task_of
-    from rlalign.compose import compose
     from rlalign.config import load
+    from rlalign.config.compose import compose
+    from rlalign.run.assembly import load_task_of
 
     config = load(compose("demo", overrides(arguments | {"overrides": [], "output": "none"})))
     task = load_task_of(config)

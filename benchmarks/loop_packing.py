@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from loop import build_model
 
-from rlalign import corrections, objective
 from rlalign.config import AlgoConfig, TrainerConfig
+from rlalign.objective import choice, corrections
 from rlalign.trainer import passes
 from rlalign.trainer.packing import MicroBatch
 from rlalign.trainer.policy import Policy
@@ -84,7 +84,7 @@ def measure(model: Path, batch: RolloutBatch, name: str, rounds: int) -> dict[st
     config = TrainerConfig(threads=1, **KINDS[name])
     algo = AlgoConfig(lr=0.0)
     policy = Policy(model, config, algo, dtype="bfloat16", head_dtype="float32", temperature=1.0, seed=0)
-    loss = partial(objective.policy_loss, algo=algo, max_tokens=LONGEST)
+    loss = partial(choice.policy_loss, algo=algo, max_tokens=LONGEST)
     score, train, norm = [], [], 0.0
     for _ in range(rounds + 1):
         began = time.process_time()

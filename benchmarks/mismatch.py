@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from rlalign import corrections, mismatch
+from rlalign import mismatch
+from rlalign.objective import corrections
 
 B, L = 64, 4096
 RESULTS = Path(__file__).parent / "results" / "mismatch.md"

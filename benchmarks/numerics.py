@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from head import machine
 from torch import Tensor
 
-from rlalign import head
+from rlalign.head import projection as head
+from rlalign.head.products import Route, logits_of, stored_for
 from rlalign.logprobs import token_logprobs
-from rlalign.products import Route, logits_of, stored_for
 
 Logits = Callable[[Tensor, Tensor], Tensor]
 

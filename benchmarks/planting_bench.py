@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rlalign.assemble import load_tokenizer
 from rlalign.config import RolloutConfig
 from rlalign.diagnose.both_sides import trainer_network, trainer_scores
 from rlalign.diagnose.suspects import Case
-from rlalign.rollout.engine import VLLMEngine
+from rlalign.rollout.engine.embedded import VLLMEngine
+from rlalign.run.assembly import load_tokenizer
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
 from rlalign.types import RolloutBatch, collate
 from rlalign.weights import publish

@@ -53,7 +53,7 @@ def ways_of(model: object, budget: int) -> dict[str, Callable[[list[int], list[l
     import torch
     from transformers import DynamicCache
 
-    from rlalign.reward import HFScorer
+    from rlalign.scoring import HFScorer
 
     alone = HFScorer.wrap(model, None, id="alone", packing="never")
     packed = HFScorer.wrap(model, None, id="packed", packing="always", max_pack_tokens=budget)

@@ -179,7 +179,7 @@ def tiny_model(folder: Path) -> None:
 
 def ask_questions(model: Path) -> Questions:
     """Raises RuntimeError where two answers are too close to be told apart."""
-    from rlalign.reward.hf_scorer import HFScorer
+    from rlalign.scoring.hf import HFScorer
 
     rng = random.Random(0)
     scorer = HFScorer(str(model))

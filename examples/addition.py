@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlalign.reward.training.tiny import cached_reward_model
+from rlalign.reward.training.tiny_reward import cached_reward_model
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from rlalign.reward.reward_func import Scoring
+    from rlalign.scoring.reward_func import Scoring
 
 RIGHT, TENS, ONES = 0, 1, 2  # how an answer can be wrong: by a multiple of ten, or not
 KINDS = ("right", "wrong by tens", "wrong by ones")
@@ -77,7 +77,7 @@ def logits(scorer: Scoring, rows: list[Answer]) -> NDArray[np.float32]:
 
 def served(scorer: Scoring, rows: list[Answer]) -> NDArray[np.float32]:
     """Activated scores [N, K], as the engine's own configuration makes them."""
-    from rlalign.reward import ScoringParams
+    from rlalign.scoring import ScoringParams
 
     params = ScoringParams(use_activation=True)
     results = scorer.run([scorer.prepare(row.question, [row.text], params) for row in rows])

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import addition
 import numpy as np
 
-from rlalign.reward import HFScorer, VLLMScorer, with_calibration
-from rlalign.reward.calibration import PlattCalibrator
-from rlalign.reward.metrics import expected_calibration_error
+from rlalign.calibration.calibrators import PlattCalibrator
+from rlalign.calibration.metrics import expected_calibration_error
+from rlalign.scoring import HFScorer, VLLMScorer, with_calibration
 
 
 @dataclass(frozen=True)

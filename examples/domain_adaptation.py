@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import addition
 import numpy as np
 
-from rlalign.reward import VLLMScorer, with_calibration
-from rlalign.reward.calibration import PlattCalibrator
-from rlalign.reward.metrics import expected_calibration_error, negative_log_likelihood
+from rlalign.calibration.calibrators import PlattCalibrator
+from rlalign.calibration.metrics import expected_calibration_error, negative_log_likelihood
+from rlalign.scoring import VLLMScorer, with_calibration
 
 HOME, NEW = (10, 99), (1, 9)
 LABELS = 80

@@ -16,8 +16,8 @@ from pathlib import Path
 import addition
 import numpy as np
 
-from rlalign.reward import HFScorer, VLLMScorer
-from rlalign.reward.calibration import PlattCalibrator
+from rlalign.calibration.calibrators import PlattCalibrator
+from rlalign.scoring import HFScorer, VLLMScorer
 
 RAW_THRESHOLD, PROBABILITY = 2.0, 0.8
 

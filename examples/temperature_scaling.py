@@ -16,9 +16,9 @@ from pathlib import Path
 import addition
 import numpy as np
 
-from rlalign.reward import HFScorer, VLLMScorer
-from rlalign.reward.calibration import TemperatureCalibrator
-from rlalign.reward.metrics import expected_calibration_error
+from rlalign.calibration.calibrators import TemperatureCalibrator
+from rlalign.calibration.metrics import expected_calibration_error
+from rlalign.scoring import HFScorer, VLLMScorer
 
 
 @dataclass(frozen=True)

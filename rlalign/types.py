@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+__all__ = ["Correction", "LogprobSpec", "RewardScore", "Rollout", "RolloutBatch", "TrainBatch", "collate", "spread"]
+
 
 UNKNOWN_VERSION = -1
 

@@ -70,8 +70,10 @@ def execute(version: str, sources: Path) -> None:
     from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
     from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 
-    from rlalign import head, ranks
-    from rlalign.rollout import head_layer, head_plugin
+    from rlalign import ranks
+    from rlalign.head import projection
+    from rlalign.rollout import head_plugin, names
+    from rlalign.rollout.head import logits_processor
 
     settings = VllmConfig(device_config=DeviceConfig("cpu"))
     with set_current_vllm_config(settings):
@@ -87,19 +89,19 @@ def execute(version: str, sources: Path) -> None:
         lm_head.weight.data.copy_(torch.randn(320, 128) * 0.1)
         lm_head.quant_method.process_weights_after_loading(lm_head)
         bias, hidden = torch.randn(320).bfloat16(), torch.randn(7, 128).bfloat16()
-        settings.additional_config = {head_plugin.SETTINGS_KEY: {"head_dtype": "float32", "mode": "auto"}}
+        settings.additional_config = {names.SETTINGS_KEY: {"head_dtype": "float32", "mode": "auto"}}
         layer = LogitsProcessor(300, 300)
-        assert isinstance(layer, head_layer.AlignedLogitsProcessor), f"{version}: the slot was not taken"
-        expected = head.project(hidden, lm_head.weight, bias)[:, :300]
+        assert isinstance(layer, logits_processor.AlignedLogitsProcessor), f"{version}: the slot was not taken"
+        expected = projection.project(hidden, lm_head.weight, bias)[:, :300]
         for copies in (False, True):
-            head_layer.reads_weight_directly = lambda hidden, weight, copies=copies: not copies
+            logits_processor.reads_weight_directly = lambda hidden, weight, copies=copies: not copies
             logits = layer(lm_head, hidden, bias)
             assert logits.dtype == torch.float32 and torch.equal(logits, expected), (
                 f"{version}: other logits than head.project"
             )
         tokens = layer.get_top_tokens(lm_head, hidden, bias)
         assert torch.equal(tokens, expected.argmax(-1)), f"{version}: other top tokens than the argmax of our logits"
-        layer.set_mode(head_layer.HeadMode.OFF)
+        layer.set_mode(logits_processor.HeadMode.OFF)
         own = lm_head.quant_method.apply(lm_head, hidden)[:, :300]
         assert torch.equal(layer(lm_head, hidden), own), f"{version}: switched off it is not vLLM's own head"
         assert layer.calls == 4, f"{version}: {layer.calls} of 4 calls were counted"

@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from rlalign.tiny_policy import TinyRecipe, cache_root, make_tiny_policy
+from rlalign.tiny_policy import cache_root, make_tiny_policy
+from rlalign.tiny_policy.policy_recipe import TinyRecipe
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from rlalign.cli import own_arguments, set_environment
-from rlalign.compose import register_schema
 from rlalign.config import load
+from rlalign.config.compose import register_schema
 from rlalign.exits import LOST, REQUEUE, Lost, Preempted
 from rlalign.ranks import explained
 
@@ -24,7 +24,7 @@ register_schema()
 
 @hydra.main(version_base="1.3", config_path="pkg://rlalign.configs", config_name="train")
 def main(composed: DictConfig) -> None:
-    from rlalign.train import train
+    from rlalign.run.train import train
 
     # Hydra shows INFO of all libraries: a line for every request to a server
     logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 from rlalign.cli import set_environment
-from rlalign.compose import compose
 from rlalign.config import load
+from rlalign.config.compose import compose
 
 set_environment()
 
 
 def main() -> None:
-    from rlalign.verified_samples import write_verified_samples
+    from rlalign.run.verified_samples import write_verified_samples
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from rlalign.parties import Parties
+from rlalign.run.parties import Parties
 from rlalign.types import LogprobSpec, Rollout
 from rlalign.weights import publish
 

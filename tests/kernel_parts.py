@@ -4,17 +4,17 @@ import shutil
 
 import pytest
 
-from rlalign import head_kernel
+from rlalign.head import kernel
 
 COMPILER = next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)
 needs_compiler = pytest.mark.skipif(
-    COMPILER is None or not head_kernel.host_paths(), reason="needs gcc or clang, and a CPU with AVX2"
+    COMPILER is None or not kernel.host_paths(), reason="needs gcc or clang, and a CPU with AVX2"
 )
 
 
 def forget() -> None:
     """As in a new process: no library has been looked for yet."""
-    head_kernel.forget()
+    kernel.forget()
 
 
 @pytest.fixture(scope="session")
@@ -23,5 +23,5 @@ def compiled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compiled")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RLALIGN_CACHE", str(folder))
-        head_kernel.build()
+        kernel.build()
     return folder

@@ -98,7 +98,7 @@ def model_of(kind):
 @cache
 def scorer_of(kind, packing="auto"):
     """HFScorer of `model_of(kind)`."""
-    from rlalign.reward import HFScorer
+    from rlalign.scoring import HFScorer
 
     return HFScorer.wrap(model_of(kind), tokenizer_of(kind), id=f"tiny/{kind}", packing=packing)
 

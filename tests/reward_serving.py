@@ -16,12 +16,11 @@ import torch
 import uvicorn
 from starlette.testclient import TestClient
 
-from rlalign.reward.activations import classification_scores, label_scores
-from rlalign.reward.inputs import checked_inputs
-from rlalign.reward.params import ModelInfo, ScoringParams
-from rlalign.reward.result import ScoreResult
-from rlalign.reward.scorer import RewardScorer, Text
-from rlalign.reward.server import ServerSettings, create_app
+from rlalign.scoring.answers import classification_scores, label_scores
+from rlalign.scoring.params import ModelInfo, ScoringParams
+from rlalign.scoring.result import ScoreResult
+from rlalign.scoring.scorer import RewardScorer, Text, checked_inputs
+from rlalign.serve import ServerSettings, create_app
 
 
 def fingerprint(query: Text, item: Text, column: int = 0) -> float:

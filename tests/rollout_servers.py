@@ -10,8 +10,8 @@ from pathlib import Path
 
 import rlalign
 from rlalign.config import RolloutConfig
-from rlalign.rollout.handshake import LAYER
-from rlalign.rollout.server.handshake import Wanted
+from rlalign.rollout.engine.handshake import LAYER
+from rlalign.rollout.server.greeting import Wanted
 from rlalign.rollout.server.pool import ServerPool
 from tests import http_servers
 
@@ -37,7 +37,7 @@ class FakeVLLM(http_servers.Server):
 
     def __init__(self, model: Path, port: int = 0, **said: object) -> None:
         super().__init__(self._respond, port=port)
-        from rlalign.rollout.server.identity import digests
+        from rlalign.rollout.worker.model_identity import digests
 
         self.said = {
             "rank": 0, "host": "hopper", "pid": 1, "life": f"first of {self.url}", "model": str(model), **digests(model),

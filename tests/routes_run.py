@@ -30,10 +30,10 @@ def took(what: str, how: str) -> None:
 
 def watch() -> None:
     """Write down every head product from here on. To be called before anything imports them by name."""
-    from rlalign import head_kernel, products, routes
+    from rlalign.head import kernel, products, routes
 
     products.matmul = _watched(products.matmul, lambda a, b, route, **rest: took(HEAD, str(route)))
-    head_kernel.Kernel.__call__ = _watched(head_kernel.Kernel.__call__, lambda self, *rest: took(KERNEL, self.path))
+    kernel.Kernel.__call__ = _watched(kernel.Kernel.__call__, lambda self, *rest: took(KERNEL, self.path))
     for name in ("cpu_route", "decode_kernel", "bits"):
         setattr(routes, name, _trial(getattr(routes, name)))
 
@@ -53,8 +53,8 @@ def _asked(self: object, attn_implementation: str | None, default: Callable) -> 
 
 def summary(found: dict[str, Iterable[str]]) -> Iterator[str]:
     """One line per kind: what ran, and what exists but did not."""
-    from rlalign.head_kernel.build import PATHS
-    from rlalign.products import Route
+    from rlalign.head.kernel.build import PATHS
+    from rlalign.head.products import Route
 
     possible = POSSIBLE | {HEAD: tuple(map(str, Route)), KERNEL: tuple(PATHS)}
     for what, every in possible.items():
@@ -65,7 +65,7 @@ def summary(found: dict[str, Iterable[str]]) -> Iterator[str]:
 
 def of_this_process() -> dict[str, list[str]]:
     """What was written down, and how bf16 products were settled, as plain data."""
-    for choice in getattr(sys.modules.get("rlalign.widened"), "_choices", {}).values():
+    for choice in getattr(sys.modules.get("rlalign.head.widened"), "_choices", {}).values():
         took(BF16, choice.products)
     return {what: sorted(hows) for what, hows in taken.items()}
 

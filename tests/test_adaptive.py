@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlalign.calibration.adaptive import AdaptiveTemperature, ClassBatch, Objective, Projection, TokenBatch, Training
+from rlalign.calibration.adaptive.batches import token_batches
+from rlalign.calibration.adaptive.fitting import scale_of
+from rlalign.calibration.adaptive.scale_losses import LOSSES
 from rlalign.logprobs import token_logprobs
-from rlalign.reward.adaptive import AdaptiveTemperature, ClassBatch, Objective, Projection, TokenBatch, Training
-from rlalign.reward.adaptive.batches import token_batches
-from rlalign.reward.adaptive.fitting import scale_of
-from rlalign.reward.adaptive.losses import LOSSES
 
 D, V = 16, 50
 EVERY_OBJECTIVE = [Objective(loss=loss) for loss in LOSSES] + [
@@ -118,7 +118,7 @@ def test_facts_are_those_of_the_whole_table(options):
 
 
 def test_many_tiles_and_one_give_the_same(monkeypatch):
-    from rlalign.reward.adaptive import sums
+    from rlalign.calibration.adaptive import sums
 
     tokens = batch(3)
     scale_N = torch.rand(len(tokens), generator=torch.Generator().manual_seed(0)) + 0.2
@@ -132,7 +132,7 @@ def test_many_tiles_and_one_give_the_same(monkeypatch):
 
 
 def test_the_first_of_equal_logits_is_the_top_one_in_any_tiling(monkeypatch):
-    from rlalign.reward.adaptive import sums
+    from rlalign.calibration.adaptive import sums
 
     weight_VD = torch.zeros(V, D)
     weight_VD[[7, 30, 44], 0] = 1.0

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from rlalign.reward.adaptive import AdaptiveTemperature, Training
-from rlalign.reward.adaptive.command import Options, calibrate_tokens, split
-from rlalign.reward.adaptive.model_batches import Completion, ModelBatches, encode, read_completions
-from rlalign.reward.calibration import ModelIdentity
+from rlalign.calibration.adaptive import AdaptiveTemperature, Training
+from rlalign.calibration.adaptive.model_batches import Completion, ModelBatches, encode, read_completions
+from rlalign.calibration.calibrators import ModelIdentity
+from rlalign.commands.calibrate_tokens import Options, calibrate_tokens, split
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
 
 QUICK = Training(epochs=2, learning_rate=0.03, least_steps=1)
@@ -88,7 +88,7 @@ def test_the_command_writes_what_it_judged_better(folder, data, tmp_path, capsys
 
 @pytest.mark.slow
 def test_harm_is_not_written(folder, data, tmp_path, capsys, monkeypatch):
-    from rlalign.reward.adaptive import command
+    from rlalign.commands import calibrate_tokens as command
 
     monkeypatch.setattr(command, "brier_score", lambda p, y: 0.2)  # no head is better than another
     out = tmp_path / "policy.ats.json"

@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from transformers.models.llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from rlalign.reward.adaptive import AdaptiveTemperature, ClassBatch, Objective, Training
-from rlalign.reward.adaptive.fitting import Fitting
-from rlalign.reward.adaptive.heads import HeadShape, TemperatureHead
+from rlalign.calibration.adaptive import AdaptiveTemperature, ClassBatch, Objective, Training
+from rlalign.calibration.adaptive.fitting import Fitting
+from rlalign.calibration.adaptive.heads import HeadShape, TemperatureHead
 from tests.test_adaptive import D, batch, projection
 
 HEADS = ["constant", "linear", "mlp", "transformer"]

@@ -9,8 +9,13 @@ import torch
 from scipy.special import expit, softmax
 from scipy.stats import kendalltau
 
-from rlalign.reward.adaptive import AdaptiveTemperature, ClassBatch, Objective, TokenBatch, Training, token_batches
-from rlalign.reward.calibration import CalibrationMismatchError, ModelIdentity, NotFittedError, TemperatureCalibrator
+from rlalign.calibration.adaptive import AdaptiveTemperature, ClassBatch, Objective, TokenBatch, Training, token_batches
+from rlalign.calibration.calibrators import (
+    CalibrationMismatchError,
+    ModelIdentity,
+    NotFittedError,
+    TemperatureCalibrator,
+)
 from tests.test_adaptive import D, V, batch, projection
 
 MODEL = ModelIdentity(id="org/policy", revision="4f1c", head_dtype="float32")

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlalign.reward.adaptive import Objective, Projection, TokenBatch
+from rlalign.calibration.adaptive import Objective, Projection, TokenBatch
 from tests.test_adaptive import EVERY_OBJECTIVE, NAMES
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlalign.advantages import gae, group_relative, whiten
+from rlalign.objective.advantages import gae, group_relative, whiten
 
 quick = settings(max_examples=30, deadline=None)
 seeds = st.integers(0, 2**32 - 1)

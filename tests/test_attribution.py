@@ -10,8 +10,8 @@ from rlalign.diagnose.attribution.bias import bias
 from rlalign.diagnose.attribution.compare import counted, distinct
 from rlalign.diagnose.attribution.difference import Spread, common_rows, differences
 from rlalign.diagnose.attribution.patching import removed
-from rlalign.rollout.recording import LOGITS, TOKENS, Recorder, Recording, join
-from rlalign.rollout.teacher_forcing import Route
+from rlalign.rollout.engine.teacher_forcing import Route
+from rlalign.rollout.worker.recording import LOGITS, TOKENS, Recorder, Recording, join
 from tests import attribution_parts as parts
 
 

@@ -8,16 +8,17 @@ from dataclasses import replace
 import pytest
 
 from rlalign.cli import main
-from rlalign.diagnose.attribution import command, page, table, words
+from rlalign.commands import attribute
+from rlalign.diagnose.attribution import console_table, page, words
 from rlalign.diagnose.attribution.bias import Bias
 from rlalign.diagnose.attribution.difference import Spread
+from rlalign.diagnose.attribution.findings import Attribution, PointDifference, RouteAttribution
 from rlalign.diagnose.attribution.mapping import LAYER_PAIRS, match, parse, read_pairs
 from rlalign.diagnose.attribution.patching import Removed
-from rlalign.diagnose.attribution.result import Attribution, PointDifference, RouteAttribution
 from rlalign.diagnose.attribution.sources import budget, of_run
 from rlalign.diagnose.attribution.trainer_side import module_names
 from rlalign.report.drawings import BELOW, FAULT, NOTHING, Scale, heat_map, scale_of
-from rlalign.rollout.recording import Tap
+from rlalign.rollout.worker.recording import Tap
 from tests import attribution_parts as parts
 
 YAML = """
@@ -130,7 +131,7 @@ def test_options_that_contradict_each_other(tmp_path, capsys):
     assert main(["attribute", "--run", str(tmp_path)]) == 2
     assert "is not a run directory" in capsys.readouterr().err
     parser = argparse.ArgumentParser()
-    command.add_options(parser)
+    attribute.add_options(parser)
     with pytest.raises(SystemExit):
         parser.parse_args(["--route", "sideways"])
 
@@ -207,10 +208,10 @@ def test_without_a_finding_the_shares_are_said():
 
 def test_the_table_marks_findings_and_shows_other_points_on_request():
     found = result(layers_1_q_rope=50.0)
-    lines = table.text(found).splitlines()
+    lines = console_table.text(found).splitlines()
     assert [line.split()[0] for line in lines if line.endswith("<-")] == ["layers.1.q_rope"]
     assert not any(line.startswith("layers.2.q_rope") for line in lines)
-    assert any(line.startswith("layers.2.q_rope") for line in table.text(found, every=True).splitlines())
+    assert any(line.startswith("layers.2.q_rope") for line in console_table.text(found, every=True).splitlines())
 
 
 def test_the_page_is_self_contained_escapes_names_and_says_the_verdict(tmp_path):

@@ -7,9 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from rlalign.reward import ScoringParams, with_calibration
-from rlalign.reward.calibrated import calibrated
-from rlalign.reward.calibration import (
+from rlalign.calibration.calibrators import (
     CalibrationMismatchError,
     CalibrationWarning,
     IdentityCalibrator,
@@ -17,6 +15,8 @@ from rlalign.reward.calibration import (
     PlattCalibrator,
     TemperatureCalibrator,
 )
+from rlalign.scoring import ScoringParams, with_calibration
+from rlalign.scoring.calibrated import calibrated
 from tests.reward_models import scorer_of
 
 QUERY, ITEMS = "What is 2 + 2? ", ["4", "twenty-two", "The sum is four, I think."]

@@ -6,17 +6,12 @@ import torch
 from scipy.special import expit, log_expit
 from sklearn.metrics import roc_auc_score
 
-from rlalign.reward.calibration import (
-    BetaCalibrator,
-    IsotonicCalibrator,
-    PlattCalibrator,
-    TemperatureCalibrator,
-)
-from rlalign.reward.metrics import expected_calibration_error, negative_log_likelihood
+from rlalign.calibration.calibrators import BetaCalibrator, IsotonicCalibrator, PlattCalibrator, TemperatureCalibrator
+from rlalign.calibration.metrics import expected_calibration_error, negative_log_likelihood
 
 FITTED = [PlattCalibrator, TemperatureCalibrator, IsotonicCalibrator, BetaCalibrator]
 GRID = np.linspace(-12, 12, 401)
-pytestmark = pytest.mark.filterwarnings("ignore::rlalign.reward.calibration.CalibrationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::rlalign.calibration.calibrators.CalibrationWarning")
 
 
 def scored(n=500, seed=0, scale=0.6, bias=1.0):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from rlalign.reward.calibration import Calibrator, ModelIdentity, PlattCalibrator
-from rlalign.reward.calibration.command import METHODS, calibrate, report
-from rlalign.reward.calibration.cross_fit import cross_fitted
-from rlalign.reward.calibration.score_rows import read_score_rows
-from rlalign.reward.metrics import brier_score
+from rlalign.calibration.calibrators import Calibrator, ModelIdentity, PlattCalibrator
+from rlalign.calibration.calibrators.cross_fit import cross_fitted
+from rlalign.calibration.calibrators.score_rows import read_score_rows
+from rlalign.calibration.metrics import brier_score
+from rlalign.commands.calibrate import METHODS, calibrate, report
 
 MODEL = ModelIdentity(id="org/rm", head_dtype="float32")
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit, softmax
 
-from rlalign.reward.calibration import (
+from rlalign.calibration.calibrators import (
     BetaCalibrator,
     CalibrationMismatchError,
     CalibrationWarning,
@@ -19,8 +19,8 @@ from rlalign.reward.calibration import (
     ModelIdentity,
     PlattCalibrator,
     TemperatureCalibrator,
+    calibration_file,
 )
-from rlalign.reward.calibration import file as calibration_file
 
 EVERY = [PlattCalibrator, TemperatureCalibrator, IsotonicCalibrator, BetaCalibrator, IdentityCalibrator]
 MODEL = ModelIdentity(
@@ -32,7 +32,7 @@ MODEL = ModelIdentity(
     num_labels=1,
 )
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*(share their|rows; below|separates):rlalign.reward.calibration.CalibrationWarning"
+    "ignore:.*(share their|rows; below|separates):rlalign.calibration.calibrators.CalibrationWarning"
 )
 
 

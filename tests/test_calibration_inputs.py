@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from rlalign.reward.calibration import (
+from rlalign.calibration.calibrators import (
     BetaCalibrator,
     CalibrationWarning,
     IdentityCalibrator,
@@ -16,7 +16,7 @@ from rlalign.reward.calibration import (
 
 FITTED = [PlattCalibrator, TemperatureCalibrator, IsotonicCalibrator, BetaCalibrator]
 EVERY = [*FITTED, IdentityCalibrator]
-pytestmark = pytest.mark.filterwarnings("ignore::rlalign.reward.calibration.CalibrationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::rlalign.calibration.calibrators.CalibrationWarning")
 
 X = [-2.0, -1.0, 0.5, 1.0, 2.0, 3.0]
 Y = [0, 0, 1, 0, 1, 1]
@@ -275,8 +275,6 @@ def test_importing_is_light():
     import subprocess
     import sys
 
-    code = (
-        "import sys, rlalign.reward.calibration; print([m for m in ('torch', 'scipy', 'sklearn') if m in sys.modules])"
-    )
+    code = "import sys, rlalign.calibration.calibrators; print([m for m in ('torch', 'scipy', 'sklearn') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

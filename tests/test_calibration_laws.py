@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit, softmax
 
-from rlalign.reward.calibration import (
+from rlalign.calibration.calibrators import (
     BetaCalibrator,
     CalibrationWarning,
     IdentityCalibrator,
@@ -22,7 +22,7 @@ FITTED = [PlattCalibrator, TemperatureCalibrator, IsotonicCalibrator, BetaCalibr
 STRICT = [PlattCalibrator, TemperatureCalibrator, BetaCalibrator]
 EVERY = [*FITTED, IdentityCalibrator]
 GRID = np.linspace(-12, 12, 401)
-pytestmark = pytest.mark.filterwarnings("ignore::rlalign.reward.calibration.CalibrationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::rlalign.calibration.calibrators.CalibrationWarning")
 
 
 def scored(n=500, seed=0, scale=0.6, bias=1.0):

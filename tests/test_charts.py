@@ -10,7 +10,7 @@ import pytest
 from rlalign.diagnose.attribution import page as attribution
 from rlalign.report import charts, write_report
 from rlalign.report.dashboard import spec
-from rlalign.tracking.run import Run
+from rlalign.tracking.run_directory import Run
 from rlalign.tracking.timeline import Span
 from tests.test_attribution_command import result
 from tests.test_report import Page

@@ -7,8 +7,8 @@ import subprocess
 import pytest
 import torch
 
-from rlalign import checkpoint
-from rlalign.checkpoint import MANIFEST, newest, require_same, save
+from rlalign.run import checkpointing
+from rlalign.run.checkpointing import MANIFEST, newest, require_same, save
 
 CONFIG = {"seed": 0, "steps": 10, "algo": {"lr": 1e-3, "loss": "grpo"}}
 
@@ -95,7 +95,7 @@ def test_a_process_killed_while_writing_leaves_what_nobody_reads(tmp_path, monke
     """The rename is the last thing: without it the folder stays hidden, and the next save of that step replaces it."""
     saved(tmp_path, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(checkpointing.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             saved(tmp_path, 3)
     assert newest(tmp_path)[0].step == 1
@@ -118,7 +118,7 @@ def test_another_configuration_is_refused_by_name_unless_accepted(tmp_path):
 def test_another_number_of_ranks_is_refused(tmp_path, monkeypatch):
     saved(tmp_path, 1)
     found, _ = newest(tmp_path)
-    monkeypatch.setattr(checkpoint.ranks, "world_size", lambda: 4)
+    monkeypatch.setattr(checkpointing.ranks, "world_size", lambda: 4)
     with pytest.raises(ValueError, match="written by 1 trainer ranks, this run has 4; resume with 1"):
         require_same(found, CONFIG, accept_changes=True)
 
@@ -162,9 +162,9 @@ def test_nothing_becomes_visible_before_every_rank_has_written(tmp_path, monkeyp
         raise RuntimeError("Connection closed by peer")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.ranks, "world_size", lambda: 2)
-        patch.setattr(checkpoint.ranks, "on_first", lambda action: action())
-        patch.setattr(checkpoint.ranks, "wait_for_all", other_died)
+        patch.setattr(checkpointing.ranks, "world_size", lambda: 2)
+        patch.setattr(checkpointing.ranks, "on_first", lambda action: action())
+        patch.setattr(checkpointing.ranks, "wait_for_all", other_died)
         with pytest.raises(RuntimeError, match="closed by peer"):
             saved(tmp_path, 3, keep=1)
     assert newest(tmp_path)[0].step == 1

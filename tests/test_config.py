@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rlalign.compose import compose
 from rlalign.config import Dtype, HeadDtype, load, to_plain
+from rlalign.config.compose import compose
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GROUPS = sorted(f"{p.parent.name}={p.stem}" for p in CONFIGS.glob("*/*.yaml"))

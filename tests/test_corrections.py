@@ -7,8 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlalign import corrections
-from rlalign.corrections import AGGREGATES, ESTIMATORS, LEVELS, MODES, compose, correct, describe, identity, reject
+from rlalign.objective import corrections
+from rlalign.objective.corrections import (
+    AGGREGATES,
+    ESTIMATORS,
+    LEVELS,
+    MODES,
+    compose,
+    correct,
+    describe,
+    identity,
+    reject,
+)
 
 seeds = st.integers(0, 2**32 - 1)
 quick = settings(max_examples=20, deadline=None)

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from rlalign import presets
-from rlalign.corrections import identity
+from rlalign.objective import presets
+from rlalign.objective.corrections import identity
 
 ONES = torch.ones(1, 1, dtype=torch.bool)
 

@@ -7,11 +7,11 @@ N tokens, D hidden, V vocabulary.
 import pytest
 import torch
 
-from rlalign import products
+from rlalign.head import products
+from rlalign.head.products import Route
 from rlalign.logprobs.backward import Upstream, backward_tiles
 from rlalign.logprobs.blocks import Tile
 from rlalign.logprobs.forward import Problem, Sums, Transform, _sums, forward_sums, mirror
-from rlalign.products import Route
 
 N, D, V = 19, 64, 301
 TRANSFORMS = {

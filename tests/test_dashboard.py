@@ -13,10 +13,10 @@ import pytest
 
 from rlalign.cli import main
 from rlalign.config import load
-from rlalign.loop import train_step
-from rlalign.observe import log_step
 from rlalign.report.charts import SECTIONS, keys, patterns, tables
-from rlalign.tracking.run import ALERTS, WORST, Run
+from rlalign.run.observation import log_step
+from rlalign.run.step import train_step
+from rlalign.tracking.run_directory import ALERTS, WORST, Run
 from tests.fakes import FakeEngine, FakeTrainer, parties
 from tests.test_report_reward import make_run as drifting_run
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from rlalign import head
-from rlalign.head_cache import Epoch
-from rlalign.rollout.decode_head import KEPT_AT_MOST, LogitsMemory, decode_logits
+from rlalign.head import projection
+from rlalign.head.cache import Epoch
+from rlalign.rollout.head.decode import KEPT_AT_MOST, LogitsMemory, decode_logits
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 64])
@@ -17,7 +17,7 @@ def test_the_bits_are_those_of_project(rows, vocabulary, dtype, bias):
     hidden = torch.randn(rows, 96, generator=generator).to(dtype)
     weight = torch.randn(vocabulary, 96, generator=generator).to(dtype)
     offsets = torch.randn(vocabulary, generator=generator).to(dtype) if bias else None
-    assert torch.equal(decode_logits(hidden, weight, offsets), head.project(hidden, weight, offsets))
+    assert torch.equal(decode_logits(hidden, weight, offsets), projection.project(hidden, weight, offsets))
 
 
 def test_results_that_are_still_alive_keep_their_memory():

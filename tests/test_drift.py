@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from rlalign.reward.calibration import (
+from rlalign.calibration.calibrators import (
     IdentityCalibrator,
     ModelIdentity,
     NotFittedError,
     PlattCalibrator,
     TemperatureCalibrator,
 )
-from rlalign.reward.drift import DriftLimits, DriftMonitor, DriftState, LabelOutcome
+from rlalign.calibration.drift import DriftLimits, DriftMonitor, DriftState, LabelOutcome
 
 
 def rows(seed: int, count: int = 64, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray]:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from rlalign.reward.calibration import PlattCalibrator
-from rlalign.reward.drift import DriftMonitor, DriftState
+from rlalign.calibration.calibrators import PlattCalibrator
+from rlalign.calibration.drift import DriftMonitor, DriftState
 
 PROMPTS, GROUP = 8, 8  # of a step: 64 rows
 

@@ -6,10 +6,10 @@ from scipy import stats
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
-from rlalign.reward.calibration import IdentityCalibrator, IsotonicCalibrator, Support
-from rlalign.reward.drift import DriftMonitor
-from rlalign.reward.drift.measure import Judged, ece_and_auroc, gap, kish, mean_interval, shift
-from rlalign.reward.metrics import bootstrap_ci, expected_calibration_error
+from rlalign.calibration.calibrators import IdentityCalibrator, IsotonicCalibrator, Support
+from rlalign.calibration.drift import DriftMonitor
+from rlalign.calibration.drift.judgement import Judged, ece_and_auroc, gap, kish, mean_interval, shift
+from rlalign.calibration.metrics import bootstrap_ci, expected_calibration_error
 
 
 def judged(p, y, *, weight=None, cluster=None) -> Judged:
@@ -99,9 +99,9 @@ def test_ece_is_the_debiased_metric_and_its_range_that_of_copied_rows(random):
 
 @pytest.mark.parametrize("clustered", [False, True])
 def test_one_resample_is_the_metric_on_copied_rows(random, clustered, monkeypatch):
-    from rlalign.reward.drift import measure
+    from rlalign.calibration.drift import judgement
 
-    monkeypatch.setattr(measure, "DRAWS", 1)
+    monkeypatch.setattr(judgement, "DRAWS", 1)
     p, weight = random.random(80), random.uniform(0.5, 2, 80)
     y = (random.random(80) < p).astype(float)
     cluster = np.arange(80) // 4 if clustered else np.arange(80)

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from rlalign.reward.calibration import (
+from rlalign.calibration.calibrators import (
     BetaCalibrator,
     CalibrationMismatchError,
     IdentityCalibrator,
     ModelIdentity,
     PlattCalibrator,
 )
-from rlalign.reward.drift import DriftLimits, DriftMonitor, DriftState
+from rlalign.calibration.drift import DriftLimits, DriftMonitor, DriftState
 
 
 def rows(seed: int, count: int = 64, *, shift: float = 0.0, slope: float = 0.7) -> tuple[np.ndarray, np.ndarray]:

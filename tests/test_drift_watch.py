@@ -9,9 +9,9 @@ import pytest
 import torch
 from scipy.special import expit
 
+from rlalign.calibration.calibrators import Calibrator, PlattCalibrator
 from rlalign.config import DriftConfig, RewardConfig, RewardModelConfig
-from rlalign.reward.calibration import Calibrator, PlattCalibrator
-from rlalign.reward.drift.watch import DriftWatch, RewardDriftError
+from rlalign.reward.drift_watch import DriftWatch, RewardDriftError
 from rlalign.reward.mixture import ComponentScore, Rewards
 from rlalign.types import RewardScore
 

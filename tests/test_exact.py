@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch.nn import functional
 from transformers.activations import GELUActivation
 
-from rlalign import exact
 from rlalign.diagnose.both_sides import head_logprobs, hidden_states
-from rlalign.trainer.exact import make_exact
+from rlalign.head import exact
+from rlalign.trainer.exact_network import make_exact
 from rlalign.trainer.head_mirror import mirror
 from tests import attribution_parts as parts
 

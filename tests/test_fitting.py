@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from rlalign import assemble, fitting
 from rlalign.config import ModelConfig, RolloutConfig, RunConfig, TaskConfig
 from rlalign.diagnose.doctor import tokens
+from rlalign.run import assembly, fitting_prompts
 from rlalign.tasks import Prompt, Task
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
 
@@ -31,7 +31,7 @@ def encode(text):
 
 def test_prompts_that_fit_are_left_alone():
     whole = task("a" * ROOM, "b")
-    assert fitting.fitted(whole, config(), encode, 128) == (whole, 0)
+    assert fitting_prompts.fitted(whole, config(), encode, 128) == (whole, 0)
 
 
 @pytest.mark.parametrize(
@@ -42,15 +42,15 @@ def test_one_that_does_not_fit_stops_or_is_dropped_wherever_it_is(bad, why):
         with pytest.raises(
             ValueError, match=f"1 of 4 prompts cannot be used .room for {ROOM} tokens.*{why}.*unusable_prompts=drop"
         ):
-            fitting.fitted(whole, config(), encode, 128)
-        left, dropped = fitting.fitted(whole, config("drop"), encode, 128)
+            fitting_prompts.fitted(whole, config(), encode, 128)
+        left, dropped = fitting_prompts.fitted(whole, config("drop"), encode, 128)
         assert dropped == 1 and [p.text for p in (*left.train, *left.held_out)] == ["x", "y", "h"]
 
 
 def test_too_few_that_are_left_stop_the_run():
     for whole in (task("x", "a" * 99), task("x", "y", held_out=("a" * 99,))):
         with pytest.raises(ValueError, match="are left, and a run needs rollout.prompts_per_step=2 and 1"):
-            fitting.fitted(whole, config("drop"), encode, 128)
+            fitting_prompts.fitted(whole, config("drop"), encode, 128)
     with pytest.raises(ValueError, match="choose stop or drop"):
         TaskConfig(name="x", unusable_prompts="skip")
 
@@ -69,10 +69,10 @@ def text_config(folder, size, **more):
 def test_a_multimodal_folder_has_its_vocabulary_in_its_text_config(folder):
     ours = byte_tokenizer(256)
     text_config(folder, len(ours))
-    assert len(assemble.load_tokenizer(folder)) == len(ours)
+    assert len(assembly.load_tokenizer(folder)) == len(ours)
     text_config(folder, 100)
     with pytest.raises(ValueError, match="the model only 100 rows of embeddings"):
-        assemble.load_tokenizer(folder)
+        assembly.load_tokenizer(folder)
 
 
 def test_a_placeholder_behind_the_last_row_is_no_wrong_tokenizer(folder):
@@ -81,17 +81,17 @@ def test_a_placeholder_behind_the_last_row_is_no_wrong_tokenizer(folder):
     ours.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
     ours.save_pretrained(folder)
     text_config(folder, size)
-    loaded = assemble.load_tokenizer(folder)
-    ids = assemble.encode(loaded, "1<image_soft_token>", chat=False)
+    loaded = assembly.load_tokenizer(folder)
+    ids = assembly.encode(loaded, "1<image_soft_token>", chat=False)
     assert max(ids) == size
     with pytest.raises(ValueError, match=f"token id {size}, the model has {size} rows"):
-        fitting.fitted(
-            task("x", "y", "1<image_soft_token>"), config(), lambda t: assemble.encode(loaded, t, chat=False), size
+        fitting_prompts.fitted(
+            task("x", "y", "1<image_soft_token>"), config(), lambda t: assembly.encode(loaded, t, chat=False), size
         )
     ours.add_tokens(["<a word>"])
     ours.save_pretrained(folder)
     with pytest.raises(ValueError, match="do not belong together"):
-        assemble.load_tokenizer(folder)
+        assembly.load_tokenizer(folder)
 
 
 def test_the_doctor_looks_at_every_prompt(folder, tmp_path):

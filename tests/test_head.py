@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlalign import head
-from rlalign.products import Route, logits_of, stored_for
+from rlalign.head import projection
+from rlalign.head.products import Route, logits_of, stored_for
 
 
 def operands(n: int, d: int, v: int, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -22,15 +22,15 @@ def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
     return ((got.double() - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize("dtype", head.FLOATS)
+@pytest.mark.parametrize("dtype", projection.FLOATS)
 def test_project_is_close_to_float64_and_the_models_own_head_is_not(dtype: torch.dtype) -> None:
     hidden, weight, bias = operands(40, 512, 3000, dtype=dtype)
     exact = hidden.double() @ weight.double().t() + bias.double()
     bound = 2.0**-20 * (hidden.double().abs() @ weight.double().abs().t() + bias.double().abs())
-    assert ((head.project(hidden, weight, bias) - exact).abs() <= bound).all()
+    assert ((projection.project(hidden, weight, bias) - exact).abs() <= bound).all()
     if dtype != torch.float32:
         rounded = F.linear(hidden, weight, bias).float()
-        assert (rounded - exact).abs().max() > 100 * (head.project(hidden, weight, bias) - exact).abs().max()
+        assert (rounded - exact).abs().max() > 100 * (projection.project(hidden, weight, bias) - exact).abs().max()
 
 
 @settings(max_examples=25, deadline=None)
@@ -38,66 +38,66 @@ def test_project_is_close_to_float64_and_the_models_own_head_is_not(dtype: torch
     n=st.integers(1, 300),
     d=st.sampled_from([8, 64, 256, 1000]),
     v=st.sampled_from([2, 33, 1000, 2049]),
-    dtype=st.sampled_from(head.FLOATS),
+    dtype=st.sampled_from(projection.FLOATS),
     seed=st.integers(0, 99),
 )
 def test_rows_and_vocabulary_slices_do_not_change_a_bit(n: int, d: int, v: int, dtype: torch.dtype, seed: int) -> None:
     hidden, weight, _ = operands(300, d, v, dtype=dtype, seed=seed)
-    whole = head.project(hidden, weight)
+    whole = projection.project(hidden, weight)
     first = seed % (301 - n)
-    assert torch.equal(head.project(hidden[first : first + n], weight), whole[first : first + n])
-    assert torch.equal(head.project(hidden[:n], weight[v // 2 :]), whole[:n, v // 2 :])
+    assert torch.equal(projection.project(hidden[first : first + n], weight), whole[first : first + n])
+    assert torch.equal(projection.project(hidden[:n], weight[v // 2 :]), whole[:n, v // 2 :])
 
 
 def test_decode_batches_and_training_batches_give_equal_bits() -> None:
     hidden, weight, bias = operands(4096, 256, 2000)
-    training = head.project(hidden.view(8, 512, 256), weight, bias).view(4096, 2000)
+    training = projection.project(hidden.view(8, 512, 256), weight, bias).view(4096, 2000)
     for n in (1, 8, 64, 256):
-        assert torch.equal(head.project(hidden[-n:], weight, bias), training[-n:])
+        assert torch.equal(projection.project(hidden[-n:], weight, bias), training[-n:])
 
 
 @pytest.mark.parametrize("n", [1, 2, 8, 64, 700])
 def test_float32_copy_of_the_weight_carries_the_weights_bits(n: int) -> None:
     hidden, weight, _ = operands(n, 256, 3000)
     copy = weight.float()
-    if head.route(hidden, weight) is Route.MKL_BF16:
-        assert head.route(hidden, copy, weight_is_bf16_valued=True) is Route.ONEDNN_BF16
+    if projection.route(hidden, weight) is Route.MKL_BF16:
+        assert projection.route(hidden, copy, weight_is_bf16_valued=True) is Route.ONEDNN_BF16
     else:
-        assert head.route(hidden, copy, weight_is_bf16_valued=True) is head.route(hidden, weight)
-    assert torch.equal(head.project(hidden, copy, weight_is_bf16_valued=True), head.project(hidden, weight))
+        assert projection.route(hidden, copy, weight_is_bf16_valued=True) is projection.route(hidden, weight)
+    assert torch.equal(projection.project(hidden, copy, weight_is_bf16_valued=True), projection.project(hidden, weight))
 
 
 def test_mkl_is_taken_only_where_its_bits_are_those_of_a_float32_copy() -> None:
     hidden, weight, _ = operands(65, 320, 1500)
-    chosen = head.route(hidden, weight)
+    chosen = projection.route(hidden, weight)
     copied = Route.ONEDNN_BF16 if chosen is Route.MKL_BF16 else chosen
     of_copy = logits_of(stored_for(hidden, copied).float(), weight.float(), copied)
-    assert torch.equal(head.project(hidden, weight), of_copy)
+    assert torch.equal(projection.project(hidden, weight), of_copy)
 
 
 def test_unrounded_weight_is_multiplied_unrounded() -> None:
     hidden, _, _ = operands(20, 256, 10)
     master = torch.randn(700, 256, generator=torch.Generator().manual_seed(3))
     exact = hidden.double() @ master.double().t()
-    assert head.route(hidden, master) in (Route.KERNEL_FMA, Route.BLOCKED_FP32), "float32 rows are invariant too"
-    assert relative_error(head.project(hidden, master), exact) < 1e-6
-    assert relative_error(head.project(hidden, master.bfloat16()), exact) > 1e-3
+    assert projection.route(hidden, master) in (Route.KERNEL_FMA, Route.BLOCKED_FP32), "float32 rows are invariant too"
+    assert relative_error(projection.project(hidden, master), exact) < 1e-6
+    assert relative_error(projection.project(hidden, master.bfloat16()), exact) > 1e-3
 
 
 def test_the_users_global_switch_neither_leaks_in_nor_is_left_changed() -> None:
     hidden, weight, _ = operands(64, 256, 1000, dtype=torch.float32)
-    plain = head.project(hidden, weight)
+    plain = projection.project(hidden, weight)
     switch = torch.backends.mkldnn.matmul
     before = switch.fp32_precision
     try:
         switch.fp32_precision = "bf16"
-        assert torch.equal(head.project(hidden, weight), plain)
+        assert torch.equal(projection.project(hidden, weight), plain)
         assert switch.fp32_precision == "bf16"
     finally:
         switch.fp32_precision = before
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(head.project(hidden, weight), plain)
-        assert head.project(hidden.bfloat16(), weight.bfloat16()).dtype == torch.float32
+        assert torch.equal(projection.project(hidden, weight), plain)
+        assert projection.project(hidden.bfloat16(), weight.bfloat16()).dtype == torch.float32
     assert switch.fp32_precision == before
 
 
@@ -108,7 +108,7 @@ def test_gradients_match_float64(dtype: torch.dtype, bound: float) -> None:
     doubles = [x.detach().double().requires_grad_() for x in leaves]
     exact = torch.autograd.grad(doubles[0] @ doubles[1].t() + doubles[2], doubles, upstream.double())
     for leaf, got, want in zip(
-        leaves, torch.autograd.grad(head.project(*leaves), leaves, upstream), exact, strict=True
+        leaves, torch.autograd.grad(projection.project(*leaves), leaves, upstream), exact, strict=True
     ):
         assert got.dtype == leaf.dtype
         assert relative_error(got, want) < bound
@@ -116,19 +116,19 @@ def test_gradients_match_float64(dtype: torch.dtype, bound: float) -> None:
 
 def test_frozen_operands_get_no_gradient() -> None:
     hidden, weight, _ = operands(5, 64, 300)
-    head.project(hidden.requires_grad_(), weight).sum().backward()
+    projection.project(hidden.requires_grad_(), weight).sum().backward()
     assert hidden.grad is not None and weight.grad is None
 
 
 def test_compiled_caller_gives_the_same_bits_without_a_graph_break(compiling) -> None:
     hidden, weight, bias = operands(9, 64, 500)
-    compiled = torch.compile(lambda h, w, b: head.project(h, w, b) * 2, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(hidden, weight, bias), head.project(hidden, weight, bias) * 2)
+    compiled = torch.compile(lambda h, w, b: projection.project(h, w, b) * 2, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(hidden, weight, bias), projection.project(hidden, weight, bias) * 2)
 
 
 def test_no_tokens_give_no_logits() -> None:
     _, weight, _ = operands(1, 64, 300)
-    assert head.project(torch.empty(0, 64, dtype=torch.bfloat16), weight).shape == (0, 300)
+    assert projection.project(torch.empty(0, 64, dtype=torch.bfloat16), weight).shape == (0, 300)
 
 
 @pytest.mark.parametrize(
@@ -146,4 +146,4 @@ def test_no_tokens_give_no_logits() -> None:
 )
 def test_bad_operands_are_named(change, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        head.project(*change(*operands(4, 64, 300)))
+        projection.project(*change(*operands(4, 64, 300)))

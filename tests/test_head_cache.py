@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from rlalign.head_cache import Epoch, HeadCache, MasterHead, _jump, fingerprint, same_bits, stride_of
+from rlalign.head.cache import Epoch, HeadCache, MasterHead, _jump, fingerprint, same_bits, stride_of
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_a_single_changed_element_is_found_within_one_round_of_samples():
 MEMORY = """
 import torch
 from pathlib import Path
-from rlalign.head_cache import Epoch, HeadCache
+from rlalign.head.cache import Epoch, HeadCache
 def peak_mib():
     return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM")).split()[1]) / 1024
 weight = torch.ones(16384, 1024, dtype=torch.bfloat16)

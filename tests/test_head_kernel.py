@@ -7,10 +7,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from rlalign import head, head_kernel, routes
-from rlalign.head_kernel.build import PATHS
-from rlalign.products import Route, logits_of
-from rlalign.rollout.decode_head import decode_logits
+from rlalign.head import kernel as head_kernel
+from rlalign.head import projection, routes
+from rlalign.head.kernel.build import PATHS
+from rlalign.head.products import Route, logits_of
+from rlalign.rollout.head.decode import decode_logits
 from tests.kernel_parts import compiled, forget, needs_compiler  # noqa: F401
 
 pytestmark = needs_compiler
@@ -194,14 +195,14 @@ def test_amx_leaves_sizes_that_fill_no_tile_to_the_library(kernel):
 
 
 @pytest.mark.parametrize("asked", ["auto", "none", *(path for path in PATHS if path in head_kernel.host_paths())])
-@pytest.mark.parametrize("dtype", head.FLOATS)
+@pytest.mark.parametrize("dtype", projection.FLOATS)
 def test_whatever_the_environment_asks_for_decoding_and_training_agree(kernel, monkeypatch, asked, dtype):
     kernel(asked)
     hidden, weight = operands(300, 700, 128, dtypes=(dtype, dtype))
-    training = head.project(hidden, weight)
+    training = projection.project(hidden, weight)
     for n in (1, 2, 8, 17, 256):
         assert torch.equal(decode_logits(hidden[:n], weight), training[:n])
-    chosen = head.route(hidden, weight)
+    chosen = projection.route(hidden, weight)
     assert chosen is not Route.STRICT_FP32
     if asked in FMA:
         assert chosen is Route.KERNEL_FMA

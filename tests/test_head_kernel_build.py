@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlalign import head, head_kernel, routes
-from rlalign.head_kernel.build import FOLDER, SOURCES, problem_of
-from rlalign.products import Route
-from rlalign.rollout import handshake
+from rlalign.head import kernel, projection, routes
+from rlalign.head.kernel.build import FOLDER, SOURCES, problem_of
+from rlalign.head.products import Route
+from rlalign.rollout.engine import handshake
 from tests.kernel_parts import COMPILER, compiled, forget, needs_compiler  # noqa: F401
 
 # (name of the emulated processor, what it can run)
@@ -24,7 +24,7 @@ EMULATED = {"Nehalem": "", "Haswell": "avx2", "EPYC-Milan": "avx2"}
 def cache(tmp_path, monkeypatch):
     """An empty cache folder in which no library has been looked for."""
     monkeypatch.setenv("RLALIGN_CACHE", str(tmp_path))
-    monkeypatch.delenv(head_kernel.VARIABLE, raising=False)
+    monkeypatch.delenv(kernel.VARIABLE, raising=False)
     forget()
     yield tmp_path
     forget()
@@ -35,8 +35,8 @@ def copied(cache, compiled):  # noqa: F811
     """The path of a library in this test's own cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RLALIGN_CACHE", str(compiled))
-        made = head_kernel.library_path()
-    target = head_kernel.library_path()
+        made = kernel.library_path()
+    target = kernel.library_path()
     target.parent.mkdir(parents=True)
     shutil.copy(made, target)
     return target
@@ -54,20 +54,20 @@ def fast(tmp_path, monkeypatch):
 def test_nothing_is_compiled_behind_the_users_back_and_the_slow_way_is_named(cache, caplog):
     routes._chosen.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert head_kernel.fma() is None
-        chosen = head.route(torch.empty(1, 64), torch.empty(3, 64))
+        assert kernel.fma() is None
+        chosen = projection.route(torch.empty(1, 64), torch.empty(3, 64))
     assert chosen is Route.BLOCKED_FP32
     assert (
         "without the compiled kernel (it has not been built)" in caplog.text and "rlalign build-kernel" in caplog.text
     )
-    assert not head_kernel.library_path().exists()
+    assert not kernel.library_path().exists()
 
 
 @needs_compiler
 def test_what_is_built_is_used_by_the_next_process(copied):
-    assert head_kernel.build() == copied
-    assert head_kernel.available() == head_kernel.host_paths()
-    assert head_kernel.fma().path == ("avx512" if "avx512" in head_kernel.host_paths() else "avx2")
+    assert kernel.build() == copied
+    assert kernel.available() == kernel.host_paths()
+    assert kernel.fma().path == ("avx512" if "avx512" in kernel.host_paths() else "avx2")
 
 
 @needs_compiler
@@ -75,10 +75,10 @@ def test_what_is_built_is_used_by_the_next_process(copied):
 def test_a_damaged_library_is_neither_loaded_nor_kept(copied, fast, caplog, left):
     whole = copied.read_bytes()
     copied.write_bytes(whole[:left])
-    assert head_kernel.fma() is None and "its file is damaged" in caplog.text
-    assert head_kernel.build() == copied and problem_of(copied) is None
+    assert kernel.fma() is None and "its file is damaged" in caplog.text
+    assert kernel.build() == copied and problem_of(copied) is None
     forget()
-    assert head_kernel.fma() is not None
+    assert kernel.fma() is not None
 
 
 @needs_compiler
@@ -87,7 +87,7 @@ def test_a_library_that_another_system_made_is_not_used(copied, caplog):
 
     foreign = b"\x7fELF of another machine"
     copied.write_bytes(foreign + hashlib.sha256(foreign).digest())
-    assert head_kernel.fma() is None and "it cannot be loaded" in caplog.text
+    assert kernel.fma() is None and "it cannot be loaded" in caplog.text
 
 
 def test_without_a_compiler_it_says_what_to_install(cache, monkeypatch):
@@ -95,13 +95,13 @@ def test_without_a_compiler_it_says_what_to_install(cache, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
     with pytest.raises(RuntimeError, match="no C compiler .*install"):
-        head_kernel.build()
+        kernel.build()
 
 
 def test_another_architecture_is_told_what_happens(cache, monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     with pytest.raises(RuntimeError, match="written for x86-64, this is aarch64"):
-        head_kernel.build()
+        kernel.build()
 
 
 def test_a_compiler_that_fails_leaves_nothing(cache, tmp_path, monkeypatch):
@@ -110,8 +110,8 @@ def test_a_compiler_that_fails_leaves_nothing(cache, tmp_path, monkeypatch):
     broken.write_text("#!/bin/sh\necho 'no such flag' >&2; exit 3\n")
     broken.chmod(0o755)
     with pytest.raises(RuntimeError, match="could not compile .*head.c: no such flag"):
-        head_kernel.build(str(broken))
-    assert list(head_kernel.library_path().parent.iterdir()) == []
+        kernel.build(str(broken))
+    assert list(kernel.library_path().parent.iterdir()) == []
 
 
 @needs_compiler
@@ -121,31 +121,31 @@ def test_an_old_compiler_leaves_out_what_it_does_not_know(cache, tmp_path, refus
     old = tmp_path / "oldcc"
     old.write_text(f'#!/bin/sh\ncase "$*" in *RLALIGN_NO_{refused}*) exec {COMPILER} "$@" -O0;; esac\nexit 1\n')
     old.chmod(0o755)
-    head_kernel.build(str(old))
-    assert head_kernel.available() == tuple(path for path in head_kernel.host_paths() if path in kept)
+    kernel.build(str(old))
+    assert kernel.available() == tuple(path for path in kernel.host_paths() if path in kept)
 
 
 @needs_compiler
 def test_two_processes_that_build_at_once_both_end_with_a_whole_library(cache, fast):
-    threads = [threading.Thread(target=head_kernel.build) for _ in range(2)]
+    threads = [threading.Thread(target=kernel.build) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert problem_of(head_kernel.library_path()) is None
-    assert list(head_kernel.library_path().parent.iterdir()) == [head_kernel.library_path()]
+    assert problem_of(kernel.library_path()) is None
+    assert list(kernel.library_path().parent.iterdir()) == [kernel.library_path()]
 
 
 @needs_compiler
 def test_a_path_that_cannot_run_is_refused_by_name(copied, monkeypatch):
-    monkeypatch.setenv(head_kernel.VARIABLE, "sse")
+    monkeypatch.setenv(kernel.VARIABLE, "sse")
     with pytest.raises(ValueError, match="RLALIGN_HEAD_KERNEL must be auto, none, avx2, avx512, amx; got 'sse'"):
-        head_kernel.fma()
-    monkeypatch.setenv(head_kernel.VARIABLE, "avx2")
+        kernel.fma()
+    monkeypatch.setenv(kernel.VARIABLE, "avx2")
     copied.unlink()
     forget()
     with pytest.raises(RuntimeError, match="this host can run none .*not been built.*build-kernel"):
-        head_kernel.fma()
+        kernel.fma()
 
 
 @needs_compiler
@@ -234,11 +234,11 @@ def test_two_processes_that_make_other_bits_are_named():
 
 
 def test_the_proof_is_of_what_is_computed_now():
-    honest = routes.bits(head.project, 96, torch.bfloat16, torch.bfloat16)
-    assert honest == routes.bits(head.project, 96, torch.bfloat16, torch.bfloat16)
+    honest = routes.bits(projection.project, 96, torch.bfloat16, torch.bfloat16)
+    assert honest == routes.bits(projection.project, 96, torch.bfloat16, torch.bfloat16)
 
     def off_by_one_bit(hidden, weight):
-        logits = head.project(hidden, weight)
+        logits = projection.project(hidden, weight)
         logits.view(torch.int32)[-1, -1] ^= 1
         return logits
 
@@ -248,6 +248,6 @@ def test_the_proof_is_of_what_is_computed_now():
 def test_sources_travel_with_the_package():
     assert all((FOLDER / name).is_file() for name in SOURCES)
     patterns = re.search(
-        r'"rlalign.head_kernel" = \[(.*)\]', (Path(__file__).parents[1] / "pyproject.toml").read_text()
+        r'"rlalign.head.kernel" = \[(.*)\]', (Path(__file__).parents[1] / "pyproject.toml").read_text()
     )
     assert {f'"*{file.suffix}"' for file in FOLDER.glob("*.[ch]")} == set(patterns[1].split(", "))

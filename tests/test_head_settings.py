@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlalign.rollout.head_settings import HeadMode, HeadSettings, promised
+from rlalign.rollout.head.head_settings import HeadMode, HeadSettings, promised
 
 
 @pytest.mark.parametrize(

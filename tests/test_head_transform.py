@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers as hf
 
-from rlalign.head import HeadTransform
+from rlalign.head.projection import HeadTransform
 
 BODY = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlalign.reward import HFScorer, ScoringParams
-from rlalign.reward.params import PoolerDefaults
+from rlalign.scoring import HFScorer, ScoringParams
+from rlalign.scoring.params import PoolerDefaults
 from tests.reward_models import ENCODERS, KINDS, model_of, reference, saved, scorer_of, tokenizer_of, words
 
 QUERY, ITEMS = "What is 2 + 2? ", ["4", "twenty-two", "The sum is four, I think."]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlalign.reward import HFScorer, ScoringParams
-from rlalign.reward.hf_scorer import forward
+from rlalign.scoring import HFScorer, ScoringParams
+from rlalign.scoring.hf import forward_pass
 from tests.reward_models import KINDS, model_of, reference, scorer_of, tokenizer_of, words
 
 QUERY, ITEMS = "What is 2 + 2? ", ["4", "twenty-two", "The sum is four, I think."]
@@ -24,7 +24,7 @@ def no_computation(monkeypatch):
 
     for kind in KINDS:
         scorer_of(kind)
-    monkeypatch.setattr(forward, "row_batch", used)
+    monkeypatch.setattr(forward_pass, "row_batch", used)
 
 
 def test_no_items_give_an_empty_result_without_a_call(no_computation):
@@ -105,9 +105,9 @@ def test_an_item_s_score_does_not_depend_on_what_else_is_in_the_batch(kind):
 
 def test_a_forward_pass_keeps_to_the_token_budget_and_to_similar_lengths(monkeypatch):
     scorer = HFScorer.wrap(model_of("one_label"), None, id="small", packing="never", max_batch_tokens=60)
-    batches, lay_out = [], forward.row_batch
+    batches, lay_out = [], forward_pass.row_batch
     monkeypatch.setattr(
-        forward, "row_batch", lambda rows, **at: batches.append([r.length for r in rows]) or lay_out(rows, **at)
+        forward_pass, "row_batch", lambda rows, **at: batches.append([r.length for r in rows]) or lay_out(rows, **at)
     )
     items = [words(n, n) for n in (3, 25, 4, 26, 70, 5, 24, 3)]
     scorer.score([9], items)

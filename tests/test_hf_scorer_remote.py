@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlalign.reward import HFScorer, ScoringParams
+from rlalign.scoring import HFScorer, ScoringParams
 from tests.reward_models import model_of, words
 
 CODE = textwrap.dedent("""

@@ -9,9 +9,9 @@ from functools import cache
 import numpy as np
 import pytest
 
-from rlalign.reward import HTTPScorer, ScoringParams, with_calibration
-from rlalign.reward.calibration import PlattCalibrator
-from rlalign.reward.http_scorer import KnownLogits
+from rlalign.calibration.calibrators import PlattCalibrator
+from rlalign.scoring import HTTPScorer, ScoringParams, with_calibration
+from rlalign.scoring.http import KnownLogits
 from tests import http_servers
 from tests.http_servers import Server, codes, logit, sigmoid
 

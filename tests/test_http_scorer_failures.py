@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from rlalign.reward import HTTPScorer, ScoringParams
-from rlalign.reward.http_scorer import RequestFailed, transport
+from rlalign.scoring import HTTPScorer, ScoringParams
+from rlalign.scoring.http import RequestFailed, transport
 from tests import http_servers
 from tests.http_servers import Server, body, codes, drip, hang_up, logit, silence, status
 

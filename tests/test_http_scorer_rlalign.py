@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from rlalign.reward import HTTPScorer, ScoringParams, with_calibration
-from rlalign.reward.calibration import PlattCalibrator
-from rlalign.reward.identity import identity_of
+from rlalign.calibration.calibrators import PlattCalibrator
+from rlalign.scoring import HTTPScorer, ScoringParams, with_calibration
+from rlalign.scoring.identity import identity_of
 from tests.reward_models import scorer_of
 from tests.reward_serving import serving
 

@@ -4,7 +4,8 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 
-from rlalign import cli, install_check
+from rlalign import cli
+from rlalign.diagnose import install_check
 
 
 def installed(**versions):

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from rlalign import joining, ranks
-from rlalign.joining import Launched, meet, programs
+from rlalign import ranks
 from rlalign.ranks import free_port
+from rlalign.run import joining
+from rlalign.run.joining import Launched, meet, programs
 
 ROOT = Path(__file__).parents[1]
 HOST = socket.gethostname()
@@ -92,7 +93,7 @@ def test_the_programs_name_the_bytes_of_rlalign(monkeypatch, tmp_path):
     copy = tmp_path / "rlalign"
     copy.mkdir()
     shutil.copy(ROOT / "rlalign" / "exits.py", copy)
-    monkeypatch.setattr(joining, "__file__", str(copy / "joining.py"))
+    monkeypatch.setattr(joining, "__file__", str(copy / "run" / "joining.py"))
     before = programs()
     (copy / "exits.py").write_text((copy / "exits.py").read_text() + "\n")
     assert programs()["rlalign"] != before["rlalign"] and programs()["torch"] == before["torch"]

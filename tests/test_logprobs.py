@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlalign import head
+from rlalign.head import projection
 from rlalign.logprobs import token_logprobs
 
 BOUND = {torch.float32: 2e-5, torch.bfloat16: 6e-3, torch.float16: 2e-3}
@@ -198,7 +198,7 @@ def test_exact_mirror_has_the_bits_of_the_engines_decode_step(
     )[0, 1:]  # fmt: skip
     steps = []
     for hidden, token in zip(case.hidden[0, :-1].split(batch), case.token_ids[0, 1:].split(batch), strict=True):
-        logits = head.project(hidden, case.weight)  # what the engine's head returns, then what its sampler does
+        logits = projection.project(hidden, case.weight)  # what the engine's head returns, then what its sampler does
         if soft_cap is not None:
             logits = torch.tanh(logits / soft_cap) * soft_cap
         logits = logits * logit_scale
@@ -239,7 +239,7 @@ def test_kept_sets_have_the_bits_of_the_engines_masked_softmax() -> None:
     case = make(2, 10, 64, 3000, dtype=torch.bfloat16)
     kept = draw_kept(case, 30)
     got = token_logprobs(case.hidden, case.weight, case.token_ids, kept=kept, mode="exact_mirror")
-    logits = head.project(case.hidden, case.weight)
+    logits = projection.project(case.hidden, case.weight)
     masked = logits.masked_fill(~allowed(kept, logits), -float("inf")).log_softmax(-1, dtype=torch.float32)
     assert torch.equal(got[:, 1:], masked[:, :-1].gather(-1, case.token_ids[:, 1:, None])[..., 0])
 

@@ -164,7 +164,7 @@ def test_bad_input_is_named_before_any_product(message: str, monkeypatch: pytest
     def no_product(*_: object, **__: object) -> None:
         raise AssertionError("a product ran on bad input")
 
-    monkeypatch.setattr("rlalign.products.matmul", no_product)
+    monkeypatch.setattr("rlalign.head.products.matmul", no_product)
     hidden, weight, ids, options = BAD[message](*make())
     with pytest.raises(ValueError, match=message):
         token_logprobs(hidden, weight, ids, **options)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlalign import corrections, losses
+from rlalign.objective import corrections, losses
 from rlalign.types import Correction
 
 quick = settings(max_examples=20, deadline=None)

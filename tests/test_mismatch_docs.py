@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from rlalign import corrections, mismatch
+from rlalign import mismatch
+from rlalign.objective import corrections
 
 TEXT = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
 

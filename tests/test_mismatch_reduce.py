@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from rlalign import corrections, mismatch
+from rlalign import mismatch
 from rlalign.mismatch.distribution import Distribution
+from rlalign.objective import corrections
 
 QUANTILE = ("p50", "p90", "p99", "p999")
 WITH_COMPANIONS = ("k1", "k2", "k3", "prob_abs", "ratio", "mult_error")

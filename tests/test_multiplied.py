@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlalign import head, multiplied
+from rlalign.head import multiplied, projection
 
 N, D, V = 4, 96, 700
 
@@ -18,7 +18,7 @@ def operands():
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_each_dtype_is_told_from_the_others(operands, scale):
     hidden, weight = operands[0], (operands[1].float() * scale).bfloat16()
-    wide = head.project(hidden, weight)
+    wide = projection.project(hidden, weight)
     assert multiplied.of_logits(wide, hidden, weight).dtype == "float32"
     for name in ("bfloat16", "float16"):
         if name == "bfloat16" or scale == 1.0:  # the range of float16 ends elsewhere
@@ -32,7 +32,7 @@ def test_each_dtype_is_told_from_the_others(operands, scale):
 def test_a_bias_is_part_of_the_product_and_another_weight_is_none(operands):
     hidden, weight = operands
     bias = torch.randn(V, generator=torch.Generator().manual_seed(1))
-    logits = head.project(hidden, weight, bias)
+    logits = projection.project(hidden, weight, bias)
     assert multiplied.of_logits(logits, hidden, weight, bias).dtype == "float32"
     assert multiplied.of_logits(logits, hidden, weight).dtype == multiplied.OTHER
     assert multiplied.of_logits(logits, hidden, weight.roll(1, 0), bias).dtype == multiplied.OTHER
@@ -48,9 +48,9 @@ def test_what_tells_nothing_is_not_judged(operands, hidden):
 @pytest.mark.parametrize("cap", [None, 5.0])
 def test_logprobs_tell_it_where_logits_are_never_shown(operands, cap, temperature):
     hidden, weight = operands
-    transform = head.HeadTransform(soft_cap=cap)
+    transform = projection.HeadTransform(soft_cap=cap)
     ids = torch.tensor([3, 99, 500, 650])
-    wide = head.project(hidden, weight)
+    wide = projection.project(hidden, weight)
 
     def given(logits):
         return (transform.apply(logits).float() / temperature).log_softmax(-1).gather(1, ids[:, None])[:, 0]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from rlalign import corrections, losses, objective, presets
 from rlalign.config import LOSSES, PRESETS, AlgoConfig, CorrectionConfig
+from rlalign.objective import choice, corrections, losses, presets
 from rlalign.types import LogprobSpec, Rollout, TrainBatch, collate
 
 
@@ -39,7 +39,7 @@ def same(a, b):
 
 def test_no_correction_is_weights_of_one_on_finite_tokens(case):
     batch, old, advantages = case
-    found = objective.correct(old, batch, advantages, AlgoConfig())
+    found = choice.correct(old, batch, advantages, AlgoConfig())
     assert same(found, corrections.identity(old, batch.rollout_logprobs_BL, batch.loss_mask_BL))
     assert found.weights[found.keep].eq(1.0).all() and int(found.keep.sum()) == 8 * 6 - 1
 
@@ -48,19 +48,19 @@ def test_no_correction_is_weights_of_one_on_finite_tokens(case):
 def test_every_preset_is_reachable_by_name(case, name):
     batch, old, advantages = case
     algo = AlgoConfig(correction=CorrectionConfig(preset=name))
-    extra = (advantages,) if name in objective.NEEDS_ADVANTAGES else ()
+    extra = (advantages,) if name in choice.NEEDS_ADVANTAGES else ()
     direct = getattr(presets, name)(old, batch.rollout_logprobs_BL, batch.loss_mask_BL, *extra)
-    assert same(objective.correct(old, batch, advantages, algo), direct)
+    assert same(choice.correct(old, batch, advantages, algo), direct)
 
 
 @pytest.mark.parametrize("name", [n for n, bounds in PRESETS.items() if "high" in bounds])
 def test_bounds_reach_the_presets_that_take_them(case, name):
     batch, old, advantages = case
-    wide = objective.correct(old, batch, advantages, AlgoConfig(correction=CorrectionConfig(preset=name)))
+    wide = choice.correct(old, batch, advantages, AlgoConfig(correction=CorrectionConfig(preset=name)))
     tight_config = CorrectionConfig(preset=name, high=1.0001, low=0.9999 if "low" in PRESETS[name] else None)
     if name == "dppo_tv":
         tight_config = CorrectionConfig(preset=name, high=1e-6, low=1e-6)
-    tight = objective.correct(old, batch, advantages, AlgoConfig(correction=tight_config))
+    tight = choice.correct(old, batch, advantages, AlgoConfig(correction=tight_config))
     assert not same(wide, tight) or name == "geo_mask"
 
 
@@ -71,7 +71,7 @@ def test_level_and_mode_are_the_general_form(case):
         old, batch.rollout_logprobs_BL, batch.loss_mask_BL, level="geometric", mode="clip", low=0.9, high=1.1, veto=1e-3,
         normalize=True,
     )  # fmt: skip
-    assert same(objective.correct(old, batch, advantages, AlgoConfig(correction=chosen)), direct)
+    assert same(choice.correct(old, batch, advantages, AlgoConfig(correction=chosen)), direct)
 
 
 FUNCTIONS = {name: getattr(losses, f"{name}_loss") for name in LOSSES}
@@ -91,14 +91,14 @@ def test_every_loss_is_reachable_and_adds_up_over_micro_batches(case, name):
     )
     logprobs = (old + 0.01).requires_grad_()
     algo = AlgoConfig(loss=name)
-    loss, metrics = objective.policy_loss(logprobs, whole, algo=algo, max_tokens=6)
-    counts = {"num_tokens": whole.num_tokens} if name in objective.BY_TOKEN else {"num_sequences": 8}
+    loss, metrics = choice.policy_loss(logprobs, whole, algo=algo, max_tokens=6)
+    counts = {"num_tokens": whole.num_tokens} if name in choice.BY_TOKEN else {"num_sequences": 8}
     if name == "dr_grpo":
         counts["max_tokens"] = 6
     direct, _ = FUNCTIONS[name](logprobs, old, advantages, correction, **counts)
     assert torch.equal(loss, direct)
     parts = [
-        objective.policy_loss(logprobs[rows], whole.rows(rows), algo=algo, max_tokens=6)
+        choice.policy_loss(logprobs[rows], whole.rows(rows), algo=algo, max_tokens=6)
         for rows in (slice(0, 3), slice(3, 8))
     ]
     assert torch.allclose(sum(part for part, _ in parts), loss, atol=1e-6)

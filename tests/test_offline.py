@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rlalign import mismatch
+from rlalign.commands import mismatch_report
 from rlalign.diagnose import offline, offline_files
 
 LENGTHS = (5, 17, 9, 30, 12, 12)
@@ -147,13 +148,15 @@ def test_a_lag_column_separates_staleness(tmp_path):
 
 def test_run_prints_writes_and_gates(tmp_path, capsys):
     ours(tmp_path / "o.parquet", data())
-    status = offline.run(tmp_path / "o.parquet", json_path=tmp_path / "r.json", plot=tmp_path / "r.png", k3_limit=1e-6)
+    status = mismatch_report.run(
+        tmp_path / "o.parquet", json_path=tmp_path / "r.json", plot=tmp_path / "r.png", k3_limit=1e-6
+    )
     text = capsys.readouterr().out
     assert status == 1 and "over the limit" in text and "| step |" in text and "worst tokens" in text
     written = json.loads((tmp_path / "r.json").read_text())
     assert written["overall"]["tokens"] == sum(n - 2 for n in LENGTHS) and len(written["steps"]) == 3
     assert (tmp_path / "r.png").stat().st_size > 10_000
-    assert offline.run(tmp_path / "o.parquet", k3_limit=1.0) == 0
+    assert mismatch_report.run(tmp_path / "o.parquet", k3_limit=1.0) == 0
 
 
 def test_other_column_names_can_be_mapped(tmp_path):
@@ -161,13 +164,15 @@ def test_other_column_names_can_be_mapped(tmp_path):
     lists(("p", "q", "m", "i"))(tmp_path / "x.jsonl", rows)
     with pytest.raises(ValueError, match=r"no old_logprobs.*--column old_logprobs=NAME.*Text dumps"):
         offline.analyse(tmp_path / "x.jsonl")
-    assert offline.run(tmp_path / "x.jsonl", columns=["old_logprobs=p", "rollout_logprobs=q", "loss_mask=m"]) == 0
+    assert (
+        mismatch_report.run(tmp_path / "x.jsonl", columns=["old_logprobs=p", "rollout_logprobs=q", "loss_mask=m"]) == 0
+    )
     with pytest.raises(ValueError, match="unknown field"):
-        offline.run(tmp_path / "x.jsonl", columns=["old=p"])
+        mismatch_report.run(tmp_path / "x.jsonl", columns=["old=p"])
     with pytest.raises(ValueError, match="no column"):
-        offline.run(tmp_path / "x.jsonl", columns=["old_logprobs=zz"])
+        mismatch_report.run(tmp_path / "x.jsonl", columns=["old_logprobs=zz"])
     with pytest.raises(ValueError, match="field=name"):
-        offline.run(tmp_path / "x.jsonl", columns=["old_logprobs"])
+        mismatch_report.run(tmp_path / "x.jsonl", columns=["old_logprobs"])
 
 
 @pytest.mark.parametrize(

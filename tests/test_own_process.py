@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from rlalign.rollout import own_process
-from rlalign.rollout.own_process import EngineProcesses
+from rlalign.rollout.engine import own_process
+from rlalign.rollout.engine.own_process import EngineProcesses
 
 SPAWN = multiprocessing.get_context("spawn")
 PATIENCE_S = 20.0

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlalign.reward import HFScorer, ScoringParams
-from rlalign.reward.hf_scorer import forward
-from rlalign.reward.packing import Row, row_batch, split_by_budget, worthwhile_groups
+from rlalign.scoring import HFScorer, ScoringParams
+from rlalign.scoring.hf import forward_pass
+from rlalign.scoring.hf.item_packing import Row, row_batch, split_by_budget, worthwhile_groups
 from tests.reward_models import model_of, reference, scorer_of, tokenizer_of, words
 
 PACKED = ["one_label", "three_labels", "process", "judge", "embedder"]
@@ -180,14 +180,14 @@ def test_positions_that_depend_on_the_length_are_refused(rope, monkeypatch):
 
 
 def test_a_model_that_ignores_the_block_mask_is_found_out_by_measuring(monkeypatch):
-    blind = forward.row_batch
+    blind = forward_pass.row_batch
 
     def leaky(rows, **where):
         batch = blind(rows, **where)
         batch.segment_BL.clamp_(max=1)  # every item one segment: items see each other
         return batch
 
-    monkeypatch.setattr(forward, "row_batch", leaky)
+    monkeypatch.setattr(forward_pass, "row_batch", leaky)
     scorer = HFScorer.wrap(model_of("one_label"), None, id="leaky")
     assert not scorer.info.packs and "measured: packed states differ" in scorer.info.packing_reason
 

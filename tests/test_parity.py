@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import nn
 
+from rlalign.commands import parity
 from rlalign.config import ModelConfig, RunConfig, TaskConfig
 from rlalign.diagnose.both_sides import lengthened
-from rlalign.diagnose.parity import baseline, command, grid, master, table
+from rlalign.diagnose.parity import baseline, grid, markdown_table, measuring
 from rlalign.diagnose.prompt_file import read_prompts
 
 
 def options(*arguments):
     parser = argparse.ArgumentParser()
-    command.add_options(parser)
+    parity.add_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -42,7 +43,7 @@ def result(*rows, settings=()):
 
 
 def test_the_default_grid_is_the_plain_table():
-    found = command.grid_of(config(), options())
+    found = parity.grid_of(config(), options())
     assert (found.modes, found.settings, found.tensor_parallel, found.noise_floor) == ((), (), (1,), False)
 
 
@@ -55,9 +56,9 @@ def test_a_setting_changes_one_thing():
 
 def test_values_that_cannot_be_measured_are_refused():
     with pytest.raises(ValueError, match="every temperature must be positive"):
-        command.grid_of(config(), options("--temperature", "0"))
+        parity.grid_of(config(), options("--temperature", "0"))
     with pytest.raises(ValueError, match="batches of 16 need as many prompts, got 4"):
-        command.grid_of(config(), options("--batch", "16", "--prompts", "4"))
+        parity.grid_of(config(), options("--batch", "16", "--prompts", "4"))
 
 
 def test_a_result_is_no_worse_than_itself():
@@ -110,21 +111,21 @@ def test_a_baseline_of_something_else_is_refused(tmp_path):
 
 def test_a_hard_limit_is_for_equal_heads_of_ours():
     rows = [row(k3=1.0, trainer_head="model"), row(k3=1.0, rollout_head="model", mode="off", trainer_head="model")]
-    assert command.over_limit(result(*rows), 1e-3) == command.over_limit(result(*rows)) == []
+    assert parity.over_limit(result(*rows), 1e-3) == parity.over_limit(result(*rows)) == []
     over = [row(k3=float("nan")), row(k3=2e-3, rollout_head="master", mode="master", trainer_head="master")]
-    assert len(command.over_limit(result(*over, settings=[row(k3=2e-3, path="decode")]), 1e-3)) == 3
+    assert len(parity.over_limit(result(*over, settings=[row(k3=2e-3, path="decode")]), 1e-3)) == 3
 
 
 def test_without_a_hard_limit_rounding_is_the_bar():
     """One k3 is ordinary for a model that rounds as much, and far too much for one that does not."""
     ordinary = row(k3=2.3e-3, abs_mean=4e-2, rounding_k3=1.2e-3, rounding_abs_mean=3e-2, rollout_rounding_abs_mean=3e-2)
-    assert command.over_limit(result(ordinary)) == []
-    (line,) = command.over_limit(result(ordinary | {"rounding_k3": 1e-5, "rounding_abs_mean": 3e-3}))
+    assert parity.over_limit(result(ordinary)) == []
+    (line,) = parity.over_limit(result(ordinary | {"rounding_k3": 1e-5, "rounding_abs_mean": 3e-3}))
     assert "more than rounding explains" in line and "10.0 times as far from the float32 body as the trainer" in line
     for worse in ({"abs_mean": 0.2}, {"k3": 0.1}, {"k3": float("nan")}, {"abs_mean": float("nan")}):
-        assert len(command.over_limit(result(ordinary | worse))) == 1
+        assert len(parity.over_limit(result(ordinary | worse))) == 1
     noisy = ordinary | {"rounding_k3": 0.0, "rounding_abs_mean": 0.0, "floor_k3": 1e-3, "floor_abs_mean": 2e-2}
-    assert command.over_limit(result(noisy | {"rounding_abs_mean": 1e-9})) == [], (
+    assert parity.over_limit(result(noisy | {"rounding_abs_mean": 1e-9})) == [], (
         "an engine that differs from itself as much"
     )
 
@@ -132,17 +133,17 @@ def test_without_a_hard_limit_rounding_is_the_bar():
 def test_a_head_alone_is_judged_where_the_body_hides_it():
     both = result(row(k3=1.7e-3, rounding_k3=1e-3, abs_mean=4e-2, rounding_abs_mean=3e-2))
     both["head_isolated"] = [row(rollout_error=1e-7, trainer_error=2e-7), row(trainer_head="model", trainer_error=4e-3)]
-    assert command.over_limit(both) == []
+    assert parity.over_limit(both) == []
     for side in ("rollout", "trainer"):
         both["head_isolated"][0] = row(**{f"{side}_error": 4.2e-3})
-        (line,) = command.over_limit(both)
+        (line,) = parity.over_limit(both)
         assert f"the {side}'s head is 0.0042 nats from the float64 head" in line and "not multiply in float32" in line
-        assert command.over_limit(both, head_limit=1e-2) == []
+        assert parity.over_limit(both, head_limit=1e-2) == []
 
 
 def test_the_markdown_holds_every_figure_once():
     slow = [row(path="decode", temperature=0.6, k3=3e-4), row(path="decode", temperature=0.6, k3=7e-4, mode="native")]
-    text = table.markdown(result(row(k3=1.25e-5), settings=slow))
+    text = markdown_table.markdown(result(row(k3=1.25e-5), settings=slow))
     for figure in ("1.25e-05", "3.00e-04 (0.0e+00)", "7.00e-04 (0.0e+00)"):
         assert text.count(figure) == 1
     widths = {line.count("|") for line in text.splitlines() if "0.6" in line or "temperature" in line}
@@ -195,10 +196,10 @@ class Network(nn.Module):
 def test_a_made_up_master_rounds_to_the_weight_and_uses_the_room(tmp_path):
     exponents = torch.arange(-120, 121, dtype=torch.float32)
     weight = torch.cat([torch.exp2(exponents), -torch.exp2(exponents) * 1.9921875, torch.zeros(6)]).view(-1, 8)
-    found, source = master.unrounded(Network(weight), tmp_path)
+    found, source = measuring.unrounded(Network(weight), tmp_path)
     assert torch.equal(found.bfloat16(), weight.bfloat16()) and "made up" in source
     moved = ((found - weight) / weight.abs().clamp_min(1e-38)).abs()
-    assert moved.max() > 0.9 * master.HALF_ULP and moved.mean() > 0.3 * master.HALF_ULP
+    assert moved.max() > 0.9 * measuring.HALF_ULP and moved.mean() > 0.3 * measuring.HALF_ULP
 
 
 def test_a_float32_checkpoint_brings_its_own_master(tmp_path):
@@ -206,8 +207,8 @@ def test_a_float32_checkpoint_brings_its_own_master(tmp_path):
 
     weight = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
     save_file({"lm_head.weight": weight}, tmp_path / "model.safetensors")
-    found, source = master.unrounded(Network(weight), tmp_path)
+    found, source = measuring.unrounded(Network(weight), tmp_path)
     assert torch.equal(found, weight) and "checkpoint's own" in source
     save_file({"lm_head.weight": weight * 2}, tmp_path / "model.safetensors")
     with pytest.raises(RuntimeError, match="does not round to the network's weight"):
-        master.unrounded(Network(weight), tmp_path)
+        measuring.unrounded(Network(weight), tmp_path)

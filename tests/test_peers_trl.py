@@ -6,7 +6,8 @@ from types import MethodType, SimpleNamespace
 import pytest
 import torch
 
-from rlalign import corrections, losses, mismatch, presets
+from rlalign import mismatch
+from rlalign.objective import corrections, losses, presets
 from tests.peers import statement, without_transport
 
 pytestmark = pytest.mark.engine  # importing TRL's trainer takes seconds

@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 
-from rlalign import advantages, corrections, losses, mismatch, presets, reference_kl
+from rlalign import mismatch
 from rlalign.config import KlPenaltyConfig
+from rlalign.objective import advantages, corrections, losses, presets, reference_kl
 from tests.peers import without_transport
 
 pytestmark = pytest.mark.engine  # importing verl takes seconds

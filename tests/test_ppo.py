@@ -7,10 +7,10 @@ from itertools import chain
 import pytest
 import torch
 
-from rlalign import advantages, losses, objective
 from rlalign.config import AlgoConfig, CriticConfig, GaeConfig, KlPenaltyConfig, load
 from rlalign.logprobs import token_values
-from rlalign.reference_kl import KlController, per_token
+from rlalign.objective import advantages, choice, losses
+from rlalign.objective.reference_kl import KlController, per_token
 from rlalign.types import Correction, LogprobSpec, Rollout, collate
 
 PPO = AlgoConfig(advantage="gae", gae=GaeConfig(gamma=0.9, lam=0.5, whiten=False))
@@ -38,7 +38,7 @@ def sampled(rows, prompt: int = 2) -> torch.Tensor:
 def test_credit_by_hand():
     """delta = r + 0.9 V' - V and A = delta + 0.45 A': from the end of each sequence, its reward on its last token."""
     values = sampled([[0.5, 0.6, 0.8], [0.25]])
-    found = objective.credit(torch.tensor([1.0, -1.0]), batch_of(3, 1), PPO, old_BL=values, values_BL=values)
+    found = choice.credit(torch.tensor([1.0, -1.0]), batch_of(3, 1), PPO, old_BL=values, values_BL=values)
     third, second, first = 1.0 - 0.8, 0.9 * 0.8 - 0.6, 0.9 * 0.6 - 0.5
     wanted = [first + 0.45 * (second + 0.45 * third), second + 0.45 * third, third]
     assert found.advantages_BL[0].tolist() == pytest.approx([0, 0, *wanted])
@@ -75,9 +75,7 @@ def test_trl_s_numbers(estimator):
     )
     batch, old, values = batch_of(5, 5), sampled(LOGPROBS), sampled(VALUES)
     rewards = torch.tensor([1.0, -0.5])
-    found = objective.credit(
-        rewards, batch, algo, old_BL=old, ref_BL=sampled(REFERENCE), values_BL=values, kl_coef=0.05
-    )
+    found = choice.credit(rewards, batch, algo, old_BL=old, ref_BL=sampled(REFERENCE), values_BL=values, kl_coef=0.05)
     theirs, mask = TRL[estimator], batch.loss_mask_BL
     assert found.returns_BL[mask].tolist() == pytest.approx(list(chain(*theirs["returns"])), abs=2e-5)
     assert found.advantages_BL[mask].tolist() == pytest.approx(list(chain(*theirs["advantages"])), abs=2e-5)
@@ -93,10 +91,10 @@ def test_samples_without_a_reward_leave_everything(whiten):
     g = torch.Generator().manual_seed(0)
     batch, rewards = batch_of(4, 3, 5), torch.tensor([1.0, math.nan, 0.3])
     old, ref, values = torch.randn(3, 3, 7, generator=g)
-    whole = objective.credit(rewards, batch, algo, old_BL=old, ref_BL=ref, values_BL=values, kl_coef=0.1)
+    whole = choice.credit(rewards, batch, algo, old_BL=old, ref_BL=ref, values_BL=values, kl_coef=0.1)
     rows = torch.tensor([0, 2])
     given = {"old_BL": old[rows], "ref_BL": ref[rows], "values_BL": values[rows], "kl_coef": 0.1}
-    rest = objective.credit(rewards[rows], batch.rows(rows), algo, **given)
+    rest = choice.credit(rewards[rows], batch.rows(rows), algo, **given)
     assert torch.equal(whole.advantages_BL[rows], rest.advantages_BL) and not whole.advantages_BL[1].any()
     assert torch.equal(whole.returns_BL[rows], rest.returns_BL)
     assert whole.metrics == pytest.approx(rest.metrics, nan_ok=True) and whole.kl == rest.kl
@@ -109,7 +107,7 @@ def test_calibrated_rewards_matter_to_a_critic_and_not_to_group_advantages():
     values, algo = torch.rand(4, 6, generator=g), replace(PPO, gae=GaeConfig(lam=0.9))
 
     def credit(rewards, values, algo=algo):
-        return objective.credit(rewards, batch, algo, old_BL=values, values_BL=values).advantages_BL
+        return choice.credit(rewards, batch, algo, old_BL=values, values_BL=values).advantages_BL
 
     by_group = [credit(r, values, AlgoConfig()) for r in (rewards, 2 * rewards - 1)]
     torch.testing.assert_close(*by_group, atol=1e-4, rtol=1e-4)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from rlalign.config import load
-from rlalign.loop import train_step
-from rlalign.reference_kl import KlController
+from rlalign.objective.reference_kl import KlController
 from rlalign.reward.mixture import ComponentScore, RewardMixture
+from rlalign.run.step import train_step
 from rlalign.types import RewardScore
 from tests.fakes import FakeEngine, FakeTrainer, parties
 

@@ -9,7 +9,7 @@ import torch
 from rlalign import cli
 from rlalign.diagnose.replay import Answer, Replay, replay, report
 from rlalign.tracking import replay_files
-from rlalign.tracking.run import Run
+from rlalign.tracking.run_directory import Run
 from rlalign.types import LogprobSpec, Rollout, collate
 
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
+from rlalign.calibration.calibrators import PlattCalibrator
+from rlalign.calibration.drift import DriftMonitor
 from rlalign.report import write_report
 from rlalign.report.verdict import drift_problems, watched
-from rlalign.reward.calibration import PlattCalibrator
-from rlalign.reward.drift import DriftMonitor
 from rlalign.tracking.record import read_run
-from rlalign.tracking.run import Run
+from rlalign.tracking.run_directory import Run
 from tests.test_report import read
 
 

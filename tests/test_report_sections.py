@@ -8,7 +8,7 @@ import pytest
 
 from rlalign.report import write_report
 from rlalign.report.plots import POINTS
-from rlalign.tracking.run import Run
+from rlalign.tracking.run_directory import Run
 from rlalign.tracking.timeline import Span
 from tests.test_report import EVIL, Page, read
 

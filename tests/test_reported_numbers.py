@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from rlalign import advantages, corrections, losses, mismatch, presets, reference_kl
+from rlalign import mismatch
 from rlalign.mismatch import breakdown
+from rlalign.objective import advantages, corrections, losses, presets, reference_kl
 from rlalign.types import Correction
 
 BOOL = torch.ones(3, 3, dtype=torch.bool)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from rlalign import cli, exits
-from rlalign.resume import RandomStates
-from rlalign.tracking import run as tracking_run
-from rlalign.tracking.run import Run
+from rlalign.run.checkpointing import RandomStates
+from rlalign.tracking import run_directory
+from rlalign.tracking.run_directory import Run
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,10 +52,10 @@ def test_a_start_killed_at_any_of_its_writes_does_not_block_the_next(tmp_path, m
         writes += 1
         original(path, data)
 
-    original = tracking_run.files.write_atomic
+    original = run_directory.files.write_atomic
     arguments = {"config": {"seed": 0}, "wandb_mode": "disabled", "project": "p", "name": "n", "overwrite": True}
     with monkeypatch.context() as patch:
-        patch.setattr(tracking_run.files, "write_atomic", write_then_die)
+        patch.setattr(run_directory.files, "write_atomic", write_then_die)
         try:
             first = Run(tmp_path / "run", **arguments)
         except Killed:

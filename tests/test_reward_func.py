@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from rlalign.reward import HFScorer, ScoringParams
+from rlalign.scoring import HFScorer, ScoringParams
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
 from tests.reward_models import CONTEXT, model_of, reference, scorer_of
 
@@ -117,7 +117,7 @@ def test_a_reward_function_gives_one_number_a_sample(chatty):
 
 def test_a_sample_that_fails_is_none_and_told(chatty, caplog):
     metrics = {}
-    with caplog.at_level(logging.WARNING, "rlalign.reward"):
+    with caplog.at_level(logging.WARNING, "rlalign.scoring"):
         found = call(
             chatty.as_reward_func(), prompts=["a"] * 4, completions=["b", "", "c", "d"], log_metric=metrics.__setitem__
         )

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from rlalign.calibration.calibrators import IsotonicCalibrator, PlattCalibrator
 from rlalign.config import RewardModelConfig, load
-from rlalign.loop import train_step
-from rlalign.reward.calibration import IsotonicCalibrator, PlattCalibrator
 from rlalign.reward.mixture import RewardMixture, Sample
 from rlalign.reward.model_reward import EMPTY, ModelReward
+from rlalign.run.step import train_step
 from tests.fakes import FakeEngine, FakeTrainer, parties
 
 
@@ -275,7 +275,7 @@ def test_the_same_settings_pass_where_they_do_matter():
 
 
 def test_the_refused_affine_map_really_changes_nothing_and_the_sigmoid_does():
-    from rlalign.advantages import group_relative
+    from rlalign.objective.advantages import group_relative
 
     group_B, raw = torch.tensor([0] * 4 + [1] * 4), torch.randn(8, generator=torch.Generator().manual_seed(0)) * 2
     plain = group_relative(raw, group_B)

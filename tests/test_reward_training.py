@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from rlalign.reward.calibration import Calibrator
-from rlalign.reward.hf_scorer import HFScorer
+from rlalign.calibration.calibrators import Calibrator
 from rlalign.reward.training import Labelled, Pair, Recipe, pairs_of, read_rows, split, train_reward_model, write_rows
-from rlalign.reward.training.fit import Item, _loss, accumulation, fit
-from rlalign.reward.training.losses import bradley_terry_loss, pointwise_loss
-from rlalign.reward.training.model import RewardNetwork, load, padded, tokenised
+from rlalign.reward.training.fit import Item, _loss, accumulation, bradley_terry_loss, fit, pointwise_loss
+from rlalign.reward.training.reward_network import RewardNetwork, load, padded, tokenised
+from rlalign.scoring.hf import HFScorer
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
 
 SMALL = {"batch_size": 16, "micro_batch_size": 16, "learning_rate": 3e-3, "max_length": 32, "held_out": 0.25}

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from rlalign.loop import train_step
 from rlalign.mismatch.monitor import Monitor, Rule
-from rlalign.parties import MismatchLimitError, StalenessLimitError
-from rlalign.sampler import STATE, Sampler
-from rlalign.step_metrics import lags_of
-from rlalign.watch import rules_of
+from rlalign.run.limits import rules_of
+from rlalign.run.parties import MismatchLimitError, StalenessLimitError
+from rlalign.run.sampler import STATE, Sampler
+from rlalign.run.step import train_step
+from rlalign.run.step_metrics import lags_of
 from tests.async_parties import STEP, Engine, Trainer, config, waited
 from tests.fakes import parties
 

@@ -6,10 +6,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from rlalign.exits import Lost
-from rlalign.loop import collect
-from rlalign.parties import Parties
 from rlalign.rollout.shared import SharedEngine
-from rlalign.sampler import Sampler, sample_probe
+from rlalign.run.parties import Parties
+from rlalign.run.sampler import Sampler, sample_probe
+from rlalign.run.step import collect
 from tests.async_parties import Engine, Trainer, config
 from tests.fakes import FakeTask
 

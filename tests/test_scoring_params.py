@@ -5,7 +5,7 @@ import math
 import msgspec
 import pytest
 
-from rlalign.reward.params import InvalidParams, ModelInfo, PoolerDefaults, ScoringParams
+from rlalign.scoring.params import InvalidParams, ModelInfo, PoolerDefaults, ScoringParams
 
 STEP = PoolerDefaults(token_pooling="STEP", step_tag_id=7, returned_token_ids=(0, 1))
 MODELS = {

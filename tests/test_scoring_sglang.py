@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlalign.reward import ScoringParams
-from rlalign.reward.hf_scorer import forward
+from rlalign.scoring import ScoringParams
+from rlalign.scoring.hf import forward_pass
 from tests.reward_models import model_of, reference, scorer_of, words
 
 QUERY = "Is this city in California? "
@@ -159,7 +159,7 @@ class TestPooledHiddenStatesCausalLMRejection:
 
     def test_causal_lm_rejects_phs(self, monkeypatch):
         scorer = scorer_of("judge")
-        monkeypatch.setattr(forward, "row_batch", None)  # any computation would fail on it
+        monkeypatch.setattr(forward_pass, "row_batch", None)  # any computation would fail on it
         with pytest.raises(ValueError, match="CausalLM"):
             scorer.score(QUERY, ITEMS, ScoringParams(return_pooled_hidden_states=True, label_token_ids=[40, 50]))
 
@@ -172,6 +172,6 @@ class TestPooledHiddenStatesCausalLMRejection:
 @pytest.mark.parametrize("kind", ["bert", "xlmr"])
 def test_cross_encoders_without_a_state_before_the_head_say_so_before_any_computation(kind, monkeypatch):
     scorer = scorer_of(kind)
-    monkeypatch.setattr(forward, "row_batch", None)
+    monkeypatch.setattr(forward_pass, "row_batch", None)
     with pytest.raises(ValueError, match="CrossEncodingPooler"):
         scorer.score(QUERY, ITEMS, ASK)

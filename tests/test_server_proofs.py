@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from rlalign.rollout.server import client
-from rlalign.tracking.run import Run
+from rlalign.tracking.run_directory import Run
 from tests.rollout_servers import PROMPTS, FakeVLLM, Later, generate, named_model, pool_of, publish, right, state, until
 
 

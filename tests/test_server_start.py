@@ -8,9 +8,10 @@ import stat
 
 import pytest
 
+from rlalign.commands import rollout_server
 from rlalign.config import RolloutConfig
-from rlalign.rollout.arguments import as_options, engine_arguments
-from rlalign.rollout.server import client, command, every_engine, guard, ready
+from rlalign.rollout.engine.arguments import as_options, engine_arguments
+from rlalign.rollout.server import client, every_engine, key_guard, ready
 from rlalign.rollout.server.launching import Launch, ServerProcess, devices_of, reserve
 from tests.rollout_servers import PROMPTS, FakeVLLM, named_model, pool_of, publish
 
@@ -227,7 +228,7 @@ def test_the_command_line_says_what_the_embedded_engine_is_given(model):
     )
     line, environment = launch.command("127.0.0.1", 8000, "secret"), launch.environment("secret")
     assert " ".join(options) in " ".join(line) and line[-2:] == ["--data-parallel-size", "2"]
-    assert "secret" not in line and guard.CLASS in line and environment[guard.KEY_VARIABLE] == "secret"
+    assert "secret" not in line and key_guard.CLASS in line and environment[key_guard.KEY_VARIABLE] == "secret"
     assert options[options.index("--max-model-len") :][:2] == ["--max-model-len", "99"]
     assert "--enforce-eager" in options and "--no-enable-prefix-caching" in options and "None" not in options
     assert json.loads(options[options.index("--additional-config") + 1]) == arguments["additional_config"]
@@ -255,8 +256,8 @@ def test_servers_take_the_last_devices_and_leave_the_first_to_the_trainer(monkey
 
 def test_overrides_end_where_vllms_own_options_begin():
     words = ["rollout.max_tokens=8", "task=addition", "--data-parallel-size", "2"]
-    assert command.split(words) == (words[:2], words[2:])
-    assert command.split(words[:1]) == (words[:1], [])
+    assert rollout_server.split(words) == (words[:2], words[2:])
+    assert rollout_server.split(words[:1]) == (words[:1], [])
 
 
 @pytest.mark.parametrize(
@@ -270,7 +271,7 @@ def test_overrides_end_where_vllms_own_options_begin():
     ],
 )
 def test_the_guard_asks_for_the_key_on_every_route_but_health(monkeypatch, path, header, status):
-    monkeypatch.setenv(guard.KEY_VARIABLE, "right")
+    monkeypatch.setenv(key_guard.KEY_VARIABLE, "right")
     sent = []
 
     async def app(scope, receive, send):
@@ -280,8 +281,8 @@ def test_the_guard_asks_for_the_key_on_every_route_but_health(monkeypatch, path,
         sent.append(message)
 
     headers = [(b"authorization", header.encode())] if header else []
-    asyncio.run(guard.KeyGuard(app)({"type": "http", "path": path, "headers": headers}, None, send))
+    asyncio.run(key_guard.KeyGuard(app)({"type": "http", "path": path, "headers": headers}, None, send))
     assert sent[0]["status"] == status
-    monkeypatch.delenv(guard.KEY_VARIABLE)
+    monkeypatch.delenv(key_guard.KEY_VARIABLE)
     with pytest.raises(RuntimeError, match="needs RLALIGN_ROLLOUT_KEY"):
-        guard.KeyGuard(app)
+        key_guard.KeyGuard(app)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlalign.tracking.record import read_run
-from rlalign.tracking.run import Run
+from rlalign.tracking.run_directory import Run
 from rlalign.tracking.timeline import RESUMED, Clock, Span, encode, merged, processes, read_timeline, utilisation
 
 PHASES = ("rollout", "eval", "reward", "score", "train", "wait", "publish")

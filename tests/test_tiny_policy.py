@@ -9,9 +9,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlalign import tiny_policy
 from rlalign.tasks import load_task
-from rlalign.tiny_policy import TinyRecipe, cached_policy, make_tiny_policy
+from rlalign.tiny_policy import cached_policy, make_tiny_policy, policy_recipe
+from rlalign.tiny_policy.policy_recipe import TinyRecipe
+from rlalign.tiny_policy.teaching import IGNORED, _encode, _expected_accuracy, accuracy
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
-from rlalign.tiny_policy.training import IGNORED, _encode, _expected_accuracy, accuracy
 
 TWO_STEPS = TinyRecipe(
     train_size=64,
@@ -77,12 +78,12 @@ def test_every_field_of_the_recipe_changes_the_folder(monkeypatch):
     for f in dataclasses.fields(TinyRecipe):
         value = other[type(getattr(TinyRecipe(), f.name))](getattr(TinyRecipe(), f.name))
         names.add(dataclasses.replace(TinyRecipe(), **{f.name: value}).folder)
-    monkeypatch.setattr(tiny_policy, "RECIPE_VERSION", -1)
+    monkeypatch.setattr(policy_recipe, "RECIPE_VERSION", -1)
     names.add(TinyRecipe().folder)
-    monkeypatch.setattr(tiny_policy, "version", lambda _: "99.1.0")
+    monkeypatch.setattr(policy_recipe, "version", lambda _: "99.1.0")
     names.add(TinyRecipe().folder)
     assert len(names) == len(dataclasses.fields(TinyRecipe)) + 3
-    monkeypatch.setattr(tiny_policy, "version", lambda _: "99.1.7")
+    monkeypatch.setattr(policy_recipe, "version", lambda _: "99.1.7")
     assert TinyRecipe().folder in names
 
 

@@ -18,9 +18,9 @@ from rich.console import Console
 from rlalign.tracking import files
 from rlalign.tracking.console import Progress, clock
 from rlalign.tracking.record import read_metrics, read_run
-from rlalign.tracking.run import Run
-from rlalign.tracking.summary import summarize
-from rlalign.tracking.tokens import SCHEMA, read_tokens
+from rlalign.tracking.run_directory import Run
+from rlalign.tracking.run_summary import summarize
+from rlalign.tracking.token_files import SCHEMA, read_tokens
 
 CONFIG = {
     "head_dtype": "float32",
@@ -113,7 +113,7 @@ def test_any_other_damage_is_an_error_that_names_the_line(tmp_path, text):
 
 def test_a_killed_process_leaves_a_readable_run_that_says_killed(tmp_path):
     code = (
-        "import os, signal; from pathlib import Path; from rlalign.tracking.run import Run\n"
+        "import os, signal; from pathlib import Path; from rlalign.tracking.run_directory import Run\n"
         f"run = Run(Path({str(tmp_path / 'run')!r}), config={{}}, wandb_mode='disabled', project='p', name='n')\n"
         "run.log(0, {'reward/mean': 0.5}); run.log(1, {'reward/mean': 0.75})\n"
         "os.kill(os.getpid(), signal.SIGKILL)"

@@ -12,9 +12,10 @@ import pytest
 
 from rlalign.config import TrackingConfig
 from rlalign.tracking import backends
-from rlalign.tracking.backends import Places, places_of
-from rlalign.tracking.run import HISTOGRAMS, WORST, Run
-from rlalign.tracking.tokens import sampled_tokens, worst_tokens
+from rlalign.tracking.backend_contract import Places
+from rlalign.tracking.backends import places_of
+from rlalign.tracking.run_directory import HISTOGRAMS, WORST, Run
+from rlalign.tracking.token_files import sampled_tokens, worst_tokens
 
 N = 40
 EVIL = "|</td><script>_*`"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rlalign.tracking import wandb_run
-from rlalign.tracking.run import Run
+from rlalign.tracking.run_directory import Run
 from rlalign.tracking.wandb_run import resolve_mode
 
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rlalign import widened
 from rlalign.config import load
+from rlalign.head import widened
 from rlalign.trainer import packed_attention, sdpa
 from rlalign.trainer.packing import pack, plan
 from rlalign.types import LogprobSpec, Rollout, collate

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from rlalign.rollout.engine import kv_spans
+from rlalign.rollout.engine.embedded import kv_spans
 from rlalign.types import UNKNOWN_VERSION, LogprobSpec, Rollout, collate
 
 

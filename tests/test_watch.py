@@ -6,9 +6,9 @@ import pytest
 
 from rlalign.config import load
 from rlalign.mismatch.monitor import Action
-from rlalign.parties import MismatchLimitError
+from rlalign.run.limits import Watch, rules_of, self_test
+from rlalign.run.parties import MismatchLimitError
 from rlalign.types import LogprobSpec
-from rlalign.watch import Watch, rules_of, self_test
 
 
 class Log:

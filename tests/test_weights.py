@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from rlalign.config import WeightsConfig, load
 from rlalign.weights import digest, open_transport, publish, publish_from_ranks
-from rlalign.weights.files import FileBucket, FileTransport, read
+from rlalign.weights.file_transport import FileBucket, FileTransport, read
 from tests.fakes import FakeEngine
 from tests.workers import FileWorkers, model
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from rlalign.weights import publish
+from rlalign.weights.bucket import BufferBucket
 from rlalign.weights.digest import digest
-from rlalign.weights.wire import BufferBucket, WireTransport
+from rlalign.weights.wire_transport import WireTransport
 from tests.workers import FileWorkers, GlooWorkers, model
 
 A, B = "http://127.0.0.1:1", "http://127.0.0.1:2"

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from rlalign import head_kernel, widened
+from rlalign.head import kernel, widened
+from rlalign.head.widened import NATIVE, WIDENED, Choice
 from rlalign.trainer import sdpa
-from rlalign.widened import NATIVE, WIDENED, Choice
 from tests.kernel_parts import compiled, forget, needs_compiler  # noqa: F401
 
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a unit in the last place, relative
@@ -73,7 +73,7 @@ def test_a_bf16_linear_layer_has_the_bits_of_the_kernel_for_any_number_of_rows(c
         assert all(torch.equal(F.linear(x[:n], w, b), whole[:n]) for n in (1, 2, 5, 16, 33, 69))
         assert torch.equal(F.linear(x[None], w, b)[0], whole)
         strided = F.linear(x[:, ::2], w[:, ::2], b)  # rows that do not lie whole
-    logits = head_kernel.fma()(x, w, torch.empty(70, 40))
+    logits = kernel.fma()(x, w, torch.empty(70, 40))
     assert torch.equal(whole, (logits if b is None else logits + b.float()).bfloat16())
     half = x[:, ::2].double() @ w[:, ::2].double().t() + (0.0 if b is None else b.double())
     assert_rounded_once(strided, half, x.double().abs() @ w.double().abs().t() + 3.0)
@@ -222,7 +222,7 @@ def test_one_rank_that_needs_it_decides_for_all(undecided, monkeypatch):
 
 
 def test_where_torchs_own_are_kept_torchs_kernels_stay():
-    code = "import torch; from rlalign import widened; widened.decide(torch.bfloat16); print(widened._library)"
+    code = "import torch; from rlalign.head import widened; widened.decide(torch.bfloat16); print(widened._library)"
     environment = os.environ | {widened.VARIABLE: NATIVE}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert out.stdout.strip() == "[]"

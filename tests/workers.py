@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from rlalign.weights.bucket import Entry
-from rlalign.weights.files import greet, read
+from rlalign.weights.file_transport import greet, read
 
 HERE = {"host": "here", "device": "cpu"}
 

@@ -4,20 +4,17 @@ One file a section; `load` turns a composed configuration into plain dataclasses
 (not frozen: OmegaConf would make their nodes read-only and refuse every override).
 """
 
-from rlalign.config.algo import LOSSES, PRESETS, AlgoConfig, CorrectionConfig
+from rlalign.config.algo import LOSSES, PRESETS, AlgoConfig, CorrectionConfig, CriticConfig, GaeConfig, KlPenaltyConfig
 from rlalign.config.checkpoint import CheckpointConfig
-from rlalign.config.drift import DriftConfig
-from rlalign.config.lora import LoraConfig
 from rlalign.config.mismatch import GateAction, MismatchConfig, RuleConfig
 from rlalign.config.model import Dtype, HeadDtype, ModelConfig
-from rlalign.config.ppo import CriticConfig, GaeConfig, KlPenaltyConfig
-from rlalign.config.reward import RewardConfig, RewardModelConfig, ScoringServerConfig
+from rlalign.config.reward import DriftConfig, RewardConfig, RewardModelConfig, ScoringServerConfig
 from rlalign.config.rollout import RolloutConfig
 from rlalign.config.run import RunConfig, load, to_plain
 from rlalign.config.schedule import ScheduleConfig, ScheduleMode
 from rlalign.config.task import TaskConfig
 from rlalign.config.tracking import TrackingConfig
-from rlalign.config.trainer import TrainerConfig
+from rlalign.config.trainer import LoraConfig, TrainerConfig
 from rlalign.config.weights import WeightsConfig
 
 __all__ = [

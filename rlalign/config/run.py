@@ -9,7 +9,6 @@ from typing import Any
 from rlalign.config.algo import AlgoConfig
 from rlalign.config.checkpoint import CheckpointConfig
 from rlalign.config.checks import positive, require
-from rlalign.config.exact import require_exact_possible
 from rlalign.config.mismatch import MismatchConfig
 from rlalign.config.model import Dtype, HeadDtype, ModelConfig
 from rlalign.config.reward import RewardConfig, require_that_it_matters
@@ -19,6 +18,34 @@ from rlalign.config.task import TaskConfig
 from rlalign.config.tracking import TrackingConfig
 from rlalign.config.trainer import TrainerConfig
 from rlalign.config.weights import WIRE_TRANSPORTS, WeightsConfig
+
+
+def require_exact_possible(head_dtype: HeadDtype, rollout: RolloutConfig, trainer: TrainerConfig) -> None:
+    """Raise ValueError naming what stands against `exact: true`."""
+    require(
+        head_dtype is HeadDtype.float32,
+        f"exact=true with head_dtype={head_dtype.value}: exact mode computes float32 logits from the published weights on both "
+        "sides; use head_dtype=float32",
+    )
+    require(
+        rollout.tensor_parallel_size == 1,
+        f"exact=true with rollout.tensor_parallel_size={rollout.tensor_parallel_size}: the all-reduce adds partial products in "
+        "another order than one trainer does; use 1",
+    )
+    require(
+        rollout.enforce_eager and rollout.head_mode == "auto",
+        f"exact=true with rollout.enforce_eager={rollout.enforce_eager}, rollout.head_mode={rollout.head_mode}: a compiled model "
+        "rearranges the sums that exact mode fixes, and its head is its own; use enforce_eager=true and head_mode=auto",
+    )
+    require(
+        trainer.lora.rank == 0,
+        f"exact=true with trainer.lora.rank={trainer.lora.rank}: adapters are merged in the engine, not in the trainer; use rank=0",
+    )
+    require(
+        trainer.pack_tokens == 0 and trainer.attention in ("auto", "sdpa"),
+        f"exact=true with trainer.pack_tokens={trainer.pack_tokens}, trainer.attention={trainer.attention}: exact mode has an "
+        "attention of its own, over padded rows; use pack_tokens=0 and attention=auto",
+    )
 
 
 @dataclass(kw_only=True)
@@ -31,7 +58,7 @@ class RunConfig:
     seed: int = 0
     steps: int = 100  # batches of rollouts
     head_dtype: HeadDtype = HeadDtype.float32
-    exact: bool = False  # both sides compute with rlalign.exact, equal in every bit: CPU, slow, for diagnosis
+    exact: bool = False  # both sides compute with rlalign.head.exact, equal in every bit: CPU, slow, for diagnosis
     model: ModelConfig = field(default_factory=ModelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from rlalign import widened
-from rlalign.assemble import encode, fitted_task, load_task_of, resolve_model
 from rlalign.config import RunConfig
+from rlalign.head import widened
+from rlalign.run.assembly import encode, fitted_task, load_task_of, resolve_model
 from rlalign.types import Rollout, RolloutBatch, collate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlalign.rollout.engine import VLLMEngine
+    from rlalign.rollout.engine.embedded import VLLMEngine
 
 
 def task_prompts(tokenizer: PreTrainedTokenizerBase, config: RunConfig, *, count: int) -> list[list[int]]:
@@ -60,12 +60,12 @@ def trainer_network(model: Path, body: str, *, exact: bool = False) -> nn.Module
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    from rlalign import attention
-    from rlalign.trainer.exact import make_exact
+    from rlalign.trainer import attention_choice
+    from rlalign.trainer.exact_network import make_exact
 
     disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = attention.of_folder(model).name
+    kind = attention_choice.of_folder(model).name
     network = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, body), attn_implementation=kind)
     network = network.eval().to(device)
     if exact:

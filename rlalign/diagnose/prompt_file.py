@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlalign.assemble import encode
+from rlalign.run.assembly import encode
 from rlalign.tasks.rows import cell, jsonl_rows
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from rlalign import mismatch
-from rlalign.assemble import load_tokenizer, resolve_model, start_embedded
 from rlalign.config import HeadDtype, RunConfig
-from rlalign.diagnose import noise_floor
-from rlalign.sampler import step_seed
+from rlalign.rollout.engine import noise_floor
+from rlalign.run.assembly import load_tokenizer, resolve_model, start_embedded
+from rlalign.run.sampler import step_seed
 from rlalign.tracking import environment
 from rlalign.tracking.record import RunRecord, config_of, read_run
 from rlalign.tracking.replay_files import SavedStep, read_step
@@ -27,7 +27,7 @@ from rlalign.types import RolloutBatch, collate
 if TYPE_CHECKING:
     from torch import nn
 
-    from rlalign.rollout.engine import VLLMEngine
+    from rlalign.rollout.engine.embedded import VLLMEngine
     from rlalign.trainer.network import ScoringNetwork
     from rlalign.trainer.passes import Passes
 

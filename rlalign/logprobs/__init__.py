@@ -18,10 +18,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlalign.head import check_operands
+from rlalign.head.projection import check_operands
 from rlalign.logprobs.forward import Transform
 from rlalign.logprobs.op import flat_logprobs
 from rlalign.logprobs.vocab_parallel import VocabShard, sharded_logprobs
+
+__all__ = ["from_logits", "token_logprobs", "token_values"]
 
 Mode = Literal["fast", "exact_mirror"]
 

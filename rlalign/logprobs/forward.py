@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from rlalign.head.products import Route, logits_of, stored_for
 from rlalign.logprobs.blocks import Tile, columns_of, padded, strip_height, strips, token_tiles
 from rlalign.logprobs.stash import Stash
-from rlalign.products import Route, logits_of, stored_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlalign.head import route
+from rlalign.head.projection import route
 from rlalign.logprobs.backward import Upstream, backward_tiles
 from rlalign.logprobs.blocks import Tile
 from rlalign.logprobs.forward import Problem, Transform, forward_sums, mirror

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlalign.head import route
+from rlalign.head.projection import route
 from rlalign.logprobs.backward import Upstream, backward_tiles
 from rlalign.logprobs.blocks import Tile
 from rlalign.logprobs.forward import Problem, Sums, Transform, forward_sums

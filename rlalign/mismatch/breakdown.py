@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rlalign.aligned import require_aligned, usable
+from rlalign.mismatch.aligned import require_aligned, usable
 from rlalign.mismatch.stats import DECILES, label_table
 from rlalign.mismatch.summary import label_means
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+__all__ = ["TokenMismatch", "by_label", "deciles", "nonfinite_tokens", "token_classes", "token_lags", "worst_tokens"]
 
 TOKEN_CLASSES = ("other", "eos", "special", "digits", "space")  # values of `token_classes`
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+__all__ = ["Cause", "Drift", "Evidence", "drift", "frozen_run_verdict", "likely_causes"]
+
 
 @dataclass(frozen=True)
 class Cause:

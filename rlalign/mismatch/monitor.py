@@ -14,6 +14,8 @@ from statistics import median
 
 from rlalign.mismatch.causes import Cause, Evidence, likely_causes
 
+__all__ = ["Action", "Alert", "Monitor", "Rule"]
+
 
 class Action(StrEnum):
     """What the loop does on an alert, mildest first."""

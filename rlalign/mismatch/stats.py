@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rlalign.aligned import require_aligned, sampled, usable
+from rlalign.mismatch.aligned import require_aligned, sampled, usable
 from rlalign.mismatch.distribution import Distribution
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from rlalign.report.charts import FLOOR
 from rlalign.report.figures import at, series
 from rlalign.report.html import MACROS, NOTHING, num
-from rlalign.report.tokens import TokenView
+from rlalign.report.worst_tokens import TokenView
 from rlalign.tracking.record import RunRecord
 
 __all__ = [

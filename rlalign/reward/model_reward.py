@@ -19,12 +19,12 @@ from rlalign.types import RewardScore
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from rlalign.calibration.arrays import Floats
+    from rlalign.calibration.calibrators import Calibrator
     from rlalign.config import RewardModelConfig
-    from rlalign.reward.arrays import Floats
-    from rlalign.reward.calibration import Calibrator
-    from rlalign.reward.params import ScoringParams
-    from rlalign.reward.result import ScoreResult
-    from rlalign.reward.reward_func import Scoring
+    from rlalign.scoring.params import ScoringParams
+    from rlalign.scoring.result import ScoreResult
+    from rlalign.scoring.reward_func import Scoring
 
     Score = Callable[[Sequence[tuple[str, str]]], Sequence[float | str]]
 

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlalign.reward.arrays import numbers, whole
-from rlalign.reward.calibration.file import CalibrationWarning
+from rlalign.calibration.arrays import numbers, whole
+from rlalign.calibration.calibrators.calibration_file import CalibrationWarning
 
 if TYPE_CHECKING:
     from typing import Self
 
-    from rlalign.reward.arrays import Floats, Numbers
-    from rlalign.reward.calibration import Calibrator
-    from rlalign.reward.calibration.score_rows import ScoreRows
+    from rlalign.calibration.arrays import Floats, Numbers
+    from rlalign.calibration.calibrators import Calibrator
+    from rlalign.calibration.calibrators.score_rows import ScoreRows
 
 SPAN = 2 / 3  # share of the points that a local line looks at, as in Cleveland 1979 and R's lowess
 DRAWS = 100

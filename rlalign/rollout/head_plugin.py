@@ -1,7 +1,7 @@
 """Entry point of the vLLM plugin (group `vllm.general_plugins`).
 
 vLLM calls `register()` in every process that builds a model. It only logs a plugin whose import fails and starts without it,
-so nothing here may be trusted to have run: the engine proves it on every rank afterwards (`rlalign.rollout.handshake`).
+so nothing here may be trusted to have run: the engine proves it on every rank afterwards (`rlalign.rollout.engine.handshake`).
 This module therefore imports nothing heavy, and a layer that finds no rlalign settings behaves exactly like vLLM's own.
 """
 
@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import os
 
-SETTINGS_KEY = "rlalign"  # in vLLM's additional_config: {"rlalign": {"head_dtype": "float32", "mode": "auto"}}
-SLOT = "LogitsProcessor"  # vLLM's layer from hidden states to logits, not its sampling plug-ins of the same name
-GLOO_TRANSFER = "rlalign_gloo"  # our weight-transfer backend, for WeightTransferConfig(backend=...)
+from rlalign.rollout.names import GLOO_TRANSFER, SLOT
 
 
 def register() -> None:
@@ -23,21 +21,25 @@ def register() -> None:
     from vllm.model_executor.custom_op import op_registry_oot
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
-    from rlalign.rollout import cpu_layers, early_refusal, epoch_hooks, exact, own_process, versions, yielding
+    from rlalign.rollout import exact, versions
+    from rlalign.rollout.engine import early_refusal, own_process, yielding
+    from rlalign.rollout.exact import switch
+    from rlalign.rollout.head import epoch_hooks
     from rlalign.rollout.server import every_engine
+    from rlalign.rollout.worker import cpu_layers
 
     if SLOT in op_registry_oot:
         return
     own_process.end_with_parent()
     if versions.hook(vllm.__version__) is versions.Hook.APPLY_HEAD:
-        from rlalign.rollout.head_layer import AlignedLogitsProcessor as Layer
+        from rlalign.rollout.head.logits_processor import AlignedLogitsProcessor as Layer
     else:
-        from rlalign.rollout.head_layer_early import EarlyLogitsProcessor as Layer
+        from rlalign.rollout.head.logits_processor_early import EarlyLogitsProcessor as Layer
     LogitsProcessor.register_oot(Layer)
     epoch_hooks.install()
     early_refusal.install()
     if exact.enabled():  # engines in processes of their own learn it here
-        exact.register()
+        switch.register()
     if versions.has_output_spans(vllm.__version__):  # the version whose sources these two were written for
         every_engine.install()
         if os.environ.get(yielding.VARIABLE) == "1":
@@ -47,5 +49,5 @@ def register() -> None:
         from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
         WeightTransferEngineFactory.register_engine(
-            GLOO_TRANSFER, "rlalign.rollout.gloo_transfer", "GlooTransferEngine"
+            GLOO_TRANSFER, "rlalign.rollout.worker.gloo_transfer", "GlooTransferEngine"
         )

@@ -13,7 +13,7 @@ from rlalign import ranks
 from rlalign.types import Rollout
 
 if TYPE_CHECKING:
-    from rlalign.rollout.engine import VLLMEngine
+    from rlalign.rollout.engine.embedded import VLLMEngine
     from rlalign.rollout.server.pool import ServerPool
 
 

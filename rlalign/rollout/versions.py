@@ -54,7 +54,7 @@ def has_native_head(version: str) -> bool:
 
 
 def has_weight_transfer(version: str) -> bool:
-    """True where the weight-transfer interface is the one `rlalign.rollout.gloo_transfer` implements."""
+    """True where the weight-transfer interface is the one `rlalign.rollout.worker.gloo_transfer` implements."""
     return parse(version) >= (0, 28)
 
 

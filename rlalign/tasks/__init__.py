@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     Verifier = Callable[["Prompt", str], bool]
 
+__all__ = ["Prompt", "Task", "load_task"]
+
 PLACEHOLDER = "{prompt}"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlalign.tracking import files
-from rlalign.tracking.summary import summarize
+from rlalign.tracking.run_summary import summarize
 from rlalign.tracking.timeline import Span, read_timeline
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rlalign.tracking.backends import Cell, Start
+from rlalign.tracking.backend_contract import Cell, Start
 
 FOLDER = "tensorboard"
 FLUSH_S = 10  # a killed run loses no more; the run directory itself loses nothing

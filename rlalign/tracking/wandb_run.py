@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import wandb
 
-from rlalign.tracking.backends import Cell, Start
+from rlalign.tracking.backend_contract import Cell, Start
 
 MODES = ("auto", "online", "offline", "disabled")
 ONLINE_TIMEOUT_S = 30.0  # a compute node with a key but without a network must not hold a job for wandb's 90 s

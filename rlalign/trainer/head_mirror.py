@@ -13,9 +13,10 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-from rlalign import head, logprobs, multiplied, routes
-from rlalign.multiplied import Multiplied
-from rlalign.trainer.exact import ExactHead
+from rlalign import logprobs
+from rlalign.head import multiplied, projection, routes
+from rlalign.head.multiplied import Multiplied
+from rlalign.trainer.exact_network import ExactHead
 
 
 @dataclass(slots=True)
@@ -41,9 +42,9 @@ class HeadStatus:
         wide = torch.float32 if self.dtype == "master" else body
         hidden = torch.empty(1, size, dtype=body, device=device)
         weight = torch.empty(1, size, dtype=wide, device=device)
-        route = head.route(hidden, weight)
+        route = projection.route(hidden, weight)
         self.route, self.kernel = route.value, routes.kernel_name(route, hidden, weight)
-        self.bits = routes.bits(head.project, size, body, wide) if device.type == "cpu" else None
+        self.bits = routes.bits(projection.project, size, body, wide) if device.type == "cpu" else None
 
 
 _STATUS: weakref.WeakKeyDictionary[nn.Module, HeadStatus] = weakref.WeakKeyDictionary()
@@ -100,7 +101,7 @@ def mirror(model: nn.Module, *, head_dtype: str, chunk: int, keep_mib: int = 0) 
         )
     own = exact_head or head_dtype == "model"  # the module's products, logits and all
     lm_head.__dict__.pop("forward", None)  # an earlier mirror: start again from the class's own forward
-    transform = head.HeadTransform.of(model.config.get_text_config().to_dict())
+    transform = projection.HeadTransform.of(model.config.get_text_config().to_dict())
     status = _STATUS[lm_head] = HeadStatus(
         name=next(name for name, module in model.named_modules() if module is lm_head),
         mode="off" if head_dtype == "model" else "exact" if exact_head else "mirrored",
@@ -121,7 +122,7 @@ def mirror(model: nn.Module, *, head_dtype: str, chunk: int, keep_mib: int = 0) 
     ) -> Tensor | tuple[Tensor, Tensor]:
         status.calls += 1
         if tokens is None:
-            return plain(hidden) if own else head.project(hidden, weight_of(self), self.bias)
+            return plain(hidden) if own else projection.project(hidden, weight_of(self), self.bias)
         given = scored(self, hidden, tokens, exact)
         if status.calls <= LOOKS and status.multiplied is None:
             _look(status, weight_of(self), self.bias, transform, hidden, tokens, given[0])
@@ -158,7 +159,7 @@ def _look(
     status: HeadStatus,
     weight_VD: Tensor,
     bias_V: Tensor | None,
-    transform: head.HeadTransform,
+    transform: projection.HeadTransform,
     hidden_BLD: Tensor,
     tokens: Tokens,
     logprobs_BL: Tensor,

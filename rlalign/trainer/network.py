@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-from rlalign import attention as attentions
-from rlalign import widened
-from rlalign.trainer import packed_attention, sdpa
-from rlalign.trainer.exact import make_exact
+from rlalign.head import widened
+from rlalign.trainer import attention_choice, packed_attention, sdpa
+from rlalign.trainer.exact_network import make_exact
 from rlalign.trainer.head_mirror import Tokens
 from rlalign.types import RolloutBatch
 
@@ -58,14 +57,14 @@ def load(
     """A Hugging Face causal language model; under ZeRO-3 already partitioned over the ranks as it is read.
 
     head: with its lm_head; without, the body alone. exact: see `make_exact`. attention: a name of transformers, or auto, which
-    passes over those that would leave out what this model asks for (`rlalign.attention`).
+    passes over those that would leave out what this model asks for (`rlalign.trainer.attention_choice`).
     checkpointing: recompute each block's activations in the backward pass instead of keeping them.
     packed: prepare it for packed rows; raises ValueError where that cannot be.
     """
     zero_3 = deepspeed_config["zero_optimization"]["stage"] == 3
     partitioned = HfDeepSpeedConfig(deepspeed_config) if zero_3 else None  # transformers looks for a living one
     kind = AutoModelForCausalLM if head else AutoModel
-    chosen = attentions.of_folder(model, attention, setting="trainer.attention").name
+    chosen = attention_choice.of_folder(model, attention, setting="trainer.attention").name
     network = kind.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation=chosen)
     del partitioned
     if not (exact or torch.cuda.is_available()):

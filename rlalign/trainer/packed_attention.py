@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlalign import attention
+from rlalign.trainer import attention_choice as attention
 from rlalign.trainer import sdpa
 from rlalign.trainer.packing import Row
 

@@ -54,7 +54,7 @@ class Policy:
         """Load a Hugging Face folder and hand it to DeepSpeed.
 
         dtype: the body's; bfloat16 trains with an fp32 master copy. temperature: divides the logits, as in the rollouts. exact: as
-        `rlalign.exact` computes, bit for bit what an exact engine does.
+        `rlalign.head.exact` computes, bit for bit what an exact engine does.
         """
         torch.manual_seed(seed)
         if config.threads:

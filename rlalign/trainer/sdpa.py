@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rlalign import widened
+from rlalign.head import widened
 
 NAME = "rlalign_sdpa"  # of our function in transformers' registries of attention and masks
 SHORT = (

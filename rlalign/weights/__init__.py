@@ -2,8 +2,8 @@
 
 Two phases: every rank loads and verifies; only when all have answered without a problem is the version acknowledged and
 generation allowed again. Whatever goes wrong in between leaves the receiver marked unusable until a later publish succeeds.
-The weights travel in buckets (`rlalign.weights.bucket`), by one of the transports (`files`, `wire`): while the workers take
-one, the next is filled.
+The weights travel in buckets (`rlalign.weights.bucket`), by one of the transports (`file_transport`, `wire_transport`): while
+the workers take one, the next is filled.
 """
 
 from rlalign.weights.digest import digest

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from rlalign.weights.digest import digest
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -91,3 +93,48 @@ def differing(entries: Iterable[Entry], data: Tensor) -> list[str]:
         for e in entries
         if digest(data[e.start : e.end]) != e.digest
     ]
+
+
+ALIGNMENT = 16  # bytes: where a tensor of any dtype may start
+
+
+class Group(Protocol):
+    """The trainer's membership of a group whose rank 0 it is."""
+
+    def send(self, bucket: BufferBucket, *, watch: Callable[[], None]) -> None:
+        """Broadcast the bucket to all workers. watch: called while waiting; what it raises ends the wait."""
+
+    def close(self) -> None:
+        """Leave."""
+
+
+class BufferBucket:
+    """A bucket in the memory of the device that sends it."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer, self.entries = buffer, []
+        self._written = 0
+
+    @property
+    def data(self) -> Tensor:
+        """What has been written so far."""
+        return self.buffer[: self._written]
+
+    def has_room(self, name: str, tensor: Tensor) -> bool:
+        """See Bucket."""
+        return self._start + tensor.nbytes <= self.buffer.numel()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Copy the tensor into the buffer."""
+        import torch
+
+        start = self._start
+        self._written = start + tensor.nbytes
+        flat = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+        self.buffer[start : self._written].copy_(flat)
+        entry = Entry(name, dtype_name(tensor, name), list(tensor.shape), start, self._written, digest(tensor))
+        self.entries.append(entry)
+
+    @property
+    def _start(self) -> int:
+        return -(-self._written // ALIGNMENT) * ALIGNMENT

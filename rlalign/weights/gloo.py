@@ -16,7 +16,7 @@ import torch.distributed as dist
 from rlalign.weights.receiver import Receiver
 
 if TYPE_CHECKING:
-    from rlalign.weights.wire import BufferBucket
+    from rlalign.weights.bucket import BufferBucket
 
 TRAINER = 0
 BACKEND = "rlalign_gloo"  # the engine that our plugin registers in vLLM's WeightTransferEngineFactory

@@ -17,7 +17,7 @@ from rlalign.weights.receiver import Receiver
 if TYPE_CHECKING:
     from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
 
-    from rlalign.weights.wire import BufferBucket
+    from rlalign.weights.bucket import BufferBucket
 
 BACKEND = "nccl"
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rlalign import ranks
 from rlalign.weights.bucket import filled
-from rlalign.weights.files import FileTransport
+from rlalign.weights.file_transport import FileTransport
 from rlalign.weights.receiver import Receiver, Transport
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rlalign.config.weights import FILE_TRANSPORTS, WeightsConfig
 from rlalign.weights.bucket import MIB
-from rlalign.weights.files import FileTransport
+from rlalign.weights.file_transport import FileTransport
 from rlalign.weights.receiver import Transport
 
 
@@ -16,7 +16,7 @@ def open_transport(config: WeightsConfig) -> Transport:
     if config.transport in FILE_TRANSPORTS:
         durable = config.transport == "folder"
         return FileTransport(Path(config.shared), bucket_bytes=size, timeout_s=config.timeout_s, durable=durable)
-    from rlalign.weights.wire import WireTransport
+    from rlalign.weights.wire_transport import WireTransport
 
     transport = WireTransport(
         config.transport, bucket_bytes=size, timeout_s=config.timeout_s, address=config.address, port=config.port

@@ -53,7 +53,7 @@ def tied(tmp_path_factory) -> Path:
 
 
 def start(folder: Path, *, dtype: str = "bfloat16", head_dtype: str = "float32", rollout: RolloutConfig = ROLLOUT):
-    from rlalign.rollout.engine import VLLMEngine
+    from rlalign.rollout.engine.embedded import VLLMEngine
 
     return VLLMEngine(folder, rollout, dtype=dtype, head_dtype=head_dtype, seed=0)
 
@@ -92,18 +92,17 @@ def logprobs_of(rollouts) -> list[list[float]]:
 @pytest.fixture
 def fp32_copies(monkeypatch) -> None:
     """As on hosts whose bf16 products need an fp32 copy of the weight: the cache is in use."""
-    from rlalign.rollout import head_layer, worker
+    from rlalign.rollout.head import logits_processor
 
-    for module in (head_layer, worker):
-        monkeypatch.setattr(module, "reads_weight_directly", lambda hidden, weight: False)
+    monkeypatch.setattr(logits_processor, "reads_weight_directly", lambda hidden, weight: False)
 
 
 def bare_engine(folder: Path, *, head_dtype: str = "float32", mode: str = "auto", **arguments):
     """vLLM's own LLM with our plugin and worker extension, for what VLLMEngine does not offer (LoRA, drafts, transports)."""
     import os
 
-    from rlalign.rollout.engine import EMBEDDED_ENVIRONMENT
-    from rlalign.rollout.head_plugin import SETTINGS_KEY
+    from rlalign.rollout.engine.embedded import EMBEDDED_ENVIRONMENT
+    from rlalign.rollout.names import SETTINGS_KEY
 
     for name, value in EMBEDDED_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -113,7 +112,7 @@ def bare_engine(folder: Path, *, head_dtype: str = "float32", mode: str = "auto"
     defaults = {
         "dtype": "bfloat16", "max_model_len": 256, "max_num_seqs": 32, "enforce_eager": True, "enable_prefix_caching": False,
         "logprobs_mode": "processed_logprobs", "disable_log_stats": True, "use_tqdm_on_load": False, "generation_config": "vllm",
-        "worker_extension_cls": "rlalign.rollout.worker.WorkerExtension",
+        "worker_extension_cls": "rlalign.rollout.worker.extension.WorkerExtension",
         "additional_config": {SETTINGS_KEY: {"head_dtype": head_dtype, "mode": mode}},
     }  # fmt: skip
     return LLM(model=str(folder), **(defaults | arguments))

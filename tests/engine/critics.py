@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModel
 
-from rlalign import corrections, objective
 from rlalign.config import AlgoConfig, CriticConfig, TrainerConfig
+from rlalign.objective import choice, corrections
 from rlalign.types import TrainBatch
 from tests.engine.updates import ROWS, STEPS, flat, make_batch, save_cases
 
@@ -72,7 +72,7 @@ def train(critic, steps: int = STEPS, old=None) -> dict:
     """The same of `steps` updates by the critic itself."""
     batch = make_batch()
     before, losses, norms = flat(critic.named_weights()), [], []
-    loss = partial(objective.value_loss, algo=AlgoConfig(advantage="gae", critic=CriticConfig(clip=CLIP)))
+    loss = partial(choice.value_loss, algo=AlgoConfig(advantage="gae", critic=CriticConfig(clip=CLIP)))
     correction = corrections.identity(batch.rollout_logprobs_BL, batch.rollout_logprobs_BL, batch.loss_mask_BL)
     whole = TrainBatch(
         rollouts=batch,

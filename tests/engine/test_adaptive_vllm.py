@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlalign.reward.adaptive import AdaptiveTemperature, Projection, Training, token_batches
+from rlalign.calibration.adaptive import AdaptiveTemperature, Projection, Training, token_batches
 from tests.engine.conftest import bare_engine, build_model
 
 START = 3

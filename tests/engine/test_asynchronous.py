@@ -9,14 +9,14 @@ import time
 
 import pytest
 
-from rlalign import assemble
-from rlalign.compose import compose
 from rlalign.config import load
+from rlalign.config.compose import compose
 from rlalign.exits import Preempted
-from rlalign.sampler import Sampler
+from rlalign.run import assembly
+from rlalign.run.sampler import Sampler
+from rlalign.run.train import train
 from rlalign.tasks import Task
 from rlalign.tracking.timeline import read_timeline
-from rlalign.train import train
 
 STEPS = 4
 TIMED = re.compile(r"^time/|seconds|_per_s")
@@ -34,7 +34,7 @@ def configured(folder, directory, *overrides):
 @pytest.fixture(scope="module")
 def engine(untied, tmp_path_factory):
     """One engine for every run here; each begins by publishing its own weights."""
-    found = assemble.start_engine(untied, configured(untied, tmp_path_factory.mktemp("unused")))
+    found = assembly.start_engine(untied, configured(untied, tmp_path_factory.mktemp("unused")))
     yield found
     found.close()
 
@@ -43,7 +43,7 @@ def engine(untied, tmp_path_factory):
 def run(untied, engine, monkeypatch):
     close = engine.close
     monkeypatch.setattr(engine, "close", lambda: None)
-    monkeypatch.setattr(assemble, "start_engine", lambda model, config, say: engine)
+    monkeypatch.setattr(assembly, "start_engine", lambda model, config, say: engine)
     monkeypatch.setattr(Task, "reward", lambda self, prompt, completion: float(len(completion) % 2))
     yield lambda directory, *overrides: train(configured(untied, directory, *overrides))
     monkeypatch.setattr(engine, "close", close)
@@ -86,12 +86,10 @@ def test_one_step_off_overlaps_and_a_resume_after_a_signal_equals_the_run_that_w
 
 
 def test_an_error_in_training_does_not_wait_for_the_generation_beside_it(run, engine, tmp_path, monkeypatch):
-    from rlalign import objective
+    from rlalign.objective import choice
 
-    real = objective.BY_TOKEN["grpo"]
-    monkeypatch.setitem(
-        objective.BY_TOKEN, "grpo", lambda logprobs_BL, *a, **k: real(logprobs_BL * float("nan"), *a, **k)
-    )
+    real = choice.BY_TOKEN["grpo"]
+    monkeypatch.setitem(choice.BY_TOKEN, "grpo", lambda logprobs_BL, *a, **k: real(logprobs_BL * float("nan"), *a, **k))
     with pytest.raises(RuntimeError, match="the loss is nan"):
         run(tmp_path / "run")
 

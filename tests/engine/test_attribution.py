@@ -14,9 +14,9 @@ from rlalign.diagnose.attribution.mapping import BUILT_IN
 from rlalign.diagnose.attribution.measure import measure
 from rlalign.diagnose.attribution.same_weights import require_same_weights
 from rlalign.diagnose.both_sides import trainer_network
-from rlalign.rollout import teacher_forcing
-from rlalign.rollout.recording import LOGITS, Tap
-from rlalign.rollout.teacher_forcing import Route
+from rlalign.rollout.engine import teacher_forcing
+from rlalign.rollout.engine.teacher_forcing import Route
+from rlalign.rollout.worker.recording import LOGITS, Tap
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
 from rlalign.types import collate
 from tests.engine.conftest import ROLLOUT, start, worker_of

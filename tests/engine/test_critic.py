@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModel, Qwen3ForSequenceClassification
 
-from rlalign import assemble
 from rlalign.config import TrainerConfig, load
+from rlalign.run import assembly
 from tests.engine.conftest import on_two_ranks
 from tests.engine.critics import CASES, CLIP, plain_loop, start_critic, train
 from tests.engine.updates import make_batch
@@ -94,11 +94,11 @@ def test_it_starts_as_the_reward_model_it_is_given(untied, tmp_path):
 
 
 def test_a_critic_of_its_own_must_read_the_policy_s_tokens(untied, tmp_path):
-    tokenizer = assemble.load_tokenizer(untied)
+    tokenizer = assembly.load_tokenizer(untied)
 
     def folder(path="", advantage="gae"):
         algo = {"advantage": advantage, "critic": {"path": str(path)}}
-        return assemble.critic_folder(
+        return assembly.critic_folder(
             untied, load({"model": {"path": "x"}, "task": {"name": "x"}, "algo": algo}), tokenizer
         )
 

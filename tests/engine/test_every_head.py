@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers as hf
 
-from rlalign.head import HeadTransform
-from rlalign.rollout.head_layer import HeadMode
+from rlalign.head.projection import HeadTransform
+from rlalign.rollout.head.logits_processor import HeadMode
 from tests.engine.conftest import (
     PROMPTS,
     bare_engine,
@@ -157,17 +157,17 @@ def test_drafts_without_a_network_share_the_head(untied):
 def test_a_draft_network_is_refused_where_its_head_could_go_stale(untied):
     from types import SimpleNamespace
 
-    from rlalign.rollout import head_layer
+    from rlalign.rollout.head import logits_processor
 
     config = SimpleNamespace(speculative_config=SimpleNamespace(method="eagle"))
     for mode in HeadMode:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(head_layer, "get_current_vllm_config", lambda: config)
+            patch.setattr(logits_processor, "get_current_vllm_config", lambda: config)
             if mode in (HeadMode.OFF, HeadMode.NATIVE):
-                head_layer._require_no_draft_head(mode, config)
+                logits_processor._require_no_draft_head(mode, config)
                 continue
             with pytest.raises(ValueError, match="method 'eagle' brings a draft network.*use ngram"):
-                head_layer._require_no_draft_head(mode, config)
+                logits_processor._require_no_draft_head(mode, config)
 
 
 def test_a_quantised_head_is_refused_by_name(tmp_path):

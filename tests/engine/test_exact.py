@@ -7,8 +7,8 @@ import torch
 
 from rlalign.diagnose.attribution.measure import measure
 from rlalign.diagnose.both_sides import head_logprobs, hidden_states, trainer_network
-from rlalign.rollout import handshake
-from rlalign.rollout.engine import VLLMEngine
+from rlalign.rollout.engine import handshake
+from rlalign.rollout.engine.embedded import VLLMEngine
 from rlalign.types import collate
 from tests.engine.conftest import ROLLOUT, start
 from tests.engine.test_train import lively, rows_of, small_run

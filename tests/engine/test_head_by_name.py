@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlalign.rollout import handshake, head_layer
-from rlalign.rollout.head_layer import AlignedLogitsProcessor
+from rlalign.rollout.engine import handshake
+from rlalign.rollout.head import logits_processor
+from rlalign.rollout.head.logits_processor import AlignedLogitsProcessor
 from tests.engine.conftest import bare_engine, logits_through, sample, start, worker_of
 
 
@@ -48,7 +49,7 @@ def rounding_product(original):
 def test_a_product_that_rounds_is_named(engine, monkeypatch):
     """The planted fault: the mode says cached, the numbers are bfloat16."""
     for name in ("decode_logits", "head"):
-        module = head_layer if name == "decode_logits" else head_layer.head
+        module = logits_processor if name == "decode_logits" else logits_processor.head
         name = name if name == "decode_logits" else "project"
         monkeypatch.setattr(module, name, rounding_product(getattr(module, name)))
     with pytest.raises(

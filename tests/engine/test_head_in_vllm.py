@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlalign import head, routes
-from rlalign.rollout import handshake
+from rlalign.head import projection, routes
+from rlalign.rollout.engine import handshake
 from tests.engine.conftest import sample, start
 
 
@@ -36,11 +36,11 @@ def test_every_rank_reports_the_patched_head(engine):
 
 def test_every_rank_proves_its_bits_with_the_head_that_it_uses(engine):
     (status,) = engine.status()
-    assert status["bits"] == routes.bits(head.project, 128, torch.bfloat16, torch.bfloat16)
+    assert status["bits"] == routes.bits(projection.project, 128, torch.bfloat16, torch.bfloat16)
     hidden = torch.empty(1, 128, dtype=torch.bfloat16)
     if not status["copies"]:
-        assert status["route"] == head.route(hidden, hidden) and status["kernel"] == routes.kernel_name(
-            head.route(hidden, hidden), hidden, hidden
+        assert status["route"] == projection.route(hidden, hidden) and status["kernel"] == routes.kernel_name(
+            projection.route(hidden, hidden), hidden, hidden
         )
 
 
@@ -49,8 +49,8 @@ def test_the_fp32_copy_is_made_once_where_it_is_needed(engine, fp32_copies):
     for _ in range(3):
         sample(engine)
     (status,) = engine.status()
-    direct = head.route(torch.empty(1, 128, dtype=torch.bfloat16), torch.empty(1, 128, dtype=torch.bfloat16))
-    copied = head.Route.ONEDNN_BF16 if direct is head.Route.MKL_BF16 else direct
+    direct = projection.route(torch.empty(1, 128, dtype=torch.bfloat16), torch.empty(1, 128, dtype=torch.bfloat16))
+    copied = projection.Route.ONEDNN_BF16 if direct is projection.Route.MKL_BF16 else direct
     assert status["copies"] and status["route"] == copied
     assert status["cache_bytes"] == 4 * 320 * 128 and status["rebuilds"] == before["rebuilds"] + 1
     assert status["caught_by_fingerprint"] == before["caught_by_fingerprint"]
@@ -102,7 +102,7 @@ def test_texts_are_those_that_vllm_itself_would_make(engine, monkeypatch):
 
 def test_breaking_the_patched_path_breaks_the_run(engine, monkeypatch):
     """If the engine could fall through to vLLM's own head, this would still generate."""
-    from rlalign.rollout.head_layer import AlignedLogitsProcessor
+    from rlalign.rollout.head.logits_processor import AlignedLogitsProcessor
 
     def broken(self, lm_head, hidden_states, embedding_bias):
         raise ZeroDivisionError("the patched head was executed")

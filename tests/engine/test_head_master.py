@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlalign import head
 from rlalign.config import AlgoConfig, TrainerConfig, load
+from rlalign.head import projection
 from rlalign.trainer.policy import Policy
 from rlalign.weights import MASTER_WEIGHT, publish
 from tests.engine.conftest import sample, start
@@ -50,11 +50,11 @@ def test_both_sides_project_with_the_optimizers_weight(folder, tmp_path):
 
     hidden = torch.randn(16, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
     ours = engine_logits(engine, hidden, tmp_path)
-    assert (ours - head.project(hidden, master)).abs().max() < 1e-5
+    assert (ours - projection.project(hidden, master)).abs().max() < 1e-5
     with torch.no_grad():
         theirs = policy.network.get_output_embeddings()(hidden)
     assert (ours - theirs).abs().max() < 1e-5
-    rounded = head.project(hidden, weight)
+    rounded = projection.project(hidden, weight)
     assert (ours - rounded).abs().max() > 20 * (ours - theirs).abs().max(), "the rounding of the weight is invisible"
 
     rollouts = sample(engine)

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rlalign.calibration.calibrators import PlattCalibrator
 from rlalign.ranks import free_port
-from rlalign.reward import HFScorer, HTTPScorer, ScoringParams, with_calibration
-from rlalign.reward.calibration import PlattCalibrator
-from rlalign.reward.http_scorer import KnownLogits
+from rlalign.scoring import HFScorer, HTTPScorer, ScoringParams, with_calibration
+from rlalign.scoring.http import KnownLogits
 from tests.engine.scoring_models import CONTEXT, save
 
 QUERY, ITEMS = "What is 2 + 2? ", ["4", "5, I would say", "It is four. " * 6, "?"]

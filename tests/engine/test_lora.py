@@ -5,10 +5,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlalign.compose import compose
 from rlalign.config import LoraConfig, TrainerConfig, load
+from rlalign.config.compose import compose
 from rlalign.diagnose.replay import replay
-from rlalign.train import train as run_training
+from rlalign.run.train import train as run_training
 from rlalign.trainer.lora import Adapters
 from tests.engine.test_train import rows_of
 from tests.engine.updates import LR, STEPS, make_advantages, make_batch, start_policy, train

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from rlalign.rollout.engine import VLLMEngine
+from rlalign.rollout.engine.embedded import VLLMEngine
 from tests.engine.conftest import ROLLOUT
 
 LENGTH, COUNT = 60, 12

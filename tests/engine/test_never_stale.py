@@ -16,13 +16,14 @@ import vllm
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
-from rlalign import head
-from rlalign.head_cache import Epoch
-from rlalign.rollout import epoch_hooks, versions
-from rlalign.rollout.head_layer import CACHE
-from rlalign.rollout.head_plugin import GLOO_TRANSFER
+from rlalign.head import projection
+from rlalign.head.cache import Epoch
+from rlalign.rollout import versions
+from rlalign.rollout.head import epoch_hooks
+from rlalign.rollout.head.logits_processor import CACHE
+from rlalign.rollout.names import GLOO_TRANSFER
+from rlalign.weights.bucket import BufferBucket
 from rlalign.weights.gloo import GlooGroup
-from rlalign.weights.wire import BufferBucket
 from tests.engine.conftest import bare_engine, logits_through, perturbed, worker_of
 
 NAME = "lm_head.weight"
@@ -64,7 +65,7 @@ class Rig:
 
     def truth(self):
         """The projection of the parameter as it is now."""
-        return head.project(self.hidden, self.weight.detach().clone())[:, :288]
+        return projection.project(self.hidden, self.weight.detach().clone())[:, :288]
 
     def is_fresh(self):
         return torch.equal(self.logits(), self.truth())

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlalign import attention
-from rlalign.reward import HFScorer
+from rlalign.scoring import HFScorer
+from rlalign.trainer import attention_choice
 from tests.reward_models import KINDS, model_of, saved, scorer_of, words
 
 
@@ -31,16 +31,16 @@ def test_it_is_refused_exactly_where_torch_computes_it_wrongly(size, monkeypatch
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=capability: found)
         if capability == "AVX2" and size < 24:
             with pytest.raises(ValueError, match=f"AVX2 is wrong for heads of {size} elements .*use auto"):
-                attention.choose(model, "flex_attention", on_cpu=True)
+                attention_choice.choose(model, "flex_attention", on_cpu=True)
         else:
-            assert attention.choose(model, "flex_attention", on_cpu=True).name == "flex_attention"
-        assert attention.choose(model, "flex_attention", on_cpu=False).name == "flex_attention"
-        assert attention.choose(model, "auto", on_cpu=True).name is None
+            assert attention_choice.choose(model, "flex_attention", on_cpu=True).name == "flex_attention"
+        assert attention_choice.choose(model, "flex_attention", on_cpu=False).name == "flex_attention"
+        assert attention_choice.choose(model, "auto", on_cpu=True).name is None
 
 
 def test_a_scorer_on_this_host_is_refused_or_right(tmp_path):
     small_heads = saved("one_label", tmp_path)
-    wrong = attention.flex_fault(model_of("one_label").config.to_dict(), on_cpu=True)
+    wrong = attention_choice.flex_fault(model_of("one_label").config.to_dict(), on_cpu=True)
     assert bool(wrong) == (torch.backends.cpu.get_cpu_capability() == "AVX2")
     if wrong:
         with pytest.raises(ValueError, match="attention=flex_attention: .*AVX2"):

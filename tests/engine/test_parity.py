@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rlalign import cli
-from rlalign.diagnose import noise_floor
+from rlalign.rollout.engine import noise_floor
 from tests.engine.conftest import build_model
 
 
@@ -71,7 +71,7 @@ def test_over_the_limit_exits_1_and_says_which_pair(untied, capsys):
 
 @pytest.mark.parametrize("side", ["rollout", "trainer"])
 def test_a_head_of_another_dtype_on_one_side_is_named_though_the_body_hides_it(untied, monkeypatch, capsys, side):
-    from rlalign.rollout.engine import VLLMEngine
+    from rlalign.rollout.engine.embedded import VLLMEngine
     from rlalign.trainer import head_mirror
 
     if side == "rollout":
@@ -91,10 +91,10 @@ def test_a_head_of_another_dtype_on_one_side_is_named_though_the_body_hides_it(u
 
 def test_what_no_rounding_explains_is_over_the_limit_and_named(untied, monkeypatch, capsys):
     """A trainer that answers at another temperature than it was asked."""
-    from rlalign.diagnose.parity import measure
+    from rlalign.diagnose.parity import measuring
 
-    real = measure.head_logprobs
-    monkeypatch.setattr(measure, "head_logprobs", lambda *a, **k: real(*a, **k | {"temperature": 1.1}))
+    real = measuring.head_logprobs
+    monkeypatch.setattr(measuring, "head_logprobs", lambda *a, **k: real(*a, **k | {"temperature": 1.1}))
     options = [f"model.path={untied}", "rollout.group_size=4", "rollout.max_tokens=24"]
     assert cli.main(["parity", "--prompts", "4", "--body", "bfloat16", *options]) == 1
     assert "is more than rounding explains" in capsys.readouterr().err
@@ -151,10 +151,10 @@ def test_every_setting_is_as_close_as_teacher_forcing_and_has_its_floor(varied):
 
 def test_a_trainer_at_another_temperature_would_show(varied, untied, monkeypatch):
     """The row at 0.6 really samples at 0.6: a trainer that ignores it is far away."""
-    from rlalign.diagnose.parity import measure
+    from rlalign.diagnose.parity import measuring
 
-    real = measure.head_logprobs
-    monkeypatch.setattr(measure, "head_logprobs", lambda *a, **k: real(*a, **k | {"temperature": 1.0}))
+    real = measuring.head_logprobs
+    monkeypatch.setattr(measuring, "head_logprobs", lambda *a, **k: real(*a, **k | {"temperature": 1.0}))
     options = ["--body", "bfloat16", "--temperature", "0.6", "--prompts", "4", "rollout.group_size=4"]
     assert cli.main(["parity", *options, f"model.path={untied}", "rollout.max_tokens=24"]) == 1
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from rlalign.reward import ScoringParams
-from rlalign.reward.params import InvalidParams, ModelInfo, PoolerDefaults
+from rlalign.scoring import ScoringParams
+from rlalign.scoring.params import InvalidParams, ModelInfo, PoolerDefaults
 from tests.engine.scoring_models import CONTEXT, save
 
 TASKS = ("classify", "token_classify", "embed", "token_embed")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlalign.weights import publish
-from rlalign.weights.files import FileTransport
+from rlalign.weights.file_transport import FileTransport
 from tests import routes_run
 from tests.engine.conftest import ROLLOUT, logprobs_of, perturbed, sample, start, worker_of
 
@@ -69,7 +69,7 @@ def test_vllm_leaves_a_packed_tied_head_stale_and_publish_repairs_it(tied, tmp_p
 
     Where vLLM packs nothing (no instructions for bf16), the head reads the parameter, and there is nothing to repair.
     """
-    from rlalign.rollout import readback
+    from rlalign.rollout.worker import readback
 
     engine = start(tied, head_dtype="model")
     worker = engine._llm.llm_engine.model_executor.driver_worker.worker

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file, save_file
 
-from rlalign import assemble, cli
+from rlalign import cli
 from rlalign.diagnose.replay import replay as once_more
-from rlalign.parties import MismatchLimitError
+from rlalign.run import assembly
+from rlalign.run.parties import MismatchLimitError
 from tests.engine.test_train import lively, small_run
 
 __all__ = ["lively"]  # a fixture
@@ -69,12 +70,12 @@ def test_numbers_of_one_side_that_changed_show_on_that_side(run, tmp_path):
 
 def test_the_step_that_stopped_a_run_can_be_replayed_and_the_run_says_why(untied, tmp_path, lively, monkeypatch):
     """A trainer that scores at another temperature than the engine samples at: stopped, explained, and there again later."""
-    real = assemble.start_policy
+    real = assembly.start_policy
 
     def at_one(model, config):
         return real(model, replace(config, rollout=replace(config.rollout, temperature=1.0)))
 
-    monkeypatch.setattr(assemble, "start_policy", at_one)
+    monkeypatch.setattr(assembly, "start_policy", at_one)
     with pytest.raises(MismatchLimitError):
         small_run(untied, tmp_path / "run", "rollout.temperature=0.6", "tracking.replay_every=100")
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlalign.head import project
+from rlalign.head.projection import project
 from rlalign.types import collate
 from rlalign.weights import publish
 from tests.engine.conftest import PROMPTS, ROLLOUT, perturbed, sample, start

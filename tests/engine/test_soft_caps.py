@@ -88,7 +88,7 @@ def test_sdpa_by_name_is_refused_and_packing_names_what_can(gemma2):
         load(gemma2, "float32", settings, checkpointing=False, packed=True)
     with pytest.raises(ValueError, match="exact mode knows plain attention only: Gemma2Attention asks for a soft cap"):
         network = load(gemma2, "float32", settings, checkpointing=False)
-        from rlalign.trainer.exact import attention
+        from rlalign.trainer.exact_network import attention
 
         layer = network.model.layers[0].self_attn
         attention(layer, None, None, None, None, scaling=1.0, softcap=CAP)
@@ -96,8 +96,8 @@ def test_sdpa_by_name_is_refused_and_packing_names_what_can(gemma2):
 
 def test_every_other_reader_of_a_checkpoint_takes_eager_too(gemma2):
     from rlalign.diagnose.both_sides import trainer_network
-    from rlalign.reward.hf_scorer import HFScorer
-    from rlalign.reward.training.model import load as load_reward
+    from rlalign.reward.training.reward_network import load as load_reward
+    from rlalign.scoring.hf import HFScorer
 
     assert trainer_network(gemma2, "float32").config._attn_implementation == "eager"
     scorer = HFScorer(gemma2, dtype="float32")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlalign import head
+from rlalign.head import projection
 
 PROGRAM = """
 import sys
@@ -78,7 +78,7 @@ def test_both_ranks_are_proved_and_updated(kind, tmp_path, request):
 
 def bits_do_not_depend_on_slices() -> bool:
     hidden = torch.zeros(1, 128, dtype=torch.bfloat16)
-    return head.route(hidden, hidden) is not head.Route.STRICT_FP32
+    return projection.route(hidden, hidden) is not projection.Route.STRICT_FP32
 
 
 def environment():

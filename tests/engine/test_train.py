@@ -10,9 +10,9 @@ import time
 import pytest
 import torch
 
-from rlalign.compose import compose
 from rlalign.config import load
-from rlalign.train import train
+from rlalign.config.compose import compose
+from rlalign.run.train import train
 from tests.engine.conftest import build_model
 
 SMALL = ["rollout.prompts_per_step=4", "rollout.group_size=4", "task.train_size=32", "task.eval_size=8", "tracking=off"]
@@ -138,14 +138,14 @@ def test_one_setting_switches_both_heads_and_the_report_shows_the_difference(tmp
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_move(tmp_path, untied, monkeypatch):
-    from rlalign import objective
+    from rlalign.objective import choice
 
-    real = objective.BY_TOKEN["grpo"]
+    real = choice.BY_TOKEN["grpo"]
 
     def poisoned(logprobs_BL, *args, **kwargs):
         return real(logprobs_BL * torch.nan, *args, **kwargs)
 
-    monkeypatch.setitem(objective.BY_TOKEN, "grpo", poisoned)
+    monkeypatch.setitem(choice.BY_TOKEN, "grpo", poisoned)
     with pytest.raises(RuntimeError, match="the loss is nan.*No gradient was applied and no weights were published"):
         small_run(untied, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
@@ -153,7 +153,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(tmp_path, untie
 
 
 def test_a_gate_that_stops_keeps_what_stopped_it(tmp_path, untied, lively):
-    from rlalign.parties import MismatchLimitError
+    from rlalign.run.parties import MismatchLimitError
 
     with pytest.raises(MismatchLimitError, match="step 0: mismatch k3"):
         small_run(untied, tmp_path / "run", "mismatch.k3_limit=1e-12", "tracking.tokens_every=0")

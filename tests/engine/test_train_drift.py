@@ -8,14 +8,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification
 
-from rlalign.compose import compose
+from rlalign.calibration.calibrators import Calibrator, PlattCalibrator
 from rlalign.config import load
-from rlalign.reward.calibration import Calibrator, PlattCalibrator
-from rlalign.reward.drift.watch import RewardDriftError
-from rlalign.reward.hf_scorer import HFScorer
-from rlalign.reward.identity import identity_of
+from rlalign.config.compose import compose
+from rlalign.reward.drift_watch import RewardDriftError
+from rlalign.run.train import train
+from rlalign.scoring.hf import HFScorer
+from rlalign.scoring.identity import identity_of
 from rlalign.tiny_policy import cached_policy
-from rlalign.train import train
 
 DRIFT = ["reward.drift.min_labels=100", "reward.drift.window=512"]
 RUN = ["tracking=off", "rollout.prompts_per_step=16", "task.eval_size=16", "algo.normalize_std=false", *DRIFT]

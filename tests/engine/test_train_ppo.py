@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from rlalign.compose import compose
 from rlalign.config import load
-from rlalign.train import train
+from rlalign.config.compose import compose
+from rlalign.run.train import train
 
 STEPS = 8
 TIMED = ("time/", "seconds", "_per_s", "overhead/")  # in names of what a clock wrote

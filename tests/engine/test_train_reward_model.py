@@ -13,14 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlalign.assemble import SharedReward
-from rlalign.compose import compose
 from rlalign.config import load
+from rlalign.config.compose import compose
 from rlalign.ranks import environment_without_launcher, free_port
 from rlalign.reward.mixture import Sample
-from rlalign.reward.training.losses import bradley_terry_loss
+from rlalign.reward.training.fit import bradley_terry_loss
+from rlalign.run.assembly import SharedReward
+from rlalign.run.train import train
 from rlalign.tiny_policy import cached_policy
-from rlalign.train import train
 
 ROOT = Path(__file__).parents[2]
 TRAINING = [

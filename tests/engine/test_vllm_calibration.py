@@ -5,8 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlalign.reward import HFScorer, ScoringParams, VLLMScorer, with_calibration
-from rlalign.reward.calibration import IdentityCalibrator, IsotonicCalibrator, PlattCalibrator, TemperatureCalibrator
+from rlalign.calibration.calibrators import (
+    IdentityCalibrator,
+    IsotonicCalibrator,
+    PlattCalibrator,
+    TemperatureCalibrator,
+)
+from rlalign.scoring import HFScorer, ScoringParams, VLLMScorer, with_calibration
 from tests.engine.scoring_models import CONTEXT, save
 
 QUERY, ITEMS = "What is 2 + 2? ", ["4", "5, I would say", "It is four. " * 6, "?", "22", "a b c"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlalign.reward import HFScorer, ScoringParams, VLLMScorer
+from rlalign.scoring import HFScorer, ScoringParams, VLLMScorer
 from tests.engine.scoring_models import CONTEXT, MODELS, TASKS, save
 
 QUERY, ITEMS = "What is 2 + 2? ", ["4", "5, I would say", "It is four. " * 6, "?"]

@@ -7,7 +7,7 @@ import pytest
 import zmq
 from vllm.distributed.device_communicators import shm_broadcast
 
-from rlalign.rollout import yielding
+from rlalign.rollout.engine import yielding
 
 
 @pytest.fixture

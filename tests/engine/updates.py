@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlalign import corrections, objective, ranks
+from rlalign import ranks
 from rlalign.config import AlgoConfig, LoraConfig, TrainerConfig
+from rlalign.objective import choice, corrections
 from rlalign.types import LogprobSpec, Rollout, TrainBatch, collate
 
 STEPS, LR = 3, 1e-3
@@ -94,7 +95,7 @@ def train(policy, *, kl_coef: float = 0.0) -> dict:
     """norms, losses and first-step logprobs of STEPS updates, and how far the weights moved."""
     batch = make_batch()
     before, norms, losses = flat(policy.named_weights()), [], []
-    loss = partial(objective.policy_loss, algo=AlgoConfig(kl_coef=kl_coef), max_tokens=12)
+    loss = partial(choice.policy_loss, algo=AlgoConfig(kl_coef=kl_coef), max_tokens=12)
     first = None
     for _ in range(STEPS):
         old, _ = policy.score(batch)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlalign.rollout.recording import Recording
+from rlalign.rollout.worker.recording import Recording
 
 ELEMENTS = 2**22  # compared at once
 SIGNIFICANT = (

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rlalign.diagnose.attribution.difference import TokenDifferences, common_rows, differences, scalar_differences
 from rlalign.diagnose.attribution.mapping import LOGITS
-from rlalign.rollout.recording import Recording
-from rlalign.rollout.teacher_forcing import Route
+from rlalign.rollout.engine.teacher_forcing import Route
+from rlalign.rollout.worker.recording import Recording
 from rlalign.types import RolloutBatch
 
 

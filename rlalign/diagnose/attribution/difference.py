@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlalign.rollout.recording import POSITION, SEQUENCE, Recording
+from rlalign.rollout.worker.recording import POSITION, SEQUENCE, Recording
 
 ELEMENTS = 2**22  # compared at once
 

@@ -14,9 +14,9 @@ from rlalign.diagnose.attribution.compare import compared, scored
 from rlalign.diagnose.attribution.difference import Spread
 from rlalign.diagnose.attribution.mapping import ModelMap
 from rlalign.diagnose.attribution.patching import LOGPROBS
-from rlalign.rollout import teacher_forcing
-from rlalign.rollout.engine import VLLMEngine
-from rlalign.rollout.teacher_forcing import Forced, Route
+from rlalign.rollout.engine import teacher_forcing
+from rlalign.rollout.engine.embedded import VLLMEngine
+from rlalign.rollout.engine.teacher_forcing import Forced, Route
 from rlalign.types import RolloutBatch
 
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rlalign.rollout.recording import Tap
+from rlalign.rollout.worker.recording import Tap
 
 EMBED, FINAL_NORM, LOGITS = "embed", "final_norm", "logits"
 RESIDUAL, ROUTER = "residual", "router"

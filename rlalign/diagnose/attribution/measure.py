@@ -12,15 +12,15 @@ from torch import nn
 from rlalign.diagnose.attribution import trainer_pass
 from rlalign.diagnose.attribution.compare import compared
 from rlalign.diagnose.attribution.difference import Spread
+from rlalign.diagnose.attribution.findings import Attribution
 from rlalign.diagnose.attribution.floor import engine_against_itself
 from rlalign.diagnose.attribution.mapping import BUILT_IN, Pairs, match
-from rlalign.diagnose.attribution.result import Attribution
 from rlalign.diagnose.attribution.route import Setup, attribute_route
 from rlalign.diagnose.attribution.trainer_pass import Side
 from rlalign.diagnose.attribution.trainer_side import module_names
-from rlalign.rollout import teacher_forcing
-from rlalign.rollout.engine import VLLMEngine
-from rlalign.rollout.teacher_forcing import Route
+from rlalign.rollout.engine import teacher_forcing
+from rlalign.rollout.engine.embedded import VLLMEngine
+from rlalign.rollout.engine.teacher_forcing import Route
 from rlalign.trainer.head_mirror import mirror
 from rlalign.types import RolloutBatch
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from rlalign.diagnose.attribution import words
-from rlalign.diagnose.attribution.result import OVER, Attribution, PointDifference, RouteAttribution
+from rlalign.diagnose.attribution.findings import OVER, Attribution, PointDifference, RouteAttribution
 from rlalign.report import html
 from rlalign.report.attributed import positions
 from rlalign.report.drawings import BELOW, FAULT, Scale, heat_legend, heat_map

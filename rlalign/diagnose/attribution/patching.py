@@ -18,7 +18,7 @@ from rlalign.diagnose.attribution.mapping import EMBED, FINAL_NORM, LOGITS, Mode
 from rlalign.diagnose.attribution.trainer_pass import LOGIT_ELEMENTS, Side, substitute
 from rlalign.diagnose.attribution.trainer_side import visited
 from rlalign.diagnose.both_sides import head_logprobs
-from rlalign.rollout.recording import POSITION, SEQUENCE, Recording
+from rlalign.rollout.worker.recording import POSITION, SEQUENCE, Recording
 from rlalign.types import RolloutBatch
 
 LOGPROBS = "logprobs"

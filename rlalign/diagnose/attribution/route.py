@@ -12,17 +12,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlalign.diagnose.attribution import patching, routing, trainer_pass
+from rlalign.diagnose.attribution import patching, trainer_pass
 from rlalign.diagnose.attribution.bias import Bias, bias
 from rlalign.diagnose.attribution.compare import compared, counted, distinct, scored
-from rlalign.diagnose.attribution.difference import Spread, TokenDifferences, differences
+from rlalign.diagnose.attribution.difference import Spread, TokenDifferences, common_rows, differences
+from rlalign.diagnose.attribution.findings import PointDifference, RouteAttribution
 from rlalign.diagnose.attribution.floor import bias_floor, one_unit, worst
+from rlalign.diagnose.attribution.mapping import ROUTER
 from rlalign.diagnose.attribution.patching import LOGPROBS
-from rlalign.diagnose.attribution.result import PointDifference, RouteAttribution
 from rlalign.diagnose.attribution.trainer_pass import Side
-from rlalign.rollout.engine import VLLMEngine
-from rlalign.rollout.recording import POSITION, Recording
-from rlalign.rollout.teacher_forcing import Forced, Route
+from rlalign.rollout.engine.embedded import VLLMEngine
+from rlalign.rollout.engine.teacher_forcing import Forced, Route
+from rlalign.rollout.worker.recording import POSITION, Recording
 from rlalign.types import RolloutBatch
 
 ROPE = ("q_rope", "k_rope")  # one rounded cosine turns every token of its position: their errors are not independent
@@ -88,7 +89,7 @@ def attribute_route(setup: Setup, route: Route, forced: Forced) -> RouteAttribut
             "abs_max": float(delta_N.abs().max()),
         },
         heat=heat,
-        experts_differ=routing.experts_differ(forced.recording, setup.own, setup.side),
+        experts_differ=experts_differ(forced.recording, setup.own, setup.side),
     )
 
 
@@ -156,3 +157,25 @@ def _logprob_point(setup: Setup, forced: Forced, own_BL: Tensor, temperature: fl
         bias=Bias(),
         bias_floor=bias_floor(unit),
     )
+
+
+def experts_differ(rollout: Recording, trainer: Recording, side: Side) -> dict[int, float]:
+    """{layer: share of the rollout's chosen experts that the trainer did not choose}; empty for a dense model.
+
+    Chosen: the largest router logits, as many as the model takes per token. Raises ValueError where its config does not say.
+    """
+    found = {}
+    for pair in (p for p in side.mapping.pairs if p.kind == ROUTER):
+        width, chosen = trainer.width(pair.point), getattr(side.network.config, "num_experts_per_tok", None)
+        if chosen is None:
+            raise ValueError(f"{type(side.network).__name__} has routers, but its config names no num_experts_per_tok")
+        rows_N, other_rows_N = common_rows(rollout.table(pair.point), trainer.table(pair.point))
+        one_NK = _chosen(rollout.read(pair.point, rows_N, width=width), chosen)
+        other_NK = _chosen(trainer.read(pair.point, other_rows_N, width=width), chosen)
+        shared_N = (one_NK[:, :, None] == other_NK[:, None, :]).any(2).sum(1)
+        found[pair.layer] = 1 - float(shared_N.double().mean()) / chosen
+    return found
+
+
+def _chosen(logits_NE: torch.Tensor, count: int) -> torch.Tensor:
+    return logits_NE.float().topk(count).indices

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
 
-from rlalign.rollout.engine import VLLMEngine
+from rlalign.rollout.engine.embedded import VLLMEngine
 
 SHOWN = 6  # names in a message
 

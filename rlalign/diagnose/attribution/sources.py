@@ -10,17 +10,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlalign.assemble import encode, load_task_of, load_tokenizer, resolve_model
 from rlalign.config import RunConfig
 from rlalign.diagnose.both_sides import task_prompts
 from rlalign.diagnose.prompt_file import read_prompts
+from rlalign.run.assembly import encode, load_task_of, load_tokenizer, resolve_model
 from rlalign.tracking.record import config_of, read_run
 from rlalign.tracking.replay_files import read_step, saved_steps
-from rlalign.tracking.tokens import read_tokens
+from rlalign.tracking.token_files import read_tokens
 from rlalign.types import LogprobSpec, Rollout, RolloutBatch, collate
 
 if TYPE_CHECKING:
-    from rlalign.rollout.engine import VLLMEngine
+    from rlalign.rollout.engine.embedded import VLLMEngine
 
 COLUMNS = ("sequence", "position", "token_id", "rollout_logprob", "policy_version", "prompt_id", "group_id")
 

@@ -17,9 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from rlalign.diagnose.attribution.mapping import LOGITS, ROUTER, ModelMap
 from rlalign.diagnose.attribution.trainer_side import visited
-from rlalign.head import HeadTransform
-from rlalign.rollout.recording import LOGITS as LOGIT_ROWS
-from rlalign.rollout.recording import TOKENS, Recorder, Recording
+from rlalign.head.projection import HeadTransform
+from rlalign.rollout.worker.recording import LOGITS as LOGIT_ROWS
+from rlalign.rollout.worker.recording import TOKENS, Recorder, Recording
 from rlalign.types import RolloutBatch
 
 LOGIT_ELEMENTS = 2**22  # logits made at once

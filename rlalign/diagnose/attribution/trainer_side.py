@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlalign.diagnose.attribution.mapping import Pair
-from rlalign.rollout.recording import Tap
+from rlalign.rollout.worker.recording import Tap
 
 # Given a point and its value [B, L, D], returns what the model shall go on with, or None for the value itself.
 Visitor = Callable[[str, Tensor], Tensor | None]

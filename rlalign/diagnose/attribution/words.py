@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlalign.diagnose.attribution.result import Attribution, PointDifference, RouteAttribution
+from rlalign.diagnose.attribution.findings import Attribution, PointDifference, RouteAttribution
 
 MEANING = {
     "embed": ("embedding", "embedding rows, token ids, the scale of the embedding"),

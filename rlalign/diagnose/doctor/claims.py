@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from rlalign.assemble import resolve_model
-from rlalign.attention import SOFT_CAP, choose
 from rlalign.config import HeadDtype, RunConfig
 from rlalign.diagnose.doctor.check import Check
+from rlalign.run.assembly import resolve_model
+from rlalign.trainer.attention_choice import SOFT_CAP, choose
 
 
 def of_checkpoint(config: RunConfig) -> Iterator[Check]:

@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
-from rlalign.assemble import resolve_model
 from rlalign.config import RunConfig
 from rlalign.diagnose.doctor.check import Check
 from rlalign.diagnose.doctor.known_versions import KNOWN, TESTED, TESTED_LORA, Surroundings, numbers
-from rlalign.install_check import require_working
+from rlalign.diagnose.install_check import require_working
+from rlalign.run.assembly import resolve_model
 
 
 def packages(config: RunConfig) -> Iterator[Check]:
@@ -33,7 +33,7 @@ def packages(config: RunConfig) -> Iterator[Check]:
 
 def plugin() -> Iterator[Check]:
     """Will vLLM find and import our head?"""
-    from rlalign.rollout import handshake
+    from rlalign.rollout.engine import handshake
 
     handshake.preflight()
     yield Check("vllm plugin", "ok", f"entry point {handshake.NAME} imports")

@@ -10,8 +10,8 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rlalign.attention import flex_fault
 from rlalign.config import Dtype, RunConfig
+from rlalign.trainer.attention_choice import flex_fault
 
 # What the tests of this release ran on: major.minor, both ends included.
 TESTED = {

@@ -7,19 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlalign import mismatch, multiplied
-from rlalign.assemble import load_tokenizer, resolve_model, start_embedded
+from rlalign import mismatch
 from rlalign.config import GateAction, HeadDtype, RunConfig
-from rlalign.diagnose import body_rounding, head_isolation
+from rlalign.diagnose import body_rounding
 from rlalign.diagnose.both_sides import sample, trainer_network, trainer_scores
 from rlalign.diagnose.doctor import tokens
 from rlalign.diagnose.doctor.check import Check, judged
+from rlalign.head import multiplied
+from rlalign.run.assembly import load_tokenizer, resolve_model, start_embedded
+from rlalign.trainer import head_isolation
 from rlalign.types import RolloutBatch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from rlalign.rollout.engine import VLLMEngine
+    from rlalign.rollout.engine.embedded import VLLMEngine
 
 ISOLATED_TOKENS = 64  # of the head alone
 
@@ -204,7 +206,7 @@ def _multiplied(name: str, promise: str, found: dict[str, object]) -> Check:
 
 
 def _ranks(engine: VLLMEngine) -> Iterator[Check]:
-    from rlalign.rollout.head_settings import promised
+    from rlalign.rollout.head.head_settings import promised
 
     for status in engine.status():
         promise = promised(status["mode"], status["body_dtype"])

@@ -10,10 +10,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlalign.assemble import resolve_model
 from rlalign.config import Dtype, HeadDtype, RunConfig
 from rlalign.config.weights import WIRE_TRANSPORTS
 from rlalign.diagnose.doctor.check import Check, judged
+from rlalign.run.assembly import resolve_model
 
 SKEW = 2.0  # seconds between this clock and a file system's; replays, alerts and reports are ordered by time
 EARLIEST = 1_750_000_000  # 2025-06-15: older than this release, so a clock that says less is wrong
@@ -74,7 +74,7 @@ def products(config: RunConfig) -> Iterator[Check]:
     """How 16-bit products are computed on this CPU."""
     import torch
 
-    from rlalign import widened
+    from rlalign.head import widened
 
     choice = None if torch.cuda.is_available() else widened.decide(getattr(torch, config.model.dtype.value))
     if choice is not None:

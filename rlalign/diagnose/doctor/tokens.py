@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlalign import fitting
-from rlalign.assemble import encode, load_task_of, load_tokenizer, resolve_model
 from rlalign.config import RunConfig
 from rlalign.diagnose.doctor.check import Check, judged
+from rlalign.run import fitting_prompts
+from rlalign.run.assembly import encode, load_task_of, load_tokenizer, resolve_model
 from rlalign.types import Rollout
 
 if TYPE_CHECKING:
@@ -49,11 +49,11 @@ def prompts_fit(config: RunConfig, model: Path, tokenizer: PreTrainedTokenizerBa
         return ids
 
     about = json.loads((model / "config.json").read_text())
-    bad = fitting.unfit(prompts, config, ids_of, int(about.get("text_config", about)["vocab_size"]))
+    bad = fitting_prompts.unfit(prompts, config, ids_of, int(about.get("text_config", about)["vocab_size"]))
     room = config.rollout.max_model_len - config.rollout.max_tokens
     found = f"longest of {len(prompts)} prompts {max(lengths)} tokens, room for {room}"
     if bad:
-        found = fitting.describe(bad, len(prompts), config)
+        found = fitting_prompts.describe(bad, len(prompts), config)
     if bad and config.task.unusable_prompts == "drop":
         return Check("prompt length", "ok", f"{found}; they are dropped")
     remedy = "raise rollout.max_model_len, lower rollout.max_tokens, or task.unusable_prompts=drop"

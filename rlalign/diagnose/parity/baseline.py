@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from rlalign.diagnose.parity.table import name_of
+from rlalign.diagnose.parity.markdown_table import name_of
 from rlalign.tracking import environment
 
 KEY = ("body_dtype", "tensor_parallel", "path", "temperature", "batch", "context", "mode", "trainer_head")

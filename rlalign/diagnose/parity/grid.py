@@ -81,3 +81,14 @@ def stage_count(exact: bool, grid: Grid) -> int:
         heads = len(rollout_modes(exact, grid, body, "cached"))
         found += 3 + heads * (1 + len(grid.settings)) + (grid.noise_floor and size == grid.tensor_parallel[0])
     return found
+
+
+COLUMNS = {
+    "k1": "k1",
+    "k3": "k3",
+    "abs_mean": "abs_mean",
+    "p99": "p99",
+    "abs_max": "abs_max",
+    "pearson": "pearson_prob",
+}
+ERRORS = ("rollout_error", "trainer_error", "bf16_error")  # of the head in isolation: mean distance from float64

@@ -6,7 +6,7 @@ Given a live engine, the trainer's model and the trainer's own scoring function,
     calling   how the trainer calls its model: temperature, head, padding and mask, positions
     asking    how the engine answers: logprobs mode, temperature, truncation, tokenizer, prefix cache, key/value cache
     holding   what the engine holds: every weight on every rank, epsilons, rotary frequencies, adapters
-    layers    which step of which layer differs, from `rlalign.diagnose.attribution`
+    layer_at_fault  which step of which layer differs, from `rlalign.diagnose.attribution`
 
 Each gives causes with its evidence and a score as in `rlalign.mismatch.causes`; `rank` puts them in order.
 """

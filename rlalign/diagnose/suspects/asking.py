@@ -9,12 +9,13 @@ from collections.abc import Iterator
 
 import torch
 
-from rlalign.diagnose import head_isolation, noise_floor
 from rlalign.diagnose.both_sides import head_put_back
 from rlalign.diagnose.doctor import tokens
 from rlalign.diagnose.suspects.calling import FAR, NEAR, fitting_temperature
 from rlalign.diagnose.suspects.case import Case
 from rlalign.mismatch.causes import Cause
+from rlalign.rollout.engine import noise_floor
+from rlalign.trainer import head_isolation
 from rlalign.trainer.head_mirror import mirror
 
 HEAD_ROUNDING = 1e-5  # nats between two float32 heads; a 16-bit one is a thousand times further

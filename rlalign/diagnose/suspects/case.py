@@ -21,7 +21,7 @@ from rlalign.types import RolloutBatch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlalign.rollout.engine import VLLMEngine
+    from rlalign.rollout.engine.embedded import VLLMEngine
 
 ROUNDING = 2e-5  # nats: what float32 arithmetic in another order may change in a logprob
 

@@ -30,7 +30,7 @@ def _adapters(case: Case) -> Iterator[Cause]:
 
 
 def _weights(case: Case) -> Iterator[Cause]:
-    from rlalign.rollout import inspection
+    from rlalign.rollout.engine import inspection
 
     own = [(n, p) for n, p in case.network.named_parameters() if LORA not in n]
     weights = own if case.weights is None else list(case.weights())
@@ -59,7 +59,7 @@ def _summary(names: Sequence[str]) -> str:
 
 
 def _constants(case: Case) -> Iterator[Cause]:
-    from rlalign.rollout import inspection
+    from rlalign.rollout.engine import inspection
 
     theirs, ours = inspection.constants(case.engine), _trainer_constants(case.network)
     wrong = [n for n in theirs if n in ours and not _same(theirs[n], ours[n])]
@@ -75,7 +75,7 @@ def _constants(case: Case) -> Iterator[Cause]:
 
 
 def _trainer_constants(network: nn.Module) -> dict[str, list[float]]:
-    from rlalign.rollout.inspection import FREQUENCIES
+    from rlalign.rollout.engine.inspection import FREQUENCIES
 
     found: dict[str, list[float]] = {}
     for name, module in network.named_modules():

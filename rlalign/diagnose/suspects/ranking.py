@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from rlalign.diagnose.suspects import asking, calling, holding, layers
+from rlalign.diagnose.suspects import asking, calling, holding, layer_at_fault
 from rlalign.diagnose.suspects.case import Case
 from rlalign.mismatch.causes import Cause, Evidence, likely_causes
 
@@ -23,9 +23,9 @@ def rank(case: Case, *, with_layers: bool = True) -> list[Cause]:
 def _layers(case: Case) -> list[Cause]:
     """The attribution, or why there is none: an architecture it does not know must not hide the other causes."""
     try:
-        return layers.causes(case)
+        return layer_at_fault.causes(case)
     except (ValueError, RuntimeError) as error:
-        return [Cause("layers not looked at", str(error), layers.COMMAND, 0.05)]
+        return [Cause("layers not looked at", str(error), layer_at_fault.COMMAND, 0.05)]
 
 
 def merged(causes: Iterable[Cause]) -> list[Cause]:

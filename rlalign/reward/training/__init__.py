@@ -5,7 +5,8 @@
 
 The folder is an ordinary sequence classifier that transformers, vLLM and SGLang serve. Beside the weights lie what it scored
 on prompts it never saw (scores.jsonl), the calibration fitted on them (calibration.json) and the record of the training
-(reward_model.json). Rows are in `rows`, objectives in `losses`, the network in `model`, the optimisation in `fit`.
+(reward_model.json). Rows are in `examples`, objectives in `preference_losses`, the network in `reward_network`, the
+optimisation in `fit`.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlalign.reward.training.examples import Labelled, Pair, Row, pairs_of, read_rows, split, write_rows
 from rlalign.reward.training.fit import Item, Recipe, accumulation, fit
-from rlalign.reward.training.model import load, tokenised
 from rlalign.reward.training.quality import judge
-from rlalign.reward.training.rows import Labelled, Pair, Row, pairs_of, read_rows, split, write_rows
+from rlalign.reward.training.reward_network import load, tokenised
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rlalign.reward.calibration import CalibrationWarning, Calibrator, PlattCalibrator, TemperatureCalibrator
-from rlalign.reward.calibration.cross_fit import fit_on
-from rlalign.reward.calibration.score_rows import ScoreRows, read_score_rows
-from rlalign.reward.hf_scorer import HFScorer
-from rlalign.reward.identity import identity_of
-from rlalign.reward.metrics import auroc, negative_log_likelihood
+from rlalign.calibration.calibrators import CalibrationWarning, Calibrator, PlattCalibrator, TemperatureCalibrator
+from rlalign.calibration.calibrators.cross_fit import fit_on
+from rlalign.calibration.calibrators.score_rows import ScoreRows, read_score_rows
+from rlalign.calibration.metrics import auroc, negative_log_likelihood
 from rlalign.reward.model_reward import logits_by
-from rlalign.reward.training.rows import Pair, Row
+from rlalign.reward.training.examples import Pair, Row
+from rlalign.scoring.hf import HFScorer
+from rlalign.scoring.identity import identity_of
 
 SCORES, CALIBRATION = "scores.jsonl", "calibration.json"
 

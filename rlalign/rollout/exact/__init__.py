@@ -1,4 +1,4 @@
-"""Exact mode of the rollout engine: vLLM computing with `rlalign.exact`, through its own extension points.
+"""Exact mode of the rollout engine: vLLM computing with `rlalign.head.exact`, through its own extension points.
 
 layers puts out-of-tree classes into vLLM's slots for linear layers, lm_head, norms and rope (`register_oot`); attention overrides
 the CPU attention backend (`register_backend`). Both act only in engines that are built while RLALIGN_EXACT=1, which their workers
@@ -8,8 +8,6 @@ inherit; proof says of a live engine what is still vLLM's own.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 
 VARIABLE = "RLALIGN_EXACT"
 MODE = "exact"  # what an exact engine's head says of itself
@@ -18,38 +16,3 @@ MODE = "exact"  # what an exact engine's head says of itself
 def enabled() -> bool:
     """True while engines are to be built exact."""
     return os.environ.get(VARIABLE) == "1"
-
-
-@contextmanager
-def building(wanted: bool) -> Iterator[None]:
-    """Engines built inside are exact, or vLLM's own, whatever the environment says; afterwards it says what it said.
-
-    Raises RuntimeError where this machine, its device or another plugin does not allow exact mode.
-    """
-    before = os.environ.pop(VARIABLE, None)
-    try:
-        with ExitStack() as stack:
-            if wanted:
-                register()
-                os.environ[VARIABLE] = "1"
-                from rlalign.rollout.exact.layers import rope_cache_of_its_own
-
-                stack.enter_context(rope_cache_of_its_own())
-            yield
-    finally:
-        os.environ.pop(VARIABLE, None)
-        if before is not None:
-            os.environ[VARIABLE] = before
-
-
-def register() -> None:
-    """Put our classes in place, in every process that builds a model. Idempotent.
-
-    Raises RuntimeError where another plugin holds one of the slots, or on another device than the CPU.
-    """
-    from rlalign import exact
-    from rlalign.rollout.exact import attention, layers
-
-    exact.require_reproducible()
-    attention.register()
-    layers.register()

@@ -1,4 +1,4 @@
-"""Attention backend of exact mode: vLLM's CPU backend with its own key/value layout and `rlalign.exact.attend`.
+"""Attention backend of exact mode: vLLM's CPU backend with its own key/value layout and `rlalign.head.exact.attend`.
 
 Suffixes: N tokens, H heads, G key/value heads, D head size, S keys.
 """
@@ -11,7 +11,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl, CPUAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from rlalign import exact
+from rlalign.head import exact
 from rlalign.rollout.exact import enabled
 
 

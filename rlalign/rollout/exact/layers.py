@@ -22,7 +22,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 
-from rlalign import exact
+from rlalign.head import exact
 from rlalign.rollout.exact import enabled
 
 

@@ -10,8 +10,8 @@ import asyncio
 import json
 from typing import TYPE_CHECKING
 
+from rlalign.rollout.engine.surface import labelled
 from rlalign.rollout.server.wire import ANSWER, Completion
-from rlalign.rollout.surface import labelled
 
 if TYPE_CHECKING:
     import httpx
@@ -22,7 +22,7 @@ IDLE = 2.0  # seconds an unused connection is kept: less than the 5 after which 
 SHOWN = 400  # characters of a server's message that an error repeats
 DEV_MODE = (
     "start it with `rlalign rollout-server`, or with VLLM_SERVER_DEV_MODE=1 and "
-    "--worker-extension-cls rlalign.rollout.worker.WorkerExtension"
+    "--worker-extension-cls rlalign.rollout.worker.extension.WorkerExtension"
 )
 
 

@@ -17,10 +17,10 @@ from typing import IO
 
 from rlalign import ranks
 from rlalign.config import RolloutConfig, RunConfig
-from rlalign.rollout.arguments import as_options, engine_arguments, engine_environment
+from rlalign.rollout.engine.arguments import as_options, engine_arguments, engine_environment
 from rlalign.rollout.exact import VARIABLE as EXACT_VARIABLE
-from rlalign.rollout.server import guard
-from rlalign.rollout.server.handshake import Wanted
+from rlalign.rollout.server import key_guard as guard
+from rlalign.rollout.server.greeting import Wanted
 from rlalign.rollout.server.pool import ServerPool
 
 GRACE = 20.0  # seconds between SIGTERM and SIGKILL
@@ -30,7 +30,7 @@ TAIL = 3000  # characters of a log that an error repeats
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """What a server is started with. exact: computing as `rlalign.exact` does; options: more of vLLM's own."""
+    """What a server is started with. exact: computing as `rlalign.head.exact` does; options: more of vLLM's own."""
 
     model: Path
     config: RolloutConfig

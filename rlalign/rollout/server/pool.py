@@ -3,25 +3,69 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from rlalign.config import RolloutConfig
 from rlalign.exits import Lost
-from rlalign.rollout import handshake
+from rlalign.rollout.engine import handshake
+from rlalign.rollout.engine.surface import require_room, spec_of
 from rlalign.rollout.server import wire
 from rlalign.rollout.server.client import Unreachable
 from rlalign.rollout.server.dispatch import Dispatcher
-from rlalign.rollout.server.handshake import Wanted
-from rlalign.rollout.server.loop_thread import LoopThread
+from rlalign.rollout.server.greeting import Wanted
 from rlalign.rollout.server.members import Member, State
 from rlalign.rollout.server.roster import Roster
 from rlalign.rollout.server.wire import Completion
-from rlalign.rollout.surface import require_room, spec_of
 from rlalign.types import Rollout
+
+LAST = 2.0  # seconds that coroutines may take to end by themselves
+T = TypeVar("T")
+
+
+class LoopThread:
+    """Runs coroutines for other threads until closed."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    def call(self, coroutine: Coroutine[object, object, T]) -> T:
+        """Its result. An interrupt of the caller cancels it."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def spawn(self, coroutine: Coroutine[object, object, None]) -> asyncio.Future:
+        """Start it and go on."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def close(self) -> None:
+        """Stop the loop; whoever still waits for a coroutine gets its result, or CancelledError. Safe to call twice."""
+        if not self._loop.is_closed():
+            self.call(_finish())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+
+async def _finish() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    if others:
+        _, late = await asyncio.wait(others, timeout=LAST)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+    await asyncio.sleep(0)  # their callbacks carry the results to the other threads
+
 
 SURE = 4  # completions for every further engine of a server, after which each of them has had one
 NOT_YET = "no weights were published to the servers yet"

@@ -11,7 +11,7 @@ from rlalign.config import RolloutConfig
 from rlalign.rollout.server import ready
 from rlalign.rollout.server.client import Client, Unreachable
 from rlalign.rollout.server.dispatch import ALIVE
-from rlalign.rollout.server.handshake import Greeting, Wanted, greet, require_same_numbers
+from rlalign.rollout.server.greeting import Greeting, Wanted, greet, require_same_numbers
 from rlalign.rollout.server.members import Member, State
 
 PATIENCE = 5.0  # seconds for a sign of life

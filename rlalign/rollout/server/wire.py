@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import msgspec
 
 from rlalign.config import RolloutConfig
-from rlalign.rollout.surface import group_seed, kv_spans
+from rlalign.rollout.engine.surface import group_seed, kv_spans
 from rlalign.types import Rollout
 
 UNSPEAKABLE = -9999.0  # vLLM's word for a logprob of NaN or -inf, which JSON has no number for

@@ -1,0 +1,136 @@
+"""Sums over the vocabulary behind calibration, tile by tile: [tokens, vocabulary] never exists.
+
+One pass finds what does not move with the temperature (Facts); one pass per training step gives the log-sum-exp of
+the scaled logits and, in the same tiles, its derivative by the scale, so the backward pass forms no logits at all.
+
+N tokens, D hidden, V vocabulary, T rows and S columns of a tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rlalign.calibration.adaptive.scale_losses import Facts
+from rlalign.head.projection import HeadTransform, check_operands, route
+from rlalign.logprobs.blocks import Tile, padded, token_tiles
+from rlalign.logprobs.forward import Problem, Transform
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Projection:
+    """From hidden states to logits: the model's lm_head and what it does to its output. Frozen.
+
+    vocab_size: real rows of a padded weight, None for all. chunk: tokens per tile.
+    """
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    soft_cap: float | None = None
+    logit_scale: float = 1.0
+    vocab_size: int | None = None
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rows < 2:
+            raise ValueError(f"Projection: a vocabulary of at least 2 is needed, got {self.rows}")
+
+    @property
+    def rows(self) -> int:
+        """Tokens of the vocabulary."""
+        return self.weight_VD.shape[0] if self.vocab_size is None else self.vocab_size
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Projection:
+        """Of a transformers causal LM: Gemma's final_logit_softcapping, Cohere's logit_scale, Granite's logits_scaling."""
+        transform, head = HeadTransform.of(model.config.get_text_config().to_dict()), model.get_output_embeddings()
+        if head is None:
+            raise ValueError(f"{type(model).__name__} has no lm_head; load a causal language model")
+        return cls(
+            weight_VD=head.weight.detach(),
+            bias_V=None if head.bias is None else head.bias.detach(),
+            soft_cap=transform.soft_cap,
+            logit_scale=transform.logit_scale,
+        )
+
+    def problem(self, hidden_ND: Tensor, target_N: Tensor) -> Problem:
+        """The operands of one pass."""
+        check_operands(hidden_ND, self.weight_VD, self.bias_V)
+        return Problem(
+            hidden_ND=hidden_ND,
+            weight_VD=self.weight_VD[: self.rows],
+            bias_V=None if self.bias_V is None else self.bias_V[: self.rows],
+            target_N=target_N,
+            transform=Transform(self.soft_cap, self.logit_scale, None),
+            tile=Tile.of(hidden_ND.device, self.chunk),
+            route=route(hidden_ND, self.weight_VD),
+        )
+
+
+@torch.no_grad()
+def facts_of(problem: Problem) -> Facts:
+    """One pass over the unscaled logits."""
+    n, vocab, device = len(problem.hidden_ND), problem.weight_VD.shape[0], problem.hidden_ND.device
+    target_N, total_N = torch.full((n,), float("nan"), device=device), torch.zeros(n, device=device)
+    best_N2 = torch.full((n, 2), float("-inf"), device=device)
+    top_id_N = torch.zeros(n, dtype=torch.int64, device=device)
+    for rows, columns, x_TS in _tiles(problem):
+        column_T1, inside_T = problem.target_columns(rows, columns)
+        target_N[rows] = torch.where(inside_T, x_TS.gather(1, column_T1)[:, 0], target_N[rows])
+        total_N[rows] += x_TS.sum(1)
+        two_T2 = x_TS.topk(2, dim=1).values
+        first_T = x_TS.argmax(1)  # topk may name any of several largest; the first is what a greedy sampler takes
+        ahead_T = two_T2[:, 0] > best_N2[rows, 0]
+        top_id_N[rows] = torch.where(ahead_T, first_T + columns.start, top_id_N[rows])
+        best_N2[rows] = torch.cat((best_N2[rows], two_T2), dim=1).topk(2, dim=1).values
+    return Facts(target_N, best_N2[:, 0], best_N2[:, 1], total_N / vocab, top_id_N, top_id_N == problem.target_N)
+
+
+def rest_log_sum_exp(scale_N: Tensor, problem: Problem, facts: Facts) -> Tensor:
+    """log sum exp(s z) over the vocabulary without the top token, [N] float32, differentiable in scale_N (once)."""
+    return _Rest.apply(scale_N, problem, facts)
+
+
+class _Rest(torch.autograd.Function):
+    """d/ds log sum exp(s z) is the mean of z under softmax(s z): found in the forward pass, kept as one number a token."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, scale_N: Tensor, problem: Problem, facts: Facts) -> Tensor:
+        total_N, weighted_N = torch.zeros(2, len(scale_N), device=scale_N.device)
+        for rows, columns, x_TS in _tiles(problem):
+            at_T1 = (facts.top_id_N[rows] - columns.start).unsqueeze(1)
+            here_T1 = (at_T1 >= 0) & (at_T1 < x_TS.shape[1])
+            at_T1 = at_T1.clamp(0, x_TS.shape[1] - 1)
+            # below the runner-up, whose own term is 1: the sum neither overflows nor vanishes
+            x_TS.sub_(facts.runner_up_N[rows].unsqueeze(1))
+            exp_TS = torch.exp(x_TS * scale_N[rows].unsqueeze(1))
+            exp_TS.scatter_(1, at_T1, torch.where(here_T1, 0.0, exp_TS.gather(1, at_T1)))
+            total_N[rows] += exp_TS.sum(1)
+            weighted_N[rows] += exp_TS.mul_(x_TS).sum(1)
+        ctx.save_for_backward(weighted_N / total_N + facts.runner_up_N)
+        return total_N.log() + scale_N * facts.runner_up_N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_N: Tensor) -> tuple[Tensor, None, None]:
+        (mean_N,) = ctx.saved_tensors
+        return grad_N * mean_N, None, None
+
+
+def _tiles(problem: Problem) -> Iterator[tuple[slice, slice, Tensor]]:
+    """(tokens, columns, logits) of every tile; the logits are overwritten by the next tile."""
+    problem, n, tile = problem.widened(problem.route), len(problem.hidden_ND), problem.tile
+    shape = (min(tile.tokens, n), min(tile.vocab, problem.weight_VD.shape[0]))
+    buffer = padded(*shape, torch.float32, problem.hidden_ND.device)
+    for columns, weight_SD in problem.blocks():
+        width = columns.stop - columns.start
+        for rows in token_tiles(n, tile.tokens):
+            yield rows, columns, problem.logits(rows, columns, weight_SD, buffer[: rows.stop - rows.start, :width])

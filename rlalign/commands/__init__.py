@@ -1,0 +1,282 @@
+"""The commands of `rlalign`: their options, and which function each of them runs."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlalign.commands import attribute as attribute_command
+from rlalign.commands import parity as parity_command
+from rlalign.commands import rollout_server as rollout_command
+from rlalign.commands import serve as serve_command
+from rlalign.config.compose import compose
+from rlalign.report import dashboard
+
+if TYPE_CHECKING:
+    from rlalign.config import RunConfig
+
+
+def _config(arguments: argparse.Namespace) -> RunConfig:
+    from rlalign.config import load
+
+    return load(compose(arguments.config_name, arguments.overrides))
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from rlalign.run.train import train
+
+    train(_config(arguments))
+    return 0
+
+
+def _rollout_server(arguments: argparse.Namespace) -> int:
+    from rlalign.run import assembly
+
+    arguments.overrides, options = rollout_command.split(arguments.overrides)
+    config = _config(arguments)
+    return rollout_command.run(config, assembly.resolve_model(config.model.path), arguments, options)
+
+
+def _parity(arguments: argparse.Namespace) -> int:
+
+    return parity_command.run(_config(arguments), arguments)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from rlalign.diagnose import doctor
+
+    checks = doctor.examine(_config(arguments))
+    print(doctor.report(checks))
+    if arguments.json:
+        arguments.json.write_text(doctor.as_json(checks))
+    return 1 if any(check.state == "problem" for check in checks) else 0
+
+
+def _attribute(arguments: argparse.Namespace) -> int:
+
+    return attribute_command.run(lambda: _config(arguments), arguments)
+
+
+def _calibrate_tokens(arguments: argparse.Namespace) -> int:
+    from rlalign.calibration.adaptive import Objective, Training
+    from rlalign.commands.calibrate_tokens import Options, calibrate_tokens
+
+    options = Options(
+        head=arguments.head,
+        objective=Objective(loss=arguments.loss, alpha=arguments.alpha),
+        level=arguments.level,
+        training=Training(epochs=arguments.epochs, seed=arguments.seed),
+        batch_size=arguments.batch_size,
+        chat=arguments.chat_template,
+        dtype=arguments.dtype,
+    )
+    outputs = {"revision": arguments.revision, "plot": arguments.plot, "json_path": arguments.json}
+    return calibrate_tokens(arguments.model, arguments.data, arguments.out, options, **outputs)
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from rlalign.diagnose import replay
+    from rlalign.tracking.files import write_json
+
+    found = replay.replay(arguments.run_directory, arguments.step, any_version=arguments.any_version)
+    print(replay.report(found))
+    if arguments.json:
+        write_json(arguments.json, replay.as_json(found))
+    return 0 if found.reproduced else 1
+
+
+def _mismatch(arguments: argparse.Namespace) -> int:
+    from rlalign.commands import mismatch_report
+
+    return mismatch_report.run(
+        arguments.file,
+        columns=arguments.column,
+        plot=arguments.plot,
+        json_path=arguments.json,
+        k3_limit=arguments.k3_limit,
+        worst=arguments.worst,
+        all_tokens=arguments.all_tokens,
+    )
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from rlalign.calibration.calibrators.calibration_file import ModelIdentity
+    from rlalign.commands import calibrate as calibration_command
+
+    template = hashlib.sha256(arguments.template.read_bytes()).hexdigest() if arguments.template else None
+    model = ModelIdentity(
+        id=arguments.model, revision=arguments.revision, head_dtype=arguments.head_dtype, template_sha256=template
+    )
+    outputs = {"plot": arguments.plot, "json_path": arguments.json, "model": model}
+    if arguments.positional:
+        if arguments.positional[0] != "report" or len(arguments.positional) != 2:
+            raise ValueError("rlalign calibrate takes --scores FILE --out FILE, or: report FILE")
+        return calibration_command.report(Path(arguments.positional[1]), scores_file=arguments.scores, **outputs)
+    if not (arguments.scores and arguments.out):
+        raise ValueError("rlalign calibrate needs --scores FILE.jsonl and --out FILE.json")
+    try:
+        return calibration_command.calibrate(
+            arguments.scores,
+            method=arguments.method,
+            out=arguments.out,
+            folds=arguments.folds,
+            seed=arguments.seed,
+            **outputs,
+        )
+    except TypeError as error:  # pairs with a method that has no scale to fit
+        raise ValueError(str(error)) from error
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from rlalign.report import write_report
+
+    out = arguments.out or (arguments.runs[0] / "report.html" if len(arguments.runs) == 1 else Path("report.html"))
+    print(write_report(arguments.runs, out))
+    return 0
+
+
+def _build_kernel(arguments: argparse.Namespace) -> int:
+    from rlalign.head import kernel as head_kernel
+
+    print(head_kernel.build(arguments.compiler))
+    print(f"paths of this host: {', '.join(head_kernel.available()) or 'none (no AVX2); torch products are used'}")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands; each sets `run`, a function of the parsed arguments that returns the exit code."""
+    whole = argparse.ArgumentParser(prog="rlalign", description="Make the rollout engine and the trainer agree.")
+    commands = whole.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="run a configuration")
+    _takes_config(train, default="train")
+    train.set_defaults(run=_train)
+
+    rollout_server = commands.add_parser(
+        "rollout-server", help="vLLM's HTTP server for a run with rollout.backend=server; vLLM's own options after --"
+    )
+    _takes_config(rollout_server, default="train")
+    rollout_command.add_options(rollout_server)
+    rollout_server.set_defaults(run=_rollout_server)
+
+    parity = commands.add_parser(
+        "parity", help="the same tokens through both engines: {model, float32} head on each side"
+    )
+    _takes_config(parity, default="demo")
+    parity_command.add_options(parity)
+    parity.set_defaults(run=_parity)
+
+    doctor = commands.add_parser("doctor", help="is this run set up right? Checks the configuration and a live engine")
+    _takes_config(doctor, default="demo")
+    doctor.add_argument("--json", type=Path, metavar="FILE", help="write the checks as JSON")
+    doctor.set_defaults(run=_doctor)
+
+    attribute = commands.add_parser(
+        "attribute",
+        help="which layer, and which step of it, the mismatch comes from: both sides captured point by point",
+    )
+    _takes_config(attribute, default="demo")
+    attribute_command.add_options(attribute)
+    attribute.set_defaults(run=_attribute)
+
+    replay = commands.add_parser(
+        "replay", help="one logged step once more: do both sides still give the logged numbers?"
+    )
+    replay.add_argument("run_directory", type=Path, metavar="RUN", help="trained with tracking.replay_every=N")
+    replay.add_argument("--step", type=int, required=True, metavar="N")
+    replay.add_argument("--any-version", action="store_true", help="also with other library versions than the run's")
+    replay.add_argument("--json", type=Path, metavar="FILE", help="write the answers as JSON")
+    replay.set_defaults(run=_replay)
+
+    offline = commands.add_parser("mismatch", help="the mismatch report of a run you already have, from its token dump")
+    offline.add_argument(
+        "file",
+        type=Path,
+        help="a file, a directory or a glob of parquet, JSON (lines or array, .gz, .zst) or slime's .pt",
+    )
+    offline.add_argument(
+        "--column", action="append", default=[], metavar="FIELD=NAME", help="name a column; repeatable"
+    )
+    offline.add_argument(
+        "--all-tokens", action="store_true", help="the dump has no mask and holds sampled tokens alone"
+    )
+    offline.add_argument("--worst", type=int, default=10, help="worst tokens to list (default %(default)s)")
+    offline.add_argument("--plot", type=Path, metavar="FILE", help="write the plots as PNG or SVG")
+    offline.add_argument("--json", type=Path, metavar="FILE", help="write every number as JSON")
+    offline.add_argument("--k3-limit", type=float, help="exit 1 when k3 is over it")
+    offline.set_defaults(run=_mismatch)
+
+    calibrate = commands.add_parser("calibrate", help="fit a calibration of reward scores, or judge one (report FILE)")
+    calibrate.add_argument("positional", nargs="*", metavar="report FILE", help="judge an existing calibration file")
+    calibrate.add_argument(
+        "--scores", type=Path, metavar="FILE", help="JSONL of scores and labels, or of chosen and rejected"
+    )
+    calibrate.add_argument(
+        "--method", default="platt", help="platt | temperature | isotonic | beta | identity (default %(default)s)"
+    )
+    calibrate.add_argument("--out", type=Path, metavar="FILE", help="where the calibration goes")
+    calibrate.add_argument("--plot", type=Path, metavar="FILE", help="reliability diagram")
+    calibrate.add_argument("--json", type=Path, metavar="FILE", help="write every number as JSON")
+    calibrate.add_argument("--folds", type=int, default=5, help="of the cross-fitted numbers (default %(default)s)")
+    calibrate.add_argument("--seed", type=int, default=0)
+    calibrate.add_argument("--model", help="what produced the scores; checked whenever the file is used")
+    calibrate.add_argument("--revision")
+    calibrate.add_argument("--head-dtype")
+    calibrate.add_argument("--template", type=Path, metavar="FILE", help="the chat template; its hash is checked")
+    calibrate.set_defaults(run=_calibrate)
+    _calibrate_tokens_options(commands.add_parser("calibrate-tokens", help="token confidence: a temperature per token"))
+
+    serve = commands.add_parser(
+        "serve", help="a reward model behind HTTP: SGLang's, vLLM's and OpenRLHF's shapes, calibrated"
+    )
+    serve_command.add_options(serve)
+    serve.set_defaults(run=serve_command.run)
+
+    report = commands.add_parser("report", help="one HTML page from one run, or from several side by side")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    report.add_argument("--out", type=Path, help="default: RUN/report.html, or report.html for several runs")
+    report.set_defaults(run=_report)
+
+    board = commands.add_parser("dashboard", help="the mismatch workspace and a report of a wandb project, as code")
+    dashboard.add_options(board)
+    board.set_defaults(run=dashboard.run)
+
+    kernel = commands.add_parser(
+        "build-kernel",
+        help="compile the float32 head for x86-64 CPUs (AVX2, AVX-512, AMX): no copy of the weight, and fast",
+    )
+    kernel.add_argument("--compiler", metavar="CC", help="default: $CC, gcc, clang or cc")
+    kernel.set_defaults(run=_build_kernel)
+    return whole
+
+
+def _takes_config(parser: argparse.ArgumentParser, *, default: str) -> None:
+    parser.add_argument(
+        "--config-name", default=default, help="a configuration that ships with rlalign (default %(default)s)"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="Hydra overrides, such as algo.lr=1e-5 task=addition"
+    )
+
+
+def _calibrate_tokens_options(tokens: argparse.ArgumentParser) -> None:
+    tokens.add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder")
+    tokens.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSONL of prompt and completion")
+    tokens.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON; the weights go beside it")
+    tokens.add_argument("--head", default="transformer", choices=["constant", "linear", "mlp", "transformer"])
+    tokens.add_argument(
+        "--loss", default="top_label", help="top_label | selective | cross_entropy | label_smoothing | uniform"
+    )
+    tokens.add_argument("--alpha", type=float, default=0.5, help="of the selective loss (default %(default)s)")
+    tokens.add_argument("--level", default="token", choices=["token", "sequence"])
+    tokens.add_argument("--epochs", type=int, default=10)
+    tokens.add_argument("--batch-size", type=int, default=16, help="sequences (default %(default)s)")
+    tokens.add_argument("--dtype", default="auto", help="auto | float32 | bfloat16")
+    tokens.add_argument("--chat-template", action="store_true")
+    tokens.add_argument("--revision")
+    tokens.add_argument("--seed", type=int, default=0)
+    tokens.add_argument("--plot", type=Path, metavar="FILE")
+    tokens.add_argument("--json", type=Path, metavar="FILE")
+    tokens.set_defaults(run=_calibrate_tokens)

@@ -1,0 +1,182 @@
+"""From the reward section of the configuration to the mixture that a run calls: models, calibrations, references."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from rlalign.calibration.calibrators import AffineCalibrator, Calibrator
+from rlalign.calibration.calibrators.cross_fit import fit_on
+from rlalign.calibration.calibrators.score_rows import read_score_rows
+from rlalign.config import RewardConfig, RewardModelConfig
+from rlalign.config.reward import CALIBRATED, OWN
+from rlalign.reward.mixture import RewardMixture
+from rlalign.reward.model_reward import ModelReward, logits_by
+from rlalign.reward.shaping import BootstrapCalibration
+from rlalign.reward.training.examples import Labelled, read_rows
+from rlalign.reward.training.quality import CALIBRATION, SCORES
+from rlalign.scoring.identity import require_same_model
+from rlalign.scoring.params import ScoringParams
+
+if TYPE_CHECKING:
+    from rlalign.reward.model_reward import Score
+    from rlalign.scoring.model_info import ModelInfo
+    from rlalign.scoring.reward_func import Scoring
+
+
+def load_mixture(config: RewardConfig, say: Callable[[str], None] = print) -> RewardMixture:
+    """Start every reward model and check whatever belongs to it. Raises ValueError, CalibrationMismatchError or OSError."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # the run shows its own
+    models = {name: _model_reward(name, model, say) for name, model in config.models.items()}
+    return RewardMixture(models, weights=config.active, max_failed=config.max_failed)
+
+
+def _model_reward(name: str, config: RewardModelConfig, say: Callable[[str], None]) -> ModelReward:
+    say(f"loading reward model {name}")
+    what = f"reward.models.{name}"
+    folder = _folder(config.path, say) if config.path else None
+    scorer = _scorer(config, folder, what)
+    params = _params(config, what)
+    _require_one_number(config, scorer.info, params, what)
+    score = logits_by(scorer, params, label_index=config.label_index, chat=config.chat_template)
+    calibrator = _calibrator(config, folder, scorer, what) if config.calibration else None
+    reward = ModelReward(
+        config=config,
+        score=score,
+        calibrator=calibrator,
+        bootstrap=_bootstrap(config, folder, calibrator, what) if config.scores else None,
+        references=_references(Path(config.references), score, what) if config.references else {},
+    )
+    say(
+        f"reward model {name}: {scorer.info.id}, shape {config.shape}"
+        + (f", {calibrator.calibration_id}" if calibrator else "")
+    )
+    return reward
+
+
+def _folder(path: str, say: Callable[[str], None]) -> Path:
+    """A local folder, or the tiny reward model named tiny:untied or tiny:tied."""
+    if path.startswith("tiny:"):
+        from rlalign.reward.training.tiny_reward import cached_reward_model
+
+        return cached_reward_model(path.removeprefix("tiny:"), report=say)
+    folder = Path(path).expanduser().resolve()
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"reward model path={path!r} is not a Hugging Face folder (no config.json there). Give a local folder, or "
+            "tiny:untied / tiny:tied for the demo's own reward model"
+        )
+    return folder
+
+
+def _scorer(config: RewardModelConfig, folder: Path | None, what: str) -> Scoring:
+    if folder is not None:
+        from rlalign.scoring.hf import HFScorer
+
+        return HFScorer(str(folder), dtype=config.dtype, device=_device(config.device))
+    from rlalign.scoring.http import HTTPScorer
+
+    server = config.server
+    return HTTPScorer(
+        server.url,
+        server.dialect,
+        model=server.model or None,
+        tokenizer=server.tokenizer or None,
+        api_key=_secret(server.api_key_env, what) if server.api_key_env else None,
+        timeout=server.timeout_s,
+        server_calibrated=None if server.raw is None else not server.raw,
+    )
+
+
+def _device(name: str) -> str:
+    import torch
+
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _secret(variable: str, what: str) -> str:
+    if not os.environ.get(variable):
+        raise ValueError(f"{what}.server.api_key_env: the environment variable {variable} is not set")
+    return os.environ[variable]
+
+
+def _require_one_number(config: RewardModelConfig, info: ModelInfo, params: ScoringParams, what: str) -> None:
+    """Now, not after the engines have started. A server may not say how many labels its model has: then at the first score."""
+    task = params.task or info.tasks[0]
+    if task not in ("classify", "generative"):
+        raise ValueError(
+            f"{what}: task {task} gives more than one number a completion, or none; use a classifier or a judge"
+        )
+    labels, index = info.num_labels, config.label_index
+    if task == "classify" and labels > 1 and (index is None or not 0 <= index < labels):
+        raise ValueError(
+            f"{what}: the model has {labels} labels; say which one is the reward with label_index, got {index}"
+        )
+
+
+def _params(config: RewardModelConfig, what: str) -> ScoringParams:
+    """Raw logits are what is asked for, whatever the model's own defaults are."""
+    try:
+        return msgspec.convert(dict(config.params), ScoringParams)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{what}.params: {error}") from error
+
+
+def _calibrator(config: RewardModelConfig, folder: Path | None, scorer: Scoring, what: str) -> Calibrator:
+    if scorer.info.already_calibrated:
+        raise ValueError(
+            f"{what}: the server shifts and scales its logits already, or nothing proves that it does not; calibrating them "
+            "again would be wrong. Serve the model without, state server.raw=true, or take the calibration out"
+        )
+    own = config.calibration == OWN
+    calibrator = Calibrator.load(folder / CALIBRATION if own else Path(config.calibration))
+    require_same_model(calibrator, scorer.info, what=f"{what}.calibration={config.calibration}", same_folder=own)
+    if config.shape == "log_odds" and (not isinstance(calibrator, AffineCalibrator) or calibrator.scale_ == 0):
+        raise ValueError(
+            f"{what}: shape=log_odds needs an affine calibration with a scale (platt, temperature), got {calibrator.method}"
+        )
+    report = calibrator.diagnostics_
+    if config.shape in CALIBRATED and report is not None and report.pairs and config.shape != "log_odds":
+        raise ValueError(
+            f"{what}: shape={config.shape} with a calibration fitted on pairs: they say nothing about the level of a "
+            "probability; fit on labelled scores, or use shape=log_odds or sigmoid"
+        )
+    return calibrator
+
+
+def _bootstrap(
+    config: RewardModelConfig, folder: Path | None, calibrator: Calibrator, what: str
+) -> BootstrapCalibration:
+    path = folder / SCORES if config.scores == OWN else Path(config.scores)
+    rows = read_score_rows(path)
+    again = fit_on(copy.deepcopy(calibrator), rows)
+    if calibrator.diagnostics_ is None or again.diagnostics_.data_sha256 != calibrator.diagnostics_.data_sha256:
+        raise ValueError(
+            f"{what}.scores: {path} is not what the calibration was fitted on; give that file, or calibrate on this one"
+        )
+    return BootstrapCalibration.fit(calibrator, rows)
+
+
+def _references(path: Path, score: Score, what: str) -> dict[str, list[float]]:
+    """Scores of the completions in a file, by prompt. Raises ValueError where one of them has none."""
+    rows = read_rows(path)
+    if not isinstance(rows[0], Labelled):
+        raise ValueError(f"{what}.references: {path} holds pairs; expected completions of the initial policy")
+    pairs = list(dict.fromkeys((row.prompt, row.completion) for row in rows))
+    scores = dict(zip(pairs, score(pairs), strict=True))
+    references: dict[str, list[float]] = {}
+    for row in rows:
+        answer = scores[row.prompt, row.completion]
+        if isinstance(answer, str):
+            raise ValueError(
+                f"{what}.references: {path}: the completion {row.completion!r} of {row.prompt!r} has no score: {answer}"
+            )
+        references.setdefault(row.prompt, []).append(answer)
+    return references

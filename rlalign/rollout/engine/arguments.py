@@ -1,0 +1,74 @@
+"""What vLLM is started with, in one place: for the embedded engine as arguments, for a server as a command line and environment."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rlalign.config import RolloutConfig
+from rlalign.rollout.engine.yielding import VARIABLE as YIELDING
+from rlalign.rollout.head.head_settings import HeadSettings
+from rlalign.rollout.names import SETTINGS_KEY
+
+ENVIRONMENT = {  # read when vLLM and our plugin are imported; only for where the user has not chosen
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise every engine pins itself to core 0
+    "VLLM_NO_USAGE_STATS": "1",
+    YIELDING: "1",
+}
+Arguments = dict[str, str | int | float | bool | dict[str, dict[str, str]] | None]
+
+
+def engine_arguments(
+    model: Path, config: RolloutConfig, *, dtype: str, head_dtype: str, seed: int, exact: bool
+) -> Arguments:
+    """vLLM's engine arguments by their Python names; None is vLLM's own choice."""
+    return {
+        "model": str(model),
+        "dtype": dtype,
+        "seed": seed,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens or None,
+        "enable_chunked_prefill": False if _must_not_chunk(config) else None,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "enforce_eager": config.enforce_eager,
+        "enable_prefix_caching": config.prefix_caching,
+        "logprobs_mode": "processed_logprobs",
+        "worker_extension_cls": "rlalign.rollout.worker.extension.WorkerExtension",
+        "additional_config": {SETTINGS_KEY: HeadSettings.of_run(head_dtype, config.head_mode, exact=exact).as_dict()},
+        "generation_config": "vllm",  # sampling defaults come from our config, never from a file beside the model
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+
+
+def _must_not_chunk(config: RolloutConfig) -> bool:
+    """On CPU, unless the run asks for chunks: a sampled request with a seed whose prompt is cut at the end of an engine step ends
+    vLLM 0.32 with "CPU Generator does not use offset", and a step's prompts together are often more than one engine step holds.
+    """
+    import torch
+
+    return not torch.cuda.is_available() and not 0 < config.max_num_batched_tokens < config.max_model_len
+
+
+def as_options(arguments: Arguments) -> list[str]:
+    """The same as options of vLLM's command line."""
+    found = []
+    for name, value in arguments.items():
+        option = name.replace("_", "-")
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            found.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            found += [f"--{option}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return found
+
+
+def engine_environment(config: RolloutConfig) -> dict[str, str]:
+    """ENVIRONMENT and what follows from the configuration; only for where the user has not chosen."""
+    found = ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": str(config.cpu_kv_cache_gib)}
+    if config.enforce_eager:  # the first request with logprobs would still compile a helper, for seconds
+        found["TORCHDYNAMO_DISABLE"] = "1"
+    return found

@@ -1,0 +1,123 @@
+"""An embedded vLLM in a process of its own: how one is started, who ends with whom, and how its death reaches who waits for it.
+
+vLLM's synchronous client (up to 0.32) reads answers from a queue that nobody fills once the process was killed: it would wait
+for ever. So the wait happens in a thread that may be left behind, and the caller looks at the processes meanwhile.
+"""
+
+from __future__ import annotations
+
+import multiprocessing.connection
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from typing import TYPE_CHECKING, TypeVar
+
+from rlalign.exits import Lost
+from rlalign.head import widened
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput, SamplingParams
+
+T = TypeVar("T")
+LOOK_S = 0.5  # seconds between two looks at the processes
+GRACE_S = 10.0  # between asking an orphan to end and ending it
+FOLLOWS = "RLALIGN_ENGINE_ENDS_WITH"  # the pid of the trainer
+ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+
+
+class EngineProcesses:
+    """The process of an embedded engine; none where the engine lives in ours."""
+
+    def __init__(self) -> None:
+        self._processes: list[BaseProcess] = []
+
+    @contextmanager
+    def starting(self, wanted: bool) -> Iterator[None]:
+        """An engine built inside gets a process of its own where wanted, whatever the environment says; that is put back."""
+        if not wanted:
+            yield
+            return
+        environment = ENVIRONMENT | {FOLLOWS: str(os.getpid())} | widened.environment()
+        before = {name: os.environ.get(name) for name in environment}
+        children = set(multiprocessing.active_children())
+        os.environ.update(environment)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+        self._processes = [p for p in multiprocessing.active_children() if p not in children]
+        if not self._processes:
+            raise RuntimeError(
+                "vLLM started no process of its own, although VLLM_ENABLE_V1_MULTIPROCESSING=1 was set for it"
+            )
+
+    def __bool__(self) -> bool:
+        return bool(self._processes)
+
+    def watch(self, call: Callable[[], T]) -> T:
+        """Its result. Raises Lost when one of the processes ends before it answers."""
+        if not self._processes:
+            return call()
+        answer: Future[T] = Future()
+        threading.Thread(target=_answer, args=(call, answer), name="waits for vLLM", daemon=True).start()
+        while not wait([answer], timeout=LOOK_S).done:
+            self._require_alive()
+        if answer.exception() is not None:  # vLLM may notice a death before we do
+            multiprocessing.connection.wait([p.sentinel for p in self._processes], timeout=LOOK_S)
+            self._require_alive()
+        return answer.result()
+
+    def _require_alive(self) -> None:
+        ended = [p for p in self._processes if p.exitcode is not None]
+        if ended:
+            found = ", ".join(f"{p.name} (pid {p.pid}) ended with code {p.exitcode}" for p in ended)
+            raise Lost(
+                f"the rollout engine died while it was asked for something: {found}. -9 is a kill, often for lack of memory; "
+                "start again with checkpoint.resume=auto"
+            )
+
+
+def end_with_parent() -> None:
+    """In an engine's process, called as the plugin loads: end when the trainer is gone, however it went.
+
+    vLLM (up to 0.32) does that for its workers only; its engine core would hold memory and device for ever.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None or os.environ.get(FOLLOWS) != str(parent.pid):
+        return
+
+    def follow() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE_S)
+        os._exit(1)
+
+    threading.Thread(target=follow, name="ends with the trainer", daemon=True).start()
+
+
+def generate(
+    llm: LLM, inputs: Sequence[dict[str, list[int]]], params: Sequence[SamplingParams]
+) -> Sequence[RequestOutput]:
+    """As `LLM.generate`, always in the same batches: nothing is scheduled before the last request has arrived.
+
+    They arrive one by one, and which of them share the first steps would else be chance, and with it the last bits (vllm#33195).
+    """
+    llm.sleep(level=0)  # scheduling only
+    try:
+        llm.enqueue(inputs, params, use_tqdm=False)
+    finally:
+        llm.wake_up(tags=["scheduling"])
+    return llm.wait_for_completion(use_tqdm=False)
+
+
+def _answer(call: Callable[[], T], answer: Future[T]) -> None:
+    try:
+        answer.set_result(call())
+    except BaseException as error:  # raised again where the answer is waited for
+        answer.set_exception(error)

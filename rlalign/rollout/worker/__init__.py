@@ -1,0 +1,1 @@
+"""What runs in every vLLM worker: receiving and reading back weights, and recording activations."""

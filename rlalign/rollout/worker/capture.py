@@ -1,0 +1,222 @@
+"""Worker side of capture: RPCs that record activations of the live engine and force the tokens that it decodes.
+
+Each method runs on every rank. Hooks see nothing of a compiled model, so capture asks for an eager engine; and they read the
+state of vLLM's V1 model runner, so capture refuses any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from vllm.config import CompilationMode
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from rlalign.rollout.worker import readback
+from rlalign.rollout.worker.recording import LOGITS, UNKNOWN, Recorder, Tap
+
+if TYPE_CHECKING:
+    from vllm.v1.sample.metadata import SamplingMetadata
+
+Sample = Callable[..., tuple[Tensor, Tensor | None]]  # vLLM's Sampler.sample: token ids [N], processed logprobs
+SEQUENCE_KEY = "rlalign_sequence"  # SamplingParams.extra_args: which sequence of the batch a request is
+FORCED_KEY = "rlalign_forced"  # SamplingParams.extra_args: the tokens to decode, whatever the sampler draws
+
+
+@dataclass
+class Capture:
+    """One recording under way on this rank."""
+
+    runner: GPUModelRunner
+    recorder: Recorder
+    handles: list[RemovableHandle] = field(default_factory=list)
+    rows_N3: Tensor | None = None  # of the forward under way
+    hidden_ND: Tensor | None = None  # what the model returned last: logits are projected from its rows
+
+    def begin_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
+        """Forward pre-hook of the model: which token each row is."""
+        positions = kwargs["positions"] if "positions" in kwargs else args[1]
+        self.rows_N3 = self.rows(positions[-1] if positions.ndim == 2 else positions)
+        self.recorder.rows("tokens", self.rows_N3)
+
+    def end_forward(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        """Forward hook of the model."""
+        self.hidden_ND = output
+
+    def rows(self, positions_N: Tensor) -> Tensor:
+        """[N, 3] (sequence, position, decoded) of the scheduled tokens, in the order of the flattened batch."""
+        batch = self.runner.input_batch
+        ends = self.runner.query_start_loc.np[: batch.num_reqs + 1]
+        rows_N3 = torch.full((int(ends[-1]), 3), UNKNOWN, dtype=torch.int64)
+        rows_N3[:, 1] = positions_N[: len(rows_N3)].cpu()
+        for i, request_id in enumerate(batch.req_ids[: batch.num_reqs]):
+            request = self.runner.requests[request_id]
+            own = slice(int(ends[i]), int(ends[i + 1]))
+            rows_N3[own, 0] = _extra(request.sampling_params).get(SEQUENCE_KEY, UNKNOWN)
+            rows_N3[own, 2] = rows_N3[own, 1] >= len(request.prompt_token_ids)
+        return rows_N3
+
+    def take(self, tap: Tap, module: nn.Module, value: object) -> None:
+        """Record one activation. It is copied at once: vLLM's fused norm overwrites its inputs."""
+        tensor = _pick(value, tap.index)
+        if tap.part is not None:
+            tensor = tensor.split(part_sizes(module), dim=-1)[tap.part]
+        count = len(self.rows_N3)
+        self.recorder.write(tap.point, tensor[:count].reshape(count, -1))
+
+    def take_logits(self, layer: nn.Module, args: tuple, kwargs: dict[str, object], logits_NV: Tensor | None) -> None:
+        """Record logits with the tokens they were projected from: a slice of the last hidden states, or each request's last."""
+        if logits_NV is None:
+            return  # gathered on the first rank of the tensor-parallel group
+        hidden_ND = kwargs["hidden_states"] if "hidden_states" in kwargs else args[1]
+        whole_ND = self.hidden_ND
+        if hidden_ND.untyped_storage().data_ptr() == whole_ND.untyped_storage().data_ptr():
+            first = (hidden_ND.storage_offset() - whole_ND.storage_offset()) // whole_ND.shape[1]
+            rows_N3 = self.rows_N3[first : first + len(hidden_ND)]
+        else:
+            ends = self.runner.query_start_loc.np[1 : self.runner.input_batch.num_reqs + 1]
+            rows_N3 = self.rows_N3[torch.from_numpy(ends - 1).to(torch.int64)]
+        if len(rows_N3) != len(logits_NV):
+            raise RuntimeError(f"capture: {len(logits_NV)} rows of logits for {len(rows_N3)} tokens")
+        self.recorder.rows(LOGITS, rows_N3)
+        self.recorder.write(LOGITS, logits_NV.float(), table=LOGITS)
+
+    def force(self, sampled_N: Tensor) -> Tensor:
+        """The sampled tokens, with those of teacher-forced requests put in their place."""
+        batch = self.runner.input_batch
+        ends = self.runner.query_start_loc.np
+        for i, request_id in enumerate(batch.req_ids[: batch.num_reqs]):
+            request = self.runner.requests[request_id]
+            forced = _extra(request.sampling_params).get(FORCED_KEY, ())
+            step = int(self.rows_N3[int(ends[i + 1]) - 1, 1]) + 1 - len(request.prompt_token_ids)
+            if 0 <= step < len(forced):
+                sampled_N[i] = forced[step]
+        return sampled_N
+
+
+class CaptureExtension:
+    """RPCs of one worker that `rlalign attribute` adds. State: the recording under way."""
+
+    rlalign_capture: Capture | None = None
+
+    def rlalign_modules(self) -> dict[str, dict[str, str]]:
+        """ "modules": {name: class} of the engine's modules, for pairing them with the trainer's."""
+        return {"modules": {name: type(module).__qualname__ for name, module in self.get_model().named_modules()}}
+
+    def rlalign_capture_start(self, directory: str, taps: list[tuple]) -> dict[str, int]:
+        """Record these taps of every forward from now on, under directory/rank<N>; answers how many there are.
+
+        taps: (point, module, side, index, part). Raises RuntimeError for a compiled engine, a model runner that capture does
+        not know, or a recording under way.
+        """
+        self._rlalign_refuse_capture()
+        model = self.get_model()
+        capture = Capture(self.model_runner, Recorder(Path(directory) / f"rank{self.rank}"))
+        capture.handles.append(model.register_forward_pre_hook(capture.begin_forward, with_kwargs=True))
+        capture.handles.append(model.register_forward_hook(capture.end_forward))
+        for tap in (Tap(*fields) for fields in taps):
+            capture.handles.append(_hook(capture, tap, model.get_submodule(tap.module)))
+        (layer,) = [m for m in model.modules() if isinstance(m, LogitsProcessor)]
+        capture.handles.append(layer.register_forward_hook(capture.take_logits, with_kwargs=True))
+        sampler = self.model_runner.sampler
+        sampler.sample = _forced(sampler.sample, capture)
+        self.rlalign_capture = capture
+        return {"taps": len(taps)}
+
+    def rlalign_capture_stop(self) -> dict[str, dict[str, int]]:
+        """End the recording; "rows": {point: rows}. Does nothing when none is under way."""
+        capture, self.rlalign_capture = self.rlalign_capture, None
+        if capture is None:
+            return {"rows": {}}
+        for handle in capture.handles:
+            handle.remove()
+        del capture.runner.sampler.sample  # the instance's; the class's own shows again
+        return {"rows": capture.recorder.close()}
+
+    def rlalign_differing_weights(self, file: str) -> dict[str, list[str]]:
+        """Tensors of a safetensors file by name: those that this rank does not compute with, and the unknown to it."""
+        model, differ, unknown = self.get_model(), [], []
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                place = readback.locate(model, name)
+                if place is None:
+                    unknown.append(name)
+                elif not readback.landed(place, tensors.get_tensor(name), offset=0):
+                    differ.append(name)
+        return {"differ": differ, "unknown": unknown}
+
+    def rlalign_constants(self) -> dict[str, object]:
+        """What no publish carries: "epsilons" {norm: value}, and "frequencies" that positions are rotated by."""
+        epsilons: dict[str, float] = {}
+        frequencies: list[float] = []
+        for name, module in self.get_model().named_modules():
+            if isinstance(module, RMSNorm):
+                epsilons[name] = float(module.variance_epsilon)
+            elif isinstance(module, RotaryEmbeddingBase):
+                cosine, sine = module.cos_sin_cache[1].float().chunk(2)  # of position 1: the frequencies themselves
+                frequencies = torch.atan2(sine, cosine).tolist()
+        return {"epsilons": epsilons, "frequencies": frequencies}
+
+    def _rlalign_refuse_capture(self) -> None:
+        runner = self.model_runner
+        if not isinstance(runner, GPUModelRunner):
+            raise RuntimeError(
+                f"capture reads the state of vLLM's V1 model runner; this engine runs {type(runner).__module__}."
+                f"{type(runner).__qualname__}. Start it with VLLM_USE_V2_MODEL_RUNNER=0"
+            )
+        if runner.vllm_config.compilation_config.mode != CompilationMode.NONE:
+            raise RuntimeError(
+                "capture sees nothing of a compiled model; start the engine with rollout.enforce_eager=true"
+            )
+        if self.rlalign_capture is not None:
+            raise RuntimeError("a recording is under way in this engine; stop it first (rlalign_capture_stop)")
+
+
+def part_sizes(module: nn.Module) -> list[int]:
+    """Widths of the pieces of a fused projection on this rank. Raises RuntimeError when the module is not fused."""
+    if not isinstance(module, LinearBase) or len(getattr(module, "output_partition_sizes", ())) < 2:
+        raise RuntimeError(f"{type(module).__name__} is no fused projection: it has no parts to split")
+    return module.output_partition_sizes
+
+
+def _hook(capture: Capture, tap: Tap, module: nn.Module) -> RemovableHandle:
+    if tap.side == "input":
+        return module.register_forward_pre_hook(
+            lambda module, args, kwargs: capture.take(tap, module, (*args, *kwargs.values())), with_kwargs=True
+        )
+    return module.register_forward_hook(lambda module, args, output: capture.take(tap, module, output))
+
+
+def _forced(sample: Sample, capture: Capture) -> Sample:
+    """The sampler's own `sample`, whose logprobs then are those of the forced tokens."""
+
+    def sample_forced(
+        logits_NV: Tensor, metadata: SamplingMetadata, logprobs_mode_override: str | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        sampled_N, logprobs = sample(logits_NV, metadata, logprobs_mode_override)
+        return capture.force(sampled_N), logprobs
+
+    return sample_forced
+
+
+def _pick(value: object, index: int) -> Tensor:
+    if isinstance(value, Tensor) and index == 0:
+        return value
+    if not isinstance(value, tuple | list) or index >= len(value) or not isinstance(value[index], Tensor):
+        raise RuntimeError(f"capture: expected a tensor at place {index} of {type(value).__name__}")
+    return value[index]
+
+
+def _extra(params: object) -> dict[str, object]:
+    """extra_args of a request's sampling parameters; none for a pooling request."""
+    return (params.extra_args if params is not None else None) or {}

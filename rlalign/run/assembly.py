@@ -1,0 +1,259 @@
+"""The real parties of a run: where the model, the tokenizer, the task, the engine and the policy come from."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlalign import ranks
+from rlalign.config import RewardConfig, RunConfig, ScheduleMode
+from rlalign.reward.mixture import RewardMixture, Rewards, Sample
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    from rlalign.reward.drift_watch import DriftWatch, EventLog
+    from rlalign.rollout.engine.embedded import VLLMEngine
+    from rlalign.rollout.server.pool import ServerPool
+    from rlalign.rollout.shared import SharedEngine
+    from rlalign.run.parties import Parties
+    from rlalign.tasks import Task
+    from rlalign.trainer.critic import Critic
+    from rlalign.trainer.policy import Policy
+    from rlalign.weights import Transport
+
+
+def resolve_model(path: str, say: Callable[[str], None] = print, *, what: str = "model.path") -> Path:
+    """The folder of a model: a local Hugging Face folder, or the tiny policy named tiny:untied or tiny:tied.
+
+    Raises ValueError for anything else.
+    """
+    if path.startswith("tiny:"):
+        from rlalign.tiny_policy import cached_policy
+
+        return cached_policy(path.removeprefix("tiny:"), report=say)
+    folder = Path(path).expanduser()
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{what}={path!r} is not a Hugging Face folder (no config.json there). Give a local folder with config.json, "
+            "weights and tokenizer, or tiny:untied / tiny:tied for the built-in demo policy."
+        )
+    return folder
+
+
+def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer. Raises ValueError when its ids do not fit the model's vocabulary.
+
+    Special tokens behind the model's last row are let through: text-only checkpoints keep the placeholders of images that way,
+    and only a prompt that holds one is impossible (`fitting`).
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    size = AutoConfig.from_pretrained(model).get_text_config().vocab_size
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    words = [id for id in tokenizer.get_vocab().values() if id not in special]
+    if max(words, default=0) >= size:
+        raise ValueError(
+            f"{model}: the tokenizer has token ids up to {max(words)}, the model only {size} rows of embeddings; "
+            "tokenizer and checkpoint do not belong together"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"{model}: the tokenizer has neither a pad nor an eos token; rollouts cannot end")
+    return tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool) -> list[int]:
+    """Token ids of a prompt, in the tokenizer's chat template when asked."""
+    if not chat:
+        return tokenizer.encode(text)
+    message = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+
+
+def load_task_of(config: RunConfig) -> Task:
+    """The configured task."""
+    from rlalign.tasks import load_task
+
+    c = config.task
+    return load_task(c.name, dict(c.params), train_size=c.train_size, eval_size=c.eval_size, seed=c.seed)
+
+
+def fitted_task(
+    config: RunConfig, model: Path, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None] = lambda _: None
+) -> Task:
+    """The configured task without the prompts that this model and engine cannot take; say: told how many those were.
+
+    Raises ValueError for one of them unless task.unusable_prompts=drop.
+    """
+    from transformers import AutoConfig
+
+    from rlalign.run.fitting_prompts import fitted
+
+    rows = AutoConfig.from_pretrained(model).get_text_config().vocab_size
+    ids_of = partial(encode, tokenizer, chat=config.task.chat_template)
+    task, dropped = fitted(load_task_of(config), config, ids_of, rows)
+    if dropped:
+        say(f"{dropped} prompts dropped that are too long for the engine or hold ids that the model has no row for")
+    return task
+
+
+class SharedReward:
+    """The task's verifier and the configured reward models. The first rank holds the models and scores for all.
+
+    Raises ValueError, CalibrationMismatchError or OSError where a model, a calibration or a server cannot be used.
+    """
+
+    def __init__(self, config: RunConfig, say: Callable[[str], None] = print) -> None:
+        self.local: RewardMixture | None = None
+        ranks.on_first(lambda: self._start(config.reward, say))
+
+    def __call__(self, samples: Sequence[Sample]) -> Rewards:
+        return ranks.on_first(lambda: self.local(samples))
+
+    def _start(self, config: RewardConfig, say: Callable[[str], None]) -> None:
+        if config.models:
+            from rlalign.reward.loading import load_mixture
+
+            self.local = load_mixture(config, say)
+        else:
+            self.local = RewardMixture(weights=config.active, max_failed=config.max_failed)
+
+
+def start_drift_watch(
+    reward: SharedReward, config: RunConfig, log: EventLog, say: Callable[[str], None]
+) -> DriftWatch | None:
+    """The monitors of the calibrated reward models; on the first rank, which holds the models. None elsewhere."""
+    from rlalign.reward.drift_watch import DriftWatch
+
+    if reward.local is None:
+        return None
+    folder = Path(config.output_dir) / "drift"
+    return DriftWatch(reward.local.models, config.reward.drift, folder=folder, log=log, say=say)
+
+
+def start_engine(model: Path, config: RunConfig, say: Callable[[str], None] = print) -> VLLMEngine | ServerPool:
+    """vLLM with the run's head, proved on every rank: inside this process, or behind HTTP (rollout.backend).
+
+    say: writes down what becomes of servers, from any thread.
+    """
+    if config.rollout.backend == "server":
+        from rlalign.rollout.server.launching import Launch, open_pool
+
+        return open_pool(Launch.of(config, model), logs=Path(config.output_dir) / "servers", say=say)
+    return start_embedded(model, config, beside_training=config.schedule.mode is not ScheduleMode.synchronous)
+
+
+def start_embedded(model: Path, config: RunConfig, *, beside_training: bool = False) -> VLLMEngine:
+    """vLLM inside this process, whatever rollout.backend says: diagnosis looks into it, and servers sample the same.
+
+    beside_training: in a process of its own instead.
+    """
+    from rlalign.rollout.engine.embedded import VLLMEngine
+
+    return VLLMEngine(
+        model,
+        config.rollout,
+        dtype=config.model.dtype.value,
+        head_dtype=config.head_dtype.value,
+        seed=config.seed,
+        exact=config.exact,
+        beside_training=beside_training,
+    )
+
+
+def start_policy(model: Path, config: RunConfig) -> Policy:
+    """The model in DeepSpeed, with the mirrored head."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from rlalign.trainer.policy import Policy
+
+    disable_progress_bar()  # the run shows its own
+    return Policy(
+        model,
+        config.trainer,
+        config.algo,
+        dtype=config.model.dtype.value,
+        head_dtype=config.head_dtype.value,
+        temperature=config.rollout.temperature,
+        seed=config.seed,
+        exact=config.exact,
+    )
+
+
+def require_same_head(policy: Policy, statuses: Sequence[dict]) -> None:
+    """Raise RuntimeError unless every trainer rank and every rollout rank makes float32 logits with the same bits.
+
+    statuses: what the rollout ranks answered.
+    """
+    from rlalign.rollout.engine import handshake
+
+    own = {"route": policy.head.route, "kernel": policy.head.kernel, "bits": policy.head.bits}
+    trainers = {f"trainer rank {rank}": proof for rank, proof in enumerate(ranks.of_all(own))}
+    handshake.require_same_bits(trainers | handshake.proofs_of(statuses))
+
+
+def critic_folder(model: Path, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Path | None:
+    """The folder the critic starts from; None where advantages need none.
+
+    Raises ValueError for one that cannot be found, or that reads other tokens than the policy writes.
+    """
+    if config.algo.advantage != "gae":
+        return None
+    path = config.algo.critic.path
+    if not path:
+        return model
+    folder = resolve_model(path, what="algo.critic.path")
+    if load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"algo.critic.path={path}: its tokenizer gives tokens other ids than the policy's; a critic reads the policy's own "
+            "tokens. Give a model of the same family, or leave the path empty"
+        )
+    return folder
+
+
+def start_critic(folder: Path | None, config: RunConfig) -> Critic | None:
+    """The critic in DeepSpeed, beside the policy."""
+    if folder is None:
+        return None
+    from rlalign.trainer.critic import Critic
+
+    return Critic(folder, config.trainer, config.algo.critic, dtype=config.model.dtype.value)
+
+
+def parties(
+    config: RunConfig,
+    engine: SharedEngine,
+    policy: Policy,
+    critic: Critic | None,
+    task: Task,
+    reward: SharedReward,
+    tokenizer: PreTrainedTokenizerBase,
+    transport: Transport,
+    say: Callable[[int, str], None],
+) -> Parties:
+    """Everyone a step talks to. say: told each phase of a step as it begins."""
+    from rlalign.objective.reference_kl import KlController
+    from rlalign.rollout.engine import noise_floor
+    from rlalign.run.parties import Parties
+    from rlalign.weights import publish_from_ranks
+
+    floor = noise_floor.read(Path(config.mismatch.floor), config.model.dtype.value) if config.mismatch.floor else None
+    return Parties(
+        engine=engine,
+        trainer=policy,
+        critic=critic,
+        kl_penalty=KlController(config.algo.kl_penalty) if config.algo.kl_penalty.coef else None,
+        task=task,
+        reward=reward,
+        publish=partial(publish_from_ranks, receiver=lambda: engine.local, transport=transport),
+        encode=partial(encode, tokenizer, chat=config.task.chat_template),
+        pad_token_id=tokenizer.pad_token_id,
+        floor=floor,
+        say=say,
+    )

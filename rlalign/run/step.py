@@ -1,0 +1,203 @@
+"""One step, written out. `collect`: sample, reward. `learn`: score, compare, correct, train, publish."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from torch import Tensor
+
+from rlalign import mismatch
+from rlalign.config import RunConfig, ScheduleMode
+from rlalign.objective import choice
+from rlalign.reward.mixture import Sample
+from rlalign.run import limits
+from rlalign.run.parties import Collected, Learner, Parties, Prompt, StepResult, Task, Trainer
+from rlalign.run.sampler import Sampler, request, sample_probe
+from rlalign.run.step_metrics import (
+    by_lag,
+    correction_metrics,
+    lags_of,
+    mismatch_metrics,
+    publish_metrics,
+    rollout_metrics,
+    staleness_metrics,
+)
+from rlalign.tracking.timeline import Clock, Span
+from rlalign.types import Rollout, RolloutBatch, TrainBatch, collate
+
+
+def train_step(step: int, parties: Parties, config: RunConfig, sampler: Sampler | None = None) -> StepResult:
+    """Run step `step` (from 0). sampler: of an asynchronous schedule.
+
+    Raises MismatchLimitError or StalenessLimitError before anything was trained when the gate is set to stop.
+    """
+    began = time.perf_counter()
+    result = learn(step, collect(step, parties, config, sampler), parties, config, sampler)
+    seconds = time.perf_counter() - began
+    phases = sum(value for name, value in result.metrics.items() if name.startswith("time/"))
+    result.metrics.update({"time/step_s": seconds, "time/other_s": seconds - phases})
+    return result
+
+
+def collect(step: int, parties: Parties, config: RunConfig, sampler: Sampler | None = None) -> Collected:
+    """Sample the step's completions, or take those that were sampled ahead, and reward them."""
+    metrics: dict[str, float] = {}
+    spans: list[Span] = []
+    clock = Clock(step, metrics, spans, parties.say)
+    with clock("rollout"):
+        sampled = request(step, parties, config)(parties.engine) if sampler is None else sampler.take(step)
+        rollouts = sampled.rollouts
+        batch = collate(rollouts, pad_token_id=parties.pad_token_id, spec=parties.engine.spec)
+    metrics |= rollout_metrics(rollouts, sampled.seconds)
+    probe = None
+    if sampler is not None:
+        spans.append(Span("rollout", sampled.start, sampled.start + sampled.seconds, step))
+        with clock("probe"):
+            probe = _probe(step, batch, parties, config)
+        sampler.run_ahead(step)
+    with clock("reward"):
+        prompts = parties.task.train_prompts(step, config.rollout.prompts_per_step)
+        rewards = parties.reward([sample_of(r, prompts[r.group_id], parties.task) for r in rollouts])
+    metrics |= rewards.metrics()
+    texts = [r.text for r in rollouts]
+    return Collected(batch=batch, rewards=rewards, texts=texts, metrics=metrics, spans=spans, probe=probe)
+
+
+def learn(
+    step: int, collected: Collected, parties: Parties, config: RunConfig, sampler: Sampler | None = None
+) -> StepResult:
+    """Score what was collected, compare, correct, train on it and publish the result."""
+    batch, rewards, trainer = collected.batch, collected.rewards, parties.trainer
+    metrics, spans = dict(collected.metrics), list(collected.spans)
+    clock = Clock(step, metrics, spans, parties.say)
+    with clock("score"):
+        old_BL, entropy_BL = trainer.score(batch)
+        ref_BL = trainer.score_reference(batch)
+        at_lag = _compare(old_BL, collected, trainer, config)
+        metrics |= mismatch_metrics(at_lag, parties.floor) | staleness_metrics(batch, trainer.version, at_lag)
+        metrics["train/entropy"] = float(entropy_BL[batch.loss_mask_BL].mean())
+        values_BL = None if parties.critic is None else parties.critic.values(batch)
+
+    coefficient = 0.0 if parties.kl_penalty is None else parties.kl_penalty.coef
+    credit = choice.credit(
+        rewards.values_B, batch, config.algo, old_BL=old_BL, ref_BL=ref_BL, values_BL=values_BL, kl_coef=coefficient
+    )
+    metrics |= credit.metrics
+    result = StepResult(
+        metrics=metrics,
+        version=trainer.version,
+        batch=batch,
+        old_logprobs_BL=old_BL,
+        entropy_BL=entropy_BL,
+        advantages_BL=credit.advantages_BL,
+        values_BL=credit.values_BL,
+        returns_BL=credit.returns_BL,
+        rewards=rewards,
+        texts=collected.texts,
+        spans=spans,
+        probe=collected.probe,
+    )
+    result.warnings.extend(limits.check(result, config, step=step))
+
+    with clock("train"):
+        rewarded = replace(batch, loss_mask_BL=batch.loss_mask_BL & rewards.known_B[:, None])
+        correction = choice.correct(old_BL, rewarded, result.advantages_BL, config.algo)
+        metrics |= correction_metrics(correction, old_BL, rewarded)
+        whole = TrainBatch(
+            rollouts=batch,
+            old_logprobs_BL=old_BL,
+            advantages_BL=credit.advantages_BL,
+            correction=correction,
+            num_tokens=0,  # counted for each optimizer step
+            num_sequences=0,
+            ref_logprobs_BL=ref_BL,
+            values_BL=credit.values_BL,
+            returns_BL=credit.returns_BL,
+        )
+        metrics |= update(step, parties, whole, config)
+        if parties.kl_penalty is not None and trainer.version > result.version:  # a policy that waits has not moved
+            parties.kl_penalty.update(credit.kl, int(rewards.known_B.sum()))
+
+    if trainer.version > result.version:  # otherwise the engine computes with these weights already
+        metrics |= _publish(parties, sampler, clock)
+    return result
+
+
+def _probe(step: int, batch: RolloutBatch, parties: Parties, config: RunConfig) -> RolloutBatch | None:
+    """Samples of the current version, where they are due and the batch has older tokens."""
+    every, version = config.schedule.probe_every, parties.trainer.version
+    if not every or step % every or bool((batch.policy_version_BL[batch.loss_mask_BL] == version).all()):
+        return None
+    rollouts = sample_probe(step, parties, config)
+    return collate(rollouts, pad_token_id=parties.pad_token_id, spec=parties.engine.spec)
+
+
+def _compare(old_BL: Tensor, collected: Collected, trainer: Trainer, config: RunConfig) -> dict[int, mismatch.Stats]:
+    """Old against rollout, by lag. Raises RuntimeError for lags that the schedule cannot have made."""
+
+    def at_lags(batch: RolloutBatch, old_BL: Tensor, allowed: int | None) -> mismatch.Stats:
+        lag_BL, rollout_BL = lags_of(batch, trainer.version, allowed=allowed), batch.rollout_logprobs_BL
+        return mismatch.collect(old_BL, rollout_BL, batch.loss_mask_BL, lag_B=lag_BL, group_B=batch.group_id_B)
+
+    algo, schedule, probe = config.algo, config.schedule, collected.probe
+    synchronous = schedule.mode is ScheduleMode.synchronous
+    allowed = None if synchronous else schedule.max_lag * algo.minibatches * algo.epochs
+    measured = at_lags(collected.batch, old_BL, allowed)
+    return by_lag(measured, None if probe is None else at_lags(probe, trainer.score(probe)[0], 0))
+
+
+def _publish(parties: Parties, sampler: Sampler | None, clock: Clock) -> dict[str, float]:
+    if sampler is not None:
+        with clock("wait"):
+            sampler.before_publish()
+    with clock("publish"):
+        report = parties.publish(parties.trainer.named_weights(), parties.trainer.version)
+    return publish_metrics(report)
+
+
+def update(step: int, parties: Parties, whole: TrainBatch, config: RunConfig) -> dict[str, float]:
+    """One optimizer step per minibatch and epoch, of the critic too where there is one; its first steps are its own.
+
+    Metrics are means over the kept tokens of each minibatch, averaged over the minibatches.
+    """
+    algo = config.algo
+    learners: list[tuple[str, Learner, Callable]] = []
+    if parties.critic is not None:
+        learners.append(("critic", parties.critic, partial(choice.value_loss, algo=algo)))
+    if parties.critic is None or step >= algo.critic.warmup_steps:
+        loss_function = partial(choice.policy_loss, algo=algo, max_tokens=config.rollout.max_tokens)
+        learners.append(("train", parties.trainer, loss_function))
+    size = len(whole.rollouts) // algo.minibatches
+    sums: dict[str, float] = {}
+    last = {"train/lr": 0.0}  # of a policy that waits for its critic
+    for start in [*range(0, len(whole.rollouts), size)] * algo.epochs:
+        minibatch = _counted(whole.rows(slice(start, start + size)))
+        for room, learner, loss_function in learners:
+            for name, value in learner.forward_backward(minibatch, loss_function).items():
+                sums[f"{room}/{name}"] = sums.get(f"{room}/{name}", 0.0) + value / (algo.minibatches * algo.epochs)
+            last |= {f"{room}/{name}": value for name, value in learner.optim_step().items()}
+    return sums | last
+
+
+def _counted(minibatch: TrainBatch) -> TrainBatch:
+    """With the denominators of its own optimizer step. Raises RuntimeError when nothing is left to train on."""
+    keep_BL = minibatch.correction.keep
+    if not bool(keep_BL.any()):
+        raise RuntimeError(
+            "the correction rejected every token of a minibatch: nothing is left to train on; loosen its bounds"
+        )
+    return replace(minibatch, num_tokens=int(keep_BL.sum()), num_sequences=int(keep_BL.any(-1).sum()))
+
+
+def sample_of(rollout: Rollout, prompt: Prompt, task: Task) -> Sample:
+    """What the reward needs to know of a rollout, the verifier's word included."""
+    return Sample(
+        prompt=prompt.text,
+        completion=rollout.text,
+        verified=task.reward(prompt, rollout.text),
+        group=rollout.group_id,
+        tokens=sum(rollout.loss_mask),
+    )

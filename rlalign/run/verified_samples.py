@@ -1,0 +1,45 @@
+"""Completions of a policy, each with its verifier's word: what reward models are trained on and PAR takes its references from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rlalign.config import RunConfig
+from rlalign.reward.training.examples import Labelled, write_rows
+from rlalign.run import assembly
+
+SEED_OFFSET = 7_919  # another stream than the run's own, whose first steps would else be repeated
+
+
+def write_verified_samples(
+    config: RunConfig, out: Path, *, prompts: int, say: Callable[[str], None] = print
+) -> list[Labelled]:
+    """Sample as the run would (its engine, its settings, group_size completions) and write JSONL rows of `rlalign.reward.training`.
+
+    prompts: of the training split, from its first step on. Empty completions are left out: no reward model can read them.
+    Raises ValueError when the split has fewer prompts.
+    """
+    task = assembly.load_task_of(config)
+    chosen = task.train_prompts(0, prompts)
+    model = assembly.resolve_model(config.model.path, say)
+    tokenizer = assembly.load_tokenizer(model)
+    engine = assembly.start_embedded(model, config)
+    try:
+        rollouts = engine.generate(
+            [assembly.encode(tokenizer, p.text, chat=config.task.chat_template) for p in chosen],
+            prompt_ids=[p.prompt_id for p in chosen],
+            samples=config.rollout.group_size,
+            seed=config.seed * 1_000_003 + SEED_OFFSET,
+        )
+    finally:
+        engine.close()
+    rows = [
+        Labelled(prompt=chosen[r.group_id].text, completion=r.text, label=task.reward(chosen[r.group_id], r.text))
+        for r in rollouts
+        if r.text
+    ]
+    write_rows(out, rows)
+    right = sum(row.label for row in rows) / max(len(rows), 1)
+    say(f"{out}: {len(rows)} samples, {right:.1%} right; {len(rollouts) - len(rows)} empty ones left out")
+    return rows

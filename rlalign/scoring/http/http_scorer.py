@@ -1,0 +1,231 @@
+"""HTTPScorer: reward models behind somebody's HTTP server, with the contract of `rlalign.scoring.scorer`."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from rlalign.scoring.answers import Answer, score_result
+from rlalign.scoring.http.detect import DIALECTS, detect
+from rlalign.scoring.http.dialect import HTTPRequest, known
+from rlalign.scoring.http.transport import Json, RequestFailed, Transport
+from rlalign.scoring.params import InvalidParams, ScoringParams
+from rlalign.scoring.reward_func import Scoring
+from rlalign.scoring.scorer import checked_inputs
+from rlalign.scoring.sequences import Sequencer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rlalign.scoring.result import ScoreResult
+    from rlalign.scoring.scorer import Text
+
+DialectName = Literal["auto", "vllm", "sglang", "tei", "infinity", "openrlhf"]
+CUTS = ("item_first", "truncate_prompt_tokens", "max_tokens_per_item")  # done while tokens are joined
+CLOSE = 1e-3  # relative; a logit that a second calibration would move moves by far more
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownLogits:
+    """Raw logits of the served model, computed elsewhere: proof that the server adds nothing to them.
+
+    logits: of the first label, one an item, two or more.
+    """
+
+    query: Text
+    items: Sequence[Text]
+    logits: Sequence[float]
+
+
+class HTTPScorer(Scoring):
+    """Scores through a server that is running already. Connects when it is made, and asks what is served.
+
+    tokenizer: of the served model; requests then carry token ids, cut into query and item exactly as HFScorer does, where the
+    dialect takes them. Without one, text is sent as it is. cross_encoder: the server reads (query, item) as a pair (vLLM only;
+    TEI and infinity always do). timeout: seconds of one call with all its retries; retries: on no connection, 429 and 5xx only.
+    server_calibrated: whether the server shifts and scales its logits, where it cannot be found out. A calibrator may only be
+    attached to raw logits: proven by the dialect, by known_logits, or stated with server_calibrated=False.
+
+    A call that fails makes its items errors with the reason, never zeros. Raises RequestFailed where the server cannot be reached
+    or understood when connecting, ValueError where it cannot score.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        dialect: DialectName = "auto",
+        *,
+        model: str | None = None,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        cross_encoder: bool = False,
+        api_key: str | None = None,
+        timeout: float = 60.0,
+        retries: int = 3,
+        concurrency: int = 16,
+        server_calibrated: bool | None = None,
+        known_logits: KnownLogits | None = None,
+    ) -> None:
+        if dialect != "auto" and dialect not in DIALECTS:
+            raise ValueError(f"dialect: expected auto or one of {', '.join(DIALECTS)}, got {dialect!r}")
+        self._transport = Transport(
+            base_url, api_key=api_key, timeout=timeout, retries=retries, concurrency=concurrency
+        )
+        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="rlalign-http")
+        try:
+            self.dialect = detect(self._transport.send) if dialect == "auto" else dialect
+            self._dialect = DIALECTS[self.dialect]()
+            self._served = self._dialect.connect(self._transport.send, model=model, pairs=cross_encoder)
+            self.info = self._served.info
+            self.tokenizer = _tokenizer(tokenizer)
+            self._takes_ids = self._dialect.takes_ids and (self.info.causal or self.dialect != "vllm")  # /score is text
+            self._sequencer = self._make_sequencer()
+            self._settle(server_calibrated, known_logits)
+        except BaseException:
+            self.close()
+            raise
+
+    def prepare(self, query: Text, items: Text | Sequence[Text], params: ScoringParams | None = None) -> HTTPRequest:
+        """Check a request, and tokenise it where the client does. Raises ValueError before anything is sent."""
+        params = params or ScoringParams()
+        resolved = params.verify(self.info)
+        query, items = checked_inputs(query, items, self.info.vocab_size)
+        here = self._sequencer is not None and not (isinstance(query, str) and self.tokenizer is None)
+        self._refuse(params, here=here, text=isinstance(query, str))
+        if not self._takes_ids and not isinstance(query, str):
+            raise ValueError(f"{self.info.id}: the {self.dialect} server reads text here, got token ids")
+        labels = resolved.label_ids(len(items)) if resolved.task == "generative" else []
+        sequences = self._sequencer.sequences(query, items, resolved) if here else None
+        return HTTPRequest(params=resolved, query=query, items=items, sequences=sequences, labels=labels)
+
+    def run(self, requests: Sequence[HTTPRequest]) -> list[ScoreResult]:
+        """Score prepared requests, several calls at a time."""
+        jobs = self._jobs(requests)
+        answers = list(self._pool.map(lambda job: self._answered(requests[job[0]], job[1]), jobs))
+        return self._results(requests, jobs, answers)
+
+    async def arun(self, requests: Sequence[HTTPRequest]) -> list[ScoreResult]:
+        """`run` without threads; cancelling it gives up the calls that are under way."""
+        jobs = self._jobs(requests)
+        answers = await asyncio.gather(*(self._aanswered(requests[place], span) for place, span in jobs))
+        return self._results(requests, jobs, answers)
+
+    async def ascore(
+        self, query: Text, items: Text | Sequence[Text], params: ScoringParams | None = None
+    ) -> ScoreResult:
+        """`score` without blocking the event loop."""
+        return (await self.arun([self.prepare(query, items, params)]))[0]
+
+    def close(self) -> None:
+        """Close connections and threads. Safe to call twice."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._transport.close()
+
+    # --- inside ---
+
+    def _jobs(self, requests: Sequence[HTTPRequest]) -> list[tuple[int, range]]:
+        """(place of the request, items of one call): at most a batch, all with the same labels."""
+        jobs = []
+        for place, request in enumerate(requests):
+            start = 0
+            for end in range(1, len(request.items) + 1):
+                full = end - start == self._served.batch or end == len(request.items)
+                if full or (request.labels and request.labels[end] != request.labels[start]):
+                    jobs.append((place, range(start, end)))
+                    start = end
+        return jobs
+
+    def _answered(self, request: HTTPRequest, span: range) -> list[Answer]:
+        try:
+            calls = self._dialect.calls(request, self._served, span)
+            return self._dialect.answers(request, self._served, span, [self._transport.send(call) for call in calls])
+        except RequestFailed as error:
+            return _failed(request, span, error)
+
+    async def _aanswered(self, request: HTTPRequest, span: range) -> list[Answer]:
+        try:
+            calls = self._dialect.calls(request, self._served, span)
+            bodies: list[Json] = [await self._transport.asend(call) for call in calls]
+            return self._dialect.answers(request, self._served, span, bodies)
+        except RequestFailed as error:
+            return _failed(request, span, error)
+
+    def _results(
+        self, requests: Sequence[HTTPRequest], jobs: list[tuple[int, range]], answers: Sequence[list[Answer]]
+    ) -> list[ScoreResult]:
+        found: list[list[Answer]] = [[] for _ in requests]
+        for (place, _), part in zip(jobs, answers, strict=True):
+            found[place] += part
+        return [score_result(row, request.params, self.info) for row, request in zip(found, requests, strict=True)]
+
+    def _make_sequencer(self) -> Sequencer | None:
+        """Cuts and joins token ids, and text too where there is a tokenizer; None where the server reads query and item apart."""
+        if not self._dialect.takes_ids or not self.info.causal:
+            return None
+        return Sequencer(self.tokenizer, pairs=False, max_length=self.info.max_length, model=self.info.id)
+
+    def _refuse(self, params: ScoringParams, *, here: bool, text: bool) -> None:
+        """Raise InvalidParams on what neither this client nor the server can do. here: token ids are made in this client."""
+        refused = [
+            name
+            for name in self._served.refuses
+            if getattr(params, name) not in (None, False, getattr(self.info.pooler, name, None))
+            and not (here and name in CUTS)
+        ]
+        if refused:
+            raise InvalidParams(
+                f"{self.info.id}: the {self.dialect} server has no word for {', '.join(refused)}; leave them out",
+                refused,
+            )
+        if text and not here and self.dialect == "vllm" and self.info.tasks == ("generative",):
+            raise ValueError(
+                f"{self.info.id}: vLLM's judge cuts text that is too long without saying so; give HTTPScorer the model's "
+                "tokenizer, or pass token ids"
+            )
+
+    def _settle(self, stated: bool | None, known_logits: KnownLogits | None) -> None:
+        """Decide whether scores arrive raw, and refuse contradictions. Without any proof they count as calibrated."""
+        calibrated = self.info.already_calibrated
+        if stated is False and calibrated:
+            raise ValueError(
+                f"{self.info.id}: server_calibrated=False, but the server says logit_mean={self.info.pooler.logit_mean}, "
+                f"logit_sigma={self.info.pooler.logit_sigma}"
+            )
+        proven = bool(self._served.proof) or stated is False
+        if known_logits is not None:
+            self._compare(known_logits)
+            proven = True
+        already = bool(stated) or calibrated or not proven
+        self.info = msgspec.structs.replace(self.info, already_calibrated=already)
+
+    def _compare(self, known_logits: KnownLogits) -> None:
+        if len(known_logits.logits) < 2:
+            raise ValueError(f"known_logits: {len(known_logits.logits)} logits prove nothing; give two or more")
+        result = self.score(known_logits.query, known_logits.items)
+        failed = [f"item {i}: {error}" for i, error in enumerate(result.errors) if error is not None]
+        if failed or len(result) != len(known_logits.logits):
+            raise ValueError(f"known_logits: {failed[0] if failed else f'{len(result)} items'} for "
+                             f"{len(known_logits.logits)} logits")  # fmt: skip
+        for i, (logits, want) in enumerate(zip(result.logits, known_logits.logits, strict=True)):
+            if not math.isclose(float(logits[0]), want, rel_tol=CLOSE, abs_tol=CLOSE):
+                raise ValueError(
+                    f"{self.info.id}: known_logits item {i} is {want:.6g}, the server gives {float(logits[0]):.6g}: it serves "
+                    "another model, or calibrates or activates its scores. A calibrator on top would be wrong"
+                )
+
+
+def _tokenizer(given: str | PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
+    if not isinstance(given, str):
+        return given
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(given)
+
+
+def _failed(request: HTTPRequest, span: range, error: RequestFailed) -> list[Answer]:
+    return [Answer(error=f"server: {error}", **known(request, i)) for i in span]

@@ -1,0 +1,210 @@
+"""Servers that read text only: text-embeddings-inference, infinity, OpenRLHF's reward server.
+
+TEI       /predict, /rerank with raw_scores=true: logits. Labels come sorted by score, so /info's label2id puts them in order.
+infinity  /rerank with raw_scores=true: logits of one label. Its /classify ignores raw_scores, so it is not used.
+OpenRLHF  /get_reward: rewards as the model's config normalises them; nothing tells whether it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rlalign.scoring.answers import Answer
+from rlalign.scoring.http.dialect import (
+    Ask,
+    HTTPRequest,
+    Served,
+    activation_between,
+    answer,
+    entries,
+    in_order,
+    known,
+    numbers,
+    one_each,
+)
+from rlalign.scoring.http.transport import Call, Json, RequestFailed
+from rlalign.scoring.model_info import ModelInfo
+
+PROBE = ("a", ["b", "c d"])
+REFUSES = ("max_tokens_per_item", "skip_reading_prefix_cache")
+RAW = "the request asks for raw_scores=true"
+
+
+class TEIDialect:
+    """Text-embeddings-inference (schema of 1.7)."""
+
+    name = "tei"
+    takes_ids = False
+
+    def connect(self, ask: Ask, *, model: str | None, pairs: bool) -> Served:
+        """Read /info, then ask for two scores, raw and activated."""
+        stated = ask(Call(path="/info"))
+        kinds = stated.get("model_type") if isinstance(stated, dict) else None
+        kind = next(iter(kinds), None) if isinstance(kinds, dict) else None
+        if kind not in ("reranker", "classifier"):
+            raise ValueError(f"the server's model is {kinds!r}; a scorer needs a reranker or a classifier")
+        if model not in (None, stated["model_id"]):
+            raise ValueError(f"model {model!r} is not served here; the server has {stated['model_id']}")
+        self._columns = {str(name): int(at) for name, at in (kinds[kind].get("label2id") or {}).items()}
+        self._rerank = kind == "reranker"
+        labels = max(len(self._columns), 1)
+        raw, activated = (self._probe(ask, raw=flag) for flag in (True, False))
+        info = ModelInfo(
+            id=str(stated["model_id"]),
+            revision=stated.get("model_sha"),
+            architecture="behind text-embeddings-inference",
+            tasks=("classify",),
+            vocab_size=2**31,
+            hidden_size=0,
+            num_labels=labels,
+            activation=activation_between(raw, activated),
+            max_length=int(stated["max_input_length"]),
+            dtype=stated.get("model_dtype"),
+            causal=False,
+            hidden_states_reason="the server's scores come without hidden states",
+            packing_reason="the server decides",
+        )
+        return Served(info=info, batch=int(stated.get("max_client_batch_size") or 32), refuses=REFUSES, proof=RAW)
+
+    def calls(self, request: HTTPRequest, served: Served, span: range) -> list[Call]:
+        """One call. A reranker scores pairs with /rerank unless the pair is turned round or the query is empty."""
+        cut = request.params.truncate_prompt_tokens
+        if cut not in (None, -1, served.info.max_length):
+            raise ValueError(
+                f"truncate_prompt_tokens={cut}: the server cuts to {served.info.max_length} tokens or not at all"
+            )
+        common = {"raw_scores": True, "truncate": cut is not None, "truncation_direction": "left"}
+        if self._reranks(request):
+            texts = [request.items[i] for i in span]
+            return [Call(path="/rerank", body={**common, "query": request.query, "texts": texts, "return_text": False})]
+        return [Call(path="/predict", body={**common, "inputs": [_pair(request, i) for i in span]})]
+
+    def answers(self, request: HTTPRequest, served: Served, span: range, bodies: Sequence[Json]) -> list[Answer]:
+        """Scores by index, or each item's labels put in the order of the head."""
+        if self._reranks(request):
+            values = in_order(entries(bodies[0]), span, "score")
+        else:
+            values = [self._logits(labels) for labels in one_each(entries(bodies[0]), span)]
+        shape = (served.info.num_labels,)
+        return [answer(value, request, i, shape=shape) for i, value in zip(span, values, strict=True)]
+
+    def _reranks(self, request: HTTPRequest) -> bool:
+        return self._rerank and bool(request.query) and not request.params.item_first
+
+    def _probe(self, ask: Ask, *, raw: bool) -> list:
+        if self._rerank:
+            body = {"query": PROBE[0], "texts": PROBE[1], "raw_scores": raw}
+            return [numbers([v]) for v in in_order(entries(ask(Call(path="/rerank", body=body))), range(2), "score")]
+        body = {"inputs": [[PROBE[0], item] for item in PROBE[1]], "raw_scores": raw}
+        return [numbers(self._logits(labels)) for labels in entries(ask(Call(path="/predict", body=body)))]
+
+    def _logits(self, labels: object) -> list[object] | None:
+        """One item's scores in the order of the head; None where a label is missing, double or unknown."""
+        found = {
+            entry.get("label"): entry.get("score") for entry in labels or () if isinstance(entry, dict)
+        }  # a label that comes twice leaves one entry too few
+        columns = self._columns or dict.fromkeys(found, 0)
+        if not isinstance(labels, list) or set(found) != set(columns) or len(found) != len(labels):
+            return None
+        return [found[name] for name in sorted(columns, key=columns.__getitem__)]
+
+
+class InfinityDialect:
+    """Infinity's reranker (0.0.7x)."""
+
+    name = "infinity"
+    takes_ids = False
+
+    def connect(self, ask: Ask, *, model: str | None, pairs: bool) -> Served:
+        """Choose a model, then ask it for two scores, raw and activated."""
+        names = [card.get("id") for card in entries(ask(Call(path="/models")), "data") if isinstance(card, dict)]
+        if model is None and len(names) != 1:
+            raise ValueError(
+                f"the server has {len(names)} models ({', '.join(map(str, names))}): say which, with model="
+            )
+        if model is not None and model not in names:
+            raise ValueError(f"model {model!r} is not served here; the server has {', '.join(map(str, names))}")
+        chosen = str(model or names[0])
+        body = {"model": chosen, "query": PROBE[0], "documents": PROBE[1]}
+        raw, activated = (
+            [numbers([v]) for v in self._scores(ask(Call(path="/rerank", body=body | {"raw_scores": flag})), range(2))]
+            for flag in (True, False)
+        )
+        info = ModelInfo(
+            id=chosen,
+            architecture="behind infinity",
+            tasks=("classify",),
+            vocab_size=2**31,
+            hidden_size=0,
+            num_labels=1,
+            activation=activation_between(raw, activated),
+            causal=False,
+            hidden_states_reason="the server's scores come without hidden states",
+            packing_reason="the server decides",
+        )
+        return Served(info=info, batch=256, refuses=(*REFUSES, "item_first", "truncate_prompt_tokens"), proof=RAW)
+
+    def calls(self, request: HTTPRequest, served: Served, span: range) -> list[Call]:
+        """One call."""
+        body = {"model": served.info.id, "query": request.query, "documents": [request.items[i] for i in span]}
+        return [Call(path="/rerank", body=body | {"raw_scores": True, "return_documents": False})]
+
+    def answers(self, request: HTTPRequest, served: Served, span: range, bodies: Sequence[Json]) -> list[Answer]:
+        """Scores by index."""
+        values = self._scores(bodies[0], span)
+        return [answer(value, request, i, shape=(1,)) for i, value in zip(span, values, strict=True)]
+
+    def _scores(self, body: Json, span: range) -> list[object]:
+        return in_order(entries(body, "results"), span, "relevance_score")
+
+
+class OpenRLHFDialect:
+    """OpenRLHF's reward server: one reward a text."""
+
+    name = "openrlhf"
+    takes_ids = False
+
+    def connect(self, ask: Ask, *, model: str | None, pairs: bool) -> Served:
+        """Ask for two rewards. The server says nothing of its model."""
+        found = self._rewards(ask(Call(path="/get_reward", body=_get_reward(["a b", "a c d"], ["a ", "a "]))), range(2))
+        if any(numbers(value) is None for value in found):
+            raise RequestFailed(f"the server answered a small test request with rewards {found}")
+        info = ModelInfo(
+            id=model or "OpenRLHF reward server",
+            architecture="behind OpenRLHF's reward server",
+            tasks=("classify",),
+            vocab_size=2**31,
+            hidden_size=0,
+            num_labels=1,
+            hidden_states_reason="the server's scores come without hidden states",
+            packing_reason="the server decides",
+        )
+        return Served(info=info, batch=256, refuses=(*REFUSES, "truncate_prompt_tokens", "use_activation"))
+
+    def calls(self, request: HTTPRequest, served: Served, span: range) -> list[Call]:
+        """One call."""
+        texts = [request.text(i) for i in span]
+        return [Call(path="/get_reward", body=_get_reward(texts, [str(request.query)] * len(texts)))]
+
+    def answers(self, request: HTTPRequest, served: Served, span: range, bodies: Sequence[Json]) -> list[Answer]:
+        """In the order of the items; `rewards`, not `scores`, which OpenRLHF keeps for its filters."""
+        values = self._rewards(bodies[0], span)
+        return [
+            Answer(error="the server returned null", **known(request, i)) if value is None
+            else answer(value, request, i, shape=(1,))
+            for i, value in zip(span, values, strict=True)
+        ]  # fmt: skip
+
+    def _rewards(self, body: Json, span: range) -> list[object]:
+        return one_each(entries(body, "rewards"), span)
+
+
+def _get_reward(texts: list[str], prompts: list[str]) -> dict[str, object]:
+    return {"query": texts, "prompts": prompts, "labels": [""] * len(texts)}
+
+
+def _pair(request: HTTPRequest, i: int) -> list[str]:
+    """[query, item], or [item] alone: in a batch TEI reads a bare string as half of a pair."""
+    parts = [str(request.query), str(request.items[i])]
+    parts = parts[::-1] if request.params.item_first else parts
+    return [part for part in parts if part]

@@ -1,0 +1,242 @@
+"""VLLMScorer: reward models in vLLM's offline engine, behind the contract of `rlalign.scoring.scorer`."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from rlalign.rollout import versions
+from rlalign.scoring.answers import Answer, score_result
+from rlalign.scoring.params import ScoringParams
+from rlalign.scoring.reward_func import Scoring
+from rlalign.scoring.scorer import checked_inputs
+from rlalign.scoring.sequences import Sequencer, TokenSequence
+from rlalign.scoring.vllm import pooling_worker
+from rlalign.scoring.vllm.engine_info import engine_info
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vllm import LLM, PoolingRequestOutput, RequestOutput
+
+    from rlalign.scoring.result import ScoreResult
+    from rlalign.scoring.scorer import Text
+
+OLDEST = (0, 32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedVLLM:
+    """One request: resolved parameters, one token sequence an item, a judge's labels of each item."""
+
+    params: ScoringParams
+    sequences: list[TokenSequence]
+    labels: list[list[int]]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the engine will be given; its prefix cache may save some."""
+        return sum(map(len, self.sequences))
+
+
+class VLLMScorer(Scoring):
+    """Scores through one offline vLLM engine. Raw logits; vLLM's own default, the activated score, needs use_activation=True.
+
+    Whatever the engine's PoolerConfig does to a logit (`logit_mean`, `logit_sigma`) is part of `scores` and taken back in
+    `logits`; `info.already_calibrated` then refuses a second calibration. A request that fails inside vLLM becomes an error
+    of its item: vLLM's own `LLM.score` gives 0.0 for it.
+    """
+
+    def __init__(self, llm: LLM) -> None:
+        """Take over a running engine. States before the head need one that `VLLMScorer.start` made."""
+        import vllm
+
+        self.tokenizer = None if llm.model_config.skip_tokenizer_init else llm.get_tokenizer()
+        extended = llm.llm_engine.vllm_config.parallel_config.worker_extension_cls == pooling_worker.EXTENSION
+        _require_errors(vllm.__version__)
+        pools = llm.runner_type == "pooling"
+        opened = llm.collective_rpc("rlalign_open_pooler") if extended and pools else None
+        self.info = engine_info(llm, self.tokenizer, opened)
+        self._llm, self._lock = llm, threading.Lock()
+        self._sequencer = Sequencer(
+            self.tokenizer,
+            pairs=not self.info.causal,
+            max_length=self.info.max_length,
+            model=self.info.id,
+        )
+
+    @classmethod
+    def start(
+        cls,
+        path: str | Path,
+        *,
+        task: str = "classify",
+        dtype: str = "auto",
+        pooler_config: dict[str, object] | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        enforce_eager: bool = True,
+        tensor_parallel_size: int = 1,
+        gpu_memory_utilization: float = 0.9,
+        cpu_kv_cache_gib: int = 1,
+        seed: int = 0,
+    ) -> Self:
+        """Start an engine on a Hugging Face folder, in this process where vLLM's environment does not say otherwise.
+
+        task: "generative" for a judge. pooler_config: of vLLM, such as a calibrator's `to_vllm_pooler_config()`.
+        """
+        from rlalign.rollout.engine.embedded import EMBEDDED_ENVIRONMENT
+
+        for name, value in EMBEDDED_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(cpu_kv_cache_gib))
+        if enforce_eager:  # vLLM would compile a helper for seconds at a judge's first request
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        from vllm import LLM
+        from vllm.config import PoolerConfig
+
+        judge = task == "generative"
+        return cls(
+            LLM(
+                model=str(path),
+                runner="generate" if judge else "pooling",
+                pooler_config=None if judge else PoolerConfig(task=task, **(pooler_config or {})),
+                dtype=dtype,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                enforce_eager=enforce_eager,
+                tensor_parallel_size=tensor_parallel_size,
+                gpu_memory_utilization=gpu_memory_utilization,
+                seed=seed,
+                worker_extension_cls=pooling_worker.EXTENSION,
+                disable_log_stats=True,
+                use_tqdm_on_load=False,
+            )
+        )
+
+    def prepare(self, query: Text, items: Text | Sequence[Text], params: ScoringParams | None = None) -> PreparedVLLM:
+        """Check a request and tokenise it. Raises ValueError before any computation."""
+        resolved = (params or ScoringParams()).verify(self.info)
+        query, listed = checked_inputs(query, items, self.info.vocab_size)
+        labels = resolved.label_ids(len(listed)) if resolved.task == "generative" else []
+        return PreparedVLLM(
+            params=resolved, sequences=self._sequencer.sequences(query, listed, resolved), labels=labels
+        )
+
+    def run(self, requests: Sequence[PreparedVLLM]) -> list[ScoreResult]:
+        """Score prepared requests in one batch of vLLM's. Raises whatever vLLM raises when the engine itself is down."""
+        outputs = iter(self._outputs(requests))
+        results = []
+        for request in requests:
+            answers = [
+                self._answer(request, i, output) for i, output in enumerate(islice(outputs, len(request.sequences)))
+            ]
+            results.append(score_result(answers, request.params, self.info))
+        return results
+
+    def close(self) -> None:
+        """Stop the engine. Safe to call twice.
+
+        Engines inside one process share vLLM's process groups: closing one ends the others too.
+        """
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+
+    # --- inside ---
+
+    def _outputs(self, requests: Sequence[PreparedVLLM]) -> list[PoolingRequestOutput] | list[RequestOutput]:
+        """One output an item, in order."""
+        from vllm import PoolingParams, SamplingParams
+
+        if self._llm is None:
+            raise RuntimeError(f"{self.info.id}: this scorer's engine is closed")
+        prompts, wanted = [], []
+        for request in requests:
+            for i, sequence in enumerate(request.sequences):
+                prompts.append({"prompt_token_ids": [*sequence.shared, *sequence.own]})
+                if request.params.task == "generative":
+                    ids = request.labels[i]
+                    wanted.append(
+                        SamplingParams(
+                            max_tokens=1, temperature=1.0, logprobs=len(ids), logprob_token_ids=ids, detokenize=False
+                        )
+                    )
+                else:
+                    wanted.append(_pooling(PoolingParams, request.params, sequence))
+        if not prompts:
+            return []
+        with self._lock:
+            if self.info.tasks == ("generative",):
+                outputs = self._llm.generate(prompts, wanted, use_tqdm=False)
+            else:
+                outputs = self._llm.encode(prompts, wanted, pooling_task=self.info.tasks[0], use_tqdm=False)
+        if len(outputs) != len(prompts):
+            raise RuntimeError(f"vLLM answered {len(outputs)} of {len(prompts)} items")
+        return outputs
+
+    def _answer(self, request: PreparedVLLM, index: int, output: PoolingRequestOutput | RequestOutput) -> Answer:
+        sequence = request.sequences[index]
+        facts = {"prompt_tokens": len(sequence), "truncated": sequence.truncated}
+        if request.params.task == "generative":
+            return _judged(output, request.labels[index], facts)
+        if output.error is not None:
+            return Answer(error=f"vLLM: {output.error.message}", **facts)
+        values, state = output.outputs.data.float(), None
+        if request.params.return_pooled_hidden_states:
+            columns = self.info.num_labels
+            if values.shape != (columns + self.info.hidden_size,):
+                raise RuntimeError(
+                    f"asked for {columns} scores and a state of {self.info.hidden_size}, vLLM's pooler returned "
+                    f"{tuple(values.shape)}: its head no longer carries rlalign's hook"
+                )
+            values, state = values[:columns], values[columns:].clone()
+        pooler = self.info.pooler
+        if self.info.already_calibrated:  # the engine's affine map is undone; `scores` apply it again, or another one
+            values = values.double() * (pooler.logit_sigma or 1.0) + (pooler.logit_mean or 0.0)
+        return Answer(values=values.numpy().astype(np.float32), state=state, **facts)
+
+
+def _require_errors(version: str) -> None:
+    """Raise RuntimeError on a vLLM that this was not run on; on an older one a failed request might pass for a score."""
+    versions.require_supported(version)
+    if versions.parse(version) < OLDEST:
+        raise RuntimeError(
+            f"VLLMScorer needs vLLM {OLDEST[0]}.{OLDEST[1]} or newer, got {version}: it was not shown on older ones that a failed "
+            "request is told from a score. Use HTTPScorer or HFScorer there"
+        )
+
+
+def _pooling(kind: type, params: ScoringParams, sequence: TokenSequence) -> object:
+    """vLLM's PoolingParams of one item. Activations and cuts happen here, in the same arithmetic for every backend."""
+    extra = {}
+    if params.return_pooled_hidden_states:
+        extra[pooling_worker.WITH_STATE] = True
+    if sequence.type_ids is not None and 1 in sequence.type_ids:
+        extra["compressed_token_type_ids"] = sequence.type_ids.index(1)
+    return kind(
+        task=params.task,
+        use_activation=False,
+        step_tag_id=params.step_tag_id,
+        returned_token_ids=params.returned_token_ids,
+        skip_reading_prefix_cache=params.skip_reading_prefix_cache,
+        extra_kwargs=extra or None,
+    )
+
+
+def _judged(output: RequestOutput, labels: list[int], facts: dict[str, int | bool]) -> Answer:
+    """Log-probabilities of the label tokens after the prompt."""
+    completion = output.outputs[0] if output.outputs else None
+    if completion is None or not completion.logprobs or completion.finish_reason in ("error", "abort"):
+        reason = "no completion" if completion is None else f"finished with {completion.finish_reason!r}"
+        return Answer(error=f"vLLM: {reason}, without the labels' log-probabilities", **facts)
+    found = completion.logprobs[0]
+    if missing := [token for token in labels if token not in found]:
+        return Answer(error=f"vLLM: no log-probability of label tokens {missing}", **facts)
+    return Answer(values=np.array([found[token].logprob for token in labels], np.float32), **facts)

@@ -1,0 +1,167 @@
+"""From a checked request to scores: limits, the calibration, the batch, and nothing that is not finite.
+
+N items, K labels, T tokens or steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rlalign.scoring.params import InvalidParams, ScoringParams
+from rlalign.serve.batcher import Batcher
+from rlalign.serve.calibrations import Calibrations, InForce
+from rlalign.serve.errors import ApiError, invalid
+from rlalign.serve.finish import only_finite, single_logits, with_probabilities, with_softmax
+
+if TYPE_CHECKING:
+    from rlalign.scoring.result import ScoreResult
+    from rlalign.scoring.scorer import Prepared, RewardScorer, Text
+    from rlalign.serve.counters import ServerMetrics
+    from rlalign.serve.settings import ServerSettings
+
+SCORED_TASKS = ("classify", "token_classify", "generative")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """What one client wants. pairs: (query, items) each; dialects with one query have one pair.
+
+    calibration: what `Service.calibration` gave when the request came in, None for raw scores. softmax_temperature:
+    softmax(logits / temperature) over a classifier's labels. policy_version: of the policy that wrote the items.
+    """
+
+    pairs: Sequence[tuple[Text, Sequence[Text]]]
+    params: ScoringParams
+    model: str | None = None
+    calibration: InForce | None = None
+    softmax_temperature: float | None = None
+    policy_version: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """One result a pair, all made with the calibration named by calibration_id."""
+
+    results: list[ScoreResult]
+    calibration_id: str
+    task: str
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens that the model read for this request."""
+        return sum(sum(result.prompt_tokens) for result in self.results)
+
+
+class Service:
+    """What every dialect calls."""
+
+    def __init__(
+        self,
+        scorer: RewardScorer,
+        settings: ServerSettings,
+        batcher: Batcher,
+        calibrations: Calibrations,
+        metrics: ServerMetrics,
+    ) -> None:
+        self.scorer = scorer
+        self.settings = settings
+        self.params = settings.params or ScoringParams()
+        self.batcher = batcher
+        self.calibrations = calibrations
+        self.metrics = metrics
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model."""
+        return self.settings.model_name or self.scorer.info.id
+
+    @property
+    def task(self) -> str:
+        """Of requests that name none."""
+        return self.params.task or self.scorer.info.tasks[0]
+
+    def calibration(self, asked: bool | None, task: str) -> InForce | None:
+        """What calibrates a request that says `asked` (None: whenever one is in force).
+
+        Raises ApiError 400 where it was asked for and there is none, or nothing to calibrate.
+        """
+        in_force = self.calibrations.in_force
+        if asked and task not in SCORED_TASKS:
+            raise invalid(f"task {task!r} gives no scores that could be calibrated", "calibrate")
+        if asked and not in_force.given:
+            raise invalid("no calibration is in force; PUT one to /v1/calibration, or leave calibrate out", "calibrate")
+        return in_force if in_force.given and asked is not False and task in SCORED_TASKS else None
+
+    def require_one_number(self) -> None:
+        """Raise ApiError 400 unless the model gives an item one number, before anything is computed for nothing."""
+        labels = self.scorer.info.num_labels
+        if self.task not in ("classify", "generative") or (self.task == "classify" and labels != 1):
+            raise invalid(
+                f"this path returns one number an item; the model's task is {self.task} with {labels} labels; use /v1/score"
+            )
+
+    async def score(self, ask: Ask, request_id: str) -> Scored:
+        """Scores of every item of every pair. Raises ApiError."""
+        self._check(ask)
+        task = ask.params.task or self.task
+
+        def prepare() -> list[Prepared]:
+            return [self.scorer.prepare(query, items, ask.params) for query, items in ask.pairs]
+
+        try:
+            results = await self.batcher.submit(prepare)
+        except InvalidParams as error:
+            raise invalid(str(error), error.fields[0] if error.fields else None) from error
+        except ValueError as error:
+            raise invalid(str(error)) from error
+        self._check_answers(ask, results)
+        finished = [self._finished(result, ask, task) for result in results]
+        self._count(finished)
+        self._remember(request_id, finished, task, ask)
+        used = "identity" if ask.calibration is None else ask.calibration.id
+        return Scored(results=finished, calibration_id=used, task=task)
+
+    def _check(self, ask: Ask) -> None:
+        names = {None, "default", self.model_name, self.scorer.info.id}
+        if ask.model not in names:
+            raise ApiError(
+                404, f"there is no model {ask.model!r} here, only {self.model_name!r}", type="not_found", param="model"
+            )
+        items = sum(1 if isinstance(items, str) else len(items) for _, items in ask.pairs)
+        if items > self.settings.max_items:
+            raise ApiError(
+                413, f"{items} items, at most {self.settings.max_items} a request", type="too_large", param="items"
+            )
+
+    def _check_answers(self, ask: Ask, results: Sequence[ScoreResult]) -> None:
+        wanted = [1 if isinstance(items, str) else len(items) for _, items in ask.pairs]
+        given = [len(result) for result in results]
+        if wanted != given:
+            raise RuntimeError(f"scorer.run: expected {wanted} answers for these items, got {given}")
+
+    def _finished(self, result: ScoreResult, ask: Ask, task: str) -> ScoreResult:
+        """Calibrated or softmaxed scores in place of raw ones, and a reason in place of every number that is not finite."""
+        result = only_finite(result)
+        try:
+            if ask.calibration is not None:
+                result = with_probabilities(result, ask.calibration.calibrator, generative=task == "generative")
+            elif ask.softmax_temperature is not None:
+                result = with_softmax(result, ask.softmax_temperature)
+        except ValueError as error:
+            raise invalid(str(error)) from error
+        return only_finite(result)
+
+    def _count(self, results: Sequence[ScoreResult]) -> None:
+        failed = sum(error is not None for result in results for error in result.errors)
+        self.metrics.items.inc(sum(map(len, results)) - failed)
+        self.metrics.failed_items.inc(failed)
+        self.metrics.prompt_tokens.inc(sum(sum(result.prompt_tokens) for result in results))
+
+    def _remember(self, request_id: str, results: Sequence[ScoreResult], task: str, ask: Ask) -> None:
+        """Scores of one logit each, under `request_id/index`, the index running over all pairs."""
+        found = [logit for result in results for logit in single_logits(result, generative=task == "generative")]
+        ids = [f"{request_id}/{i}" for i, logit in enumerate(found) if logit is not None]
+        logits = [logit for logit in found if logit is not None]
+        self.calibrations.remember(ask.calibration or self.calibrations.in_force, ids, logits, ask.policy_version)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlalign.head import projection
 from rlalign.rollout.engine import handshake
 from rlalign.rollout.head import logits_processor
 from rlalign.rollout.head.logits_processor import AlignedLogitsProcessor
@@ -49,7 +50,7 @@ def rounding_product(original):
 def test_a_product_that_rounds_is_named(engine, monkeypatch):
     """The planted fault: the mode says cached, the numbers are bfloat16."""
     for name in ("decode_logits", "head"):
-        module = logits_processor if name == "decode_logits" else logits_processor.head
+        module = logits_processor if name == "decode_logits" else projection
         name = name if name == "decode_logits" else "project"
         monkeypatch.setattr(module, name, rounding_product(getattr(module, name)))
     with pytest.raises(

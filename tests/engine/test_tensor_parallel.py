@@ -19,7 +19,7 @@ def main():
     import torch
     from dataclasses import replace
     from safetensors.torch import load_file, save_file
-    from rlalign import head
+    from rlalign.head import projection
     from rlalign.weights import MASTER_WEIGHT, publish
     from tests.engine.conftest import ROLLOUT, perturbed, sample, start
 
@@ -37,7 +37,7 @@ def main():
     hidden = torch.randn(24, 128, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
     save_file({"hidden_ND": hidden}, shared / "hidden.safetensors")
     logits = load_file(engine.head_logits(shared / "hidden.safetensors", batch=8))["logits_NV"]
-    expected = head.project(hidden, weight)
+    expected = projection.project(hidden, weight)
     worst = 0.0
     for r in rollouts:
         logprobs = model(torch.tensor([r.token_ids])).logits[0].float().log_softmax(-1)

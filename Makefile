@@ -1,6 +1,7 @@
-.PHONY: demo test quick coverage docs test-vllm-matrix install install-test lint clean
+.PHONY: demo test quick nightly coverage docs test-vllm-matrix install install-test lint clean
 PY = .venv/bin/python
-TWO = $(PY) -m pytest -n 2 --dist loadfile
+# A file stays on one worker, files that share servers too; in the order of collection, so that the engines come first.
+TWO = $(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 # Two busy cores: one thread each is faster than two that spin, and the results do not depend on the core count.
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -8,11 +9,14 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: install            ## install, then a real GRPO run on this machine
 	$(PY) -m rlalign.cli train --config-name demo
 
-test: install-test       ## every test, two files at a time; the tests of a file share their engines
+test: install-test       ## every law once, two files at a time; the tests of a file share their engines
+	$(TWO) -m "not nightly"
+
+nightly: install-test    ## every test: more kinds, ranks and processors
 	$(TWO)
 
 quick: install-test      ## the tests that start no engine
-	$(TWO) -m "not engine and not slurm and not slow"
+	$(TWO) -m "not engine and not slurm and not slow and not nightly"
 
 coverage: install-test   ## every test, and htmlcov/index.html says which lines ran, in the engines' own processes too
 	$(PY) -m coverage erase

@@ -10,6 +10,17 @@ routes_run.watch()
 _everywhere: defaultdict[str, set[str]] = defaultdict(set)  # what the workers of this session report
 
 
+SHARED_SERVERS = {"test_servers.py", "test_asynchronous.py", "test_wire.py"}  # both servers start once for the three
+
+
+def pytest_collection_modifyitems(items):
+    """`--dist loadgroup`: the tests of a file stay together, and files that share servers do."""
+    for item in items:
+        group = "two servers" if item.path.name in SHARED_SERVERS else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.path.name not in SHARED_SERVERS)  # stable: the longest group first
+
+
 def _add(found: dict[str, list[str]]) -> None:
     for what, hows in found.items():
         _everywhere[what] |= set(hows)

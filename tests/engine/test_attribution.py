@@ -241,6 +241,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.nightly
 def test_two_tensor_parallel_ranks_are_joined(tmp_path, untied):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)

@@ -103,7 +103,7 @@ def test_gradients_still_reach_the_weight(folder):
     assert (gradients["master"].float() - gradients["float32"].float()).abs().max() < 0.02 * scale
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2])
+@pytest.mark.parametrize("zero_stage", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_a_run_with_the_master_head_stays_aligned(untied, tmp_path, zero_stage, lively):
     options = ("head_dtype=master", f"trainer.zero_stage={zero_stage}", "algo.lr=1e-3")
     summary = small_run(untied, tmp_path / "run", *options)

@@ -4,9 +4,12 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.engine.test_tensor_parallel import environment
 
 
+@pytest.mark.nightly
 def test_two_ranks(untied, tmp_path):
     file = tmp_path / "parity.json"
     command = [sys.executable, "-m", "rlalign.cli", "parity", "--tensor-parallel", "2", "--body", "float32"]

@@ -11,10 +11,12 @@ from tests import routes_run
 from tests.engine.conftest import ROLLOUT, logprobs_of, perturbed, sample, start, worker_of
 
 KINDS = [
-    ("untied", "bfloat16", "float32"),
     ("tied", "bfloat16", "float32"),
     ("tied", "bfloat16", "model"),
-    ("tied", "float32", "float32"),
+    *(
+        pytest.param(kind, marks=pytest.mark.nightly)
+        for kind in [("untied", "bfloat16", "float32"), ("tied", "float32", "float32")]
+    ),
 ]
 
 

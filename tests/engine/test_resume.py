@@ -89,6 +89,7 @@ def test_a_run_that_was_killed_and_then_preempted_gives_the_numbers_of_one_that_
     assert len(went_on) == 2 and went_on[0] == f"goes on after step {done}, policy version {done + 1}"
 
 
+@pytest.mark.nightly  # benchmarks/kills.py kills every process of every kind of run
 def test_when_the_engines_own_process_is_killed_both_ranks_end_and_say_so(tmp_path):
     """vLLM's client would wait for its answer for ever; the first rank in it, and the second one in a broadcast."""
     run = Run(tmp_path / "run", "2 ranks")

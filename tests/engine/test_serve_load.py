@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "serve_load.py"
 
 
@@ -20,6 +22,7 @@ def run(folder: Path, mode: str, *options: str) -> dict:
     return json.loads((folder / "found.json").read_text())
 
 
+@pytest.mark.nightly
 def test_two_hundred_clients_get_their_own_answers_and_memory_stays(tmp_path):
     found = run(tmp_path, "load", "--clients", "200", "--seconds", "10")
     assert (found["wrong"], found["lost"], found["failed"], found["exit_code"]) == (0, 0, {}, 0), found

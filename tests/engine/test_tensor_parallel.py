@@ -52,7 +52,13 @@ def main():
 if __name__ == "__main__":
     main()
 """
-KINDS = [("untied", "float32", "float32"), ("tied", "bfloat16", "float32"), ("untied", "bfloat16", "master")]
+KINDS = [
+    ("tied", "bfloat16", "float32"),
+    *(
+        pytest.param(kind, marks=pytest.mark.nightly)
+        for kind in [("untied", "float32", "float32"), ("untied", "bfloat16", "master")]
+    ),
+]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)

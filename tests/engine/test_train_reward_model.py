@@ -164,6 +164,7 @@ def test_a_server_killed_in_the_middle_gives_reasons_and_never_zeros(server, rew
         reward(batch)
 
 
+@pytest.mark.nightly
 def test_two_ranks_train_the_model_of_one(samples, tmp_path):
     few = tmp_path / "few.jsonl"
     few.write_text("".join(samples.read_text().splitlines(keepends=True)[:700]))

@@ -107,6 +107,7 @@ def _arguments(variant: Variant) -> tuple[dict[str, str], dict[str, object], dic
     if plan is not None:
         constants |= {"BLOCK_N": plan.rows, "BLOCK_V": plan.columns, "BLOCK_K": plan.inner, "GROUP": plan.group}
         constants |= {"hidden_d": 1, "weight_d": 1}
+        constants["kept"] = None
         if not variant.from_memory:
             constants["made"] = None
         if variant.kernel == "logits_kernel":

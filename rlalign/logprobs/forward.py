@@ -195,14 +195,14 @@ def _one_pass_sums(problem: Problem, *, mean: bool, stash: Stash | None) -> Sums
         buffer = padded(min(tile.tokens, n), min(tile.vocab, vocab), torch.float32, device)
     for of_block_3TN, (columns, weight_SD) in zip(sums_3TN.split(tiles, 1), problem.blocks(), strict=True):
         for rows in token_tiles(n, tile.tokens):
-            made_TS = None if stash is None else stash.tile(rows, columns)
-            if made_TS is None and buffer is not None:
-                made_TS = buffer[: rows.stop - rows.start, : len(weight_SD)]
-            if made_TS is not None:
-                problem.products(rows, weight_SD, made_TS)
+            kept_TS = None if stash is None else stash.tile(rows, columns)
+            made_TS = None
+            if buffer is not None:
+                room_TS = buffer[: rows.stop - rows.start, : len(weight_SD)] if kept_TS is None else kept_TS
+                made_TS, kept_TS = problem.products(rows, weight_SD, room_TS), None
             launches.softmax_sums(
                 problem.hidden_ND[rows], weight_SD, made_TS, problem.softmax(rows, columns),
-                of_block_3TN[:, :, rows], target_N[rows], mean=mean,
+                of_block_3TN[:, :, rows], target_N[rows], mean=mean, kept_NV=kept_TS,
             )  # fmt: skip
     lse_N, mean_N = launches.merged(sums_3TN, mean=mean)
     return Sums(lse_N, target_N, mean_N)

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 
 import torch
 
-__all__ = ["PLANS", "Plan", "asked", "interpreted", "multiplies_on", "plan_for", "sums_on"]
+__all__ = ["PLANS", "Plan", "asked", "interpreted", "multiplies_on", "plan_for", "softmax_plan", "sums_on"]
 
 VARIABLE = "RLALIGN_GPU_HEAD"
 CUBLAS, ONE_PASS, TRITON = "cublas", "cublas_one_pass", "triton"
@@ -39,6 +39,11 @@ PLANS = {64: Plan(64, 256, 64, warps=4, stages=3), 128: Plan(128, 256, 64, warps
 def plan_for(rows: int) -> Plan:
     """Of so many rows. Decoding reads the weight once, whatever the rows of a tile; many rows want tall tiles."""
     return PLANS[64 if rows <= 64 else 128]
+
+
+def softmax_plan() -> Plan:
+    """Of the kernels that sum over a row: one for any number of rows, since the order of the sum is a plan's."""
+    return PLANS[128]
 
 
 def asked() -> str:

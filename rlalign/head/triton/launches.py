@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rlalign.head.triton import Plan, head_kernels, interpreted, plan_for
+from rlalign.head.triton import Plan, head_kernels, interpreted, plan_for, softmax_plan
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -66,22 +66,27 @@ def softmax_sums(
     target_logit_N: Tensor,
     *,
     mean: bool,
+    kept_NV: Tensor | None = None,
     plan: Plan | None = None,
 ) -> None:
     """Peaks, totals and weighted totals of each tile into sums [3, T, N], T = tiles_of(V); the target's logit where it is here.
 
-    made_NV: logits without bias that exist (columns contiguous), or None to form them. sums and target_logit are written to.
+    made_NV: products that exist (columns contiguous), or None to form them, and to leave them in kept_NV if that is given.
+    sums and target_logit are written to. One plan whatever the rows: a thread's share of a row, and so the order of its sums, is
+    part of it.
     """
-    plan = plan or plan_for(len(hidden_ND))
+    plan = plan or softmax_plan()
     operands, tiling = _operands(hidden_ND, weight_VD, plan)
-    if made_NV is not None:
-        _columns_contiguous(made_NV)
+    for x in (made_NV, kept_NV):
+        if x is not None:
+            _columns_contiguous(x)
     grid = _grid(len(hidden_ND), len(weight_VD), plan, tiling["DESCRIBED"], hidden_ND.device)
     if grid[0]:
-        strides = (*hidden_ND.stride(), *weight_VD.stride(), 0 if made_NV is None else made_NV.stride(0))
+        lines = (0 if x is None else x.stride(0) for x in (made_NV, kept_NV))
+        strides = (*hidden_ND.stride(), *weight_VD.stride(), *lines)
         with _on(hidden_ND):
             head_kernels.sums_kernel[grid](
-                *operands, made_NV, softmax.bias_V, softmax.temperature_N, softmax.target_N, *sums_3TN, target_logit_N,
+                *operands, made_NV, kept_NV, softmax.bias_V, softmax.temperature_N, softmax.target_N, *sums_3TN, target_logit_N,
                 *_sizes(hidden_ND, weight_VD), softmax.first_id, softmax.soft_cap or 1.0, softmax.logit_scale,
                 *strides, sums_3TN.stride(1), CAPPED=softmax.soft_cap is not None, MEAN=mean, **tiling, **_meta(plan),
             )  # fmt: skip
@@ -119,7 +124,7 @@ def logit_gradients(
     made_NV: as in softmax_sums. entropy_N and entropy_grad_N: both or neither.
     """
     n, v = len(hidden_ND), len(weight_VD)
-    plan = plan or plan_for(n)
+    plan = plan or softmax_plan()
     operands, tiling = _operands(hidden_ND, weight_VD, plan)
     _columns_contiguous(out_NV)
     grid = _grid(n, v, plan, tiling["DESCRIBED"], hidden_ND.device)
@@ -142,7 +147,7 @@ def logit_gradients(
 
 def tiles_of(columns: int) -> int:
     """Tiles of so many columns of the vocabulary."""
-    return triton.cdiv(columns, plan_for(1).columns)
+    return triton.cdiv(columns, softmax_plan().columns)
 
 
 def _operands(hidden_ND: Tensor, weight_VD: Tensor, plan: Plan) -> tuple[tuple[object, object], dict[str, object]]:

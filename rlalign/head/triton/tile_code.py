@@ -73,10 +73,25 @@ def tanh(x):
 
 
 @triton.jit
-def transformed(x, bias, temperature, row, column, rows, columns, soft_cap, logit_scale, CAPPED: tl.constexpr):
+def halved(x):
+    """The left and the right half of a tile's columns. A thread keeps what it holds."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def quartered(x):
+    """Four quarters of a tile's columns: what follows a product takes one after the other, or it would not fit the registers."""
+    left, right = halved(x)
+    first, second = halved(left)
+    third, fourth = halved(right)
+    return first, second, third, fourth
+
+
+@triton.jit
+def transformed(x, bias, heat, column, columns, soft_cap, logit_scale, CAPPED: tl.constexpr):
     """(logits as the softmax sees them, their slope in the product): bias, soft cap, scale, division by the temperature.
 
-    bias and temperature may be None. The slope is [BLOCK_N, BLOCK_V] where CAPPED, else [BLOCK_N, 1].
+    bias, and heat [rows], the temperature, may be None. The slope is [rows, columns] where CAPPED, else [rows, 1].
     """
     if bias is not None:
         x += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
@@ -85,17 +100,16 @@ def transformed(x, bias, temperature, row, column, rows, columns, soft_cap, logi
         bent = tanh(tl.math.div_rn(x, tl.zeros_like(x) + soft_cap))
         x = bent * soft_cap
     x = x * logit_scale
-    if temperature is not None:
-        heat = tl.load(temperature + row, mask=row < rows, other=1.0)[:, None]
-        x = tl.math.div_rn(x, tl.zeros_like(x) + heat)
-        slope = slope / heat
+    if heat is not None:
+        x = tl.math.div_rn(x, tl.zeros_like(x) + heat[:, None])
+        slope = slope / heat[:, None]
     if CAPPED:
         slope = slope * (1.0 - bent * bent)
     return x, slope
 
 
 @triton.jit
-def tile_sums(x, MEAN: tl.constexpr):
+def part_sums(x, MEAN: tl.constexpr):
     """(peak, sum of exp(x - peak), sum of (x - peak) exp(x - peak)) of each row; x is -inf where there is no column."""
     peak = tl.max(x, 1)
     base = tl.where(peak == float("-inf"), 0.0, peak)
@@ -106,6 +120,20 @@ def tile_sums(x, MEAN: tl.constexpr):
     if MEAN:
         weighted = tl.sum(tl.where(part == 0.0, 0.0, less * part), 1)
     return peak, total, weighted
+
+
+@triton.jit
+def joined(peak, total, weighted, next_peak, next_total, next_weighted, MEAN: tl.constexpr):
+    """The three sums of two parts taken together."""
+    highest = tl.maximum(peak, next_peak)
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    share, next_share = tl.exp(peak - base), tl.exp(next_peak - base)
+    if MEAN:
+        mine = tl.where(share == 0.0, 0.0, share * (weighted + (peak - base) * total))
+        weighted = mine + tl.where(
+            next_share == 0.0, 0.0, next_share * (next_weighted + (next_peak - base) * next_total)
+        )
+    return highest, share * total + next_share * next_total, weighted
 
 
 @triton.jit

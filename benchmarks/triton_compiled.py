@@ -9,6 +9,7 @@ Every kernel of rlalign/head/triton in each plan and way of loading, for compute
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -153,13 +154,20 @@ def _assembled(cubin: bytes) -> tuple[int, int]:
     return int(registers[1]), max(int(stack[1]), int(local[1]))
 
 
+def fingerprint() -> str:
+    """Of the device code and its plans: a table of other sources says another one."""
+    folder = Path(head_kernels.__file__).parent
+    sources = [(folder / name).read_bytes() for name in ("tile_code.py", "head_kernels.py")]
+    return hashlib.sha256(b"".join([*sources, repr(PLANS).encode()])).hexdigest()[:12]
+
+
 def table(targets: tuple[int, ...]) -> str:
     """Markdown, one row for each variant and target."""
     lines = [
         "# Triton kernels as compiled",
         "",
         f"triton {triton.__version__}, torch {torch.__version__}; compiled, not run, by `python -m benchmarks.triton_compiled`.",
-        "A thread has 255 registers at most; shared memory of a block at most 163 KiB (sm_80) or 227 KiB (sm_90, sm_100).",
+        f"Sources {fingerprint()}. A thread has 255 registers at most; shared memory of a block at most 163 KiB (sm_80) or 227 KiB (sm_90, sm_100).",
         "",
         "| target | kernel | warps | registers | spilled, bytes a thread | shared, KiB | loads | tensor-core instructions |",
         "|---|---|--:|--:|--:|--:|---|---|",

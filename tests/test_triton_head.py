@@ -7,12 +7,15 @@ N tokens, D hidden, V vocabulary.
 import pytest
 import torch
 
+from rlalign.head import routes
 from rlalign.head import triton as gpu_head
 from rlalign.head.products import Route
 from rlalign.head.projection import project, route
 from rlalign.logprobs import token_logprobs
 from rlalign.logprobs.blocks import Tile
 from rlalign.logprobs.forward import Problem, Transform, forward_sums
+from rlalign.rollout.head.decode import decode_logits
+from rlalign.rollout.head.head_settings import HeadMode, HeadSettings
 
 WIDTH = gpu_head.PLANS[64].columns
 
@@ -202,3 +205,15 @@ def test_names_that_do_not_exist_and_kernels_that_cannot_run(monkeypatch):
         route(h, w)
     monkeypatch.delenv("TRITON_INTERPRET")
     assert route(h, w) is not Route.TRITON  # a CPU has other routes, whatever GPUs are to do
+
+
+def test_both_sides_of_a_run_prove_the_same_bits_and_take_the_same_kernel(monkeypatch):
+    h, w = operands(1, 97, 64)
+    found = routes.bits(project, 64, h.dtype, w.dtype, h.device)
+    assert found == routes.bits(decode_logits, 64, h.dtype, w.dtype, h.device)
+    assert found != routes.bits(lambda a, b: project(a, b) * (1 + 2**-23), 64, h.dtype, w.dtype, h.device)
+    assert routes.bits(project, 64, h.dtype, w.dtype, torch.device("meta")) is None
+    engine = HeadSettings()
+    assert engine.resolve(device="cuda", vllm="0.32.0") is HeadMode.CACHED
+    monkeypatch.delenv(gpu_head.VARIABLE)
+    assert engine.resolve(device="cuda", vllm="0.32.0") is HeadMode.NATIVE

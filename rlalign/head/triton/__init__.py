@@ -11,8 +11,10 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["PLANS", "Plan", "asked", "interpreted", "multiplies_on", "plan_for", "softmax_plan", "sums_on"]
 

@@ -13,6 +13,7 @@ from setuptools import find_packages
 TREE = Path(__file__).parents[1]
 ROOT = TREE / "rlalign"
 HOMES = {
+    "triton": ("head.triton",),
     "vllm": ("rollout", "weights.nccl", "diagnose", "tracking.environment", "scoring.vllm"),
     "deepspeed": ("trainer", "tracking.environment"),
     "wandb": ("tracking", "report.dashboard"),

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rlalign.head import blocked
 from rlalign.head import kernel as head_kernel
+from rlalign.head import triton as gpu_head
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,16 +31,18 @@ class Route(StrEnum):
     """How float32 logits are made.
 
     CUDA_OUT_DTYPE: 16-bit operands, `torch.mm(out_dtype=float32)` (CUDA and ROCm, torch >= 2.10).
+    TRITON: 16-bit operands, the kernel of rlalign/head/triton; where RLALIGN_GPU_HEAD=triton asks for it.
     MKL_BF16: bf16 operands, float32 result, no copy (`cblas_gemm_bf16bf16f32` of torch's own library).
     ONEDNN_BF16: float32 copies of bf16 values multiplied by oneDNN's bf16 math; the products are exact.
     KERNEL_FMA: float32 or bf16 operands as they are, one fused multiply-add chain per logit (head_kernel, AVX2 or AVX-512).
     BLOCKED_FP32: the same operands in IEEE float32 products of one fixed shape, for hosts without that kernel; slow.
     STRICT_FP32: float32 copies and an IEEE float32 product. Bits may change with the number of rows.
-    The two bf16 routes give the same bits. On every route but the last, logits do not depend on the number of rows, on where a row
-    lies, on the slice of the vocabulary.
+    The two bf16 routes give the same bits. On every route but the first and the last, logits do not depend on the number of rows,
+    on where a row lies, on the slice of the vocabulary.
     """
 
     CUDA_OUT_DTYPE = "cuda_out_dtype"
+    TRITON = "triton"
     MKL_BF16 = "mkl_bf16"
     ONEDNN_BF16 = "onednn_bf16"
     KERNEL_FMA = "kernel_fma"
@@ -47,7 +50,8 @@ class Route(StrEnum):
     STRICT_FP32 = "strict_fp32"
 
 
-AS_STORED = (Route.MKL_BF16, Route.CUDA_OUT_DTYPE, Route.KERNEL_FMA, Route.BLOCKED_FP32)  # read a bf16 operand as it is
+# read a bf16 operand as it is
+AS_STORED = (Route.MKL_BF16, Route.CUDA_OUT_DTYPE, Route.TRITON, Route.KERNEL_FMA, Route.BLOCKED_FP32)
 
 
 def stored_for(x: Tensor, route: Route) -> Tensor:
@@ -61,8 +65,8 @@ def matmul(a_MK: Tensor, b_KJ: Tensor, route: Route, *, out: Tensor | None = Non
     """a @ b in float32, plus `out` when accumulating. Operands as `stored_for` gives them, transposed or not."""
     if out is None:
         out = torch.empty(a_MK.shape[0], b_KJ.shape[1], dtype=torch.float32, device=a_MK.device)
-    if route in (Route.KERNEL_FMA, Route.BLOCKED_FP32):
-        product = _kernel_product if route is Route.KERNEL_FMA else blocked.product
+    if route in (Route.KERNEL_FMA, Route.BLOCKED_FP32, Route.TRITON):
+        product = {Route.KERNEL_FMA: _kernel_product, Route.BLOCKED_FP32: blocked.product}.get(route, _triton_product)
         return out.add_(product(a_MK, b_KJ.t(), torch.empty_like(out))) if accumulate else product(a_MK, b_KJ.t(), out)
     if route is Route.MKL_BF16:
         return _mkl_bf16(a_MK, b_KJ, out, accumulate)
@@ -82,6 +86,12 @@ def _kernel_product(hidden_ND: Tensor, weight_VD: Tensor, out_NV: Tensor) -> Ten
             "route kernel_fma without the head kernel: it has gone since the route was chosen; rlalign build-kernel"
         )
     return kernel(hidden_ND, weight_VD, out_NV)
+
+
+def _triton_product(hidden_ND: Tensor, weight_VD: Tensor, out_NV: Tensor) -> Tensor:
+    from rlalign.head.triton import launches  # here, since it imports Triton
+
+    return launches.logits(hidden_ND, weight_VD, out_NV)
 
 
 @contextmanager
@@ -176,5 +186,7 @@ def _decode_logits(hidden_ND: Tensor, weight_VD: Tensor, out: Tensor) -> Tensor:
 def backward_route(forward: Route, dtype: torch.dtype) -> Route:
     """The route of the gradient products: the forward's where that is made for any layout, else plain float32 (so for float16:
     p * g underflows it). No law binds their bits."""
+    if forward is Route.TRITON:  # its kernel is made for logits; cuBLAS is for gradients, and the interpreter has none
+        forward = Route.STRICT_FP32 if gpu_head.interpreted() else Route.CUDA_OUT_DTYPE
     made_for_any = forward in (Route.CUDA_OUT_DTYPE, Route.MKL_BF16, Route.ONEDNN_BF16)
     return forward if made_for_any and dtype != torch.float16 else Route.STRICT_FP32

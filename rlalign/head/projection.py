@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlalign.head import triton as gpu_head
 from rlalign.head.products import Route, backward_route, logits_of, matmul, stored_for
 from rlalign.head.routes import cpu_route
 
@@ -65,6 +66,8 @@ class HeadTransform:
 def route(hidden_ND: Tensor, weight_VD: Tensor, *, weight_is_bf16_valued: bool = False) -> Route:
     """The route `project` takes for these operands. `weight_is_bf16_valued`: as in `project`."""
     dtypes = (hidden_ND.dtype, weight_VD.dtype)
+    if dtypes[0] == dtypes[1] != torch.float32 and gpu_head.multiplies_on(hidden_ND.device):
+        return Route.TRITON
     if hidden_ND.is_cuda and dtypes[0] == dtypes[1] != torch.float32:
         return Route.CUDA_OUT_DTYPE
     if hidden_ND.device.type != "cpu":

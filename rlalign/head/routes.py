@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlalign.head import blocked
 from rlalign.head import kernel as head_kernel
+from rlalign.head import triton as gpu_head
 from rlalign.head.products import Route, has_mkl_bf16, logits_of, stored_for
 
 logger = logging.getLogger(__name__)
@@ -131,18 +132,24 @@ def bits(
     hidden_size: int,
     hidden: torch.dtype,
     weight: torch.dtype,
-) -> str:
+    device: torch.device | None = None,
+) -> str | None:
     """A digest of the bits that `product(hidden [N, D], weight [V, D])` gives now for a fixed probe, 1, 5 and 17 rows at a time.
 
     Two processes of one `law` with the same digest make the same logits of the same operands. hidden, weight: dtypes of the
-    operands; the probe itself holds bf16 values. On CPU: elsewhere the bits are the device's, and change with the batch.
+    operands; the probe itself holds bf16 values. device: by default the CPU. None on a device whose library gives a row other bits
+    in another batch: any but a CPU, unless the product is TRITON's.
     """
+    if device is not None and device.type != "cpu":
+        of_a_kernel = hidden == weight != torch.float32 and gpu_head.multiplies_on(device)
+        if not of_a_kernel:
+            return None
     hidden_ND, weight_VD = _probe(hidden_size, max(PROBE_ROWS), PROBE_COLUMNS)
-    hidden_ND, weight_VD = hidden_ND.to(hidden), weight_VD.to(weight)
+    hidden_ND, weight_VD = hidden_ND.to(device, hidden), weight_VD.to(device, weight)
     digest = hashlib.sha256()
     with torch.inference_mode():
         for n in PROBE_ROWS:
-            digest.update(product(hidden_ND[:n], weight_VD).contiguous().view(torch.int32).numpy().tobytes())
+            digest.update(product(hidden_ND[:n], weight_VD).contiguous().view(torch.int32).cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 
 

@@ -9,6 +9,7 @@ N tokens, D hidden, V vocabulary (or this rank's shard of it), T rows and S colu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -55,11 +56,12 @@ def backward_tiles(
     route = backward_route(problem.route, problem.hidden_ND.dtype)
     low_dtype = problem.hidden_ND.dtype if route in (Route.MKL_BF16, Route.CUDA_OUT_DTYPE) else torch.float32
     # on the CPU every route of the logits takes float32 copies too, with the same bits; so one copy serves all products
-    storage = problem.route if problem.route is Route.CUDA_OUT_DTYPE else route
+    storage = problem.route if problem.route in (Route.CUDA_OUT_DTYPE, Route.TRITON) else route
     problem, tile = problem.widened(storage), problem.tile
     (n, d), vocab, device = problem.hidden_ND.shape, problem.weight_VD.shape[0], problem.hidden_ND.device
     shape = (min(tile.tokens, n), min(tile.vocab, vocab))
-    x_buffer = padded(*shape, torch.float32, device)
+    in_registers = problem.one_pass and problem.route is Route.TRITON
+    x_buffer = None if in_registers and low_dtype != torch.float32 else padded(*shape, torch.float32, device)
     low_buffer = x_buffer if low_dtype == torch.float32 else padded(*shape, low_dtype, device)
     grads = Gradients(
         padded(n, d, torch.float32, device).zero_() if hidden else None,
@@ -68,20 +70,16 @@ def backward_tiles(
     )
     if grads.weight_VD is not None:
         grads.weight_VD[vocab:] = 0
-    scratch = torch.empty(strip_height(device) * shape[1], device=device)
+    scratch = torch.empty(0 if problem.one_pass else strip_height(device) * shape[1], device=device)
+    tile_gradient = _one_pass_tile if problem.one_pass else partial(_tile_in_strips, scratch=scratch)
     block_buffer = None if weight is None else padded(shape[1], d, torch.float32, device)
     for columns, weight_SD in problem.blocks(storage):
         width = columns.stop - columns.start
         for rows in token_tiles(n, tile.tokens):
             low_TS = low_buffer[: rows.stop - rows.start, :width]
-            x_TS = None if stash is None else stash.tile(rows, columns)
-            if x_TS is None:
-                x_TS = problem.logits(rows, columns, weight_SD, x_buffer[: rows.stop - rows.start, :width])
-            for tokens, strip in strips(rows, device):
-                grad_TS = _logit_gradient(problem, upstream, x_TS[strip], tokens, columns, scratch)
-                if grads.bias_V is not None:
-                    grads.bias_V[columns].add_(grad_TS.sum(0))
-                low_TS[strip] = grad_TS
+            made_TS = None if stash is None else stash.tile(rows, columns)
+            room_TS = None if x_buffer is None else x_buffer[: rows.stop - rows.start, :width]
+            tile_gradient(problem, upstream, rows, columns, weight_SD, made_TS, room_TS, low_TS, grads.bias_V)
             if grads.hidden_ND is not None:
                 _add_product(grads.hidden_ND[rows], low_TS, stored_for(weight_SD, route), route)
             if block_buffer is not None:
@@ -90,6 +88,56 @@ def backward_tiles(
         if grads.weight_VD is not None and block_buffer is not None:
             grads.weight_VD[columns] = block_buffer[:width] if n else 0
     return grads
+
+
+def _one_pass_tile(
+    problem: Problem,
+    upstream: Upstream,
+    rows: slice,
+    columns: slice,
+    weight_SD: Tensor,
+    made_TS: Tensor | None,
+    room_TS: Tensor | None,
+    low_TS: Tensor,
+    bias_grad_V: Tensor | None,
+) -> None:
+    """As `_tile_in_strips`, by one kernel. made_TS: products without bias, where the forward pass left them."""
+    from rlalign.head.triton import launches  # here, since it imports Triton
+
+    if made_TS is None and problem.route is not Route.TRITON:
+        made_TS = problem.products(rows, weight_SD, room_TS)
+    fall_N = upstream.entropy_grad_N if upstream.entropy_N is not None else None
+    launches.logit_gradients(
+        problem.hidden_ND[rows], weight_SD, made_TS, problem.softmax(rows, columns),
+        upstream.lse_N[rows], upstream.logprob_N[rows].contiguous(),
+        None if fall_N is None else upstream.entropy_N[rows], None if fall_N is None else fall_N[rows].contiguous(),
+        low_TS, bias_grad_V=None if bias_grad_V is None else bias_grad_V[columns],
+    )  # fmt: skip
+
+
+def _tile_in_strips(
+    problem: Problem,
+    upstream: Upstream,
+    rows: slice,
+    columns: slice,
+    weight_SD: Tensor,
+    made_TS: Tensor | None,
+    room_TS: Tensor,
+    low_TS: Tensor,
+    bias_grad_V: Tensor | None,
+    *,
+    scratch: Tensor,
+) -> None:
+    """The gradient for the products of one tile into `low`, and its sum over tokens added to bias_grad[columns].
+
+    made_TS: its logits, or None: they are formed in `room`, which may be `low`.
+    """
+    x_TS = problem.logits(rows, columns, weight_SD, room_TS) if made_TS is None else made_TS
+    for tokens, strip in strips(rows, x_TS.device):
+        grad_TS = _logit_gradient(problem, upstream, x_TS[strip], tokens, columns, scratch)
+        if bias_grad_V is not None:
+            bias_grad_V[columns].add_(grad_TS.sum(0))
+        low_TS[strip] = grad_TS
 
 
 def _logit_gradient(

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from rlalign.head import triton as gpu_head
 from rlalign.head.products import Route, logits_of, stored_for
 from rlalign.logprobs.blocks import Tile, columns_of, padded, strip_height, strips, token_tiles
 from rlalign.logprobs.stash import Stash
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from rlalign.head.triton import launches
 
 # Hidden states of up to this many numbers are widened once, larger ones tile by tile.
 _WIDENED_ONCE = 2**24
@@ -103,9 +106,21 @@ class Problem:
             weight_SD = self.weight_VD[columns]
             yield columns, buffer[: len(weight_SD)].copy_(weight_SD) if copies else weight_SD
 
+    @property
+    def one_pass(self) -> bool:
+        """Whether kernels of rlalign/head/triton sum a tile and differentiate it, each in one pass over its products."""
+        return self.kept_NK is None and gpu_head.sums_on(self.hidden_ND.device)
+
+    def products(self, rows: slice, weight_SD: Tensor, out_TS: Tensor) -> Tensor:
+        """Logits of a tile before bias and transform, written into `out_TS`."""
+        return logits_of(stored_for(self.hidden_ND[rows], self.route), weight_SD, self.route, out=out_TS)
+
     def logits(self, rows: slice, columns: slice, weight_SD: Tensor, out_TS: Tensor) -> Tensor:
         """Transformed logits of a tile, written into `out_TS`."""
-        x_TS = logits_of(stored_for(self.hidden_ND[rows], self.route), weight_SD, self.route, out=out_TS)
+        return self.finish_(self.products(rows, weight_SD, out_TS), rows, columns)
+
+    def finish_(self, x_TS: Tensor, rows: slice, columns: slice) -> Tensor:
+        """Transformed logits from the products of a tile, in place."""
         if self.bias_V is not None:
             x_TS.add_(self.bias_V[columns].float())
         self.transform.apply_(x_TS, rows)
@@ -116,6 +131,20 @@ class Problem:
             barred = torch.full((len(x_TS), width + 1), BARRED, device=x_TS.device)
             x_TS.add_(barred.scatter_(1, column_TK, 0.0)[:, :width])
         return x_TS
+
+    def softmax(self, rows: slice, columns: slice) -> launches.Softmax:
+        """What the kernels need to know of a tile beyond its products."""
+        from rlalign.head.triton.launches import Softmax  # here, since it imports Triton
+
+        heat_N, transform = self.transform.temperature_N, self.transform
+        return Softmax(
+            bias_V=None if self.bias_V is None else self.bias_V[columns].contiguous(),
+            temperature_N=None if heat_N is None else heat_N[rows].contiguous(),
+            target_N=self.target_N[rows].contiguous(),
+            first_id=columns.start,
+            soft_cap=transform.soft_cap,
+            logit_scale=transform.logit_scale,
+        )
 
     def target_columns(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
         """([T, 1] column of each target inside these columns, [T] whether it is one of them; others are clamped)."""
@@ -131,6 +160,8 @@ def forward_sums(problem: Problem, *, mean: bool, stash: Stash | None = None) ->
     float32 are summed again with a running maximum (arXiv 1805.02867). Elsewhere the running maximum is always taken,
     since looking at the sums would synchronise the device. The tiles that `stash` has room for are left in it.
     """
+    if problem.one_pass:
+        return _one_pass_sums(problem, mean=mean, stash=stash)
     if problem.hidden_ND.device.type != "cpu":
         return _sums(problem, mean=mean, running_max=True, stash=stash)
     sums = _sums(problem, mean=mean, running_max=False, stash=stash)
@@ -148,6 +179,33 @@ def forward_sums(problem: Problem, *, mean: bool, stash: Stash | None = None) ->
             if whole is not None:
                 whole[again] = part
     return sums
+
+
+def _one_pass_sums(problem: Problem, *, mean: bool, stash: Stash | None) -> Sums:
+    """`forward_sums` by kernels. Its bits depend neither on the number of rows nor on the stash."""
+    from rlalign.head.triton import launches  # here, since it imports Triton
+
+    problem, tile = problem.widened(problem.route), problem.tile
+    n, vocab, device = len(problem.hidden_ND), len(problem.weight_VD), problem.hidden_ND.device
+    tiles = [launches.tiles_of(columns.stop - columns.start) for columns in columns_of(vocab, tile.vocab)]
+    sums_3TN = torch.empty(3, sum(tiles), n, device=device)
+    target_N = torch.full((n,), float("nan"), device=device)
+    buffer = None
+    if problem.route is not Route.TRITON:
+        buffer = padded(min(tile.tokens, n), min(tile.vocab, vocab), torch.float32, device)
+    for of_block_3TN, (columns, weight_SD) in zip(sums_3TN.split(tiles, 1), problem.blocks(), strict=True):
+        for rows in token_tiles(n, tile.tokens):
+            kept_TS = None if stash is None else stash.tile(rows, columns)
+            made_TS = None
+            if buffer is not None:
+                room_TS = buffer[: rows.stop - rows.start, : len(weight_SD)] if kept_TS is None else kept_TS
+                made_TS, kept_TS = problem.products(rows, weight_SD, room_TS), None
+            launches.softmax_sums(
+                problem.hidden_ND[rows], weight_SD, made_TS, problem.softmax(rows, columns),
+                of_block_3TN[:, :, rows], target_N[rows], mean=mean, kept_NV=kept_TS,
+            )  # fmt: skip
+    lse_N, mean_N = launches.merged(sums_3TN, mean=mean)
+    return Sums(lse_N, target_N, mean_N)
 
 
 def _sums(problem: Problem, *, mean: bool, running_max: bool, stash: Stash | None = None) -> Sums:
@@ -216,8 +274,11 @@ def mirror(
     weight_VD = stored_for(problem.weight_VD, problem.route)
     buffer = torch.empty(min(rows, n), vocab, device=device)
     for tile in token_tiles(n, rows):
-        x_TV = problem.logits(tile, columns, weight_VD, buffer[: tile.stop - tile.start])
-        if stash is not None:
+        x_TV = problem.products(tile, weight_VD, buffer[: tile.stop - tile.start])
+        if stash is not None and problem.one_pass:
+            stash.put(tile, x_TV)  # whose backward pass transforms them itself
+        problem.finish_(x_TV, tile, columns)
+        if stash is not None and not problem.one_pass:
             stash.put(tile, x_TV)
         column_T1, inside_T = problem.target_columns(tile, columns)
         logit_T = x_TV.gather(1, column_T1).squeeze(1)

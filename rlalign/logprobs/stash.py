@@ -1,7 +1,8 @@
 """Logits that stay in memory from the forward pass to the backward pass: as many tiles as a budget holds.
 
 The first vocabulary blocks are stashed, in the order both passes take them. What is stashed are the transformed logits,
-the very numbers that the backward pass would form again: gradients keep their bits, whatever the budget.
+the very numbers that the backward pass would form again (where one kernel does a tile: the products before their transform):
+gradients keep their bits, whatever the budget.
 
 N tokens, V vocabulary, S columns of a vocabulary block, E numbers in the stash.
 """

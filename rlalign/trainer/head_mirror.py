@@ -31,7 +31,7 @@ class HeadStatus:
     multiplied: Multiplied | None = None  # what the logprobs of a real call were found to be computed in
     route: str | None = None  # how logits are made, as `prove` found it; None for a head that is not mirrored
     kernel: str | None = None  # the compiled path behind that route
-    bits: str | None = None  # digest of the bits of a fixed probe; None where not on CPU
+    bits: str | None = None  # digest of the bits of a fixed probe; None where `routes.bits` has none
     master_VD: Tensor | None = field(default=None, repr=False)  # dtype "master": the optimizer's unrounded lm_head
 
     def prove(self, lm_head: nn.Linear, device: torch.device) -> None:
@@ -44,7 +44,7 @@ class HeadStatus:
         weight = torch.empty(1, size, dtype=wide, device=device)
         route = projection.route(hidden, weight)
         self.route, self.kernel = route.value, routes.kernel_name(route, hidden, weight)
-        self.bits = routes.bits(projection.project, size, body, wide) if device.type == "cpu" else None
+        self.bits = routes.bits(projection.project, size, body, wide, device)
 
 
 _STATUS: weakref.WeakKeyDictionary[nn.Module, HeadStatus] = weakref.WeakKeyDictionary()

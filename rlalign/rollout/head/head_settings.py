@@ -11,6 +11,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rlalign.head import triton as gpu_head
 from rlalign.rollout import versions
 from rlalign.rollout.exact import MODE as EXACT
 from rlalign.rollout.names import SETTINGS_KEY
@@ -99,14 +100,18 @@ class HeadSettings:
         return {"head_dtype": self.head_dtype, "mode": self.mode}
 
     def resolve(self, *, device: str, vllm: str) -> HeadMode:
-        """The one decision. device: vLLM's word for where it runs ("cuda" for ROCm too); vllm: its version."""
+        """The one decision. device: vLLM's word for where it runs ("cuda" for ROCm too); vllm: its version.
+
+        RLALIGN_GPU_HEAD=triton takes our product on CUDA, in the trainer's process as in the engine's: one kernel for both.
+        """
         if self.head_dtype == "model":
             return HeadMode.OFF
         if self.head_dtype == "master":
             return HeadMode.MASTER
         if self.mode != "auto":
             return HeadMode(self.mode)
-        return HeadMode.NATIVE if device == "cuda" and versions.has_native_head(vllm) else HeadMode.CACHED
+        native = device == "cuda" and versions.has_native_head(vllm) and gpu_head.asked() != gpu_head.TRITON
+        return HeadMode.NATIVE if native else HeadMode.CACHED
 
 
 def promised(mode: str, body_dtype: str) -> str:

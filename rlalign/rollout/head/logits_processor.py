@@ -281,5 +281,5 @@ def route_of(layer: LogitsProcessor, lm_head: VocabParallelEmbedding) -> dict[st
         "route": route.value,
         "copies": copies,
         "kernel": kernel_name(route, hidden, operand),
-        "bits": bits(product, size, body, operand.dtype) if weight.device.type == "cpu" else None,
+        "bits": bits(product, size, body, operand.dtype, weight.device),
     }

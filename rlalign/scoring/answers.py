@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 
 def classification_scores(logits: Floats, params: ScoringParams, info: ModelInfo) -> Floats:
-    """activation((logits - mean) / sigma) of [K] or [T, K] logits; the logits themselves unless something was asked for."""
+    """activation((logits - mean) / sigma) of [K] or [T, K] logits, in float64; the logits themselves unless something was asked.
+
+    Not rounded to float32: 1 - 2e-9 and 1 - 2e-8, logits 20 and 18, would be one score, and a ranking a draw.
+    """
+    if params.logit_mean is None and params.logit_sigma is None and not params.use_activation:
+        return logits
     x = logits.astype(np.float64)
     if params.logit_mean is not None:
         x = x - params.logit_mean
@@ -34,7 +39,7 @@ def classification_scores(logits: Floats, params: ScoringParams, info: ModelInfo
         # a step-pooling model's returned columns compete with each other, whatever the whole head does
         activation = "softmax" if params.returned_token_ids and len(params.returned_token_ids) > 1 else info.activation
         x = activate(x, activation)
-    return x.astype(np.float32)
+    return x
 
 
 def activate(x: NDArray[np.float64], activation: str) -> NDArray[np.float64]:
@@ -54,7 +59,7 @@ def label_scores(logprobs_K: Floats, params: ScoringParams) -> tuple[Floats, flo
     x_K = logprobs_K.astype(np.float64)
     mass = float(np.exp(x_K).sum())
     scores_K = np.exp(x_K) if params.full_vocabulary else activate(x_K / params.temperature, "softmax")
-    return scores_K.astype(np.float32), mass
+    return scores_K, mass
 
 
 def embedding(state_D: Floats, params: ScoringParams) -> Floats:
@@ -66,6 +71,7 @@ def embedding(state_D: Floats, params: ScoringParams) -> Floats:
 
 
 LOW_LABEL_MASS = "low_label_mass"
+ROUNDING = 1e-6  # of a sum of probabilities that arrived as float32 logarithms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +137,6 @@ def _row(
     if params.task != "generative":
         return classification_scores(answer.values, params, info), None, None
     score_K, mass = label_scores(answer.values, params)
-    if mass < params.min_label_mass:
+    if mass < params.min_label_mass - ROUNDING:
         return score_K, mass, LOW_LABEL_MASS
     return score_K, mass, None

@@ -106,12 +106,12 @@ def calibrated(result: ScoreResult, calibrator: Calibrator, *, generative: bool)
     return replace(result, scores=scores, calibration_id=calibrator.calibration_id)
 
 
-def _probabilities(logits: NDArray[np.float32], calibrator: Calibrator, generative: bool) -> NDArray[np.float32]:
+def _probabilities(logits: NDArray[np.float32], calibrator: Calibrator, generative: bool) -> NDArray[np.float64]:
     x = logits.astype(np.float64)
     if generative:
         x = x[:1] - x[1:2]
     found = calibrator.transform(x.reshape(-1, x.shape[-1]))
-    return found.reshape(x.shape).astype(np.float32)
+    return found.reshape(x.shape)
 
 
 def _check(calibrator: Calibrator, info: ModelInfo, *, strict: bool) -> None:

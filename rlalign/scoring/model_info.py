@@ -32,7 +32,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     tasks: the first is what a request without a task gets. num_labels: columns of the score head, 0 without one.
     activation: what use_activation=True applies to the logits; embeddings are always scaled to unit length.
-    max_length: tokens of one sequence, None where the architecture has no limit.
+    labels: names of the head's columns, in their order. max_length: tokens of one sequence, None where there is no limit.
     exposes_hidden_states: pooled states before the head can be returned; if not, hidden_states_reason says why.
     packs: several items can share one query's computation exactly; if not, packing_reason says why.
     matryoshka_dimensions: None: embeddings must not be cut; (): any cut is fine.
@@ -49,6 +49,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     revision: str | None = None
     num_labels: int = 0
     activation: Activation = "identity"
+    labels: tuple[str, ...] = ()
     max_length: int | None = None
     dtype: str | None = None
     head_dtype: str | None = None

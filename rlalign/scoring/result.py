@@ -43,6 +43,8 @@ class ScoreResult:
 
     def __post_init__(self) -> None:
         n = len(self.scores)
+        if not self.truncated:
+            object.__setattr__(self, "truncated", [False] * n)
         lengths = {"logits": len(self.logits), "prompt_tokens": len(self.prompt_tokens), "errors": len(self.errors)}
         wrong = {name: length for name, length in lengths.items() if length != n}
         if wrong:

@@ -8,14 +8,17 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from rlalign.scoring.params import InvalidParams, ScoringParams
+import msgspec
+
+from rlalign.scoring.params import InvalidParams, ScoringParams, per_item_labels
 from rlalign.scoring.result import ScoreResult
+from rlalign.scoring.scorer import ItemRefused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rlalign.scoring.model_info import ModelInfo
-    from rlalign.scoring.scorer import Prepared, Text
+    from rlalign.scoring.scorer import Prepared, RewardScorer, Text
 
 log = logging.getLogger("rlalign.scoring")
 Message = Mapping[str, str]
@@ -69,10 +72,12 @@ class Scoring:
         errors: dict[int, str] = {}
         for members in _same(prompts).values():
             for place, query, items in self._queries(prompts, completions, members):
-                for part, request in self._prepared(query, items, params, place, errors):
+                request, kept, refused = prepared_each(self, query, items, params, ValueError)
+                errors |= {place[i]: reason for i, reason in refused.items()}
+                if request is not None:
                     requests.append(request)
-                    places.append(part)
-        return _in_order(self.run(requests), places, errors, len(prompts), self.info.id)
+                    places.append([place[i] for i in kept])
+        return in_order(self.run(requests), places, errors, len(prompts), self.info.id)
 
     def as_reward_func(
         self,
@@ -135,20 +140,38 @@ class Scoring:
         text = self.tokenizer.apply_chat_template(messages, tokenize=False)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _prepared(
-        self, query: Text, items: list[Text], params: ScoringParams, places: list[int], errors: dict[int, str]
-    ) -> list[tuple[list[int], Prepared]]:
-        """One request for all items; where that is refused, one for each, and a reason for those that are refused alone."""
-        try:
-            return [(places, self.prepare(query, items, params))]
-        except InvalidParams:
-            raise
-        except ValueError as error:
-            if len(items) == 1:
-                errors[places[0]] = str(error)
-                return []
-        alone = (self._prepared(query, [item], params, [i], errors) for i, item in zip(places, items, strict=True))
-        return [found for one in alone for found in one]
+
+def prepared_each(
+    scorer: RewardScorer, query: Text, items: Sequence[Text], params: ScoringParams, refusals: type[ValueError]
+) -> tuple[Prepared | None, list[int], dict[int, str]]:
+    """(request of the items that can be scored, their places, place -> reason of those that cannot).
+
+    Raises InvalidParams, and every ValueError that is none of `refusals`: then the request is wrong as a whole.
+    """
+    places, reasons = list(range(len(items))), {}
+    try:
+        return scorer.prepare(query, items, params), places, reasons
+    except InvalidParams:
+        raise
+    except refusals:
+        for i in places:
+            try:
+                scorer.prepare(query, [items[i]], _labels_of(params, [i]))
+            except refusals as error:
+                reasons[i] = error.reason if isinstance(error, ItemRefused) else str(error)
+    places = [i for i in places if i not in reasons]
+    left = [items[i] for i in places]
+    return (scorer.prepare(query, left, _labels_of(params, places)) if left else None), places, reasons
+
+
+def _labels_of(params: ScoringParams, places: Sequence[int]) -> ScoringParams:
+    """The parameters of some items only: a judge may have labels for each."""
+    labels = params.label_token_ids
+    return (
+        msgspec.structs.replace(params, label_token_ids=[labels[i] for i in places])
+        if per_item_labels(labels)
+        else params
+    )
 
 
 def _same(prompts: Sequence[Conversation]) -> dict[str, list[int]]:
@@ -172,10 +195,10 @@ def _common_prefix(sequences: list[list[int]]) -> int:
     return next((t for t in range(longest) if any(ids[t] != first[t] for ids in sequences)), max(longest, 0))
 
 
-def _in_order(
+def in_order(
     results: list[ScoreResult], places: list[list[int]], errors: dict[int, str], count: int, model: str
 ) -> ScoreResult:
-    """One result with entry i for pair i. Every request of a run has the same parameters and calibration."""
+    """One result with entry i for the item at place i, or its error. All results have the same parameters and calibration."""
     found = {i: (result, row) for result, at in zip(results, places, strict=True) for row, i in enumerate(at)}
     first = results[0] if results else ScoreResult(logits=[], scores=[], prompt_tokens=[], errors=[], model=model)
 

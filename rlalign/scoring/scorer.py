@@ -12,6 +12,14 @@ if TYPE_CHECKING:
 Text = str | Sequence[int]  # a string, or token ids
 
 
+class ItemRefused(ValueError):
+    """One item that cannot be scored, whatever the others are. reason: without the item's number."""
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(f"item {index}{reason}")
+        self.reason = f"the item{reason}"
+
+
 class Prepared(Protocol):
     """One request, checked, resolved and tokenised: ready to run in any batch."""
 
@@ -52,7 +60,7 @@ def checked_inputs(query: Text, items: Text | Sequence[Text], vocab_size: int) -
         )
     for i, item in enumerate(listed):
         if len(item) == 0:
-            raise ValueError(f"item {i} is empty: it has no token of its own whose state could be scored")
+            raise ItemRefused(i, " is empty: it has no token of its own whose state could be scored")
     if not isinstance(query, str):
         for what, ids in (("query", query), *((f"item {i}", item) for i, item in enumerate(listed))):
             _check_ids(ids, vocab_size, what)

@@ -1,6 +1,7 @@
 """POST /get_reward: OpenRLHF's remote reward model. `query` holds whole sequences, prompt and response in the chat template.
 
-Each is scored as it is sent; OpenRLHF's own server would strip padding and put one EOS at the end, so send it with its EOS.
+Each is scored as it is sent, without special tokens of the tokenizer; OpenRLHF's own server would strip padding and put one EOS
+at the end, so send it with its EOS.
 rewards are raw logits, or calibrated probabilities where a calibration is in force.
 """
 
@@ -50,7 +51,12 @@ def router(service: Service) -> APIRouter:
             given = getattr(body, name)
             if given is not None and len(given) != len(body.query):
                 raise invalid(f"{name}: {len(given)} entries for {len(body.query)} queries", name)
-        ask = Ask(pairs=[("", body.query)], params=service.params, calibration=service.calibration(None, service.task))
+        ask = Ask(
+            pairs=[("", body.query)],
+            params=service.params,
+            calibration=service.calibration(None, service.task),
+            whole=True,
+        )
         scored = await service.score(ask, f"reward-{request.state.request_id}")
         (result,) = scored.results
         judge = scored.task == "generative"

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlalign.scoring.params import InvalidParams, ScoringParams
+from rlalign.scoring.reward_func import in_order, prepared_each
+from rlalign.scoring.scorer import ItemRefused
 from rlalign.serve.batcher import Batcher
 from rlalign.serve.calibrations import Calibrations, InForce
 from rlalign.serve.errors import ApiError, invalid
@@ -29,7 +31,8 @@ class Ask:
     """What one client wants. pairs: (query, items) each; dialects with one query have one pair.
 
     calibration: what `Service.calibration` gave when the request came in, None for raw scores. softmax_temperature:
-    softmax(logits / temperature) over a classifier's labels. policy_version: of the policy that wrote the items.
+    softmax(logits / temperature) over a classifier's labels. policy_version: of the policy that wrote the items. whole: items are
+    whole sequences, special tokens included, so that none are added.
     """
 
     pairs: Sequence[tuple[Text, Sequence[Text]]]
@@ -38,6 +41,7 @@ class Ask:
     calibration: InForce | None = None
     softmax_temperature: float | None = None
     policy_version: int | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +98,13 @@ class Service:
             raise invalid("no calibration is in force; PUT one to /v1/calibration, or leave calibrate out", "calibrate")
         return in_force if in_force.given and asked is not False and task in SCORED_TASKS else None
 
+    def require_model(self, name: str | None) -> None:
+        """Raise ApiError 404 for the name of another model."""
+        if name not in (None, "default", self.model_name, self.scorer.info.id):
+            raise ApiError(
+                404, f"there is no model {name!r} here, only {self.model_name!r}", type="not_found", param="model"
+            )
+
     def require_one_number(self) -> None:
         """Raise ApiError 400 unless the model gives an item one number, before anything is computed for nothing."""
         labels = self.scorer.info.num_labels
@@ -107,16 +118,21 @@ class Service:
         self._check(ask)
         task = ask.params.task or self.task
 
+        prepared: list[tuple[Prepared | None, list[int], dict[int, str]]] = []
+
         def prepare() -> list[Prepared]:
-            return [self.scorer.prepare(query, items, ask.params) for query, items in ask.pairs]
+            for query, items in ask.pairs:
+                query, items = self._whole(query, items) if ask.whole else (query, items)
+                prepared.append(prepared_each(self.scorer, query, items, ask.params, ItemRefused))
+            return [request for request, _, _ in prepared if request is not None]
 
         try:
-            results = await self.batcher.submit(prepare)
+            answers = iter(await self.batcher.submit(prepare))
         except InvalidParams as error:
             raise invalid(str(error), error.fields[0] if error.fields else None) from error
         except ValueError as error:
             raise invalid(str(error)) from error
-        self._check_answers(ask, results)
+        results = [self._complete(next(answers) if one[0] is not None else None, *one[1:]) for one in prepared]
         finished = [self._finished(result, ask, task) for result in results]
         self._count(finished)
         self._remember(request_id, finished, task, ask)
@@ -124,22 +140,28 @@ class Service:
         return Scored(results=finished, calibration_id=used, task=task)
 
     def _check(self, ask: Ask) -> None:
-        names = {None, "default", self.model_name, self.scorer.info.id}
-        if ask.model not in names:
-            raise ApiError(
-                404, f"there is no model {ask.model!r} here, only {self.model_name!r}", type="not_found", param="model"
-            )
+        self.require_model(ask.model)
         items = sum(1 if isinstance(items, str) else len(items) for _, items in ask.pairs)
         if items > self.settings.max_items:
             raise ApiError(
                 413, f"{items} items, at most {self.settings.max_items} a request", type="too_large", param="items"
             )
 
-    def _check_answers(self, ask: Ask, results: Sequence[ScoreResult]) -> None:
-        wanted = [1 if isinstance(items, str) else len(items) for _, items in ask.pairs]
-        given = [len(result) for result in results]
-        if wanted != given:
-            raise RuntimeError(f"scorer.run: expected {wanted} answers for these items, got {given}")
+    def _whole(self, query: Text, items: Sequence[Text]) -> tuple[Text, Sequence[Text]]:
+        """Whole texts as their token ids, where the scorer has a tokenizer and reads no pairs."""
+        tokenizer = getattr(self.scorer, "tokenizer", None)
+        if tokenizer is None or not self.scorer.info.causal:
+            return query, items
+        return [], [tokenizer(item, add_special_tokens=False)["input_ids"] for item in items]
+
+    def _complete(self, result: ScoreResult | None, places: list[int], reasons: dict[int, str]) -> ScoreResult:
+        """The scorer's answer with the items that it did not take in their places, each with its reason."""
+        if result is not None and len(result) != len(places):
+            raise RuntimeError(f"scorer.run: expected {len(places)} answers for these items, got {len(result)}")
+        if result is not None and not reasons:
+            return result
+        found = [] if result is None else [result]
+        return in_order(found, [places] if found else [], reasons, len(places) + len(reasons), self.scorer.info.id)
 
     def _finished(self, result: ScoreResult, ask: Ask, task: str) -> ScoreResult:
         """Calibrated or softmaxed scores in place of raw ones, and a reason in place of every number that is not finite."""

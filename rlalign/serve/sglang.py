@@ -1,8 +1,9 @@
 """POST /v1/score: SGLang's request and response, with calibration, raw logits and a reason for every item that failed.
 
 As in SGLang: a classifier's scores are raw logits, a causal LM's are the labels' probabilities (over the whole vocabulary, or
-with apply_softmax among the labels), and label_token_ids on a classifier have no effect. Different: hidden states are never
-silently absent, one label under a softmax is refused, and unknown fields are errors.
+with apply_softmax among the labels), label_token_ids on a classifier have no effect, and `model` is not looked at; the answer
+names the model that scored. Different: hidden states are never silently absent, one label under a softmax is refused, and
+unknown fields are errors.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ class ScoreBody(Body):
     use_activation: Flag | None = Field(None, description="the model's own sigmoid or softmax")
     task: Str | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=2**31 - 1, strict=True)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
     max_tokens_per_item: Whole | None = None
+    alone: Flag = Field(False, description="a cross-encoder reads each item as one text; only with an empty query")
     min_label_mass: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=True)] | None = None
     step_tag_id: TokenId | None = None
     returned_token_ids: list[TokenId] | None = None
@@ -119,7 +122,6 @@ def ask(body: ScoreBody, service: Service) -> Ask:
     return Ask(
         pairs=[(body.query, items)],
         params=with_params(service.params, _given(body) | own),
-        model=body.model,
         calibration=calibration,
         softmax_temperature=body.temperature if body.apply_softmax and task != "generative" else None,
         policy_version=body.policy_version,
@@ -145,10 +147,10 @@ def answer(body: ScoreBody, scored: Scored, request_id: str, model: str) -> Scor
 
 def _given(body: ScoreBody) -> dict[str, object]:
     """What every task takes."""
-    names = ("task", "truncate_prompt_tokens", "max_tokens_per_item")
+    names = ("task", "truncate_prompt_tokens", "truncation_side", "max_tokens_per_item")
     return {name: getattr(body, name) for name in names} | {
         name: True
-        for name in ("return_pooled_hidden_states", "return_token_logprobs", "item_first")
+        for name in ("return_pooled_hidden_states", "return_token_logprobs", "item_first", "alone")
         if getattr(body, name)
     }
 

@@ -46,11 +46,9 @@ def router(service: Service) -> APIRouter:
     paths = APIRouter(tags=["status"])
     created = int(time.time())
 
-    @paths.get("/v1/models", response_model=ModelList, responses=ERRORS)
-    async def models() -> JSONResponse:
-        """The one model behind this server."""
+    def card() -> ModelCard:
         info = service.scorer.info
-        card = ModelCard(
+        return ModelCard(
             id=service.model_name,
             created=created,
             root=info.id,
@@ -58,7 +56,17 @@ def router(service: Service) -> APIRouter:
             calibration_id=service.calibrations.in_force.id,
             info=msgspec.to_builtins(info),
         )
-        return JSONResponse(ModelList(data=[card]).model_dump())
+
+    @paths.get("/v1/models", response_model=ModelList, responses=ERRORS)
+    async def models() -> JSONResponse:
+        """The one model behind this server."""
+        return JSONResponse(ModelList(data=[card()]).model_dump())
+
+    @paths.get("/v1/models/{model:path}", response_model=ModelCard, responses=ERRORS)
+    async def model(model: str) -> JSONResponse:
+        """The card of one model; 404 for every name but this one's."""
+        service.require_model(model)
+        return JSONResponse(card().model_dump())
 
     @paths.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, 401: ERRORS[401]})
     async def metrics() -> Response:

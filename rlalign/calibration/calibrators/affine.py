@@ -96,7 +96,7 @@ class PlattCalibrator(AffineCalibrator):
         high, low = ((up + 1) / (up + 2), 1 / (down + 2)) if self.smooth_targets else (1.0, 0.0)
         require_two_classes(data, who)
         if not self.allow_negative_scale:
-            require_increasing(data, who, advice=", or pass allow_negative_scale=True")
+            require_increasing(data, who, advice=", or pass allow_negative_scale=True (--allow-negative-scale)")
         target_N = data.labels_N * high + (1 - data.labels_N) * low
         fitted = platt_fit(data, target_N, negative=self.allow_negative_scale)
         self._set(float(fitted.slope_D[0]), fitted.intercept)

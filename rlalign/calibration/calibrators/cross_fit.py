@@ -53,7 +53,7 @@ def fit_on(calibrator: Calibrator, rows: ScoreRows) -> Calibrator:
     """`fit` or `fit_pairs`, whichever the rows are for."""
     if rows.shape == "pairs":
         return calibrator.fit_pairs(rows.logits[:, 0], rows.logits[:, 1], sample_weight=rows.weight_N)
-    return calibrator.fit(rows.logits, rows.labels_N, sample_weight=rows.weight_N)
+    return calibrator.fit(rows.logits, rows.labels_N, sample_weight=rows.weight_N, soft_labels=rows.soft)
 
 
 def predicted(calibrator: Calibrator, rows: ScoreRows) -> Floats:
@@ -93,18 +93,18 @@ def quality(p: Floats, rows: ScoreRows) -> Quality:
     if p.ndim == 2:
         labels_N = labels_N.astype(np.int64)
     shown_N, outcome_N = judged_rows(p, labels_N, top_label=rows.shape != "binary")
-    ranks = rows.shape == "binary" and len(np.unique(labels_N[weight_N > 0])) == 2
+    ranks = rows.shape == "binary" and not rows.soft and len(np.unique(labels_N[weight_N > 0])) == 2
 
     def brier(index_N: Floats, _: Floats) -> float:
         picked_N = index_N.astype(np.int64)
-        return brier_score(p[picked_N], labels_N[picked_N], sample_weight=weight_N[picked_N])
+        return brier_score(p[picked_N], labels_N[picked_N], sample_weight=weight_N[picked_N], soft_labels=rows.soft)
 
     return Quality(
-        nll=negative_log_likelihood(p, labels_N, sample_weight=weight_N),
+        nll=negative_log_likelihood(p, labels_N, sample_weight=weight_N, soft_labels=rows.soft),
         brier=bootstrap_ci(brier, np.arange(len(rows)), labels_N, cluster=rows.group_N, n_resamples=RESAMPLES),
-        ece=expected_calibration_error(shown_N, outcome_N, sample_weight=weight_N),
+        ece=expected_calibration_error(shown_N, outcome_N, sample_weight=weight_N, soft_labels=rows.soft),
         ece_null_p95=ece_noise_floor(shown_N, sample_weight=weight_N).p95,
-        smooth_ece=smooth_ece(shown_N, outcome_N, sample_weight=weight_N),
+        smooth_ece=smooth_ece(shown_N, outcome_N, sample_weight=weight_N, soft_labels=rows.soft),
         auroc=auroc(p, labels_N, sample_weight=weight_N) if ranks else None,
     )
 
@@ -117,6 +117,7 @@ def _folds(rows: ScoreRows, folds: int, seed: int) -> np.ndarray:
         return random.permutation(np.arange(groups) % folds)[rows.group_N]
     fold_N = np.empty(len(rows), dtype=np.int64)
     labels_N = np.ones(len(rows)) if rows.labels_N is None else rows.labels_N
+    labels_N = labels_N >= 0.5 if rows.soft else labels_N
     for label in np.unique(labels_N):
         at_N = np.flatnonzero(labels_N == label)
         fold_N[at_N] = random.permutation(np.arange(len(at_N)) % folds)

@@ -11,7 +11,7 @@ N rows, K classes.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,13 +28,17 @@ EXTRA = {"weight", "group"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRows:
-    """logits: [N], [N, K], or for pairs [N, 2] with chosen first. labels_N: None for pairs. group_N: indices or None."""
+    """logits: [N], [N, K], or for pairs [N, 2] with chosen first. labels_N: None for pairs. group_N: indices or None.
+
+    soft: labels are rates in [0, 1] and not only 0 and 1.
+    """
 
     shape: str
     logits: Floats
     labels_N: Floats | None
     weight_N: Floats | None
     group_N: np.ndarray | None
+    soft: bool = False
 
     def __len__(self) -> int:
         return len(self.logits)
@@ -44,13 +48,11 @@ class ScoreRows:
         labels_N, weight_N, group_N = (
             None if column is None else column[index_N] for column in (self.labels_N, self.weight_N, self.group_N)
         )
-        return ScoreRows(
-            shape=self.shape, logits=self.logits[index_N], labels_N=labels_N, weight_N=weight_N, group_N=group_N
-        )
+        return replace(self, logits=self.logits[index_N], labels_N=labels_N, weight_N=weight_N, group_N=group_N)
 
 
-def read_score_rows(path: Path) -> ScoreRows:
-    """Read a file. Raises ValueError naming file and line on anything that is not what the module's text shows."""
+def read_score_rows(path: Path, *, soft: bool = False) -> ScoreRows:
+    """Read a file; soft: its labels may be rates. Raises ValueError, naming file and line, on anything but the shapes above."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     records = [_record(path, i, line) for i, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
@@ -76,6 +78,7 @@ def read_score_rows(path: Path) -> ScoreRows:
         labels_N=None if shape == "pairs" else numbers(columns["label"], f"{path}: label", booleans=True),
         weight_N=None if weights is None else numbers(weights, f"{path}: weight"),
         group_N=_indices(columns["group"]) if "group" in columns else None,
+        soft=soft,
     )
 
 

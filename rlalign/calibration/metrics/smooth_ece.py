@@ -23,7 +23,12 @@ NARROWEST = 4 / CELLS  # below this the grid, not the data, would decide
 
 
 def smooth_ece(
-    p: Numbers, y: Numbers, *, bandwidth: float | None = None, sample_weight: Numbers | None = None
+    p: Numbers,
+    y: Numbers,
+    *,
+    bandwidth: float | None = None,
+    sample_weight: Numbers | None = None,
+    soft_labels: bool = False,
 ) -> float:
     """Smooth calibration error in [0, 1]: continuous in p, no bins, far less biased upward by chance than ECE.
 
@@ -33,7 +38,7 @@ def smooth_ece(
     """
     from scipy.fft import dct
 
-    p_N, y_N, weight_N = binary_rows(p, y, sample_weight)
+    p_N, y_N, weight_N = binary_rows(p, y, sample_weight, soft_labels=soft_labels)
     if bandwidth is not None and not 0 < bandwidth <= 1:
         raise ValueError(f"smooth_ece: bandwidth must be in (0, 1], got {bandwidth}")
     wave_G = dct(_residual_cells(p_N, weight_N * (y_N - p_N) / weight_N.sum()), type=2)

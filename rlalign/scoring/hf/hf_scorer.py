@@ -111,8 +111,9 @@ class HFScorer(Scoring):
         self._max_batch_tokens = whole(max_batch_tokens, "max_batch_tokens", at_least=1)
         self._max_pack_tokens = whole(max_pack_tokens, "max_pack_tokens", at_least=1)
         self._sequencer = Sequencer(
-            loaded.tokenizer, pairs=not self.info.causal, max_length=self.info.max_length, model=self.info.id
-        )
+            loaded.tokenizer, pairs=not self.info.causal, max_length=self.info.max_length, model=self.info.id,
+            prompt=loaded.facts.prompt,
+        )  # fmt: skip
 
     def prepare(self, query: Text, items: Text | Sequence[Text], params: ScoringParams | None = None) -> HFRequest:
         """Check, resolve and tokenise a request. Raises ValueError before any computation."""

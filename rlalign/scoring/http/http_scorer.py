@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 DialectName = Literal["auto", "vllm", "sglang", "tei", "infinity", "openrlhf"]
 CUTS = ("item_first", "truncate_prompt_tokens", "max_tokens_per_item")  # done while tokens are joined
+OF_ITEMS = (400, 413, 422)  # statuses that one bad item of a call can bring
 CLOSE = 1e-3  # relative; a logit that a second calibration would move moves by far more
 
 
@@ -141,10 +142,13 @@ class HTTPScorer(Scoring):
         return jobs
 
     def _answered(self, request: HTTPRequest, span: range) -> list[Answer]:
+        """Answers of a span's items; where the server refuses the call for its items, each is asked for alone."""
         try:
             calls = self._dialect.calls(request, self._served, span)
             return self._dialect.answers(request, self._served, span, [self._transport.send(call) for call in calls])
         except RequestFailed as error:
+            if error.status in OF_ITEMS and len(span) > 1:
+                return [answer for i in span for answer in self._answered(request, range(i, i + 1))]
             return _failed(request, span, error)
 
     async def _aanswered(self, request: HTTPRequest, span: range) -> list[Answer]:
@@ -153,6 +157,8 @@ class HTTPScorer(Scoring):
             bodies: list[Json] = [await self._transport.asend(call) for call in calls]
             return self._dialect.answers(request, self._served, span, bodies)
         except RequestFailed as error:
+            if error.status in OF_ITEMS and len(span) > 1:
+                return [answer for i in span for answer in await self._aanswered(request, range(i, i + 1))]
             return _failed(request, span, error)
 
     def _results(
@@ -181,6 +187,13 @@ class HTTPScorer(Scoring):
             raise InvalidParams(
                 f"{self.info.id}: the {self.dialect} server has no word for {', '.join(refused)}; leave them out",
                 refused,
+            )
+        side = params.truncation_side or ("left" if self.info.causal else "right")
+        if not here and self.dialect == "vllm" and params.truncate_prompt_tokens is not None and side == "left":
+            raise InvalidParams(
+                f"{self.info.id}: vLLM's server cuts the special tokens with the text on the left; ask for "
+                "truncation_side='right', or give HTTPScorer the model's tokenizer",
+                ["truncation_side"],
             )
         if text and not here and self.dialect == "vllm" and self.info.tasks == ("generative",):
             raise ValueError(

@@ -64,11 +64,17 @@ class SGLangDialect:
         if params.task == "generative":
             body["label_token_ids"] = request.labels[span[0]]
         if ours:
-            body |= {"task": params.task, "calibrate": False, "use_activation": None, "encoding_format": "base64"}
+            body |= {
+                "task": params.task,
+                "calibrate": False,
+                "use_activation": None,
+                "encoding_format": "base64",
+                "alone": params.alone,
+            }
             names = ("step_tag_id", "returned_token_ids")
             body |= {name: getattr(params, name) for name in names if getattr(params, name) is not None}
         if ours and request.sequences is None:
-            names = ("truncate_prompt_tokens", "max_tokens_per_item")
+            names = ("truncate_prompt_tokens", "truncation_side", "max_tokens_per_item")
             body |= {name: getattr(params, name) for name in names if getattr(params, name) is not None}
         return [Call(path="/v1/score", body=body)]
 
@@ -90,8 +96,7 @@ class SGLangDialect:
             if value is None and reason is not None:
                 found.append(Answer(error=f"server: {reason}", **known(request, i)))
                 continue
-            one = answer(value, request, i, shape=shape)
-            one = one if ours or not judge else _logprobs(one)
+            one = answer(value, request, i, shape=shape, probabilities=judge and not ours)
             found.append(_with_state(one, state) if request.params.return_pooled_hidden_states else one)
         return found
 
@@ -140,16 +145,6 @@ def _probed(ask: Ask, card: dict[str, object]) -> ModelInfo:
         hidden_states_reason="" if exposes else "the server returned none when it was asked for one",
         packing_reason="the server decides",
     )
-
-
-def _logprobs(found: Answer) -> Answer:
-    """Label log-probabilities from probabilities; SGLang gives 0.0 for a label it did not find."""
-    if found.values is None:
-        return found
-    facts = {"prompt_tokens": found.prompt_tokens, "truncated": found.truncated}
-    if not ((found.values > 0) & (found.values <= 1 + 1e-5)).all():
-        return Answer(error=f"the server's label probabilities are {found.values.tolist()}, expected (0, 1]", **facts)
-    return Answer(values=np.log(found.values.astype(np.float64)).astype(np.float32), **facts)
 
 
 def _with_state(found: Answer, state: object) -> Answer:

@@ -73,7 +73,11 @@ class TEIDialect:
             raise ValueError(
                 f"truncate_prompt_tokens={cut}: the server cuts to {served.info.max_length} tokens or not at all"
             )
-        common = {"raw_scores": True, "truncate": cut is not None, "truncation_direction": "left"}
+        common = {
+            "raw_scores": True,
+            "truncate": cut is not None,
+            "truncation_direction": request.params.truncation_side or "right",
+        }
         if self._reranks(request):
             texts = [request.items[i] for i in span]
             return [Call(path="/rerank", body={**common, "query": request.query, "texts": texts, "return_text": False})]
@@ -142,7 +146,9 @@ class InfinityDialect:
             hidden_states_reason="the server's scores come without hidden states",
             packing_reason="the server decides",
         )
-        return Served(info=info, batch=256, refuses=(*REFUSES, "item_first", "truncate_prompt_tokens"), proof=RAW)
+        return Served(
+            info=info, batch=256, refuses=(*REFUSES, "item_first", "alone", "truncate_prompt_tokens"), proof=RAW
+        )
 
     def calls(self, request: HTTPRequest, served: Served, span: range) -> list[Call]:
         """One call."""
@@ -205,6 +211,7 @@ def _get_reward(texts: list[str], prompts: list[str]) -> dict[str, object]:
 
 def _pair(request: HTTPRequest, i: int) -> list[str]:
     """[query, item], or [item] alone: in a batch TEI reads a bare string as half of a pair."""
+    if request.params.alone:
+        return [str(request.items[i])]
     parts = [str(request.query), str(request.items[i])]
-    parts = parts[::-1] if request.params.item_first else parts
-    return [part for part in parts if part]
+    return parts[::-1] if request.params.item_first else parts

@@ -20,7 +20,6 @@ from rlalign.scoring.http.dialect import (
     answer,
     entries,
     in_order,
-    known,
     numbers,
 )
 from rlalign.scoring.http.transport import Call, Json, RequestFailed
@@ -61,7 +60,7 @@ class VLLMDialect:
             pooler=pooler,
             already_calibrated=pooler.logit_mean is not None or pooler.logit_sigma is not None,
         )
-        return Served(info=info, batch=BATCH, refuses=REFUSES + (("item_first",) if pairs else ()), proof=proof)
+        return Served(info=info, batch=BATCH, refuses=REFUSES + (("item_first", "alone") if pairs else ()), proof=proof)
 
     def calls(self, request: HTTPRequest, served: Served, span: range) -> list[Call]:
         """One call; a judge's needs one a label, since the server returns the first label's probability only."""
@@ -73,7 +72,7 @@ class VLLMDialect:
             ]
         common: dict[str, object] = {"model": info.id, "use_activation": False}
         if request.params.truncate_prompt_tokens is not None and request.sequences is None:
-            common |= {"truncate_prompt_tokens": request.params.truncate_prompt_tokens, "truncation_side": "left"}
+            common["truncate_prompt_tokens"] = request.params.truncate_prompt_tokens
         if not info.causal:
             items = [request.items[i] for i in span]
             return [Call(path="/score", body={**common, "queries": request.query, "documents": items})]
@@ -84,7 +83,11 @@ class VLLMDialect:
         """In the order of the entries' indices."""
         if request.params.task == "generative":
             columns = [in_order(entries(body, "data"), span, "score") for body in bodies]
-            return [_judged(request, i, [column[at] for column in columns]) for at, i in enumerate(span)]
+            rows = [[column[at] for column in columns] for at in range(len(span))]
+            return [
+                answer(None if None in row else row, request, i, shape=(-1,), probabilities=True)
+                for i, row in zip(span, rows, strict=True)
+            ]
         values = in_order(entries(bodies[0], "data"), span, "data" if served.info.causal else "score")
         found = [
             answer(value, request, i, shape=SHAPES[request.params.task]) for value, i in zip(values, span, strict=True)
@@ -181,15 +184,3 @@ def _judge(request: HTTPRequest, info: ModelInfo, span: range, first: int) -> di
 
 def _judge_probe(model: object) -> dict[str, object]:
     return {"model": model, "query": [1], "items": [[2]], "label_token_ids": [1, 2], "apply_softmax": False}
-
-
-def _judged(request: HTTPRequest, i: int, probabilities: list[object]) -> Answer:
-    """Label log-probabilities from probabilities over the whole vocabulary."""
-    if any(p is None for p in probabilities):
-        return Answer(error="the server returned no probability for some label of this item", **known(request, i))
-    values = numbers(probabilities)
-    if values is None or not ((values > 0) & (values <= 1 + 1e-5)).all():
-        return Answer(
-            error=f"the server's label probabilities are {probabilities}, expected (0, 1]", **known(request, i)
-        )
-    return Answer(values=np.log(np.asarray(probabilities, np.float64)).astype(np.float32), **known(request, i))

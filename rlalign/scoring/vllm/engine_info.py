@@ -5,18 +5,23 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from rlalign.scoring.hf.describe import activation_of
+from rlalign.scoring.hf.describe import activation_of, label_names
 from rlalign.scoring.model_info import ModelInfo, PoolerDefaults, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from vllm import LLM
 
+    from rlalign.scoring.hf.folder import FolderFacts
+
 POOLING_TASKS: tuple[Task, ...] = ("classify", "token_classify", "embed", "token_embed")
 
 
 def engine_info(
-    llm: LLM, tokenizer: PreTrainedTokenizerBase | None, opened: list[dict[str, object]] | None
+    llm: LLM,
+    tokenizer: PreTrainedTokenizerBase | None,
+    opened: list[dict[str, object]] | None,
+    facts: FolderFacts,
 ) -> ModelInfo:
     """opened: each rank's answer to `rlalign_open_pooler`; None where the engine has no extension of ours.
 
@@ -38,7 +43,8 @@ def engine_info(
         vocab_size=config.get_vocab_size(),
         hidden_size=config.get_hidden_size(),
         num_labels=labels,
-        activation=activation_of(hf_config, labels),
+        activation=facts.activation or activation_of(hf_config, labels),
+        labels=label_names(hf_config, labels),
         max_length=config.max_model_len - (task == "generative"),  # a judge needs room for the token it is asked about
         dtype=str(config.dtype).removeprefix("torch."),
         head_dtype=str(config.head_dtype).removeprefix("torch."),

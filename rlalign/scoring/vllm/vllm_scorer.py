@@ -13,6 +13,7 @@ import numpy as np
 
 from rlalign.rollout import versions
 from rlalign.scoring.answers import Answer, score_result
+from rlalign.scoring.hf.folder import folder_facts
 from rlalign.scoring.params import ScoringParams
 from rlalign.scoring.reward_func import Scoring
 from rlalign.scoring.scorer import checked_inputs
@@ -62,13 +63,16 @@ class VLLMScorer(Scoring):
         _require_errors(vllm.__version__)
         pools = llm.runner_type == "pooling"
         opened = llm.collective_rpc("rlalign_open_pooler") if extended and pools else None
-        self.info = engine_info(llm, self.tokenizer, opened)
+        facts = folder_facts(llm.model_config.model, llm.model_config.revision)
+        self.info = engine_info(llm, self.tokenizer, opened, facts)
         self._llm, self._lock = llm, threading.Lock()
         self._sequencer = Sequencer(
             self.tokenizer,
             pairs=not self.info.causal,
             max_length=self.info.max_length,
             model=self.info.id,
+            side=facts.side or "right",  # vLLM gives every pooling model's tokenizer the right side
+            prompt=facts.prompt,
         )
 
     @classmethod

@@ -7,8 +7,7 @@ import pytest
 from scipy.special import expit
 
 from rlalign.calibration.calibrators import Calibrator, ModelIdentity, PlattCalibrator
-from rlalign.calibration.calibrators.cross_fit import cross_fitted
-from rlalign.calibration.calibrators.score_rows import read_score_rows
+from rlalign.calibration.calibrators.cross_fit import cross_fitted, read_score_rows
 from rlalign.calibration.metrics import brier_score
 from rlalign.commands.calibrate import METHODS, calibrate, report
 

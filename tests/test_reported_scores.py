@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlalign.scoring import HFScorer, ScoringParams
-from rlalign.scoring.answers import Answer, classification_scores, score_result
+from rlalign.scoring.result import Answer, classification_scores, score_result
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
 from tests.reward_models import model_of, pair_tokenizer, reference, saved, scorer_of
 

@@ -24,9 +24,16 @@ from rlalign.calibration.calibrators import (
     PlattCalibrator,
     TemperatureCalibrator,
 )
-from rlalign.calibration.calibrators.cross_fit import Quality, cross_fitted, fit_on, predicted, quality
+from rlalign.calibration.calibrators.cross_fit import (
+    Quality,
+    ScoreRows,
+    cross_fitted,
+    fit_on,
+    predicted,
+    quality,
+    read_score_rows,
+)
 from rlalign.calibration.calibrators.fit_report import judged_rows
-from rlalign.calibration.calibrators.score_rows import ScoreRows, read_score_rows
 from rlalign.calibration.metrics.reliability import reliability_diagram, write_reliability
 
 METHODS: dict[str, Callable[[], Calibrator]] = {

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from rlalign.calibration.calibrators.calibration_file import Json
-    from rlalign.scoring.model_info import ModelInfo
+    from rlalign.scoring.params import ModelInfo
 
 KEY_VARIABLE = "RLALIGN_API_KEY"
 LIMITS = {
@@ -174,7 +174,7 @@ def _document(calibration: str, folder: Path, info: ModelInfo, settings: ServerS
     """The content of a calibration file. The one beside the weights is bound to the name they are served under."""
     from rlalign.calibration.calibrators import Calibrator
     from rlalign.reward.training.quality import CALIBRATION
-    from rlalign.scoring.identity import identity_of, require_same_model
+    from rlalign.scoring.calibrated import identity_of, require_same_model
 
     if calibration != "own":
         return _json(Path(calibration))

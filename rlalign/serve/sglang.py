@@ -24,14 +24,15 @@ from rlalign.serve.bodies import (
     TokenId,
     Usage,
     Whole,
+    invalid,
+    one_number,
     refuse,
     row,
     states,
     usage,
     with_params,
 )
-from rlalign.serve.errors import invalid
-from rlalign.serve.service import SCORED_TASKS, Ask, Scored, Service
+from rlalign.serve.service import SCORED_TASKS, Ask, Scored, Service, single_logits
 
 UNSUPPORTED = "not supported here: items are scored one by one, without setwise extraction or embedding overrides"
 
@@ -173,3 +174,62 @@ def _judging(body: ScoreBody, *, calibrated: bool) -> dict[str, object]:
         # absolute probabilities say by themselves how little the labels hold; only renormalised ones can mislead
         "min_label_mass": 0.0 if absolute and mass is None else mass,
     }
+
+
+class RewardBody(Body):
+    """prompts and labels are what OpenRLHF sends beside; a reward model needs neither."""
+
+    query: list[Str]
+    prompts: list[Str] | None = None
+    labels: list[object] | None = None
+
+
+class RewardAnswer(BaseModel):
+    """One entry a query; null, with its reason in `errors`, for one that failed: OpenRLHF stops on it, as it should.
+
+    scores: what OpenRLHF filters by; the same numbers. extra_logs: the raw logits (a judge's log-odds), for its logs.
+    """
+
+    rewards: list[float | None]
+    scores: list[float | None]
+    extra_logs: dict[str, list[float | None]]
+    errors: list[str | None]
+    model: str
+    calibration_id: str
+
+
+def reward_router(service: Service) -> APIRouter:
+    """The path of this dialect."""
+    paths = APIRouter(tags=["OpenRLHF"])
+
+    @paths.post("/get_reward", response_model=RewardAnswer, responses=ERRORS)
+    async def get_reward(body: RewardBody, request: Request) -> JSONResponse:
+        """One reward a sequence."""
+        service.require_one_number()
+        for name in ("prompts", "labels"):
+            given = getattr(body, name)
+            if given is not None and len(given) != len(body.query):
+                raise invalid(f"{name}: {len(given)} entries for {len(body.query)} queries", name)
+        ask = Ask(
+            pairs=[("", body.query)],
+            params=service.params,
+            calibration=service.calibration(None, service.task),
+            whole=True,
+        )
+        scored = await service.score(ask, f"reward-{request.state.request_id}")
+        (result,) = scored.results
+        judge = scored.task == "generative"
+        rows = [row[:1] if judge and row is not None else row for row in result.scores]
+        rewards = [one_number(*pair) for pair in zip(rows, result.errors, strict=True)]
+        logits = single_logits(result, generative=judge)
+        answer = RewardAnswer(
+            rewards=rewards,
+            scores=rewards,
+            extra_logs={"logits": logits},
+            errors=result.errors,
+            model=service.model_name,
+            calibration_id=scored.calibration_id,
+        )
+        return JSONResponse(answer.model_dump())
+
+    return paths

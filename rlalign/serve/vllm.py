@@ -25,12 +25,12 @@ from rlalign.serve.bodies import (
     TokenId,
     Usage,
     Whole,
+    invalid,
     one_number,
     refuse,
     usage,
     with_params,
 )
-from rlalign.serve.errors import invalid
 from rlalign.serve.service import Ask, Scored, Service
 
 Texts = Str | list[TokenId] | list[Text]  # one, or several

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlalign.calibration.metrics.bins import Closed, Strategy, bin_stats
+from rlalign.calibration.metrics.ece import Closed, Strategy, bin_stats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
-from rlalign.scoring.hf.folder import activation_named
 from rlalign.scoring.hf.forward_pass import outputs, score_logits, vocabulary_logits
 from rlalign.scoring.hf.item_packing import Row
+from rlalign.scoring.hf.model_loading import activation_named
 from rlalign.scoring.params import Activation, ModelInfo, PoolerDefaults, Task
 from rlalign.trainer import attention_choice
 

@@ -8,15 +8,13 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Literal, Self
 
 from rlalign.calibration.arrays import whole
-from rlalign.scoring.answers import Answer, score_result
 from rlalign.scoring.hf import model_loading
 from rlalign.scoring.hf.describe import attention_balance, describe, window_of
-from rlalign.scoring.hf.forward_pass import outputs
+from rlalign.scoring.hf.forward_pass import outputs, read_row
 from rlalign.scoring.hf.item_packing import Row, split_by_budget, worthwhile_groups
-from rlalign.scoring.hf.readout import read_row
 from rlalign.scoring.params import PoolerDefaults, ScoringParams
-from rlalign.scoring.reward_func import Scoring
-from rlalign.scoring.scorer import checked_inputs
+from rlalign.scoring.result import Answer, score_result
+from rlalign.scoring.scorer import Scoring, checked_inputs
 from rlalign.scoring.sequences import Sequencer, TokenSequence
 
 if TYPE_CHECKING:

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from rlalign.scoring.answers import Answer, activate
 from rlalign.scoring.http.transport import Call, Json, RequestFailed
+from rlalign.scoring.result import Answer, activate
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from rlalign.scoring.model_info import Activation, ModelInfo
-    from rlalign.scoring.params import ScoringParams
+    from rlalign.scoring.params import Activation, ModelInfo, ScoringParams
     from rlalign.scoring.scorer import Text
     from rlalign.scoring.sequences import TokenSequence
 

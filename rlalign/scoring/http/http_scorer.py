@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from rlalign.scoring.answers import Answer, score_result
-from rlalign.scoring.http.detect import DIALECTS, detect
-from rlalign.scoring.http.dialect import HTTPRequest, known
-from rlalign.scoring.http.transport import Json, RequestFailed, Transport
+from rlalign.scoring.http.dialect import Ask, Dialect, HTTPRequest, known
+from rlalign.scoring.http.sglang_dialect import OURS, SGLangDialect
+from rlalign.scoring.http.text_dialects import InfinityDialect, OpenRLHFDialect, TEIDialect
+from rlalign.scoring.http.transport import Call, Json, RequestFailed, Transport
+from rlalign.scoring.http.vllm_dialect import VLLMDialect
 from rlalign.scoring.params import InvalidParams, ScoringParams
-from rlalign.scoring.reward_func import Scoring
-from rlalign.scoring.scorer import checked_inputs
+from rlalign.scoring.result import Answer, score_result
+from rlalign.scoring.scorer import Scoring, checked_inputs
 from rlalign.scoring.sequences import Sequencer
 
 if TYPE_CHECKING:
@@ -25,6 +26,52 @@ if TYPE_CHECKING:
 
     from rlalign.scoring.result import ScoreResult
     from rlalign.scoring.scorer import Text
+
+DIALECTS: dict[str, type[Dialect]] = {
+    "vllm": VLLMDialect,
+    "sglang": SGLangDialect,
+    "tei": TEIDialect,
+    "infinity": InfinityDialect,
+    "openrlhf": OpenRLHFDialect,
+}
+
+
+def detect(ask: Ask) -> str:
+    """The dialect's name. Raises ValueError where the server could be several, or none that is known."""
+    owners = {str(card.get("owned_by")) for card in _cards(ask, "/v1/models")}
+    owners |= {str(card.get("owned_by")) for card in _cards(ask, "/models")}
+    found = {owner for owner in ("vllm", "sglang", "infinity") if owner in owners}
+    found |= {"sglang"} if OURS in owners else set()
+    stated = _optional(ask, "/info")
+    if isinstance(stated, dict) and {"model_id", "model_type", "max_client_batch_size"} <= stated.keys():
+        found.add("tei")
+    if not found:
+        paths = _optional(ask, "/openapi.json")
+        if isinstance(paths, dict) and "/get_reward" in (paths.get("paths") or {}):
+            found.add("openrlhf")
+    if len(found) != 1:
+        raise ValueError(
+            f"the server speaks {'none of' if not found else 'more than one of'} {', '.join(sorted(found or DIALECTS))}, "
+            f"by what it says of itself: choose one with dialect="
+        )
+    return found.pop()
+
+
+def _cards(ask: Ask, path: str) -> list[dict[str, object]]:
+    body = _optional(ask, path)
+    listed = body.get("data") if isinstance(body, dict) else None
+    return [card for card in listed if isinstance(card, dict)] if isinstance(listed, list) else []
+
+
+def _optional(ask: Ask, path: str) -> Json | None:
+    """The JSON of a page, None where the server has no such page. A server that cannot be reached is an error."""
+    try:
+        return ask(Call(path=path))
+    except RequestFailed as error:
+        if error.status is None or error.status in (401, 403, 429) or error.status >= 500:
+            raise
+        return None
+
 
 DialectName = Literal["auto", "vllm", "sglang", "tei", "infinity", "openrlhf"]
 CUTS = ("item_first", "truncate_prompt_tokens", "max_tokens_per_item")  # done while tokens are joined

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from rlalign.scoring.answers import Answer
 from rlalign.scoring.http.dialect import Ask, HTTPRequest, Served, answer, entries, known, numbers, one_each
 from rlalign.scoring.http.transport import Call, Json, RequestFailed
-from rlalign.scoring.model_info import ModelInfo
+from rlalign.scoring.params import ModelInfo
+from rlalign.scoring.result import Answer
 
 if TYPE_CHECKING:
     from torch import Tensor

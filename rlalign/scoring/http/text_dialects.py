@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlalign.scoring.answers import Answer
 from rlalign.scoring.http.dialect import (
     Ask,
     HTTPRequest,
@@ -23,7 +22,8 @@ from rlalign.scoring.http.dialect import (
     one_each,
 )
 from rlalign.scoring.http.transport import Call, Json, RequestFailed
-from rlalign.scoring.model_info import ModelInfo
+from rlalign.scoring.params import ModelInfo
+from rlalign.scoring.result import Answer
 
 PROBE = ("a", ["b", "c d"])
 REFUSES = ("max_tokens_per_item", "skip_reading_prefix_cache")

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlalign.scoring.answers import Answer
 from rlalign.scoring.http.dialect import (
     Ask,
     HTTPRequest,
@@ -23,10 +22,11 @@ from rlalign.scoring.http.dialect import (
     numbers,
 )
 from rlalign.scoring.http.transport import Call, Json, RequestFailed
-from rlalign.scoring.model_info import ModelInfo, PoolerDefaults, Task
+from rlalign.scoring.params import ModelInfo, PoolerDefaults, Task
+from rlalign.scoring.result import Answer
 
 if TYPE_CHECKING:
-    from rlalign.scoring.model_info import Activation
+    from rlalign.scoring.params import Activation
 
 PROBE = [[1, 2, 3], [3, 2]]  # token ids that every vocabulary has
 SHAPES = {"classify": (-1,), "token_classify": (-1, -1), "embed": (-1,), "token_embed": (-1, -1)}

@@ -12,14 +12,13 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from rlalign.calibration.calibrators.calibration_file import ModelIdentity
-
 
 Kind = Literal["constant", "linear", "mlp", "transformer"]
 KINDS = ("constant", "linear", "mlp", "transformer")

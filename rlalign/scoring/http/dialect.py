@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from rlalign.scoring.http.transport import Call, Json, RequestFailed
+from rlalign.scoring.params import ModelInfo
 from rlalign.scoring.result import Answer, activate
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from rlalign.scoring.params import Activation, ModelInfo, ScoringParams
+    from rlalign.scoring.params import Activation, ScoringParams
     from rlalign.scoring.scorer import Text
     from rlalign.scoring.sequences import TokenSequence
 
@@ -71,6 +72,29 @@ class Served:
     batch: int
     refuses: tuple[str, ...] = ()
     proof: str = ""
+
+
+def behind(server: str, id: str) -> ModelInfo:
+    """What is known of any model behind a server: a classifier whose vocabulary and width the server knows, and answers 400."""
+    return ModelInfo(
+        id=id,
+        architecture=f"behind {server}",
+        tasks=("classify",),
+        vocab_size=2**31,
+        hidden_size=0,
+        hidden_states_reason="the server's scores come without hidden states",
+        packing_reason="the server decides",
+    )
+
+
+def chosen_card(ask: Ask, path: str, model: str | None) -> dict[str, object]:
+    """The card of `model` in a list of models; without a name that of the first. Raises ValueError where it is not served."""
+    cards = [card for card in entries(ask(Call(path=path)), "data") if isinstance(card, dict)]
+    chosen = [card for card in cards if model in (None, card.get("id"))]
+    if not chosen:
+        names = ", ".join(str(card.get("id")) for card in cards) or "none"
+        raise ValueError(f"model {model!r} is not served here; the server has {names}")
+    return chosen[0]
 
 
 class Dialect(Protocol):

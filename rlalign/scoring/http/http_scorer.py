@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -124,7 +123,7 @@ class HTTPScorer(Scoring):
         self._transport = Transport(
             base_url, api_key=api_key, timeout=timeout, retries=retries, concurrency=concurrency
         )
-        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="rlalign-http")
+        self._concurrency = concurrency
         try:
             self.dialect = detect(self._transport.send) if dialect == "auto" else dialect
             self._dialect = DIALECTS[self.dialect]()
@@ -153,15 +152,21 @@ class HTTPScorer(Scoring):
 
     def run(self, requests: Sequence[HTTPRequest]) -> list[ScoreResult]:
         """Score prepared requests, several calls at a time."""
-        jobs = self._jobs(requests)
-        answers = list(self._pool.map(lambda job: self._answered(requests[job[0]], job[1]), jobs))
-        return self._results(requests, jobs, answers)
+        return self._transport.wait(self.arun(requests))
 
     async def arun(self, requests: Sequence[HTTPRequest]) -> list[ScoreResult]:
-        """`run` without threads; cancelling it gives up the calls that are under way."""
-        jobs = self._jobs(requests)
-        answers = await asyncio.gather(*(self._aanswered(requests[place], span) for place, span in jobs))
-        return self._results(requests, jobs, answers)
+        """`run` in the caller's event loop; cancelling it gives up the calls that are under way."""
+        jobs, gate = self._jobs(requests), asyncio.Semaphore(self._concurrency)
+
+        async def in_turn(place: int, span: range) -> list[Answer]:
+            async with gate:  # so that a call's deadline begins when it is sent
+                return await self._answered(requests[place], span)
+
+        answers = await asyncio.gather(*(in_turn(place, span) for place, span in jobs))
+        found: list[list[Answer]] = [[] for _ in requests]
+        for (place, _), part in zip(jobs, answers, strict=True):
+            found[place] += part
+        return [score_result(row, request.params, self.info) for row, request in zip(found, requests, strict=True)]
 
     async def ascore(
         self, query: Text, items: Text | Sequence[Text], params: ScoringParams | None = None
@@ -170,8 +175,7 @@ class HTTPScorer(Scoring):
         return (await self.arun([self.prepare(query, items, params)]))[0]
 
     def close(self) -> None:
-        """Close connections and threads. Safe to call twice."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Close connections. Safe to call twice."""
         self._transport.close()
 
     # --- inside ---
@@ -188,33 +192,16 @@ class HTTPScorer(Scoring):
                     start = end
         return jobs
 
-    def _answered(self, request: HTTPRequest, span: range) -> list[Answer]:
+    async def _answered(self, request: HTTPRequest, span: range) -> list[Answer]:
         """Answers of a span's items; where the server refuses the call for its items, each is asked for alone."""
         try:
             calls = self._dialect.calls(request, self._served, span)
-            return self._dialect.answers(request, self._served, span, [self._transport.send(call) for call in calls])
-        except RequestFailed as error:
-            if error.status in OF_ITEMS and len(span) > 1:
-                return [answer for i in span for answer in self._answered(request, range(i, i + 1))]
-            return _failed(request, span, error)
-
-    async def _aanswered(self, request: HTTPRequest, span: range) -> list[Answer]:
-        try:
-            calls = self._dialect.calls(request, self._served, span)
-            bodies: list[Json] = [await self._transport.asend(call) for call in calls]
+            bodies = [await self._transport.asend(call) for call in calls]
             return self._dialect.answers(request, self._served, span, bodies)
         except RequestFailed as error:
             if error.status in OF_ITEMS and len(span) > 1:
-                return [answer for i in span for answer in await self._aanswered(request, range(i, i + 1))]
-            return _failed(request, span, error)
-
-    def _results(
-        self, requests: Sequence[HTTPRequest], jobs: list[tuple[int, range]], answers: Sequence[list[Answer]]
-    ) -> list[ScoreResult]:
-        found: list[list[Answer]] = [[] for _ in requests]
-        for (place, _), part in zip(jobs, answers, strict=True):
-            found[place] += part
-        return [score_result(row, request.params, self.info) for row, request in zip(found, requests, strict=True)]
+                return [answer for i in span for answer in await self._answered(request, range(i, i + 1))]
+            return [Answer(error=f"server: {error}", **known(request, i)) for i in span]
 
     def _make_sequencer(self) -> Sequencer | None:
         """Cuts and joins token ids, and text too where there is a tokenizer; None where the server reads query and item apart."""
@@ -285,7 +272,3 @@ def _tokenizer(given: str | PreTrainedTokenizerBase | None) -> PreTrainedTokeniz
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(given)
-
-
-def _failed(request: HTTPRequest, span: range, error: RequestFailed) -> list[Answer]:
-    return [Answer(error=f"server: {error}", **known(request, i)) for i in span]

@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from rlalign.scoring.http.dialect import Ask, HTTPRequest, Served, answer, entries, known, numbers, one_each
+from rlalign.scoring.http.dialect import (
+    Ask,
+    HTTPRequest,
+    Served,
+    answer,
+    behind,
+    chosen_card,
+    entries,
+    known,
+    numbers,
+    one_each,
+)
 from rlalign.scoring.http.transport import Call, Json, RequestFailed
 from rlalign.scoring.params import ModelInfo
 from rlalign.scoring.result import Answer
@@ -37,12 +48,7 @@ class SGLangDialect:
 
     def connect(self, ask: Ask, *, model: str | None, pairs: bool) -> Served:
         """Ask what is served; a plain SGLang server is also asked for two scores and a hidden state."""
-        cards = [card for card in entries(ask(Call(path="/v1/models")), "data") if isinstance(card, dict)]
-        chosen = [card for card in cards if model in (None, card.get("id"))]
-        if not chosen:
-            names = ", ".join(str(card.get("id")) for card in cards) or "none"
-            raise ValueError(f"model {model!r} is not served here; the server has {names}")
-        card = chosen[0]
+        card = chosen_card(ask, "/v1/models", model)
         if card.get("owned_by") == OURS:
             return _ours(card)
         info = _probed(ask, card)
@@ -132,18 +138,14 @@ def _probed(ask: Ask, card: dict[str, object]) -> ModelInfo:
             if error.status != 400:
                 raise
     length = card.get("max_model_len")
-    return ModelInfo(
-        id=str(card["id"]),
-        architecture="behind SGLang's server",
+    return msgspec.structs.replace(
+        behind("SGLang's server", str(card["id"])),
         tasks=("generative",) if generative else ("classify",),
-        vocab_size=2**31,  # the server knows, and answers 400
-        hidden_size=0,
         num_labels=labels,
         activation="softmax" if labels > 1 else "sigmoid",
         max_length=int(length) if isinstance(length, int) else None,
         exposes_hidden_states=exposes,
         hidden_states_reason="" if exposes else "the server returned none when it was asked for one",
-        packing_reason="the server decides",
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from rlalign.scoring.http.dialect import (
@@ -17,6 +18,8 @@ from rlalign.scoring.http.dialect import (
     Served,
     activation_between,
     answer,
+    behind,
+    chosen_card,
     entries,
     in_order,
     numbers,
@@ -42,21 +45,20 @@ class VLLMDialect:
 
     def connect(self, ask: Ask, *, model: str | None, pairs: bool) -> Served:
         """Ask for the model, its task, its labels, its activation, and (development mode) its PoolerConfig."""
-        card = _card(ask, model)
+        card = chosen_card(ask, "/v1/models", model)
+        if card.get("max_model_len") is None:
+            raise RequestFailed("/v1/models states no max_model_len: this is not a vLLM server")
         task, labels, activation = _what_it_does(ask, card["id"], pairs)
         pooler, proof = _pooler(ask)
-        info = ModelInfo(
-            id=str(card["id"]),
-            architecture="behind vLLM's server",
+        info = msgspec.structs.replace(
+            behind("vLLM's server", str(card["id"])),
             tasks=(task,),
-            vocab_size=2**31,  # the server knows, and answers 400
             hidden_size=labels if task in ("embed", "token_embed") else 0,
             num_labels=labels if task in ("classify", "token_classify") else 0,
             activation=activation,
             max_length=int(card["max_model_len"]) - (task == "generative"),
             causal=not pairs,
             hidden_states_reason="vLLM's server does not return them; VLLMScorer does, with an engine of this process",
-            packing_reason="the server decides",
             pooler=pooler,
             already_calibrated=pooler.logit_mean is not None or pooler.logit_sigma is not None,
         )
@@ -93,18 +95,6 @@ class VLLMDialect:
             answer(value, request, i, shape=SHAPES[request.params.task]) for value, i in zip(values, span, strict=True)
         ]
         return [_uncalibrated(one, served.info.pooler) for one in found]
-
-
-def _card(ask: Ask, model: str | None) -> dict[str, object]:
-    """The served model's entry in /v1/models. Raises ValueError where `model` is not served."""
-    cards = [card for card in entries(ask(Call(path="/v1/models")), "data") if isinstance(card, dict)]
-    names = [str(card.get("id")) for card in cards]
-    chosen = [card for card in cards if model in (None, card.get("id"))]
-    if not chosen:
-        raise ValueError(f"model {model!r} is not served here; the server has {', '.join(names) or 'none'}")
-    if chosen[0].get("max_model_len") is None:
-        raise RequestFailed("/v1/models states no max_model_len: this is not a vLLM server")
-    return chosen[0]
 
 
 def _what_it_does(ask: Ask, model: object, pairs: bool) -> tuple[Task, int, Activation]:

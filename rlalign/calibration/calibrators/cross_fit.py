@@ -25,8 +25,8 @@ from rlalign.calibration.metrics import (
     ece_noise_floor,
     expected_calibration_error,
     negative_log_likelihood,
+    smooth_ece,
 )
-from rlalign.calibration.metrics import ece as smooth_ece
 
 if TYPE_CHECKING:
     from rlalign.calibration.arrays import Floats

@@ -18,7 +18,7 @@ from rlalign.reward.training.tiny_reward import cached_reward_model
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from rlalign.scoring.reward_func import Scoring
+    from rlalign.scoring.scorer import Scoring
 
 RIGHT, TENS, ONES = 0, 1, 2  # how an answer can be wrong: by a multiple of ten, or not
 KINDS = ("right", "wrong by tens", "wrong by ones")

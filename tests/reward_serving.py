@@ -16,9 +16,8 @@ import torch
 import uvicorn
 from starlette.testclient import TestClient
 
-from rlalign.scoring.answers import classification_scores, label_scores
 from rlalign.scoring.params import ModelInfo, ScoringParams
-from rlalign.scoring.result import ScoreResult
+from rlalign.scoring.result import ScoreResult, classification_scores, label_scores
 from rlalign.scoring.scorer import RewardScorer, Text, checked_inputs
 from rlalign.serve import ServerSettings, create_app
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rlalign.calibration.adaptive import AdaptiveTemperature, ClassBatch, Objective, Projection, TokenBatch, Training
 from rlalign.calibration.adaptive.batches import token_batches
 from rlalign.calibration.adaptive.fitting import scale_of
-from rlalign.calibration.adaptive.scale_losses import LOSSES
+from rlalign.calibration.adaptive.sums import LOSSES
 from rlalign.logprobs import token_logprobs
 
 D, V = 16, 50

@@ -7,8 +7,7 @@ import pytest
 from scipy.special import expit
 
 from rlalign.calibration.calibrators import Calibrator, ModelIdentity, PlattCalibrator
-from rlalign.calibration.calibrators.cross_fit import cross_fitted
-from rlalign.calibration.calibrators.score_rows import read_score_rows
+from rlalign.calibration.calibrators.cross_fit import cross_fitted, read_score_rows
 from rlalign.calibration.metrics import brier_score
 from rlalign.commands.calibrate import METHODS, calibrate, report
 
@@ -156,3 +155,26 @@ def test_bad_arguments(tmp_path):
     calibrate(scores, method="platt", out=tmp_path / "c.json")
     with pytest.raises(ValueError, match="needs --scores"):
         report(tmp_path / "c.json", plot=tmp_path / "p.png")
+
+
+def test_soft_labels_are_rates(tmp_path, capsys):
+    random = np.random.default_rng(0)
+    x = random.normal(2, 3, 300)
+    y = np.clip(expit(0.5 * (x - 2)) + random.normal(0, 0.05, 300), 0, 1)
+    scores = write(tmp_path / "s.jsonl", [{"logit": float(a), "label": float(b)} for a, b in zip(x, y, strict=True)])
+    out = tmp_path / "c.json"
+    with pytest.raises(ValueError, match="pass soft_labels=True"):
+        calibrate(scores, method="platt", out=out, model=MODEL)
+    assert calibrate(scores, method="platt", out=out, plot=tmp_path / "p.png", model=MODEL, soft_labels=True) == 0
+    wanted = PlattCalibrator().fit(x, y, soft_labels=True)
+    np.testing.assert_allclose(Calibrator.load(out).transform(x), wanted.transform(x), rtol=1e-9)
+
+
+def test_scores_that_fall_with_success_can_be_asked_for(tmp_path):
+    scores = binary(tmp_path / "s.jsonl", scale=-0.5)
+    with pytest.raises(ValueError, match="allow_negative_scale=True"):
+        calibrate(scores, method="platt", out=tmp_path / "c.json", model=MODEL)
+    assert calibrate(scores, method="platt", out=tmp_path / "c.json", model=MODEL, allow_negative_scale=True) == 0
+    assert Calibrator.load(tmp_path / "c.json").scale_ < 0
+    with pytest.raises(ValueError, match="an option of platt"):
+        calibrate(scores, method="beta", out=tmp_path / "d.json", model=MODEL, allow_negative_scale=True)

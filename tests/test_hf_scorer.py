@@ -12,6 +12,7 @@ from tests.reward_models import ENCODERS, KINDS, model_of, reference, saved, sco
 
 QUERY, ITEMS = "What is 2 + 2? ", ["4", "twenty-two", "The sum is four, I think."]
 DECODERS = ["one_label", "three_labels", "gemma", "mistral", "gpt2", "bloom", "jamba"]
+PAIRS = ["bert", "xlmr"]
 YES, NO = 40, 50
 
 
@@ -19,7 +20,7 @@ def encoded(kind, query, item):
     """One sequence as the tokenizer itself encodes it."""
     tokenizer = tokenizer_of(kind)
     if kind in ENCODERS:
-        found = tokenizer(query, item) if query else tokenizer(item)
+        found = tokenizer(query, item) if query or kind in PAIRS else tokenizer(item)
         return found["input_ids"], found["token_type_ids"]
     return tokenizer(query)["input_ids"] + tokenizer(item, add_special_tokens=False)["input_ids"], None
 

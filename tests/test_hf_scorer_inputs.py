@@ -44,7 +44,11 @@ def test_a_bare_string_or_list_of_ids_is_one_item():
 
 @pytest.mark.parametrize("kind", ["one_label", "judge", "bert"])
 def test_an_empty_query_scores_the_item_alone(kind):
-    params = ScoringParams(label_token_ids=[40, 50], min_label_mass=0.0) if kind == "judge" else ScoringParams()
+    params = (
+        ScoringParams(label_token_ids=[40, 50], min_label_mass=0.0)
+        if kind == "judge"
+        else ScoringParams(alone=kind == "bert")
+    )
     found = tokenizer_of(kind)(ITEMS[1])
     logits = reference(kind, found["input_ids"], found["token_type_ids"] if kind == "bert" else None).logits[0]
     expected = logits[-1].log_softmax(-1)[[40, 50]] if kind == "judge" else logits
@@ -193,15 +197,6 @@ def test_text_needs_a_tokenizer_and_a_cross_encoder_needs_it_always():
         HFScorer.wrap(model_of("one_label"), None, id="bare").score(QUERY, ITEMS)
     with pytest.raises(ValueError, match="a cross-encoder needs its tokenizer"):
         HFScorer.wrap(model_of("bert"), None, id="bare")
-
-
-def test_a_removed_parameter_still_works_and_says_so():
-    with pytest.warns(DeprecationWarning, match="write use_activation=True"):
-        params = ScoringParams(softmax=True)
-    close(
-        scorer_of("three_labels").score(QUERY, ITEMS, params).scores,
-        scorer_of("three_labels").score(QUERY, ITEMS, ScoringParams(use_activation=True)).scores,
-    )
 
 
 def test_ascore_gives_the_same_scores_to_many_at_once():

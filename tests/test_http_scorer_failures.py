@@ -70,7 +70,6 @@ def test_retries_end(connect, score):
 @pytest.mark.parametrize(
     ("misbehave", "reason"),
     [
-        (status(400, {"error": {"message": "prompt too long", "code": 400}}), "HTTP 400: prompt too long"),
         (status(401, {"detail": "no key"}), "HTTP 401: no key"),
         (status(302, {}, Location="/elsewhere"), "HTTP 302"),
         (status(404, b"<html>proxy</html>"), "HTTP 404: <html>proxy</html>"),
@@ -91,6 +90,21 @@ def test_other_failures_are_final(connect, score, misbehave, reason):
     assert result.rewards() == [None] * 3
     assert all(reason in error for error in result.errors)
     assert score(scorer, QUERY, ITEMS).rewards() == OK
+
+
+@pytest.mark.parametrize("code", [400, 413, 422])
+def test_an_item_that_the_server_refuses_costs_itself_only(connect, score, code):
+    def answer(path, sent):
+        if path == "/pooling" and any(len(codes(text)) > 12 for text in sent["input"] if isinstance(text, str)):
+            return code, {"error": {"message": "prompt too long", "code": code}}
+        return http_servers.vllm()(path, sent)
+
+    scorer, server = connect(answer=answer)
+    before = server.scored()
+    result = score(scorer, QUERY, ["4", "x" * 20, "four"])
+    assert result.rewards() == [pytest.approx(WANT[0], abs=1e-6), None, pytest.approx(WANT[2], abs=1e-6)]
+    assert f"HTTP {code}: prompt too long" in result.errors[1]
+    assert server.scored() == before + 4
 
 
 @pytest.mark.parametrize(

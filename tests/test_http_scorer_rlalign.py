@@ -12,7 +12,7 @@ import torch
 
 from rlalign.calibration.calibrators import PlattCalibrator
 from rlalign.scoring import HTTPScorer, ScoringParams, with_calibration
-from rlalign.scoring.identity import identity_of
+from rlalign.scoring.calibrated import identity_of
 from tests.reward_models import scorer_of
 from tests.reward_serving import serving
 

@@ -67,7 +67,7 @@ def test_what_cannot_be_scored_is_an_error_of_its_own(chatty):
     result = chatty.score_conversations(prompts, answers)
     close(result.scores[0], chatty.score("2 + 2 =", " 4").scores[0])
     close(result.scores[2], chatty.score("2 + 2 =", " 5").scores[0])
-    assert "item 0 is empty" in result.errors[1] and f"reads at most {CONTEXT}" in result.errors[3]
+    assert "the item is empty" in result.errors[1] and f"reads at most {CONTEXT}" in result.errors[3]
     assert [r is None for r in result.rewards()] == [False, True, False, True]
     nothing = chatty.score_conversations(["a"], [""])
     assert nothing.rewards() == [None] and nothing.errors[0]
@@ -123,7 +123,7 @@ def test_a_sample_that_fails_is_none_and_told(chatty, caplog):
         )
     assert [value is None for value in found] == [False, True, False, False]
     assert metrics == {"chatty/failed_frac": 0.25}
-    assert "1 of 4 samples have no reward; sample 1: item 0 is empty" in caplog.text
+    assert "1 of 4 samples have no reward; sample 1: the item is empty" in caplog.text
     with pytest.raises(RuntimeError, match="1 of 4 samples have no reward; sample 1"):
         call(chatty.as_reward_func(on_error="raise"), prompts=["a"] * 4, completions=["b", "", "c", "d"])
     with pytest.raises(ValueError, match="on_error"):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlalign.calibration.calibrators import PlattCalibrator
-from rlalign.calibration.calibrators.score_rows import ScoreRows
+from rlalign.calibration.calibrators.cross_fit import ScoreRows
 from rlalign.reward.shaping import BootstrapCalibration, centred_sigmoid, loess, tied_share, without_length_bias
 
 X = [7.0, 17.0, 30.0, 70.0, 106.0, 121.0, 200.0, 248.0, 259.0, 323.0, 331.0, 365.0]

@@ -9,8 +9,18 @@ import torch
 
 from rlalign.calibration.calibrators import Calibrator
 from rlalign.reward.training import Labelled, Pair, Recipe, pairs_of, read_rows, split, train_reward_model, write_rows
-from rlalign.reward.training.fit import Item, _loss, accumulation, bradley_terry_loss, fit, pointwise_loss
-from rlalign.reward.training.reward_network import RewardNetwork, load, padded, tokenised
+from rlalign.reward.training.fit import (
+    Item,
+    RewardNetwork,
+    _loss,
+    accumulation,
+    bradley_terry_loss,
+    fit,
+    load,
+    padded,
+    pointwise_loss,
+    tokenised,
+)
 from rlalign.scoring.hf import HFScorer
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
 

@@ -44,6 +44,7 @@ MATRIX = [  # parameter and value -> tasks that take it; the rows of "Valid para
     ("returned_token_ids", [1], {"token_classify"}),
     ("dimensions", 16, {"embed", "token_embed"}),
     ("item_first", True, {"classify", "generative"}),
+    ("alone", True, {"classify"}),
     ("truncate_prompt_tokens", 10, set(MODELS)),
     ("truncate_prompt_tokens", -1, set(MODELS)),
     ("max_tokens_per_item", 3, set(MODELS)),
@@ -74,7 +75,7 @@ def test_each_parameter_belongs_to_its_tasks(task, name, value, tasks):
 
 def test_every_parameter_is_in_the_matrix():
     removed = {"softmax", "activation", "normalize", "logit_bias", "logit_scale"}
-    named = {name for name, _, _ in MATRIX} | {"task", "calibrate"} | removed
+    named = {name for name, _, _ in MATRIX} | {"task", "calibrate", "truncation_side"} | removed
     assert named == set(ScoringParams.__struct_fields__)
 
 
@@ -140,25 +141,15 @@ def test_removed_tasks_name_their_successor(old, new):
         msgspec.convert({"task": old}, ScoringParams)
 
 
-@pytest.mark.parametrize(("old", "given_as", "new", "value"), [
-    ("softmax", True, "use_activation", True),
-    ("activation", False, "use_activation", False),
-    ("normalize", False, "use_activation", False),
-    ("logit_bias", 1.5, "logit_mean", 1.5),
-    ("logit_scale", 4.0, "logit_sigma", 0.25),
+@pytest.mark.parametrize(("old", "value", "new"), [
+    ("softmax", True, "use_activation"), ("activation", False, "use_activation"), ("normalize", True, "for embeddings only"),
+    ("logit_bias", 1.5, "logit_mean"), ("logit_scale", 4.0, "logit_sigma, its inverse"),
 ])  # fmt: skip
-def test_removed_names_work_and_say_the_new_form(old, given_as, new, value):
-    with pytest.warns(DeprecationWarning, match=f"{old} was removed upstream: write {new}={value}") as warned:
-        params = ScoringParams(**{old: given_as})
-    assert getattr(params, new) == value and getattr(params, old) is None
-    assert warned[0].filename == __file__
-    with pytest.raises(ValueError, match=f"{old} and {new} disagree"):
-        ScoringParams(**{old: given_as, new: not value if isinstance(value, bool) else value + 1})
-
-
-def test_a_zero_logit_scale_has_no_sigma():
-    with pytest.raises(ValueError, match="logit_scale: expected a finite number other than 0"):
-        ScoringParams(logit_scale=0.0)
+def test_removed_names_are_refused_with_the_new_form(old, value, new):
+    with pytest.raises(ValueError, match=f"{old} was removed upstream: use .*{new}"):
+        ScoringParams(**{old: value})
+    with pytest.raises(msgspec.ValidationError, match=f"{old} was removed upstream"):
+        msgspec.convert({old: value}, ScoringParams)
 
 
 @pytest.mark.parametrize(("task", "name", "value", "says"), [
@@ -167,6 +158,8 @@ def test_a_zero_logit_scale_has_no_sigma():
     ("classify", "truncate_prompt_tokens", True, "from -1 to 50"),
     ("classify", "truncate_prompt_tokens", 4.0, "from -1 to 50"),
     ("classify", "max_tokens_per_item", 0, "from 1"),
+    ("classify", "truncation_side", "left", "nothing is cut without"),
+    ("classify", "truncation_side", "middle", "expected left, right"),
     ("classify", "logit_sigma", 0.0, "must be positive"),
     ("classify", "logit_sigma", math.nan, "expected a finite number"),
     ("classify", "logit_mean", math.inf, "expected a finite number"),

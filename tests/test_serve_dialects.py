@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 from scipy.special import expit, softmax
@@ -55,7 +56,7 @@ SCORE_BAD = {
     "mixed names": ({"queries": "a", "data_2": "b"}, "give exactly one of"),
     "both names": ({"queries": "a", "documents": "b", "text_1": "a", "text_2": "b"}, "give exactly one of"),
     "empty": ({"queries": "a", "documents": []}, "at least one text"),
-    "right truncation": ({"queries": "a", "documents": "b", "truncation_side": "right"}, "truncation_side"),
+    "another side": ({"queries": "a", "documents": "b", "truncation_side": "both"}, "truncation_side"),
     "both": ({"queries": "a", "documents": "b", "use_activation": False, "calibrate": True}, "asks for logits"),
     "judge labels": ({"queries": "a", "documents": "b", "label_token_ids": [1, 2]}, "not a generative judge"),
 }
@@ -141,7 +142,6 @@ def test_a_judge_scores_with_its_first_label():
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        ("/v1/score", {"query": "q", "items": ["a"]}),
         ("/score", {"queries": "q", "documents": "a"}),
         ("/rerank", {"query": "q", "documents": ["a"]}),
         ("/classify", {"input": "a"}),
@@ -152,3 +152,68 @@ def test_another_model_is_not_found_and_ours_is(http, path, body):
         assert http.post(path, json=body | {"model": name}).status_code == 200
     error = http.post(path, json=body | {"model": "some/other"}).json()["error"]
     assert (error["code"], error["type"], error["param"]) == (404, "not_found", "model")
+
+
+# --- requests of the clients that people have ---
+
+
+@pytest.mark.parametrize("more", [{}, {"return_pooled_hidden_states": True}])
+@pytest.mark.parametrize("items", [["Sacramento"], ["Sacramento", "New York", "Los Angeles"]])
+def test_sglang_s_requests_name_any_model(http, items, more):
+    """As SGLang's documentation sends them: "model": "test", labels of a judge beside a classifier."""
+    body = {
+        "query": "Is this city in California?",
+        "items": items,
+        "label_token_ids": [9454, 2753],
+        "model": "test",
+    } | more
+    answer = posted(http, "/v1/score", **body)
+    assert answer["scores"] == [[fingerprint(body["query"], item)] for item in items]
+    assert answer["model"] == "tests/hash-reward"
+
+
+def test_one_model_can_be_asked_for_by_name(http):
+    (listed,) = http.get("/v1/models").json()["data"]
+    card = http.get(f"/v1/models/{listed['id']}")
+    assert (card.status_code, card.json()) == (200, listed)
+    error = http.get("/v1/models/some/other").json()["error"]
+    assert (error["code"], error["type"]) == (404, "not_found")
+
+
+def test_cohere_s_requests(http):
+    texts = ["a", "b", "nan"]
+    plain = posted(http, "/v2/rerank", query="q", documents=texts)["results"]
+    assert posted(http, "/v2/rerank", query="q", documents=texts, priority=1)["results"] == plain
+    objects = [{"text": text} for text in texts]
+    assert posted(http, "/v1/rerank", query="q", documents=objects, return_documents=True)["results"] == plain
+    bare = posted(http, "/v1/rerank", query="q", documents=objects, return_documents=False)["results"]
+    assert bare == [entry | {"document": None} for entry in plain]
+
+
+def test_equal_probabilities_are_ranked_by_their_logits(monkeypatch):
+    scorer = HashScorer()
+    monkeypatch.setattr(HashScorer, "logits", lambda self, query, item: np.float32([40 + len(item)]))
+    with client(scorer) as http:
+        results = posted(http, "/rerank", query="q", documents=["a", "aaa", "aa"])["results"]
+    assert [entry["relevance_score"] for entry in results] == [1.0] * 3
+    assert [entry["index"] for entry in results] == [1, 2, 0]
+
+
+def test_classes_have_the_names_of_the_model():
+    with client(HashScorer(msgspec.structs.replace(classifier(labels=3), labels=("bad", "fair", "good")))) as http:
+        best = int(np.argmax([fingerprint("", "a", k) for k in range(3)]))
+        assert posted(http, "/classify", input="a")["data"][0]["label"] == ("bad", "fair", "good")[best]
+
+
+@pytest.mark.parametrize(("path", "body", "read"), [
+    ("/v1/score", {"query": "q", "items": ["a", "", "b"]}, lambda a: list(zip(a["scores"], a["errors"], strict=True))),
+    ("/score", {"queries": "q", "documents": ["a", "", "b"]}, lambda a: [(e["score"], e["error"]) for e in a["data"]]),
+    ("/classify", {"input": ["a", "", "b"]}, lambda a: [(e["probs"], e["error"]) for e in a["data"]]),
+    ("/get_reward", {"query": ["a", "", "b"]}, lambda a: list(zip(a["rewards"], a["errors"], strict=True))),
+])  # fmt: skip
+def test_an_item_that_cannot_be_scored_is_null_with_its_reason_and_the_others_are_scored(http, path, body, read):
+    key = next(name for name, value in body.items() if isinstance(value, list))
+    answer, alone = read(posted(http, path, **body)), read(posted(http, path, **body | {key: ["a", "b"]}))
+    assert [answer[0], answer[2]] == alone
+    assert answer[1] == (None, "the item is empty: it has no token of its own whose state could be scored")
+    assert [value for value, _ in read(posted(http, path, **body | {key: [""]}))] == [None]

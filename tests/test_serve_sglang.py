@@ -256,7 +256,6 @@ def test_bad_labels_of_a_judge(judge, labels):
 
 BAD = {
     "items null": ({"items": None}, "items must be provided"),
-    "empty item": ({"items": ["a", ""]}, "item 1 is empty"),
     "text with ids": ({"items": [[1, 2]]}, "Invalid combination of query/items types"),
     "ids with text": ({"query": [1, 2]}, "Invalid combination of query/items types"),
     "mixed items": ({"items": ["a", [1]]}, "Invalid combination of query/items types"),
@@ -272,13 +271,20 @@ BAD = {
     "unknown field": ({"apply_sofmax": True}, "apply_sofmax: unknown field"),
     "calibrate without": ({"calibrate": True}, "no calibration is in force"),
     "wrong type": ({"items": 7}, "items"),
-    "too long": ({"items": ["x" * 600]}, "reads at most 512"),
 }
 
 
 @pytest.mark.parametrize(("changes", "says"), BAD.values(), ids=BAD.keys())
 def test_what_is_refused(http, changes, says):
     assert says in refused(http, **changes)
+
+
+@pytest.mark.parametrize(("item", "says"), [("", "the item is empty"), ("x" * 600, "reads at most 512")])
+def test_an_item_that_cannot_be_read_is_null_with_its_reason(http, item, says):
+    answer = scored(http, items=[SCORED["items"][0], item, SCORED["items"][1]])
+    assert answer["errors"][0] is answer["errors"][2] is None and says in answer["errors"][1]
+    assert answer["scores"][1] is answer["logits"][1] is None
+    assert [answer["scores"][i] for i in (0, 2)] == scored(http, items=SCORED["items"][:2])["scores"]
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])

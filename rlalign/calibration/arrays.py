@@ -73,7 +73,7 @@ def binary_labels(values: Numbers, *, soft: bool, what: str = "labels") -> Float
     wrong_N = (labels_N < 0) | (labels_N > 1) if soft else (labels_N != 0) & (labels_N != 1)
     if wrong_N.any():
         first = int(np.argmax(wrong_N))
-        hint = "" if soft or what != "labels" else "; pass soft_labels=True for probabilities in [0, 1]"
+        hint = "" if soft or what != "labels" else "; pass soft_labels=True (--soft-labels) for probabilities in [0, 1]"
         expected = "numbers in [0, 1]" if soft else "0 or 1"
         raise ValueError(f"{what}: expected {expected}, got {labels_N[first]} at index {first}{hint}")
     return labels_N

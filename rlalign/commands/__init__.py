@@ -123,6 +123,8 @@ def _calibrate(arguments: argparse.Namespace) -> int:
             out=arguments.out,
             folds=arguments.folds,
             seed=arguments.seed,
+            soft_labels=arguments.soft_labels,
+            allow_negative_scale=arguments.allow_negative_scale,
             **outputs,
         )
     except TypeError as error:  # pairs with a method that has no scale to fit
@@ -221,6 +223,8 @@ def parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--json", type=Path, metavar="FILE", help="write every number as JSON")
     calibrate.add_argument("--folds", type=int, default=5, help="of the cross-fitted numbers (default %(default)s)")
     calibrate.add_argument("--seed", type=int, default=0)
+    calibrate.add_argument("--soft-labels", action="store_true", help="labels are rates in [0, 1]")
+    calibrate.add_argument("--allow-negative-scale", action="store_true", help="platt: high scores may mean failure")
     calibrate.add_argument("--model", help="what produced the scores; checked whenever the file is used")
     calibrate.add_argument("--revision")
     calibrate.add_argument("--head-dtype")

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,16 @@ from rlalign.calibration.calibrators import (
     PlattCalibrator,
     TemperatureCalibrator,
 )
-from rlalign.calibration.calibrators.cross_fit import Quality, cross_fitted, fit_on, predicted, quality
+from rlalign.calibration.calibrators.cross_fit import (
+    Quality,
+    ScoreRows,
+    cross_fitted,
+    fit_on,
+    predicted,
+    quality,
+    read_score_rows,
+)
 from rlalign.calibration.calibrators.fit_report import judged_rows
-from rlalign.calibration.calibrators.score_rows import ScoreRows, read_score_rows
 from rlalign.calibration.metrics.reliability import reliability_diagram, write_reliability
 
 METHODS: dict[str, Callable[[], Calibrator]] = {
@@ -47,16 +55,21 @@ def calibrate(
     model: ModelIdentity | None = None,
     folds: int = 5,
     seed: int = 0,
+    soft_labels: bool = False,
+    allow_negative_scale: bool = False,
 ) -> int:
     """Fit, print before / after / cross-fitted, write `out`. Returns 1, and writes no calibration, when it does harm.
 
     scores_file: see `score_rows`. model: what produced the scores; without one the file is bound to nothing and a
-    scorer that checks will refuse it. Harm: the cross-fitted Brier score is above that of the raw scores.
+    scorer that checks will refuse it. soft_labels: labels are rates in [0, 1]. allow_negative_scale: Platt may find that high
+    scores mean failure. Harm: the cross-fitted Brier score is above that of the raw scores.
     Raises ValueError on rows that cannot be read or fitted.
     """
     one_of(method, tuple(METHODS), "method")
-    rows = read_score_rows(scores_file)
-    make = METHODS[method]
+    rows = read_score_rows(scores_file, soft=soft_labels)
+    if allow_negative_scale and method != "platt":
+        raise ValueError(f"--allow-negative-scale is an option of platt, which alone has a signed scale, got {method}")
+    make = partial(PlattCalibrator, allow_negative_scale=True) if allow_negative_scale else METHODS[method]
     calibrator, said = _fit(make(), rows)
     held = cross_fitted(make, rows, folds=folds, seed=seed)
     before = predicted(IdentityCalibrator(), rows)
@@ -188,7 +201,7 @@ def _plot(path: Path, probabilities: dict[str, np.ndarray], rows: ScoreRows, *, 
     labels_N = np.ones(len(rows)) if rows.labels_N is None else rows.labels_N
     for label, p in probabilities.items():
         shown_N, outcome_N = judged_rows(p, labels_N, top_label=rows.shape != "binary")
-        diagrams[label] = reliability_diagram(shown_N, outcome_N, sample_weight=rows.weight_N)
+        diagrams[label] = reliability_diagram(shown_N, outcome_N, sample_weight=rows.weight_N, soft_labels=rows.soft)
     write_reliability(path, diagrams, title=title)
 
 

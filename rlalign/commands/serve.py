@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from rlalign.calibration.calibrators.calibration_file import Json
-    from rlalign.scoring.model_info import ModelInfo
+    from rlalign.scoring.params import ModelInfo
 
 KEY_VARIABLE = "RLALIGN_API_KEY"
 LIMITS = {
@@ -55,6 +55,12 @@ def add_options(parser: ArgumentParser) -> None:
         metavar="ID",
         help="a judge's answers, yes first, where a request names none",
     )
+    parser.add_argument(
+        "--truncate-prompt-tokens",
+        type=int,
+        metavar="K",
+        help="cut inputs to K tokens, -1: to what the model reads; without it a longer item is answered with a reason",
+    )
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help=f"or set {KEY_VARIABLE}")
     parser.add_argument("--revision")
     parser.add_argument("--dtype", default="auto")
@@ -77,7 +83,7 @@ def run(arguments: Namespace) -> int:
         port=arguments.port,
         model_name=arguments.model_name or arguments.model,
         api_key=api_key(arguments.api_key_file),
-        params=None if labels is None else ScoringParams(label_token_ids=labels),
+        params=ScoringParams(label_token_ids=labels, truncate_prompt_tokens=arguments.truncate_prompt_tokens),
         **{name: getattr(arguments, name) for name in LIMITS},
     )
     logging.basicConfig(
@@ -168,7 +174,7 @@ def _document(calibration: str, folder: Path, info: ModelInfo, settings: ServerS
     """The content of a calibration file. The one beside the weights is bound to the name they are served under."""
     from rlalign.calibration.calibrators import Calibrator
     from rlalign.reward.training.quality import CALIBRATION
-    from rlalign.scoring.identity import identity_of, require_same_model
+    from rlalign.scoring.calibrated import identity_of, require_same_model
 
     if calibration != "own":
         return _json(Path(calibration))

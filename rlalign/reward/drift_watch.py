@@ -89,7 +89,7 @@ class DriftWatch:
         policy_versions, prompt_ids: [B].
         """
         metrics: dict[str, float] = {}
-        right_B = rewards.components[VERIFIER].score.raw.numpy() >= self._config.right
+        right_B = rewards.components[VERIFIER].score.raw.numpy() >= np.float32(self._config.right)  # scored in float32
         for name, watched in self._watched.items():
             logit_B = rewards.components[name].score.raw.numpy()
             scored_B = np.isfinite(logit_B)

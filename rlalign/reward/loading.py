@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from rlalign.calibration.calibrators import AffineCalibrator, Calibrator
-from rlalign.calibration.calibrators.cross_fit import fit_on
-from rlalign.calibration.calibrators.score_rows import read_score_rows
+from rlalign.calibration.calibrators.cross_fit import fit_on, read_score_rows
 from rlalign.config import RewardConfig, RewardModelConfig
 from rlalign.config.reward import CALIBRATED, OWN
 from rlalign.reward.mixture import RewardMixture
@@ -20,13 +19,13 @@ from rlalign.reward.model_reward import ModelReward, logits_by
 from rlalign.reward.shaping import BootstrapCalibration
 from rlalign.reward.training.examples import Labelled, read_rows
 from rlalign.reward.training.quality import CALIBRATION, SCORES
-from rlalign.scoring.identity import require_same_model
+from rlalign.scoring.calibrated import require_same_model
 from rlalign.scoring.params import ScoringParams
 
 if TYPE_CHECKING:
     from rlalign.reward.model_reward import Score
-    from rlalign.scoring.model_info import ModelInfo
-    from rlalign.scoring.reward_func import Scoring
+    from rlalign.scoring.params import ModelInfo
+    from rlalign.scoring.scorer import Scoring
 
 
 def load_mixture(config: RewardConfig, say: Callable[[str], None] = print) -> RewardMixture:

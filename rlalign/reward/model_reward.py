@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rlalign.config import RewardModelConfig
     from rlalign.scoring.params import ScoringParams
     from rlalign.scoring.result import ScoreResult
-    from rlalign.scoring.reward_func import Scoring
+    from rlalign.scoring.scorer import Scoring
 
     Score = Callable[[Sequence[tuple[str, str]]], Sequence[float | str]]
 

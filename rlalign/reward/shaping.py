@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from rlalign.calibration.arrays import Floats, Numbers
     from rlalign.calibration.calibrators import Calibrator
-    from rlalign.calibration.calibrators.score_rows import ScoreRows
+    from rlalign.calibration.calibrators.cross_fit import ScoreRows
 
 SPAN = 2 / 3  # share of the points that a local line looks at, as in Cleveland 1979 and R's lowess
 DRAWS = 100

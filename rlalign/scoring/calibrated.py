@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
 from rlalign.calibration.calibrators import CalibrationMismatchError, CalibrationWarning, ModelIdentity
-from rlalign.scoring.identity import identity_of
 from rlalign.scoring.params import ModelInfo, ScoringParams
-from rlalign.scoring.reward_func import Scoring
+from rlalign.scoring.scorer import Scoring
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,6 +24,39 @@ if TYPE_CHECKING:
     from rlalign.calibration.calibrators import Calibrator
     from rlalign.scoring.result import ScoreResult
     from rlalign.scoring.scorer import Prepared, RewardScorer, Text
+
+
+def identity_of(info: ModelInfo) -> ModelIdentity:
+    """What a calibration of this model's scores is bound to."""
+    return ModelIdentity(
+        id=info.id,
+        revision=info.revision,
+        template_sha256=info.template_sha256,
+        dtype=info.dtype,
+        head_dtype=info.head_dtype,
+        num_labels=info.num_labels or None,
+    )
+
+
+def require_same_model(calibrator: Calibrator, info: ModelInfo, *, what: str, same_folder: bool = False) -> None:
+    """Raise CalibrationMismatchError unless the calibrator was fitted on scores of this model.
+
+    The id must be in the file; the other fields are compared where both sides know them. same_folder: the file lies in the
+    model's own folder, which may have moved since: the id, its path, is not compared.
+    """
+    fitted, now = calibrator.model_, identity_of(info)
+    if fitted.id is None:
+        raise CalibrationMismatchError(
+            f"{what}: the calibration is bound to no model; fit it with rlalign calibrate --model {info.id}"
+        )
+    known = {name for name, value in asdict(fitted).items() if value is not None}
+    expected = replace(
+        now, **{name: None for name in asdict(now) if name not in known or (same_folder and name == "id")}
+    )
+    if different := fitted.differences(expected):
+        raise CalibrationMismatchError(
+            f"{what}: the calibration was fitted on another model ({'; '.join(different)}); fit one on this model's scores"
+        )
 
 
 def with_calibration(scorer: RewardScorer, calibrator: Calibrator, *, strict: bool = True) -> CalibratedScorer:
@@ -106,12 +138,12 @@ def calibrated(result: ScoreResult, calibrator: Calibrator, *, generative: bool)
     return replace(result, scores=scores, calibration_id=calibrator.calibration_id)
 
 
-def _probabilities(logits: NDArray[np.float32], calibrator: Calibrator, generative: bool) -> NDArray[np.float32]:
+def _probabilities(logits: NDArray[np.float32], calibrator: Calibrator, generative: bool) -> NDArray[np.float64]:
     x = logits.astype(np.float64)
     if generative:
         x = x[:1] - x[1:2]
     found = calibrator.transform(x.reshape(-1, x.shape[-1]))
-    return found.reshape(x.shape).astype(np.float32)
+    return found.reshape(x.shape)
 
 
 def _check(calibrator: Calibrator, info: ModelInfo, *, strict: bool) -> None:

@@ -7,22 +7,73 @@ a reward through a sigmoid. Embeddings have unit length by default, as in vLLM.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import msgspec
 
-from rlalign.scoring.model_info import Activation, ModelInfo, PoolerDefaults, Task
+Task = Literal["classify", "token_classify", "embed", "token_embed", "generative"]
+Activation = Literal["sigmoid", "softmax", "identity"]
 
-if TYPE_CHECKING:
-    from rlalign.scoring.model_info import ModelInfo, Task
 
-    pass
+class PoolerDefaults(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The model's own choices, between the user's and the task's defaults. None: no choice.
 
-COMMON = ("truncate_prompt_tokens", "max_tokens_per_item", "skip_reading_prefix_cache")
+    pooling: which states of a sequence make its one state. token_pooling: ALL rows, or STEP: the rows at `step_tag_id` only.
+    logit_mean, logit_sigma: scores are activation((logit - mean) / sigma).
+    """
+
+    pooling: Literal["LAST", "MEAN", "CLS"] | None = None
+    token_pooling: Literal["ALL", "STEP"] | None = None
+    use_activation: bool | None = None
+    dimensions: int | None = None
+    step_tag_id: int | None = None
+    returned_token_ids: tuple[int, ...] | None = None
+    logit_mean: float | None = None
+    logit_sigma: float | None = None
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One reward model as a scorer serves it.
+
+    tasks: the first is what a request without a task gets. num_labels: columns of the score head, 0 without one.
+    activation: what use_activation=True applies to the logits; embeddings are always scaled to unit length.
+    labels: names of the head's columns, in their order. max_length: tokens of one sequence, None where there is no limit.
+    exposes_hidden_states: pooled states before the head can be returned; if not, hidden_states_reason says why.
+    packs: several items can share one query's computation exactly; if not, packing_reason says why.
+    matryoshka_dimensions: None: embeddings must not be cut; (): any cut is fine.
+    template_sha256: of the chat template text, None without one.
+    already_calibrated: the scores arrive shifted and scaled by the server, so no calibrator may be attached.
+    calibration_id: of the calibrator attached in this process, None without one.
+    """
+
+    id: str
+    architecture: str
+    tasks: tuple[Task, ...]
+    vocab_size: int
+    hidden_size: int
+    revision: str | None = None
+    num_labels: int = 0
+    activation: Activation = "identity"
+    labels: tuple[str, ...] = ()
+    max_length: int | None = None
+    dtype: str | None = None
+    head_dtype: str | None = None
+    causal: bool = True
+    exposes_hidden_states: bool = False
+    hidden_states_reason: str = ""
+    packs: bool = False
+    packing_reason: str = ""
+    matryoshka_dimensions: tuple[int, ...] | None = None
+    pooler: PoolerDefaults = PoolerDefaults()
+    template_sha256: str | None = None
+    already_calibrated: bool = False
+    calibration_id: str | None = None
+
+
+COMMON = ("truncate_prompt_tokens", "truncation_side", "max_tokens_per_item", "skip_reading_prefix_cache")
 VALID: dict[str, tuple[str, ...]] = {
-    "classify": ("use_activation", "calibrate", "return_pooled_hidden_states", "item_first", "logit_mean", "logit_sigma"),
+    "classify": ("use_activation", "calibrate", "return_pooled_hidden_states", "item_first", "alone", "logit_mean", "logit_sigma"),
     "token_classify": ("use_activation", "calibrate", "step_tag_id", "returned_token_ids", "logit_mean", "logit_sigma"),
     "embed": ("use_activation", "dimensions"),
     "token_embed": ("use_activation", "dimensions"),
@@ -30,7 +81,7 @@ VALID: dict[str, tuple[str, ...]] = {
                    "min_label_mass", "item_first"),
 }  # fmt: skip
 FROM_POOLER = ("use_activation", "dimensions", "step_tag_id", "returned_token_ids", "logit_mean", "logit_sigma")
-BOOLEANS = ("use_activation", "calibrate", "return_pooled_hidden_states", "return_token_logprobs", "item_first",
+BOOLEANS = ("use_activation", "calibrate", "return_pooled_hidden_states", "return_token_logprobs", "item_first", "alone",
             "full_vocabulary", "skip_reading_prefix_cache")  # fmt: skip
 STEP_ONLY = ("step_tag_id", "returned_token_ids")
 
@@ -108,6 +159,10 @@ def _check_values(params: ScoringParams, info: ModelInfo, problems: _Problems) -
             problems.add(name, f"expected a whole number from {low}" + ("" if high is None else f" to {high}"))
     if params.truncate_prompt_tokens == 0:
         problems.add("truncate_prompt_tokens", "nothing would be left; -1 keeps as much as the model reads")
+    if params.truncation_side not in (None, "left", "right"):
+        problems.add("truncation_side", "expected left, right or None")
+    elif params.truncation_side is not None and params.truncate_prompt_tokens is None:
+        problems.add("truncation_side", "nothing is cut without truncate_prompt_tokens")
     if params.truncate_prompt_tokens == -1 and info.max_length is None:
         problems.add("truncate_prompt_tokens", "the model has no maximum length to cut to")
     for name in ("logit_mean", "logit_sigma", "temperature", "min_label_mass"):
@@ -218,6 +273,13 @@ def _bad_labels(labels: object, vocab_size: int) -> str | None:
 __all__ = ["Activation", "InvalidParams", "ModelInfo", "PoolerDefaults", "ScoringParams", "Task"]
 
 REMOVED_TASKS = {"score": "classify", "reward": "classify", "encode": "embed"}
+REMOVED = {
+    "softmax": "use_activation",
+    "activation": "use_activation",
+    "normalize": "use_activation, for embeddings only",
+    "logit_bias": "logit_mean",
+    "logit_scale": "logit_sigma, its inverse",
+}
 
 
 class ScoringParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -231,9 +293,11 @@ class ScoringParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     probabilities among all tokens, which do not add up to 1. min_label_mass: below it an answer is flagged low_label_mass and
     is no reward.
     step_tag_id, returned_token_ids: rows and columns of a step-pooling process reward model.
-    item_first: the item before the query. truncate_prompt_tokens: keep the last k tokens, -1 as many as the model reads,
-    None: too long an input is an error. max_tokens_per_item: keep the first k tokens of each item.
-    softmax, activation, normalize, logit_bias, logit_scale: removed upstream, accepted with a DeprecationWarning.
+    item_first: the item before the query. alone: a cross-encoder reads each item as one text, not as a pair whose first text is
+    empty; only with an empty query. truncate_prompt_tokens: keep k tokens, -1 as many as the model reads, None: too long an
+    input is an error. truncation_side: which end is cut; None: a pair's as its tokenizer says (right in most), else left, since a
+    reward stands at the end. max_tokens_per_item: keep the first k tokens of each item.
+    softmax, activation, normalize, logit_bias, logit_scale: removed upstream; giving one raises ValueError with its successor.
     """
 
     task: str | None = None
@@ -251,7 +315,9 @@ class ScoringParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     returned_token_ids: list[int] | None = None
     dimensions: int | None = None
     item_first: bool = False
+    alone: bool = False
     truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = None
     max_tokens_per_item: int | None = None
     skip_reading_prefix_cache: bool | None = None
     softmax: bool | None = None
@@ -265,25 +331,9 @@ class ScoringParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
             raise ValueError(f"task {self.task!r} was removed upstream: use task={REMOVED_TASKS[self.task]!r}")
         if self.task is not None and self.task not in VALID:
             raise ValueError(f"task: expected one of {', '.join(VALID)}, got {self.task!r}")
-        for old in ("softmax", "activation", "normalize"):
-            if (value := getattr(self, old)) is not None:
-                self._renamed(old, "use_activation", value, f"use_activation={value}")
-        if self.logit_bias is not None:
-            self._renamed("logit_bias", "logit_mean", self.logit_bias, f"logit_mean={self.logit_bias}")
-        if self.logit_scale is not None:
-            if not is_real(self.logit_scale) or self.logit_scale == 0:
-                raise ValueError(f"logit_scale: expected a finite number other than 0, got {self.logit_scale!r}")
-            sigma = 1 / self.logit_scale
-            self._renamed("logit_scale", "logit_sigma", sigma, f"logit_sigma={sigma:g}, its inverse")
-
-    def _renamed(self, old: str, new: str, value: bool | float, form: str) -> None:
-        """Move a removed name to its new one. Raises ValueError where both are given and disagree."""
-        given = getattr(self, new)
-        if given is not None and given != value:
-            raise ValueError(f"{old} and {new} disagree: {old} means {form}, but {new}={given}; give {new} only")
-        warnings.warn(f"{old} was removed upstream: write {form}", DeprecationWarning, stacklevel=3)
-        msgspec.structs.force_setattr(self, new, value)
-        msgspec.structs.force_setattr(self, old, None)
+        for old, new in REMOVED.items():
+            if getattr(self, old) is not None:
+                raise ValueError(f"{old} was removed upstream: use {new}")
 
     def verify(self, model_info: ModelInfo, *, task: Task | None = None) -> ScoringParams:
         """A copy with every choice made: the user's, else the model's pooler defaults, else the task's.

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import msgspec
+
+from rlalign.scoring.params import InvalidParams, ScoringParams, per_item_labels
+from rlalign.scoring.result import ScoreResult
 
 if TYPE_CHECKING:
-    from rlalign.scoring.params import ModelInfo, ScoringParams
-    from rlalign.scoring.result import ScoreResult
+    from transformers import PreTrainedTokenizerBase
+
+    from rlalign.scoring.params import ModelInfo
 
 Text = str | Sequence[int]  # a string, or token ids
+
+
+class ItemRefused(ValueError):
+    """One item that cannot be scored, whatever the others are. reason: without the item's number."""
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(f"item {index}{reason}")
+        self.reason = f"the item{reason}"
 
 
 class Prepared(Protocol):
@@ -52,7 +69,7 @@ def checked_inputs(query: Text, items: Text | Sequence[Text], vocab_size: int) -
         )
     for i, item in enumerate(listed):
         if len(item) == 0:
-            raise ValueError(f"item {i} is empty: it has no token of its own whose state could be scored")
+            raise ItemRefused(i, " is empty: it has no token of its own whose state could be scored")
     if not isinstance(query, str):
         for what, ids in (("query", query), *((f"item {i}", item) for i, item in enumerate(listed))):
             _check_ids(ids, vocab_size, what)
@@ -71,3 +88,202 @@ def _is_id(value: object) -> bool:
 
 def _kind(part: Text) -> str:
     return "text" if isinstance(part, str) else "token ids"
+
+
+log = logging.getLogger("rlalign.scoring")
+Message = Mapping[str, str]
+Conversation = str | Sequence[Message]  # plain text, or a chat
+RewardFunc = Callable[..., Awaitable[list[float | None]]]
+
+
+class Scoring:
+    """The methods that every backend shares; a backend adds `info`, `tokenizer`, `prepare` and `run`."""
+
+    info: ModelInfo
+    tokenizer: PreTrainedTokenizerBase | None
+
+    def prepare(self, query: Text, items: Text | Sequence[Text], params: ScoringParams | None = None) -> Prepared:
+        """See `rlalign.scoring.scorer.RewardScorer`."""
+        raise NotImplementedError
+
+    def run(self, requests: Sequence[Prepared]) -> list[ScoreResult]:
+        """See `rlalign.scoring.scorer.RewardScorer`."""
+        raise NotImplementedError
+
+    def score(self, query: Text, items: Text | Sequence[Text], params: ScoringParams | None = None) -> ScoreResult:
+        """Score items against a query, in their order. Raises ValueError before any computation on a bad request."""
+        return self.run([self.prepare(query, items, params)])[0]
+
+    async def ascore(
+        self, query: Text, items: Text | Sequence[Text], params: ScoringParams | None = None
+    ) -> ScoreResult:
+        """The same without blocking the event loop."""
+        request = self.prepare(query, items, params)
+        return (await asyncio.to_thread(self.run, [request]))[0]
+
+    def score_conversations(
+        self,
+        prompts: Sequence[Conversation],
+        completions: Sequence[Conversation],
+        params: ScoringParams | None = None,
+    ) -> ScoreResult:
+        """Score completions, each behind its own prompt; entry i is about pair i.
+
+        Plain texts: the prompt is the query and the completion the item. Chats (lists of messages) go through the chat
+        template of the reward model's own tokenizer. Completions of the same prompt share its computation. A completion that
+        cannot be scored (empty, too long) becomes an error of its own; a request that is wrong as a whole raises ValueError.
+        """
+        if len(prompts) != len(completions):
+            raise ValueError(f"expected one completion a prompt, got {len(prompts)} and {len(completions)}")
+        params = params or ScoringParams()
+        params.verify(self.info)
+        requests: list[Prepared] = []
+        places: list[list[int]] = []
+        errors: dict[int, str] = {}
+        for members in _same(prompts).values():
+            for place, query, items in self._queries(prompts, completions, members):
+                request, kept, refused = prepared_each(self, query, items, params, ValueError)
+                errors |= {place[i]: reason for i, reason in refused.items()}
+                if request is not None:
+                    requests.append(request)
+                    places.append([place[i] for i in kept])
+        return in_order(self.run(requests), places, errors, len(prompts), self.info.id)
+
+    def as_reward_func(
+        self,
+        *,
+        params: ScoringParams | None = None,
+        label_index: int | None = None,
+        on_error: Literal["none", "raise"] = "none",
+    ) -> RewardFunc:
+        """An async reward function as TRL's trainers call it: prompts, completions and the data's columns in, rewards out.
+
+        on_error: "none" gives None for a sample without a score (TRL leaves it out) and logs the reason; "raise" raises
+        RuntimeError. label_index: which label is the reward, for models with several.
+        """
+        if on_error not in ("none", "raise"):
+            raise ValueError(f"on_error: expected 'none' or 'raise', got {on_error!r}")
+
+        async def reward(
+            prompts: Sequence[Conversation],
+            completions: Sequence[Conversation],
+            log_metric: Callable[[str, float], None] | None = None,
+            **columns: object,  # TRL passes completion_ids, trainer_state, log_extra and every column of the data set
+        ) -> list[float | None]:
+            result = await asyncio.to_thread(self.score_conversations, prompts, completions, params)
+            failed = [f"sample {i}: {error}" for i, error in enumerate(result.errors) if error is not None]
+            if failed and on_error == "raise":
+                raise RuntimeError(
+                    f"{result.model}: {len(failed)} of {len(result)} samples have no reward; {failed[0]}"
+                )
+            if failed:
+                log.warning(
+                    "%s: %d of %d samples have no reward; %s", result.model, len(failed), len(result), failed[0]
+                )
+            if log_metric is not None:
+                log_metric(f"{reward.__name__}/failed_frac", len(failed) / max(len(result), 1))
+            return result.rewards(label_index)
+
+        reward.__name__ = self.info.id.rstrip("/").rpartition("/")[2] or "reward_model"
+        return reward
+
+    def _queries(
+        self, prompts: Sequence[Conversation], completions: Sequence[Conversation], members: list[int]
+    ) -> list[tuple[list[int], Text, list[Text]]]:
+        """(places, query, items) of the completions `members` of one prompt: chats as token ids that share a prefix."""
+        if isinstance(prompts[members[0]], str):
+            wrong = [i for i in members if not isinstance(completions[i], str)]
+            if wrong:
+                raise ValueError(f"pair {wrong[0]}: a text prompt with a chat completion; give both in the same form")
+            return [(members, prompts[members[0]], [completions[i] for i in members])]
+        chats = [self._chat_ids([*prompts[i], *_as_messages(completions[i])]) for i in members]
+        shared = _common_prefix(chats)
+        return [(members, chats[0][:shared], [ids[shared:] for ids in chats])]
+
+    def _chat_ids(self, messages: list[Message]) -> list[int]:
+        if self.tokenizer is None or self.tokenizer.chat_template is None:
+            raise ValueError(
+                f"{self.info.id}: a chat needs a tokenizer with a chat template, and this scorer has none; pass texts"
+            )
+        if not self.info.causal:
+            raise ValueError(f"{self.info.id}: a cross-encoder reads a query and an item, not a chat; pass texts")
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def prepared_each(
+    scorer: RewardScorer, query: Text, items: Sequence[Text], params: ScoringParams, refusals: type[ValueError]
+) -> tuple[Prepared | None, list[int], dict[int, str]]:
+    """(request of the items that can be scored, their places, place -> reason of those that cannot).
+
+    Raises InvalidParams, and every ValueError that is none of `refusals`: then the request is wrong as a whole.
+    """
+    places, reasons = list(range(len(items))), {}
+    try:
+        return scorer.prepare(query, items, params), places, reasons
+    except InvalidParams:
+        raise
+    except refusals:
+        for i in places:
+            try:
+                scorer.prepare(query, [items[i]], _labels_of(params, [i]))
+            except refusals as error:
+                reasons[i] = error.reason if isinstance(error, ItemRefused) else str(error)
+    places = [i for i in places if i not in reasons]
+    left = [items[i] for i in places]
+    return (scorer.prepare(query, left, _labels_of(params, places)) if left else None), places, reasons
+
+
+def _labels_of(params: ScoringParams, places: Sequence[int]) -> ScoringParams:
+    """The parameters of some items only: a judge may have labels for each."""
+    labels = params.label_token_ids
+    return (
+        msgspec.structs.replace(params, label_token_ids=[labels[i] for i in places])
+        if per_item_labels(labels)
+        else params
+    )
+
+
+def _same(prompts: Sequence[Conversation]) -> dict[str, list[int]]:
+    """Indices of equal prompts, in order of appearance."""
+    found: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        found.setdefault(repr(prompt), []).append(i)
+    return found
+
+
+def _as_messages(completion: Conversation) -> list[Message]:
+    return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
+
+
+def _common_prefix(sequences: list[list[int]]) -> int:
+    """Tokens that all sequences begin with, leaving each at least one of its own; 0 for a sequence alone."""
+    if len(sequences) == 1:
+        return 0
+    longest = min(map(len, sequences)) - 1
+    first = sequences[0]
+    return next((t for t in range(longest) if any(ids[t] != first[t] for ids in sequences)), max(longest, 0))
+
+
+def in_order(
+    results: list[ScoreResult], places: list[list[int]], errors: dict[int, str], count: int, model: str
+) -> ScoreResult:
+    """One result with entry i for the item at place i, or its error. All results have the same parameters and calibration."""
+    found = {i: (result, row) for result, at in zip(results, places, strict=True) for row, i in enumerate(at)}
+    first = results[0] if results else ScoreResult(logits=[], scores=[], prompt_tokens=[], errors=[], model=model)
+
+    def column(name: str, missing: object) -> list | None:
+        if getattr(first, name) is None:
+            return None
+        return [getattr(found[i][0], name)[found[i][1]] if i in found else missing for i in range(count)]
+
+    return replace(
+        first,
+        **{
+            name: column(name, None)
+            for name in ("logits", "scores", "pooled_hidden_states", "token_logprobs", "label_mass")
+        },
+        prompt_tokens=column("prompt_tokens", 0),
+        truncated=column("truncated", False),
+        errors=[found[i][0].errors[found[i][1]] if i in found else errors[i] for i in range(count)],
+    )

@@ -11,10 +11,9 @@ from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 from starlette.middleware import Middleware
 
-from rlalign.serve import calibration_api, errors, openrlhf, sglang, status, vllm
-from rlalign.serve.batcher import Batcher
+from rlalign.serve import bodies, sglang, status, vllm
+from rlalign.serve.batcher import Batcher, ServerMetrics
 from rlalign.serve.calibrations import Calibrations
-from rlalign.serve.counters import ServerMetrics
 from rlalign.serve.guard import Guard
 from rlalign.serve.service import Service
 
@@ -65,9 +64,9 @@ def create_app(scorer: RewardScorer, settings: ServerSettings, calibration: Json
         middleware=[Middleware(Guard, settings=settings, metrics=metrics, busy=batcher.full)],
     )
     app.state.service = service
-    errors.add_handlers(app)
+    bodies.add_handlers(app)
     app.include_router(status.health_router(service))
     documented = [] if settings.api_key is None else [Depends(HTTPBearer(auto_error=False))]  # the guard checks it
-    for dialect in (sglang, vllm, openrlhf, calibration_api, status):
-        app.include_router(dialect.router(service), dependencies=documented)
+    for paths in (sglang.router, vllm.router, sglang.reward_router, status.calibration_router, status.router):
+        app.include_router(paths(service), dependencies=documented)
     return app

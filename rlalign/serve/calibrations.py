@@ -21,12 +21,12 @@ import numpy as np
 
 from rlalign.calibration.calibrators import CalibrationMismatchError, Calibrator, IdentityCalibrator
 from rlalign.calibration.drift import DriftMonitor, DriftReport, LabelOutcome
-from rlalign.scoring.identity import require_same_model
-from rlalign.serve.errors import ApiError, invalid
+from rlalign.scoring.calibrated import require_same_model
+from rlalign.serve.bodies import ApiError, invalid
 
 if TYPE_CHECKING:
     from rlalign.calibration.calibrators.calibration_file import Json
-    from rlalign.scoring.model_info import ModelInfo
+    from rlalign.scoring.params import ModelInfo
     from rlalign.serve.settings import ServerSettings
 
 log = logging.getLogger("rlalign.server")

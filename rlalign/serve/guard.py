@@ -10,12 +10,12 @@ import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from rlalign.serve.errors import ApiError, internal, response
+from rlalign.serve.bodies import ApiError, internal, response
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from rlalign.serve.counters import ServerMetrics
+    from rlalign.serve.batcher import ServerMetrics
     from rlalign.serve.settings import ServerSettings
 
 log = logging.getLogger("rlalign.server")

@@ -6,20 +6,72 @@ N items, K labels, T tokens or steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from rlalign.scoring.calibrated import calibrated
 from rlalign.scoring.params import InvalidParams, ScoringParams
+from rlalign.scoring.result import activate
+from rlalign.scoring.scorer import ItemRefused, in_order, prepared_each
 from rlalign.serve.batcher import Batcher
+from rlalign.serve.bodies import ApiError, invalid
 from rlalign.serve.calibrations import Calibrations, InForce
-from rlalign.serve.errors import ApiError, invalid
-from rlalign.serve.finish import only_finite, single_logits, with_probabilities, with_softmax
 
 if TYPE_CHECKING:
+    from rlalign.calibration.calibrators import Calibrator
     from rlalign.scoring.result import ScoreResult
     from rlalign.scoring.scorer import Prepared, RewardScorer, Text
-    from rlalign.serve.counters import ServerMetrics
+    from rlalign.serve.batcher import ServerMetrics
     from rlalign.serve.settings import ServerSettings
+
+NUMBERS = ("logits", "scores", "pooled_hidden_states", "token_logprobs", "label_mass")
+
+
+def only_finite(result: ScoreResult) -> ScoreResult:
+    """The result with a reason in place of every item that has a NaN or an infinity anywhere."""
+    bad = {
+        i: name
+        for name in NUMBERS
+        for i, entry in enumerate(getattr(result, name) or ())
+        if entry is not None and not np.isfinite(np.asarray(entry)).all()
+    }
+    if not bad:
+        return result
+
+    def kept(name: str) -> list | None:
+        column = getattr(result, name)
+        return None if column is None else [None if i in bad else entry for i, entry in enumerate(column)]
+
+    errors = [error or (f"not_finite: {bad[i]}" if i in bad else None) for i, error in enumerate(result.errors)]
+    return replace(result, **{name: kept(name) for name in NUMBERS}, errors=errors)
+
+
+def with_probabilities(result: ScoreResult, calibrator: Calibrator, *, generative: bool) -> ScoreResult:
+    """Calibrated scores. Raises ValueError on a judge with other than two labels, whose log-odds nobody defined."""
+    sizes = {len(row) for row in result.logits if row is not None}
+    if generative and sizes - {2}:
+        raise ValueError(f"a judge is calibrated by the log-odds of exactly two labels, got {max(sizes)}")
+    return calibrated(result, calibrator, generative=generative)
+
+
+def with_softmax(result: ScoreResult, temperature: float) -> ScoreResult:
+    """softmax(logits / temperature) over the labels, in float64."""
+    with np.errstate(over="ignore", invalid="ignore"):  # a tiny temperature; only_finite finds it
+        rows = [
+            None if row is None else activate(row.astype(np.float64) / temperature, "softmax") for row in result.logits
+        ]
+    return replace(result, scores=rows)
+
+
+def single_logits(result: ScoreResult, *, generative: bool) -> list[float | None]:
+    """The one logit of each item (a judge's log-odds); None where an item failed or has several."""
+    rows = [row if error is None else None for row, error in zip(result.logits, result.errors, strict=True)]
+    if generative:
+        rows = [row[:1] - row[1:] if row is not None and len(row) == 2 else None for row in rows]
+    return [float(row[0]) if row is not None and row.shape == (1,) else None for row in rows]
+
 
 SCORED_TASKS = ("classify", "token_classify", "generative")
 
@@ -29,7 +81,8 @@ class Ask:
     """What one client wants. pairs: (query, items) each; dialects with one query have one pair.
 
     calibration: what `Service.calibration` gave when the request came in, None for raw scores. softmax_temperature:
-    softmax(logits / temperature) over a classifier's labels. policy_version: of the policy that wrote the items.
+    softmax(logits / temperature) over a classifier's labels. policy_version: of the policy that wrote the items. whole: items are
+    whole sequences, special tokens included, so that none are added.
     """
 
     pairs: Sequence[tuple[Text, Sequence[Text]]]
@@ -38,6 +91,7 @@ class Ask:
     calibration: InForce | None = None
     softmax_temperature: float | None = None
     policy_version: int | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +148,13 @@ class Service:
             raise invalid("no calibration is in force; PUT one to /v1/calibration, or leave calibrate out", "calibrate")
         return in_force if in_force.given and asked is not False and task in SCORED_TASKS else None
 
+    def require_model(self, name: str | None) -> None:
+        """Raise ApiError 404 for the name of another model."""
+        if name not in (None, "default", self.model_name, self.scorer.info.id):
+            raise ApiError(
+                404, f"there is no model {name!r} here, only {self.model_name!r}", type="not_found", param="model"
+            )
+
     def require_one_number(self) -> None:
         """Raise ApiError 400 unless the model gives an item one number, before anything is computed for nothing."""
         labels = self.scorer.info.num_labels
@@ -107,16 +168,21 @@ class Service:
         self._check(ask)
         task = ask.params.task or self.task
 
+        prepared: list[tuple[Prepared | None, list[int], dict[int, str]]] = []
+
         def prepare() -> list[Prepared]:
-            return [self.scorer.prepare(query, items, ask.params) for query, items in ask.pairs]
+            for query, items in ask.pairs:
+                query, items = self._whole(query, items) if ask.whole else (query, items)
+                prepared.append(prepared_each(self.scorer, query, items, ask.params, ItemRefused))
+            return [request for request, _, _ in prepared if request is not None]
 
         try:
-            results = await self.batcher.submit(prepare)
+            answers = iter(await self.batcher.submit(prepare))
         except InvalidParams as error:
             raise invalid(str(error), error.fields[0] if error.fields else None) from error
         except ValueError as error:
             raise invalid(str(error)) from error
-        self._check_answers(ask, results)
+        results = [self._complete(next(answers) if one[0] is not None else None, *one[1:]) for one in prepared]
         finished = [self._finished(result, ask, task) for result in results]
         self._count(finished)
         self._remember(request_id, finished, task, ask)
@@ -124,22 +190,28 @@ class Service:
         return Scored(results=finished, calibration_id=used, task=task)
 
     def _check(self, ask: Ask) -> None:
-        names = {None, "default", self.model_name, self.scorer.info.id}
-        if ask.model not in names:
-            raise ApiError(
-                404, f"there is no model {ask.model!r} here, only {self.model_name!r}", type="not_found", param="model"
-            )
+        self.require_model(ask.model)
         items = sum(1 if isinstance(items, str) else len(items) for _, items in ask.pairs)
         if items > self.settings.max_items:
             raise ApiError(
                 413, f"{items} items, at most {self.settings.max_items} a request", type="too_large", param="items"
             )
 
-    def _check_answers(self, ask: Ask, results: Sequence[ScoreResult]) -> None:
-        wanted = [1 if isinstance(items, str) else len(items) for _, items in ask.pairs]
-        given = [len(result) for result in results]
-        if wanted != given:
-            raise RuntimeError(f"scorer.run: expected {wanted} answers for these items, got {given}")
+    def _whole(self, query: Text, items: Sequence[Text]) -> tuple[Text, Sequence[Text]]:
+        """Whole texts as their token ids, where the scorer has a tokenizer and reads no pairs."""
+        tokenizer = getattr(self.scorer, "tokenizer", None)
+        if tokenizer is None or not self.scorer.info.causal:
+            return query, items
+        return [], [tokenizer(item, add_special_tokens=False)["input_ids"] for item in items]
+
+    def _complete(self, result: ScoreResult | None, places: list[int], reasons: dict[int, str]) -> ScoreResult:
+        """The scorer's answer with the items that it did not take in their places, each with its reason."""
+        if result is not None and len(result) != len(places):
+            raise RuntimeError(f"scorer.run: expected {len(places)} answers for these items, got {len(result)}")
+        if result is not None and not reasons:
+            return result
+        found = [] if result is None else [result]
+        return in_order(found, [places] if found else [], reasons, len(places) + len(reasons), self.scorer.info.id)
 
     def _finished(self, result: ScoreResult, ask: Ask, task: str) -> ScoreResult:
         """Calibrated or softmaxed scores in place of raw ones, and a reason in place of every number that is not finite."""

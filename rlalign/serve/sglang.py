@@ -1,8 +1,9 @@
 """POST /v1/score: SGLang's request and response, with calibration, raw logits and a reason for every item that failed.
 
 As in SGLang: a classifier's scores are raw logits, a causal LM's are the labels' probabilities (over the whole vocabulary, or
-with apply_softmax among the labels), and label_token_ids on a classifier have no effect. Different: hidden states are never
-silently absent, one label under a softmax is refused, and unknown fields are errors.
+with apply_softmax among the labels), label_token_ids on a classifier have no effect, and `model` is not looked at; the answer
+names the model that scored. Different: hidden states are never silently absent, one label under a softmax is refused, and
+unknown fields are errors.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from rlalign.serve.bodies import (
     TokenId,
     Usage,
     Whole,
+    invalid,
+    one_number,
     refuse,
     row,
     states,
     usage,
     with_params,
 )
-from rlalign.serve.errors import invalid
-from rlalign.serve.service import SCORED_TASKS, Ask, Scored, Service
+from rlalign.serve.service import SCORED_TASKS, Ask, Scored, Service, single_logits
 
 UNSUPPORTED = "not supported here: items are scored one by one, without setwise extraction or embedding overrides"
 
@@ -59,7 +61,9 @@ class ScoreBody(Body):
     use_activation: Flag | None = Field(None, description="the model's own sigmoid or softmax")
     task: Str | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=2**31 - 1, strict=True)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
     max_tokens_per_item: Whole | None = None
+    alone: Flag = Field(False, description="a cross-encoder reads each item as one text; only with an empty query")
     min_label_mass: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=True)] | None = None
     step_tag_id: TokenId | None = None
     returned_token_ids: list[TokenId] | None = None
@@ -119,7 +123,6 @@ def ask(body: ScoreBody, service: Service) -> Ask:
     return Ask(
         pairs=[(body.query, items)],
         params=with_params(service.params, _given(body) | own),
-        model=body.model,
         calibration=calibration,
         softmax_temperature=body.temperature if body.apply_softmax and task != "generative" else None,
         policy_version=body.policy_version,
@@ -145,10 +148,10 @@ def answer(body: ScoreBody, scored: Scored, request_id: str, model: str) -> Scor
 
 def _given(body: ScoreBody) -> dict[str, object]:
     """What every task takes."""
-    names = ("task", "truncate_prompt_tokens", "max_tokens_per_item")
+    names = ("task", "truncate_prompt_tokens", "truncation_side", "max_tokens_per_item")
     return {name: getattr(body, name) for name in names} | {
         name: True
-        for name in ("return_pooled_hidden_states", "return_token_logprobs", "item_first")
+        for name in ("return_pooled_hidden_states", "return_token_logprobs", "item_first", "alone")
         if getattr(body, name)
     }
 
@@ -171,3 +174,62 @@ def _judging(body: ScoreBody, *, calibrated: bool) -> dict[str, object]:
         # absolute probabilities say by themselves how little the labels hold; only renormalised ones can mislead
         "min_label_mass": 0.0 if absolute and mass is None else mass,
     }
+
+
+class RewardBody(Body):
+    """prompts and labels are what OpenRLHF sends beside; a reward model needs neither."""
+
+    query: list[Str]
+    prompts: list[Str] | None = None
+    labels: list[object] | None = None
+
+
+class RewardAnswer(BaseModel):
+    """One entry a query; null, with its reason in `errors`, for one that failed: OpenRLHF stops on it, as it should.
+
+    scores: what OpenRLHF filters by; the same numbers. extra_logs: the raw logits (a judge's log-odds), for its logs.
+    """
+
+    rewards: list[float | None]
+    scores: list[float | None]
+    extra_logs: dict[str, list[float | None]]
+    errors: list[str | None]
+    model: str
+    calibration_id: str
+
+
+def reward_router(service: Service) -> APIRouter:
+    """The path of this dialect."""
+    paths = APIRouter(tags=["OpenRLHF"])
+
+    @paths.post("/get_reward", response_model=RewardAnswer, responses=ERRORS)
+    async def get_reward(body: RewardBody, request: Request) -> JSONResponse:
+        """One reward a sequence."""
+        service.require_one_number()
+        for name in ("prompts", "labels"):
+            given = getattr(body, name)
+            if given is not None and len(given) != len(body.query):
+                raise invalid(f"{name}: {len(given)} entries for {len(body.query)} queries", name)
+        ask = Ask(
+            pairs=[("", body.query)],
+            params=service.params,
+            calibration=service.calibration(None, service.task),
+            whole=True,
+        )
+        scored = await service.score(ask, f"reward-{request.state.request_id}")
+        (result,) = scored.results
+        judge = scored.task == "generative"
+        rows = [row[:1] if judge and row is not None else row for row in result.scores]
+        rewards = [one_number(*pair) for pair in zip(rows, result.errors, strict=True)]
+        logits = single_logits(result, generative=judge)
+        answer = RewardAnswer(
+            rewards=rewards,
+            scores=rewards,
+            extra_logs={"logits": logits},
+            errors=result.errors,
+            model=service.model_name,
+            calibration_id=scored.calibration_id,
+        )
+        return JSONResponse(answer.model_dump())
+
+    return paths

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import time
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
-from fastapi import APIRouter
-from pydantic import BaseModel
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field, StrictInt, model_validator
 from starlette.responses import JSONResponse, Response
 
-from rlalign.serve.bodies import ERRORS
+from rlalign.serve.bodies import ERRORS, ApiError, Body, Str, Whole, invalid
+from rlalign.serve.calibrations import InForce
 from rlalign.serve.service import Service
 
 
@@ -46,11 +48,9 @@ def router(service: Service) -> APIRouter:
     paths = APIRouter(tags=["status"])
     created = int(time.time())
 
-    @paths.get("/v1/models", response_model=ModelList, responses=ERRORS)
-    async def models() -> JSONResponse:
-        """The one model behind this server."""
+    def card() -> ModelCard:
         info = service.scorer.info
-        card = ModelCard(
+        return ModelCard(
             id=service.model_name,
             created=created,
             root=info.id,
@@ -58,7 +58,17 @@ def router(service: Service) -> APIRouter:
             calibration_id=service.calibrations.in_force.id,
             info=msgspec.to_builtins(info),
         )
-        return JSONResponse(ModelList(data=[card]).model_dump())
+
+    @paths.get("/v1/models", response_model=ModelList, responses=ERRORS)
+    async def models() -> JSONResponse:
+        """The one model behind this server."""
+        return JSONResponse(ModelList(data=[card()]).model_dump())
+
+    @paths.get("/v1/models/{model:path}", response_model=ModelCard, responses=ERRORS)
+    async def model(model: str) -> JSONResponse:
+        """The card of one model; 404 for every name but this one's."""
+        service.require_model(model)
+        return JSONResponse(card().model_dump())
 
     @paths.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, 401: ERRORS[401]})
     async def metrics() -> Response:
@@ -88,3 +98,122 @@ def health_router(service: Service) -> APIRouter:
         return JSONResponse(health.model_dump(), status_code=503 if stuck else 200)
 
     return paths
+
+
+Json = dict[str, object]
+Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+
+
+class CalibrationAnswer(BaseModel):
+    """calibration: the document as it was put, null where scores are raw."""
+
+    calibration_id: str
+    calibration: Json | None
+
+
+class Label(Body):
+    """The verdict on one scored item: `id` (of a response, a slash and the item's index) or the `logit` the client kept.
+
+    weight: one over the chance that this item was picked for labelling. policy_version: only beside a logit; a score under
+    an id has its own.
+    """
+
+    id: Str | None = None
+    logit: Finite | None = None
+    label: Annotated[StrictInt, Field(ge=0, le=1)]
+    weight: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False, strict=True)] = 1.0
+    policy_version: Whole | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Label:
+        if (self.id is None) == (self.logit is None):
+            raise ValueError("give either id or logit")
+        if self.id is not None and self.policy_version is not None:
+            raise ValueError("policy_version belongs to the request that scored the item")
+        return self
+
+
+class LabelsBody(Body):
+    labels: list[Label]
+
+
+class LabelsAnswer(BaseModel):
+    """accepted: new. duplicates: known with the same label, ignored. revised: known with another one, which now counts.
+
+    unknown: ids that this server did not give, or has forgotten.
+    """
+
+    accepted: int
+    duplicates: int
+    revised: int
+    unknown: list[str]
+
+
+def calibration_router(service: Service) -> APIRouter:
+    """The paths around the calibration."""
+    paths = APIRouter(tags=["calibration"])
+
+    @paths.get("/v1/calibration", response_model=CalibrationAnswer, responses=ERRORS)
+    async def get_calibration() -> Response:
+        """The calibration in force."""
+        return _described(service.calibrations.in_force)
+
+    @paths.put("/v1/calibration", response_model=CalibrationAnswer, responses=ERRORS)
+    async def put_calibration(document: Json) -> Response:
+        """Put a calibration file's content in force, for every request from now on. 409: it is for another model."""
+        in_force = await service.calibrations.replace(document)
+        service.metrics.calibration(in_force.id)
+        return _described(in_force)
+
+    @paths.post("/v1/labels", response_model=LabelsAnswer, responses=ERRORS)
+    async def post_labels(body: LabelsBody, request: Request) -> JSONResponse:
+        """What a verifier or a person said of scored items."""
+        answer = await _label(service, body.labels)
+        for outcome in ("accepted", "duplicates", "revised"):
+            service.metrics.labels.labels(outcome=outcome).inc(getattr(answer, outcome))
+        service.metrics.labels.labels(outcome="unknown").inc(len(answer.unknown))
+        return JSONResponse(answer.model_dump())
+
+    @paths.get("/v1/calibration/drift", response_model=Json, responses=ERRORS)
+    async def get_drift() -> JSONResponse:
+        """Whether calibrated scores still agree with the labels: ok, warn, drift or insufficient_data, with the numbers."""
+        return JSONResponse((await service.calibrations.drift()).as_json())
+
+    return paths
+
+
+def _described(in_force: InForce) -> Response:
+    """ASCII, since a document is echoed as it came and may hold what UTF-8 cannot carry."""
+    content = {"calibration_id": in_force.id, "calibration": in_force.document}
+    return Response(json.dumps(content, allow_nan=False), media_type="application/json")
+
+
+async def _label(service: Service, labels: list[Label]) -> LabelsAnswer:
+    if len(labels) > service.settings.max_items:
+        said = f"{len(labels)} labels, at most {service.settings.max_items} a request"
+        raise ApiError(413, said, type="too_large", param="labels")
+    total = LabelsAnswer(accepted=0, duplicates=0, revised=0, unknown=[])
+    named = [one for one in labels if one.id is not None]
+    plain = [one for one in labels if one.id is None]
+    versions = [one.policy_version for one in plain]
+    if any(v is None for v in versions) and any(v is not None for v in versions):
+        raise invalid("policy_version: give it beside every logit of a request, or beside none", "labels")
+    outcomes = []
+    if named or not plain:
+        ids, verdicts, weights = [one.id for one in named], [one.label for one in named], [one.weight for one in named]
+        outcomes.append(await service.calibrations.label(ids, verdicts, weights))
+    if plain:
+        outcomes.append(
+            await service.calibrations.label_logits(
+                [one.logit for one in plain],
+                [one.label for one in plain],
+                [one.weight for one in plain],
+                None if versions[0] is None else versions,
+            )
+        )
+    for outcome in outcomes:
+        total.accepted += outcome.accepted
+        total.duplicates += outcome.duplicates
+        total.revised += outcome.revised
+        total.unknown += map(str, outcome.unknown)
+    return total

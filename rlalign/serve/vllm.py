@@ -25,12 +25,12 @@ from rlalign.serve.bodies import (
     TokenId,
     Usage,
     Whole,
+    invalid,
     one_number,
     refuse,
     usage,
     with_params,
 )
-from rlalign.serve.errors import invalid
 from rlalign.serve.service import Ask, Scored, Service
 
 Texts = Str | list[TokenId] | list[Text]  # one, or several
@@ -50,8 +50,8 @@ class _Common(Body):
         None, description="null: when a calibration is in force and use_activation is not false"
     )
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=2**31 - 1, strict=True)] | None = None
-    truncation_side: Literal["left"] | None = Field(
-        None, description="the last tokens are kept; right is not supported"
+    truncation_side: Literal["left", "right"] | None = Field(
+        None, description="which end truncate_prompt_tokens cuts; null: right, as in vLLM. Special tokens stay"
     )
     label_token_ids: list[TokenId] | None = Field(
         None, description="of a generative judge, the first one counts as yes"
@@ -77,9 +77,19 @@ class ScoreBody(_Pairs):
     text_2: Texts | None = None
 
 
+class Document(BaseModel):
+    """Cohere's v1 form of a text."""
+
+    text: Str
+
+
 class RerankBody(_Pairs):
+    """priority has no effect: first come, first served. return_documents false: results without them."""
+
     query: Text
-    documents: Texts
+    documents: Texts | list[Str | Document]
+    priority: Whole = 0
+    return_documents: Flag | None = None
     top_n: Whole = Field(0, description="0: all")
 
 
@@ -129,7 +139,7 @@ class RerankDocument(BaseModel):
 
 class RerankResult(BaseModel):
     index: int
-    document: RerankDocument
+    document: RerankDocument | None
     relevance_score: float | None
     error: str | None = None
 
@@ -158,18 +168,22 @@ def router(service: Service) -> APIRouter:
     async def rerank(body: RerankBody, request: Request) -> JSONResponse:
         """Documents by falling relevance; failed ones come last."""
         service.require_one_number()
-        documents = _listed(body.documents)
+        documents = [one.text if isinstance(one, Document) else one for one in _listed(body.documents)]
         request_id = f"rerank-{request.state.request_id}"
         scored = await service.score(
             _ask(body, service, [(body.query, documents)], body.max_tokens_per_doc), request_id
         )
         results = [
-            RerankResult(index=i, document=_document(documents[i]), relevance_score=number, error=error)
+            RerankResult(
+                index=i,
+                document=None if body.return_documents is False else _document(documents[i]),
+                relevance_score=number,
+                error=error,
+            )
             for i, (number, error) in enumerate(_numbers(scored))
         ]
-        results.sort(
-            key=lambda result: -np.inf if result.relevance_score is None else result.relevance_score, reverse=True
-        )
+        logits = scored.results[0].logits  # of two equal probabilities the higher logit comes first
+        results.sort(key=lambda one: _rank(one.relevance_score, logits[one.index]), reverse=True)
         return _json(RerankAnswer(**_head(scored, request_id, service), results=results[: body.top_n or None]))
 
     @paths.post("/classify", response_model=ClassifyAnswer, responses=ERRORS)
@@ -179,9 +193,13 @@ def router(service: Service) -> APIRouter:
         items = _listed(body.input)
         query = "" if not items or isinstance(items[0], str) else []
         request_id = f"classify-{request.state.request_id}"
-        scored = await service.score(_ask(body, service, [(query, items)], 0), request_id)
+        scored = await service.score(_ask(body, service, [(query, items)], 0, alone=True), request_id)
         return _json(
-            ClassifyAnswer(**_head(scored, request_id, service), created=int(time.time()), data=_classes(scored))
+            ClassifyAnswer(
+                **_head(scored, request_id, service),
+                created=int(time.time()),
+                data=_classes(scored, service.scorer.info.labels),
+            )
         )
 
     return paths
@@ -212,7 +230,9 @@ def _listed(texts: Texts) -> list[AnyText]:
     return [texts] if isinstance(texts, str) or (texts and isinstance(texts[0], int)) else list(texts)
 
 
-def _ask(body: _Common, service: Service, pairs: list[tuple[AnyText, list[AnyText]]], item_limit: int) -> Ask:
+def _ask(
+    body: _Common, service: Service, pairs: list[tuple[AnyText, list[AnyText]]], item_limit: int, *, alone: bool = False
+) -> Ask:
     if body.use_activation is False and body.calibrate:
         raise invalid("calibrate makes probabilities and use_activation=false asks for logits", "calibrate")
     if service.task not in ("classify", "generative"):
@@ -222,6 +242,8 @@ def _ask(body: _Common, service: Service, pairs: list[tuple[AnyText, list[AnyTex
         "truncate_prompt_tokens": body.truncate_prompt_tokens,
         "max_tokens_per_item": item_limit or None,
     }
+    if body.truncate_prompt_tokens is not None or service.params.truncate_prompt_tokens is not None:
+        given["truncation_side"] = body.truncation_side or "right"
     if service.task == "generative":
         if body.use_activation is False:
             raise invalid(
@@ -230,6 +252,7 @@ def _ask(body: _Common, service: Service, pairs: list[tuple[AnyText, list[AnyTex
         given["label_token_ids"] = body.label_token_ids
     else:
         refuse({"label_token_ids": body.label_token_ids}, "this model is not a generative judge")
+        given["alone"] = alone or None
         given["use_activation"] = body.use_activation is not False and calibration is None
     params = with_params(service.params, given)
     return Ask(pairs=pairs, params=params, model=body.model, calibration=calibration)
@@ -245,23 +268,31 @@ def _numbers(scored: Scored) -> list[tuple[float | None, str | None]]:
     return found
 
 
-def _classes(scored: Scored) -> list[ClassifyData]:
-    """One entry a text. label: the number of the most probable class; None for a single logit, which has no rival."""
+def _classes(scored: Scored, labels: tuple[str, ...]) -> list[ClassifyData]:
+    """One entry a text. label: the name of the most probable class; None for a single logit, which has no rival."""
     (result,) = scored.results
     found = []
     for i, (values, error) in enumerate(zip(result.scores, result.errors, strict=True)):
         values = values if error is None else None
-        several = values is not None and len(values) > 1
+        label = None
+        if values is not None and len(values) > 1:
+            top = int(np.lexsort((result.logits[i], values))[-1])  # of two equal probabilities the higher logit
+            label = labels[top] if labels else f"LABEL_{top}"
         found.append(
             ClassifyData(
                 index=i,
-                label=f"LABEL_{int(values.argmax())}" if several else None,
+                label=label,
                 probs=None if values is None else values.tolist(),
                 num_classes=0 if values is None else len(values),
                 error=error,
             )
         )
     return found
+
+
+def _rank(score: float | None, logits: np.ndarray | None) -> tuple[bool, float, float]:
+    """What a result is sorted by: those with a score before others, of equal scores the higher (first) logit."""
+    return (score is not None, score or 0.0, 0.0 if logits is None else float(logits[0]))
 
 
 def _document(text: AnyText) -> RerankDocument:

@@ -96,7 +96,7 @@ def test_sdpa_by_name_is_refused_and_packing_names_what_can(gemma2):
 
 def test_every_other_reader_of_a_checkpoint_takes_eager_too(gemma2):
     from rlalign.diagnose.both_sides import trainer_network
-    from rlalign.reward.training.reward_network import load as load_reward
+    from rlalign.reward.training.fit import load as load_reward
     from rlalign.scoring.hf import HFScorer
 
     assert trainer_network(gemma2, "float32").config._attn_implementation == "eager"

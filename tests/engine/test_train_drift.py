@@ -13,8 +13,8 @@ from rlalign.config import load
 from rlalign.config.compose import compose
 from rlalign.reward.drift_watch import RewardDriftError
 from rlalign.run.train import train
+from rlalign.scoring.calibrated import identity_of
 from rlalign.scoring.hf import HFScorer
-from rlalign.scoring.identity import identity_of
 from rlalign.tiny_policy import cached_policy
 
 DRIFT = ["reward.drift.min_labels=100", "reward.drift.window=512"]

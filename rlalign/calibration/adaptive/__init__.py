@@ -12,11 +12,10 @@ pooled hidden state (ClassBatch). docs/adaptive.md says when a single temperatur
 from __future__ import annotations
 
 from rlalign.calibration.adaptive.batches import Batch, ClassBatch, TokenBatch, token_batches
+from rlalign.calibration.adaptive.fitting import AdaptiveFit, Training
 from rlalign.calibration.adaptive.heads import HeadShape
-from rlalign.calibration.adaptive.scale_losses import Objective
-from rlalign.calibration.adaptive.sums import Projection
+from rlalign.calibration.adaptive.sums import Objective, Projection
 from rlalign.calibration.adaptive.temperature import AdaptiveTemperature, Confidence, confidence_at
-from rlalign.calibration.adaptive.training import AdaptiveFit, Training
 
 __all__ = [
     "AdaptiveFit", "AdaptiveTemperature", "Batch", "ClassBatch", "Confidence", "HeadShape", "Objective", "Projection",

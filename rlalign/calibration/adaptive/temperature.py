@@ -12,12 +12,11 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from rlalign.calibration.adaptive import official
+from rlalign.calibration.adaptive import heads
 from rlalign.calibration.adaptive.batches import LEVELS, Batch, ClassBatch, Level
-from rlalign.calibration.adaptive.fitting import OUTPUTS, Fitting, Output, scale_of, standardise
+from rlalign.calibration.adaptive.fitting import OUTPUTS, AdaptiveFit, Fitting, Output, Training, scale_of, standardise
 from rlalign.calibration.adaptive.heads import KINDS, HeadShape, Kind, TemperatureHead
-from rlalign.calibration.adaptive.scale_losses import Objective
-from rlalign.calibration.adaptive.training import AdaptiveFit, Training
+from rlalign.calibration.adaptive.sums import Objective
 from rlalign.calibration.calibrators import calibration_file
 from rlalign.calibration.calibrators.calibration_file import (
     CalibrationMismatchError,
@@ -174,13 +173,13 @@ class AdaptiveTemperature:
     @classmethod
     def from_official(cls, folder: str | Path) -> Self:
         """A checkpoint of the official code: the same calibrated logits. Errors as `official.read_official`."""
-        head, model = official.read_official(Path(folder))
+        head, model = heads.read_official(Path(folder))
         calibrator = cls(
             head=head.shape.kind,
             intermediate_size=head.shape.intermediate_size,
             num_heads=head.shape.num_heads,
             objective=Objective(loss="selective", alpha_form="balanced"),
-            bounds=official.BOUNDS,
+            bounds=heads.BOUNDS,
         )
         calibrator.head_, calibrator.model_ = head.requires_grad_(False), model
         return calibrator

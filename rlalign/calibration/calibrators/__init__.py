@@ -15,7 +15,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rlalign.calibration.arrays import as_rows
-from rlalign.calibration.calibrators.affine import AffineCalibrator, PlattCalibrator, TemperatureCalibrator
+from rlalign.calibration.calibrators.affine import (
+    AffineCalibrator,
+    BetaCalibrator,
+    IsotonicCalibrator,
+    PlattCalibrator,
+    TemperatureCalibrator,
+)
 from rlalign.calibration.calibrators.calibration_file import (
     CalibrationMismatchError,
     CalibrationWarning,
@@ -23,13 +29,12 @@ from rlalign.calibration.calibrators.calibration_file import (
     NotFittedError,
 )
 from rlalign.calibration.calibrators.calibrator import Calibrator, Outcome, PoolerFields, plain_probabilities
-from rlalign.calibration.calibrators.curves import BetaCalibrator, IsotonicCalibrator
 from rlalign.calibration.calibrators.fit_report import FitReport, Support
 
 if TYPE_CHECKING:
     from rlalign.calibration.arrays import Floats, Numbers
     from rlalign.calibration.calibrators.calibration_file import Json
-    from rlalign.calibration.calibrators.labelled_data import Labelled
+    from rlalign.calibration.calibrators.solvers import Labelled
 
 __all__ = [
     "AffineCalibrator", "BetaCalibrator", "CalibrationMismatchError", "CalibrationWarning", "Calibrator", "FitReport",

@@ -21,7 +21,7 @@ from rlalign.calibration.calibrators.calibration_file import (
     NotFittedError,
 )
 from rlalign.calibration.calibrators.fit_report import FitReport, fit_report
-from rlalign.calibration.calibrators.labelled_data import Labelled, labelled, margins, warn
+from rlalign.calibration.calibrators.solvers import Labelled, labelled, margins, warn
 
 if TYPE_CHECKING:
     from rlalign.calibration.arrays import Floats, Numbers

@@ -5,14 +5,16 @@ N rows, K classes.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlalign.calibration.arrays import whole
+from rlalign.calibration.arrays import as_rows, numbers, whole
 from rlalign.calibration.calibrators import CalibrationWarning, Calibrator
 from rlalign.calibration.calibrators.fit_report import judged_rows
 from rlalign.calibration.metrics import (
@@ -28,7 +30,6 @@ from rlalign.calibration.metrics import (
 
 if TYPE_CHECKING:
     from rlalign.calibration.arrays import Floats
-    from rlalign.calibration.calibrators.score_rows import ScoreRows
 
 __all__ = ["Quality", "cross_fitted", "fit_on", "predicted", "quality"]
 
@@ -53,7 +54,7 @@ def fit_on(calibrator: Calibrator, rows: ScoreRows) -> Calibrator:
     """`fit` or `fit_pairs`, whichever the rows are for."""
     if rows.shape == "pairs":
         return calibrator.fit_pairs(rows.logits[:, 0], rows.logits[:, 1], sample_weight=rows.weight_N)
-    return calibrator.fit(rows.logits, rows.labels_N, sample_weight=rows.weight_N)
+    return calibrator.fit(rows.logits, rows.labels_N, sample_weight=rows.weight_N, soft_labels=rows.soft)
 
 
 def predicted(calibrator: Calibrator, rows: ScoreRows) -> Floats:
@@ -93,18 +94,18 @@ def quality(p: Floats, rows: ScoreRows) -> Quality:
     if p.ndim == 2:
         labels_N = labels_N.astype(np.int64)
     shown_N, outcome_N = judged_rows(p, labels_N, top_label=rows.shape != "binary")
-    ranks = rows.shape == "binary" and len(np.unique(labels_N[weight_N > 0])) == 2
+    ranks = rows.shape == "binary" and not rows.soft and len(np.unique(labels_N[weight_N > 0])) == 2
 
     def brier(index_N: Floats, _: Floats) -> float:
         picked_N = index_N.astype(np.int64)
-        return brier_score(p[picked_N], labels_N[picked_N], sample_weight=weight_N[picked_N])
+        return brier_score(p[picked_N], labels_N[picked_N], sample_weight=weight_N[picked_N], soft_labels=rows.soft)
 
     return Quality(
-        nll=negative_log_likelihood(p, labels_N, sample_weight=weight_N),
+        nll=negative_log_likelihood(p, labels_N, sample_weight=weight_N, soft_labels=rows.soft),
         brier=bootstrap_ci(brier, np.arange(len(rows)), labels_N, cluster=rows.group_N, n_resamples=RESAMPLES),
-        ece=expected_calibration_error(shown_N, outcome_N, sample_weight=weight_N),
+        ece=expected_calibration_error(shown_N, outcome_N, sample_weight=weight_N, soft_labels=rows.soft),
         ece_null_p95=ece_noise_floor(shown_N, sample_weight=weight_N).p95,
-        smooth_ece=smooth_ece(shown_N, outcome_N, sample_weight=weight_N),
+        smooth_ece=smooth_ece(shown_N, outcome_N, sample_weight=weight_N, soft_labels=rows.soft),
         auroc=auroc(p, labels_N, sample_weight=weight_N) if ranks else None,
     )
 
@@ -117,7 +118,94 @@ def _folds(rows: ScoreRows, folds: int, seed: int) -> np.ndarray:
         return random.permutation(np.arange(groups) % folds)[rows.group_N]
     fold_N = np.empty(len(rows), dtype=np.int64)
     labels_N = np.ones(len(rows)) if rows.labels_N is None else rows.labels_N
+    labels_N = labels_N >= 0.5 if rows.soft else labels_N
     for label in np.unique(labels_N):
         at_N = np.flatnonzero(labels_N == label)
         fold_N[at_N] = random.permutation(np.arange(len(at_N)) % folds)
     return fold_N
+
+
+SHAPES = {"binary": {"logit", "label"}, "classes": {"logits", "label"}, "pairs": {"chosen", "rejected"}}
+EXTRA = {"weight", "group"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRows:
+    """logits: [N], [N, K], or for pairs [N, 2] with chosen first. labels_N: None for pairs. group_N: indices or None.
+
+    soft: labels are rates in [0, 1] and not only 0 and 1.
+    """
+
+    shape: str
+    logits: Floats
+    labels_N: Floats | None
+    weight_N: Floats | None
+    group_N: np.ndarray | None
+    soft: bool = False
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def rows(self, index_N: np.ndarray) -> ScoreRows:
+        """The rows in `index_N`."""
+        labels_N, weight_N, group_N = (
+            None if column is None else column[index_N] for column in (self.labels_N, self.weight_N, self.group_N)
+        )
+        return replace(self, logits=self.logits[index_N], labels_N=labels_N, weight_N=weight_N, group_N=group_N)
+
+
+def read_score_rows(path: Path, *, soft: bool = False) -> ScoreRows:
+    """Read a file; soft: its labels may be rates. Raises ValueError, naming file and line, on anything but the shapes above."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    records = [_record(path, i, line) for i, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
+    if not records:
+        raise ValueError(f"{path}: empty; expected one JSON object per line")
+    shape = _shape_of(path, records[0])
+    wanted = set(records[0][1])
+    for line, record in records:
+        if set(record) != wanted:
+            raise ValueError(
+                f"{path}:{line}: fields {sorted(record)}, but line {records[0][0]} has {sorted(wanted)}; every line "
+                "needs the same"
+            )
+    columns = {name: [record[name] for _, record in records] for name in wanted}
+    if shape == "pairs":
+        logits = np.stack([as_rows(columns[name], f"{path}: {name}") for name in ("chosen", "rejected")], axis=1)
+    else:
+        logits = as_rows(columns["logit" if shape == "binary" else "logits"], f"{path}: logits")
+    weights = columns.get("weight")
+    return ScoreRows(
+        shape=shape,
+        logits=logits,
+        labels_N=None if shape == "pairs" else numbers(columns["label"], f"{path}: label", booleans=True),
+        weight_N=None if weights is None else numbers(weights, f"{path}: weight"),
+        group_N=_indices(columns["group"]) if "group" in columns else None,
+        soft=soft,
+    )
+
+
+def _record(path: Path, number: int, line: str) -> tuple[int, dict[str, object]]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{number}: not JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}:{number}: expected a JSON object, got {type(record).__name__}")
+    return number, record
+
+
+def _shape_of(path: Path, first: tuple[int, dict[str, object]]) -> str:
+    line, record = first
+    for shape, needed in SHAPES.items():
+        if needed == set(record) - EXTRA:
+            return shape
+    choices = "; ".join(f"{sorted(needed)}" for needed in SHAPES.values())
+    raise ValueError(
+        f"{path}:{line}: fields {sorted(record)}; expected one of {choices}, and optionally {sorted(EXTRA)}"
+    )
+
+
+def _indices(values: list[object]) -> np.ndarray:
+    known: dict[str, int] = {}
+    return np.array([known.setdefault(repr(value), len(known)) for value in values])

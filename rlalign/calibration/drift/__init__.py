@@ -12,8 +12,7 @@ Rows are kept in `memory`, numbers come from `labels` and `judgement`, states fr
 
 from rlalign.calibration.drift.drift_monitor import DriftMonitor
 from rlalign.calibration.drift.drift_report import Check, DriftLimits, DriftReport, DriftState
-from rlalign.calibration.drift.judgement import Shift
-from rlalign.calibration.drift.labels import Bin, Labels, Segment
+from rlalign.calibration.drift.judgement import Bin, Labels, Segment, Shift
 from rlalign.calibration.drift.memory import Counts, LabelOutcome
 from rlalign.calibration.drift.refit import RefitOutcome
 

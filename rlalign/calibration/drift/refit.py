@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlalign.calibration.calibrators import CalibrationWarning, IdentityCalibrator, PlattCalibrator
-from rlalign.calibration.calibrators.cross_fit import cross_fitted
-from rlalign.calibration.calibrators.score_rows import ScoreRows
+from rlalign.calibration.calibrators.cross_fit import ScoreRows, cross_fitted
 from rlalign.calibration.drift.judgement import mean_interval
 
 if TYPE_CHECKING:

@@ -24,10 +24,16 @@ from rlalign.calibration.arrays import (
     require_rows,
     row_weights,
 )
-from rlalign.calibration.metrics.bins import Closed, Strategy, bin_stats
 from rlalign.calibration.metrics.bootstrap import Interval, NoiseFloor, bootstrap_ci, ece_noise_floor
-from rlalign.calibration.metrics.ece import Norm, classwise_ece, expected_calibration_error
-from rlalign.calibration.metrics.smooth_ece import smooth_ece
+from rlalign.calibration.metrics.ece import (
+    Closed,
+    Norm,
+    Strategy,
+    bin_stats,
+    classwise_ece,
+    expected_calibration_error,
+    smooth_ece,
+)
 
 if TYPE_CHECKING:
     from rlalign.calibration.arrays import Numbers

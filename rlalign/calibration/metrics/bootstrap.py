@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from rlalign.calibration.arrays import binary_rows, numbers, one_of, probabilities, require_rows, whole
-from rlalign.calibration.metrics.bins import Closed, Strategy, bin_stats
+from rlalign.calibration.metrics.ece import Closed, Strategy, bin_stats
 
 if TYPE_CHECKING:
     from rlalign.calibration.arrays import Floats, Numbers

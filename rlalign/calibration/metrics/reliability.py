@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlalign.calibration.metrics.bins import Closed, Strategy, bin_stats
+from rlalign.calibration.metrics.ece import Closed, Strategy, bin_stats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,9 +38,12 @@ def reliability_diagram(
     strategy: Strategy = "uniform",
     closed: Closed = "right",
     sample_weight: Numbers | None = None,
+    soft_labels: bool = False,
 ) -> ReliabilityDiagram:
     """The diagram's numbers; bins and errors as in `expected_calibration_error` (Wilson 1927 for the ranges)."""
-    bins = bin_stats(p, y, n_bins=n_bins, strategy=strategy, closed=closed, sample_weight=sample_weight)
+    bins = bin_stats(
+        p, y, n_bins=n_bins, strategy=strategy, closed=closed, sample_weight=sample_weight, soft_labels=soft_labels
+    )
     n_M, rate_M, z2 = bins.effective_M, bins.outcome_M, 1.959963984540054**2
     centre_M = (rate_M + z2 / (2 * n_M)) / (1 + z2 / n_M)
     half_M = np.sqrt(z2 * (rate_M * (1 - rate_M) / n_M + z2 / (4 * n_M**2))) / (1 + z2 / n_M)

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlalign.reward.training.examples import Labelled, Pair, Row, pairs_of, read_rows, split, write_rows
-from rlalign.reward.training.fit import Item, Recipe, accumulation, fit
+from rlalign.reward.training.fit import Item, Recipe, accumulation, fit, load, tokenised
 from rlalign.reward.training.quality import judge
-from rlalign.reward.training.reward_network import load, tokenised
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

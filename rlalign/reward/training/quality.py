@@ -12,13 +12,12 @@ import numpy as np
 import torch
 
 from rlalign.calibration.calibrators import CalibrationWarning, Calibrator, PlattCalibrator, TemperatureCalibrator
-from rlalign.calibration.calibrators.cross_fit import fit_on
-from rlalign.calibration.calibrators.score_rows import ScoreRows, read_score_rows
+from rlalign.calibration.calibrators.cross_fit import ScoreRows, fit_on, read_score_rows
 from rlalign.calibration.metrics import auroc, negative_log_likelihood
 from rlalign.reward.model_reward import logits_by
 from rlalign.reward.training.examples import Pair, Row
+from rlalign.scoring.calibrated import identity_of
 from rlalign.scoring.hf import HFScorer
-from rlalign.scoring.identity import identity_of
 
 SCORES, CALIBRATION = "scores.jsonl", "calibration.json"
 

@@ -1,7 +1,7 @@
 """ModelInfo of a loaded model: read from its config, and measured with a few tokens where reading could be wrong.
 
 Measured: whether attention is causal, how many columns the head has, whether packed items come out as they do alone, and
-whether backbone plus lm_head give the model's own logits (a scale or a cap on the logits would be skipped: vllm#52158).
+whether backbone plus head give the model's own logits (a mean over the tokens, a scale or a cap would be skipped: vllm#52158).
 D hidden, L tokens, V vocabulary.
 """
 
@@ -15,6 +15,7 @@ import torch
 
 from rlalign.scoring.hf.forward_pass import outputs, score_logits, vocabulary_logits
 from rlalign.scoring.hf.item_packing import Row
+from rlalign.scoring.hf.model_loading import activation_named
 from rlalign.scoring.params import Activation, ModelInfo, PoolerDefaults, Task
 from rlalign.trainer import attention_choice
 
@@ -37,8 +38,7 @@ def describe(loaded: LoadedModel, pooler: PoolerDefaults | None) -> ModelInfo:
         pooler = msgspec.structs.replace(pooler, pooling="LAST" if causal else "CLS")
     num_labels = _num_labels(loaded)
     packing_reason = packing_refusal(loaded, causal=causal)
-    if loaded.task == "generative":
-        _check_head(loaded)
+    _check_head(loaded)
     stated = loaded.model.config.to_dict()
     matryoshka = stated.get("matryoshka_dimensions") or (() if stated.get("is_matryoshka") else None)
     template = tokenizer.chat_template if tokenizer is not None else None
@@ -50,7 +50,8 @@ def describe(loaded: LoadedModel, pooler: PoolerDefaults | None) -> ModelInfo:
         vocab_size=loaded.model.get_input_embeddings().num_embeddings,
         hidden_size=config.hidden_size,
         num_labels=num_labels,
-        activation=activation_of(loaded.model.config, num_labels),
+        activation=loaded.facts.activation or activation_of(loaded.model.config, num_labels),
+        labels=label_names(loaded.model.config, num_labels),
         max_length=_max_length(loaded),
         dtype=_name(loaded.model.dtype),
         head_dtype=_name(torch.float32 if loaded.head is not None else loaded.model.dtype),
@@ -76,11 +77,12 @@ def activation_of(config: PreTrainedConfig, num_labels: int) -> Activation:
     name = nested.get("activation_fn") or stated.get("sbert_ce_default_activation_function")
     if name is None or config.problem_type is not None:
         return plain
-    known: dict[str, Activation] = {"Sigmoid": "sigmoid", "Softmax": "softmax", "Identity": "identity"}
-    kind = str(name).rpartition(".")[2]
-    if kind not in known:
-        raise ValueError(f"activation function {name!r} of the checkpoint is not known; expected {', '.join(known)}")
-    return known[kind]
+    return activation_named(name)
+
+
+def label_names(config: PreTrainedConfig, num_labels: int) -> tuple[str, ...]:
+    """The names of the head's columns, in their order, from the config's id2label."""
+    return tuple(str(config.id2label.get(k, f"LABEL_{k}")) for k in range(num_labels))
 
 
 def packing_refusal(loaded: LoadedModel, *, causal: bool) -> str:
@@ -105,6 +107,8 @@ def packing_refusal(loaded: LoadedModel, *, causal: bool) -> str:
     if config._attn_implementation not in ("sdpa", "flex_attention"):
         kinds = "flex_attention" if attention_choice.caps_scores(config.to_dict()) else "sdpa or flex_attention"
         return f"attention {config._attn_implementation!r} takes no block mask; load with {kinds}"
+    if loaded.head is None and loaded.task != "embed":
+        return "the model is run whole: its head gives one answer a row"
     error = _packing_error(loaded)
     if not error < TOLERANCE.get(model.dtype, 0.05):
         return f"measured: packed states differ from single ones by {error:.2g} (relative)"
@@ -187,16 +191,26 @@ def _packing_error(loaded: LoadedModel) -> float:
 
 
 def _check_head(loaded: LoadedModel) -> None:
-    """Raise ValueError where the model's own logits are not its lm_head's: it scales or caps them in a way unknown here."""
-    ids = _probe_ids(loaded, 6)
-    with torch.inference_mode():
-        own_V = loaded.model(input_ids=torch.tensor([ids], device=loaded.device)).logits[0, -1]
-    ours_V = vocabulary_logits(loaded, _states(loaded, ids)[-1:])[0]
-    error = _relative(ours_V, own_V)
+    """Raise ValueError where the model's own logits are not those of its head on the last state: it pools or transforms them."""
+    if loaded.head is None:
+        return
+    pad, ids = loaded.config.pad_token_id, _probe_ids(loaded, 12)
+    ids = [token for token in ids if token != pad]  # transformers looks for the last token that is none
+    own, ours = [], []
+    for length in (3, 5, 8, 10):
+        states_LD = _states(loaded, ids[:length])
+        with torch.inference_mode():
+            logits = loaded.model(input_ids=torch.tensor([ids[:length]], device=loaded.device)).logits[0]
+        own.append(logits.reshape(-1, logits.shape[-1])[-1])
+        project = vocabulary_logits if loaded.task == "generative" else score_logits
+        ours.append(project(loaded, states_LD[-1:])[0])
+    own_PK, ours_PK = torch.stack(own).float(), torch.stack(ours).float()
+    error = float((ours_PK - own_PK).norm(dim=-1).max() / own_PK.norm(dim=-1).max())
     if not error < max(TOLERANCE.get(loaded.model.dtype, 0.05), 1e-3):
         raise ValueError(
-            f"{loaded.id}: the logits of {loaded.architecture} differ from its lm_head's by {error:.2g} (relative); it transforms "
-            "them in a way this scorer does not know, and scores without that would be wrong"
+            f"{loaded.id}: the logits of {loaded.architecture} differ from its {'lm_' * (loaded.task == 'generative')}head's on "
+            f"the last token by {error:.2g} (relative); it pools or transforms them in a way this scorer does not know, and scores "
+            "without that would be wrong"
         )
 
 
@@ -211,7 +225,7 @@ def _num_labels(loaded: LoadedModel) -> int:
 
 def _max_length(loaded: LoadedModel) -> int | None:
     """The smallest limit that the config, a table of learned positions, or the tokenizer states."""
-    limits = [getattr(loaded.config, "max_position_embeddings", None)]
+    limits = [getattr(loaded.config, "max_position_embeddings", None), loaded.facts.max_length]
     for name, module in loaded.model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
             reserved = (

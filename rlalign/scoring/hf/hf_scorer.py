@@ -8,15 +8,13 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Literal, Self
 
 from rlalign.calibration.arrays import whole
-from rlalign.scoring.answers import Answer, score_result
 from rlalign.scoring.hf import model_loading
 from rlalign.scoring.hf.describe import attention_balance, describe, window_of
-from rlalign.scoring.hf.forward_pass import outputs
+from rlalign.scoring.hf.forward_pass import outputs, read_row
 from rlalign.scoring.hf.item_packing import Row, split_by_budget, worthwhile_groups
-from rlalign.scoring.hf.readout import read_row
 from rlalign.scoring.params import PoolerDefaults, ScoringParams
-from rlalign.scoring.reward_func import Scoring
-from rlalign.scoring.scorer import checked_inputs
+from rlalign.scoring.result import Answer, score_result
+from rlalign.scoring.scorer import Scoring, checked_inputs
 from rlalign.scoring.sequences import Sequencer, TokenSequence
 
 if TYPE_CHECKING:
@@ -111,8 +109,9 @@ class HFScorer(Scoring):
         self._max_batch_tokens = whole(max_batch_tokens, "max_batch_tokens", at_least=1)
         self._max_pack_tokens = whole(max_pack_tokens, "max_pack_tokens", at_least=1)
         self._sequencer = Sequencer(
-            loaded.tokenizer, pairs=not self.info.causal, max_length=self.info.max_length, model=self.info.id
-        )
+            loaded.tokenizer, pairs=not self.info.causal, max_length=self.info.max_length, model=self.info.id,
+            prompt=loaded.facts.prompt,
+        )  # fmt: skip
 
     def prepare(self, query: Text, items: Text | Sequence[Text], params: ScoringParams | None = None) -> HFRequest:
         """Check, resolve and tokenise a request. Raises ValueError before any computation."""

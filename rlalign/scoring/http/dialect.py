@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from rlalign.scoring.answers import Answer, activate
 from rlalign.scoring.http.transport import Call, Json, RequestFailed
+from rlalign.scoring.params import ModelInfo
+from rlalign.scoring.result import Answer, activate
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from rlalign.scoring.model_info import Activation, ModelInfo
-    from rlalign.scoring.params import ScoringParams
+    from rlalign.scoring.params import Activation, ScoringParams
     from rlalign.scoring.scorer import Text
     from rlalign.scoring.sequences import TokenSequence
 
@@ -74,6 +74,29 @@ class Served:
     proof: str = ""
 
 
+def behind(server: str, id: str) -> ModelInfo:
+    """What is known of any model behind a server: a classifier whose vocabulary and width the server knows, and answers 400."""
+    return ModelInfo(
+        id=id,
+        architecture=f"behind {server}",
+        tasks=("classify",),
+        vocab_size=2**31,
+        hidden_size=0,
+        hidden_states_reason="the server's scores come without hidden states",
+        packing_reason="the server decides",
+    )
+
+
+def chosen_card(ask: Ask, path: str, model: str | None) -> dict[str, object]:
+    """The card of `model` in a list of models; without a name that of the first. Raises ValueError where it is not served."""
+    cards = [card for card in entries(ask(Call(path=path)), "data") if isinstance(card, dict)]
+    chosen = [card for card in cards if model in (None, card.get("id"))]
+    if not chosen:
+        names = ", ".join(str(card.get("id")) for card in cards) or "none"
+        raise ValueError(f"model {model!r} is not served here; the server has {names}")
+    return chosen[0]
+
+
 class Dialect(Protocol):
     """One server's language."""
 
@@ -123,8 +146,13 @@ def one_each(found: Sequence[object], span: range) -> list[object]:
     return list(found)
 
 
-def answer(value: object, request: HTTPRequest, i: int, *, shape: tuple[int, ...]) -> Answer:
-    """An Answer of a number or (nested) list. shape: expected, -1 for any length; other shapes are errors."""
+def answer(
+    value: object, request: HTTPRequest, i: int, *, shape: tuple[int, ...], probabilities: bool = False
+) -> Answer:
+    """An Answer of a number or (nested) list. shape: expected, -1 for any length; other shapes are errors.
+
+    probabilities: the values are label probabilities; their logarithms are taken in float64, where 1e-50 is not 0.
+    """
     facts = known(request, i)
     if value is None:
         return Answer(error="the server returned no score for this item", **facts)
@@ -135,7 +163,11 @@ def answer(value: object, request: HTTPRequest, i: int, *, shape: tuple[int, ...
         values = values[None]
     if values.ndim != len(shape) or any(want not in (-1, got) for want, got in zip(shape, values.shape, strict=True)):
         return Answer(error=f"the server's score has shape {values.shape}, expected {shape} (-1: any)", **facts)
-    return Answer(values=values, **facts)
+    if probabilities:
+        if not ((values > 0) & (values <= 1 + 1e-5)).all():
+            return Answer(error=f"the server's label probabilities are {values.tolist()}, expected (0, 1]", **facts)
+        values = np.log(values)
+    return Answer(values=values.astype(np.float32), **facts)
 
 
 def known(request: HTTPRequest, i: int) -> dict[str, int | bool]:
@@ -146,13 +178,13 @@ def known(request: HTTPRequest, i: int) -> dict[str, int | bool]:
     return {"prompt_tokens": 0 if ids is None else len(ids)}
 
 
-def numbers(value: object) -> NDArray[np.float32] | None:
-    """float32 of a number or a rectangular list of numbers, None for anything else (null, text, ragged, booleans)."""
+def numbers(value: object) -> NDArray[np.float64] | None:
+    """float64 of a number or a rectangular list of numbers, None for anything else (null, text, ragged, booleans)."""
     try:
         array = np.asarray(value)
     except ValueError:
         return None
-    return array.astype(np.float32) if array.dtype.kind in "iuf" else None
+    return array.astype(np.float64) if array.dtype.kind in "iuf" else None
 
 
 def _bytes(part: Text) -> bytes | Sequence[int]:
@@ -164,7 +196,7 @@ TOLERANCE = 5e-3  # a server may compute its activation in bf16
 
 
 def activation_between(
-    raw: Sequence[NDArray[np.float32] | None], activated: Sequence[NDArray[np.float32] | None]
+    raw: Sequence[NDArray[np.float64] | None], activated: Sequence[NDArray[np.float64] | None]
 ) -> Activation:
     """The function that takes raw scores [K] to the activated ones, so that ours can do the same.
 

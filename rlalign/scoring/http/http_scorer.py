@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from rlalign.scoring.answers import Answer, score_result
-from rlalign.scoring.http.detect import DIALECTS, detect
-from rlalign.scoring.http.dialect import HTTPRequest, known
-from rlalign.scoring.http.transport import Json, RequestFailed, Transport
+from rlalign.scoring.http.dialect import Ask, Dialect, HTTPRequest, known
+from rlalign.scoring.http.sglang_dialect import OURS, SGLangDialect
+from rlalign.scoring.http.text_dialects import InfinityDialect, OpenRLHFDialect, TEIDialect
+from rlalign.scoring.http.transport import Call, Json, RequestFailed, Transport
+from rlalign.scoring.http.vllm_dialect import VLLMDialect
 from rlalign.scoring.params import InvalidParams, ScoringParams
-from rlalign.scoring.reward_func import Scoring
-from rlalign.scoring.scorer import checked_inputs
+from rlalign.scoring.result import Answer, score_result
+from rlalign.scoring.scorer import Scoring, checked_inputs
 from rlalign.scoring.sequences import Sequencer
 
 if TYPE_CHECKING:
@@ -26,8 +26,55 @@ if TYPE_CHECKING:
     from rlalign.scoring.result import ScoreResult
     from rlalign.scoring.scorer import Text
 
+DIALECTS: dict[str, type[Dialect]] = {
+    "vllm": VLLMDialect,
+    "sglang": SGLangDialect,
+    "tei": TEIDialect,
+    "infinity": InfinityDialect,
+    "openrlhf": OpenRLHFDialect,
+}
+
+
+def detect(ask: Ask) -> str:
+    """The dialect's name. Raises ValueError where the server could be several, or none that is known."""
+    owners = {str(card.get("owned_by")) for card in _cards(ask, "/v1/models")}
+    owners |= {str(card.get("owned_by")) for card in _cards(ask, "/models")}
+    found = {owner for owner in ("vllm", "sglang", "infinity") if owner in owners}
+    found |= {"sglang"} if OURS in owners else set()
+    stated = _optional(ask, "/info")
+    if isinstance(stated, dict) and {"model_id", "model_type", "max_client_batch_size"} <= stated.keys():
+        found.add("tei")
+    if not found:
+        paths = _optional(ask, "/openapi.json")
+        if isinstance(paths, dict) and "/get_reward" in (paths.get("paths") or {}):
+            found.add("openrlhf")
+    if len(found) != 1:
+        raise ValueError(
+            f"the server speaks {'none of' if not found else 'more than one of'} {', '.join(sorted(found or DIALECTS))}, "
+            f"by what it says of itself: choose one with dialect="
+        )
+    return found.pop()
+
+
+def _cards(ask: Ask, path: str) -> list[dict[str, object]]:
+    body = _optional(ask, path)
+    listed = body.get("data") if isinstance(body, dict) else None
+    return [card for card in listed if isinstance(card, dict)] if isinstance(listed, list) else []
+
+
+def _optional(ask: Ask, path: str) -> Json | None:
+    """The JSON of a page, None where the server has no such page. A server that cannot be reached is an error."""
+    try:
+        return ask(Call(path=path))
+    except RequestFailed as error:
+        if error.status is None or error.status in (401, 403, 429) or error.status >= 500:
+            raise
+        return None
+
+
 DialectName = Literal["auto", "vllm", "sglang", "tei", "infinity", "openrlhf"]
 CUTS = ("item_first", "truncate_prompt_tokens", "max_tokens_per_item")  # done while tokens are joined
+OF_ITEMS = (400, 413, 422)  # statuses that one bad item of a call can bring
 CLOSE = 1e-3  # relative; a logit that a second calibration would move moves by far more
 
 
@@ -76,7 +123,7 @@ class HTTPScorer(Scoring):
         self._transport = Transport(
             base_url, api_key=api_key, timeout=timeout, retries=retries, concurrency=concurrency
         )
-        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="rlalign-http")
+        self._concurrency = concurrency
         try:
             self.dialect = detect(self._transport.send) if dialect == "auto" else dialect
             self._dialect = DIALECTS[self.dialect]()
@@ -105,15 +152,21 @@ class HTTPScorer(Scoring):
 
     def run(self, requests: Sequence[HTTPRequest]) -> list[ScoreResult]:
         """Score prepared requests, several calls at a time."""
-        jobs = self._jobs(requests)
-        answers = list(self._pool.map(lambda job: self._answered(requests[job[0]], job[1]), jobs))
-        return self._results(requests, jobs, answers)
+        return self._transport.wait(self.arun(requests))
 
     async def arun(self, requests: Sequence[HTTPRequest]) -> list[ScoreResult]:
-        """`run` without threads; cancelling it gives up the calls that are under way."""
-        jobs = self._jobs(requests)
-        answers = await asyncio.gather(*(self._aanswered(requests[place], span) for place, span in jobs))
-        return self._results(requests, jobs, answers)
+        """`run` in the caller's event loop; cancelling it gives up the calls that are under way."""
+        jobs, gate = self._jobs(requests), asyncio.Semaphore(self._concurrency)
+
+        async def in_turn(place: int, span: range) -> list[Answer]:
+            async with gate:  # so that a call's deadline begins when it is sent
+                return await self._answered(requests[place], span)
+
+        answers = await asyncio.gather(*(in_turn(place, span) for place, span in jobs))
+        found: list[list[Answer]] = [[] for _ in requests]
+        for (place, _), part in zip(jobs, answers, strict=True):
+            found[place] += part
+        return [score_result(row, request.params, self.info) for row, request in zip(found, requests, strict=True)]
 
     async def ascore(
         self, query: Text, items: Text | Sequence[Text], params: ScoringParams | None = None
@@ -122,8 +175,7 @@ class HTTPScorer(Scoring):
         return (await self.arun([self.prepare(query, items, params)]))[0]
 
     def close(self) -> None:
-        """Close connections and threads. Safe to call twice."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Close connections. Safe to call twice."""
         self._transport.close()
 
     # --- inside ---
@@ -140,28 +192,16 @@ class HTTPScorer(Scoring):
                     start = end
         return jobs
 
-    def _answered(self, request: HTTPRequest, span: range) -> list[Answer]:
+    async def _answered(self, request: HTTPRequest, span: range) -> list[Answer]:
+        """Answers of a span's items; where the server refuses the call for its items, each is asked for alone."""
         try:
             calls = self._dialect.calls(request, self._served, span)
-            return self._dialect.answers(request, self._served, span, [self._transport.send(call) for call in calls])
-        except RequestFailed as error:
-            return _failed(request, span, error)
-
-    async def _aanswered(self, request: HTTPRequest, span: range) -> list[Answer]:
-        try:
-            calls = self._dialect.calls(request, self._served, span)
-            bodies: list[Json] = [await self._transport.asend(call) for call in calls]
+            bodies = [await self._transport.asend(call) for call in calls]
             return self._dialect.answers(request, self._served, span, bodies)
         except RequestFailed as error:
-            return _failed(request, span, error)
-
-    def _results(
-        self, requests: Sequence[HTTPRequest], jobs: list[tuple[int, range]], answers: Sequence[list[Answer]]
-    ) -> list[ScoreResult]:
-        found: list[list[Answer]] = [[] for _ in requests]
-        for (place, _), part in zip(jobs, answers, strict=True):
-            found[place] += part
-        return [score_result(row, request.params, self.info) for row, request in zip(found, requests, strict=True)]
+            if error.status in OF_ITEMS and len(span) > 1:
+                return [answer for i in span for answer in await self._answered(request, range(i, i + 1))]
+            return [Answer(error=f"server: {error}", **known(request, i)) for i in span]
 
     def _make_sequencer(self) -> Sequencer | None:
         """Cuts and joins token ids, and text too where there is a tokenizer; None where the server reads query and item apart."""
@@ -181,6 +221,13 @@ class HTTPScorer(Scoring):
             raise InvalidParams(
                 f"{self.info.id}: the {self.dialect} server has no word for {', '.join(refused)}; leave them out",
                 refused,
+            )
+        side = params.truncation_side or ("left" if self.info.causal else "right")
+        if not here and self.dialect == "vllm" and params.truncate_prompt_tokens is not None and side == "left":
+            raise InvalidParams(
+                f"{self.info.id}: vLLM's server cuts the special tokens with the text on the left; ask for "
+                "truncation_side='right', or give HTTPScorer the model's tokenizer",
+                ["truncation_side"],
             )
         if text and not here and self.dialect == "vllm" and self.info.tasks == ("generative",):
             raise ValueError(
@@ -225,7 +272,3 @@ def _tokenizer(given: str | PreTrainedTokenizerBase | None) -> PreTrainedTokeniz
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(given)
-
-
-def _failed(request: HTTPRequest, span: range, error: RequestFailed) -> list[Answer]:
-    return [Answer(error=f"server: {error}", **known(request, i)) for i in span]

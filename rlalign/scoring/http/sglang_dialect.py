@@ -13,10 +13,21 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from rlalign.scoring.answers import Answer
-from rlalign.scoring.http.dialect import Ask, HTTPRequest, Served, answer, entries, known, numbers, one_each
+from rlalign.scoring.http.dialect import (
+    Ask,
+    HTTPRequest,
+    Served,
+    answer,
+    behind,
+    chosen_card,
+    entries,
+    known,
+    numbers,
+    one_each,
+)
 from rlalign.scoring.http.transport import Call, Json, RequestFailed
-from rlalign.scoring.model_info import ModelInfo
+from rlalign.scoring.params import ModelInfo
+from rlalign.scoring.result import Answer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,12 +48,7 @@ class SGLangDialect:
 
     def connect(self, ask: Ask, *, model: str | None, pairs: bool) -> Served:
         """Ask what is served; a plain SGLang server is also asked for two scores and a hidden state."""
-        cards = [card for card in entries(ask(Call(path="/v1/models")), "data") if isinstance(card, dict)]
-        chosen = [card for card in cards if model in (None, card.get("id"))]
-        if not chosen:
-            names = ", ".join(str(card.get("id")) for card in cards) or "none"
-            raise ValueError(f"model {model!r} is not served here; the server has {names}")
-        card = chosen[0]
+        card = chosen_card(ask, "/v1/models", model)
         if card.get("owned_by") == OURS:
             return _ours(card)
         info = _probed(ask, card)
@@ -64,11 +70,17 @@ class SGLangDialect:
         if params.task == "generative":
             body["label_token_ids"] = request.labels[span[0]]
         if ours:
-            body |= {"task": params.task, "calibrate": False, "use_activation": None, "encoding_format": "base64"}
+            body |= {
+                "task": params.task,
+                "calibrate": False,
+                "use_activation": None,
+                "encoding_format": "base64",
+                "alone": params.alone,
+            }
             names = ("step_tag_id", "returned_token_ids")
             body |= {name: getattr(params, name) for name in names if getattr(params, name) is not None}
         if ours and request.sequences is None:
-            names = ("truncate_prompt_tokens", "max_tokens_per_item")
+            names = ("truncate_prompt_tokens", "truncation_side", "max_tokens_per_item")
             body |= {name: getattr(params, name) for name in names if getattr(params, name) is not None}
         return [Call(path="/v1/score", body=body)]
 
@@ -90,8 +102,7 @@ class SGLangDialect:
             if value is None and reason is not None:
                 found.append(Answer(error=f"server: {reason}", **known(request, i)))
                 continue
-            one = answer(value, request, i, shape=shape)
-            one = one if ours or not judge else _logprobs(one)
+            one = answer(value, request, i, shape=shape, probabilities=judge and not ours)
             found.append(_with_state(one, state) if request.params.return_pooled_hidden_states else one)
         return found
 
@@ -127,29 +138,15 @@ def _probed(ask: Ask, card: dict[str, object]) -> ModelInfo:
             if error.status != 400:
                 raise
     length = card.get("max_model_len")
-    return ModelInfo(
-        id=str(card["id"]),
-        architecture="behind SGLang's server",
+    return msgspec.structs.replace(
+        behind("SGLang's server", str(card["id"])),
         tasks=("generative",) if generative else ("classify",),
-        vocab_size=2**31,  # the server knows, and answers 400
-        hidden_size=0,
         num_labels=labels,
         activation="softmax" if labels > 1 else "sigmoid",
         max_length=int(length) if isinstance(length, int) else None,
         exposes_hidden_states=exposes,
         hidden_states_reason="" if exposes else "the server returned none when it was asked for one",
-        packing_reason="the server decides",
     )
-
-
-def _logprobs(found: Answer) -> Answer:
-    """Label log-probabilities from probabilities; SGLang gives 0.0 for a label it did not find."""
-    if found.values is None:
-        return found
-    facts = {"prompt_tokens": found.prompt_tokens, "truncated": found.truncated}
-    if not ((found.values > 0) & (found.values <= 1 + 1e-5)).all():
-        return Answer(error=f"the server's label probabilities are {found.values.tolist()}, expected (0, 1]", **facts)
-    return Answer(values=np.log(found.values.astype(np.float64)).astype(np.float32), **facts)
 
 
 def _with_state(found: Answer, state: object) -> Answer:

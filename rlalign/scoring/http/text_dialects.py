@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlalign.scoring.answers import Answer
+import msgspec
+
 from rlalign.scoring.http.dialect import (
     Ask,
     HTTPRequest,
     Served,
     activation_between,
     answer,
+    behind,
     entries,
     in_order,
     known,
@@ -23,7 +25,7 @@ from rlalign.scoring.http.dialect import (
     one_each,
 )
 from rlalign.scoring.http.transport import Call, Json, RequestFailed
-from rlalign.scoring.model_info import ModelInfo
+from rlalign.scoring.result import Answer
 
 PROBE = ("a", ["b", "c d"])
 REFUSES = ("max_tokens_per_item", "skip_reading_prefix_cache")
@@ -49,20 +51,14 @@ class TEIDialect:
         self._rerank = kind == "reranker"
         labels = max(len(self._columns), 1)
         raw, activated = (self._probe(ask, raw=flag) for flag in (True, False))
-        info = ModelInfo(
-            id=str(stated["model_id"]),
+        info = msgspec.structs.replace(
+            behind("text-embeddings-inference", str(stated["model_id"])),
             revision=stated.get("model_sha"),
-            architecture="behind text-embeddings-inference",
-            tasks=("classify",),
-            vocab_size=2**31,
-            hidden_size=0,
             num_labels=labels,
             activation=activation_between(raw, activated),
             max_length=int(stated["max_input_length"]),
             dtype=stated.get("model_dtype"),
             causal=False,
-            hidden_states_reason="the server's scores come without hidden states",
-            packing_reason="the server decides",
         )
         return Served(info=info, batch=int(stated.get("max_client_batch_size") or 32), refuses=REFUSES, proof=RAW)
 
@@ -73,7 +69,11 @@ class TEIDialect:
             raise ValueError(
                 f"truncate_prompt_tokens={cut}: the server cuts to {served.info.max_length} tokens or not at all"
             )
-        common = {"raw_scores": True, "truncate": cut is not None, "truncation_direction": "left"}
+        common = {
+            "raw_scores": True,
+            "truncate": cut is not None,
+            "truncation_direction": request.params.truncation_side or "right",
+        }
         if self._reranks(request):
             texts = [request.items[i] for i in span]
             return [Call(path="/rerank", body={**common, "query": request.query, "texts": texts, "return_text": False})]
@@ -130,19 +130,11 @@ class InfinityDialect:
             [numbers([v]) for v in self._scores(ask(Call(path="/rerank", body=body | {"raw_scores": flag})), range(2))]
             for flag in (True, False)
         )
-        info = ModelInfo(
-            id=chosen,
-            architecture="behind infinity",
-            tasks=("classify",),
-            vocab_size=2**31,
-            hidden_size=0,
-            num_labels=1,
-            activation=activation_between(raw, activated),
-            causal=False,
-            hidden_states_reason="the server's scores come without hidden states",
-            packing_reason="the server decides",
+        activation = activation_between(raw, activated)
+        info = msgspec.structs.replace(behind("infinity", chosen), num_labels=1, activation=activation, causal=False)
+        return Served(
+            info=info, batch=256, refuses=(*REFUSES, "item_first", "alone", "truncate_prompt_tokens"), proof=RAW
         )
-        return Served(info=info, batch=256, refuses=(*REFUSES, "item_first", "truncate_prompt_tokens"), proof=RAW)
 
     def calls(self, request: HTTPRequest, served: Served, span: range) -> list[Call]:
         """One call."""
@@ -169,16 +161,8 @@ class OpenRLHFDialect:
         found = self._rewards(ask(Call(path="/get_reward", body=_get_reward(["a b", "a c d"], ["a ", "a "]))), range(2))
         if any(numbers(value) is None for value in found):
             raise RequestFailed(f"the server answered a small test request with rewards {found}")
-        info = ModelInfo(
-            id=model or "OpenRLHF reward server",
-            architecture="behind OpenRLHF's reward server",
-            tasks=("classify",),
-            vocab_size=2**31,
-            hidden_size=0,
-            num_labels=1,
-            hidden_states_reason="the server's scores come without hidden states",
-            packing_reason="the server decides",
-        )
+        info = behind("OpenRLHF's reward server", model or "OpenRLHF reward server")
+        info = msgspec.structs.replace(info, num_labels=1)
         return Served(info=info, batch=256, refuses=(*REFUSES, "truncate_prompt_tokens", "use_activation"))
 
     def calls(self, request: HTTPRequest, served: Served, span: range) -> list[Call]:
@@ -205,6 +189,7 @@ def _get_reward(texts: list[str], prompts: list[str]) -> dict[str, object]:
 
 def _pair(request: HTTPRequest, i: int) -> list[str]:
     """[query, item], or [item] alone: in a batch TEI reads a bare string as half of a pair."""
+    if request.params.alone:
+        return [str(request.items[i])]
     parts = [str(request.query), str(request.items[i])]
-    parts = parts[::-1] if request.params.item_first else parts
-    return [part for part in parts if part]
+    return parts[::-1] if request.params.item_first else parts

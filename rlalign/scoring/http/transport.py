@@ -1,7 +1,7 @@
 """One JSON exchange with a scoring server: what is retried, what is not, and a deadline over everything.
 
 Retried: no connection, 429 and 5xx. Not retried: any other status, a broken or late answer (it may have been computed already;
-the next server behind a balancer would not know). The retry loop does no I/O of its own, so it serves sync and async clients.
+the next server behind a balancer would not know). Blocking callers share one event loop, in a thread of the transport.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import math
 import random
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import httpx
@@ -24,6 +24,7 @@ IDLE = 2.0  # seconds an unused connection is kept: less than the 5 after which 
 SHOWN = 300  # characters of a server's message that an error repeats
 
 Json = dict[str, object] | list[object]
+T = TypeVar("T")
 
 
 class RequestFailed(RuntimeError):
@@ -40,32 +41,6 @@ class Call:
 
     path: str
     body: dict[str, object] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Ask the driver to send the call, giving up after `seconds`."""
-
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """Ask the driver to do nothing for `seconds`."""
-
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What came back. retry_after: the header, as sent."""
-
-    status: int
-    body: bytes
-    retry_after: str | None = None
-
-
-Steps = Generator[Send | Wait, Reply | Exception | None, Json]
 
 
 class Transport:
@@ -88,106 +63,87 @@ class Transport:
         self._headers |= {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._limits = httpx.Limits(max_connections=concurrency, keepalive_expiry=IDLE)
         self._verify = self.base_url.startswith("https://")  # reading the certificates takes half a second
-        self._client = httpx.Client(**self._options())
-        self._async = threading.local()
+        self._here = threading.local()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rlalign-http", daemon=True)
+        self._thread.start()
 
     def send(self, call: Call) -> Json:
         """The JSON of a 200 answer. Raises RequestFailed."""
-        steps = _attempts(call, timeout=self.timeout, retries=self.retries)
-        step = next(steps)
-        try:
-            while True:
-                if isinstance(step, Wait):
-                    time.sleep(step.seconds)
-                    step = steps.send(None)
-                    continue
-                try:
-                    reply = self._reply(call, step.seconds)
-                except Exception as error:  # sorted out by the loop, which raises what it does not know
-                    reply = error
-                step = steps.send(reply)
-        except StopIteration as end:
-            return end.value
+        return self.wait(self.asend(call))
+
+    def wait(self, work: Coroutine[None, None, T]) -> T:
+        """Run a coroutine in the transport's own loop, whatever loop the caller is in, and block until it ends."""
+        if self._loop.is_closed():
+            work.close()
+            raise RuntimeError(f"{self.base_url}: this client is closed")
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def asend(self, call: Call) -> Json:
-        """`send` without blocking the event loop; cancelling it closes the connection."""
-        steps = _attempts(call, timeout=self.timeout, retries=self.retries)
-        step = next(steps)
-        try:
-            while True:
-                if isinstance(step, Wait):
-                    await asyncio.sleep(step.seconds)
-                    step = steps.send(None)
-                    continue
-                try:
-                    reply = await asyncio.wait_for(self._areply(call, step.seconds), step.seconds)
-                except Exception as error:
-                    reply = error
-                step = steps.send(reply)
-        except StopIteration as end:
-            return end.value
+        """`send` in the caller's event loop; cancelling it closes the connection."""
+        deadline, failed = time.monotonic() + self.timeout, None
+        for attempt in range(self.retries + 1):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            reply = await self._reply(call, left)
+            if isinstance(reply, RequestFailed):
+                failed, retry_after = reply, None
+            elif reply.status_code == 200:
+                return _parsed(reply)
+            else:
+                failed, retry_after = _refused(reply), reply.headers.get("retry-after")
+                if reply.status_code != 429 and reply.status_code < 500:
+                    raise failed
+            wait = _pause(attempt, retry_after)
+            if attempt == self.retries or time.monotonic() + wait >= deadline:
+                break
+            await asyncio.sleep(wait)
+        status = None if failed is None else failed.status
+        tries = f"gave up after {attempt + 1} tries, deadline {self.timeout:g} s"
+        raise RequestFailed(f"{failed or 'not sent'} ({tries})", status)
 
     def close(self) -> None:
-        """Close the idle connections. Safe to call twice."""
-        self._client.close()
+        """Close the idle connections and end the thread. Safe to call twice."""
+        if self._loop.is_closed():
+            return
+        self.wait(self._close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
-    def _reply(self, call: Call, seconds: float) -> Reply:
-        """httpx's timeouts start anew with every byte, so the deadline is looked at between chunks."""
-        deadline, chunks = time.monotonic() + seconds, []
-        with self._client.stream(*_arguments(call), content=_content(call), timeout=seconds) as response:
-            for chunk in response.iter_bytes():
-                chunks.append(chunk)
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-        return Reply(response.status_code, b"".join(chunks), response.headers.get("retry-after"))
+    async def _close(self) -> None:
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await self._client().aclose()
 
-    async def _areply(self, call: Call, seconds: float) -> Reply:
-        response = await self._async_client().request(*_arguments(call), content=_content(call), timeout=seconds)
-        return Reply(response.status_code, response.content, response.headers.get("retry-after"))
+    async def _reply(self, call: Call, seconds: float) -> httpx.Response | RequestFailed:
+        """The response, or a failure that may be retried. httpx's timeouts start anew with every byte, so a deadline is over it."""
+        import httpx
 
-    def _options(self) -> dict[str, object]:
-        return {"base_url": self.base_url, "headers": self._headers, "limits": self._limits, "verify": self._verify}
+        content = None if call.body is None else json.dumps(call.body, allow_nan=False).encode()
+        method = "GET" if call.body is None else "POST"
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._client().request(method, call.path, content=content, timeout=seconds)
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            return RequestFailed(f"no connection to the server: {error or type(error).__name__}")
+        except (httpx.TimeoutException, TimeoutError) as error:
+            raise RequestFailed(f"no answer within {self.timeout:g} s") from error
+        except httpx.TransportError as error:
+            raise RequestFailed(f"the connection broke: {error or type(error).__name__}") from error
 
-    def _async_client(self) -> httpx.AsyncClient:
+    def _client(self) -> httpx.AsyncClient:
         """One client an event loop: connections cannot move between loops."""
         import httpx
 
         loop = asyncio.get_running_loop()
-        if getattr(self._async, "loop", None) is not loop:
-            self._async.loop = loop
-            self._async.client = httpx.AsyncClient(**self._options())
-        return self._async.client
-
-
-def _attempts(call: Call, *, timeout: float, retries: int) -> Steps:
-    import httpx
-
-    deadline, failed = time.monotonic() + timeout, None
-    for attempt in range(retries + 1):
-        left = deadline - time.monotonic()
-        if left <= 0:
-            break
-        answer = yield Send(left)
-        if isinstance(answer, httpx.ConnectError | httpx.ConnectTimeout):
-            failed = RequestFailed(f"no connection to the server: {answer or type(answer).__name__}")
-        elif isinstance(answer, httpx.TimeoutException | TimeoutError):
-            raise RequestFailed(f"no answer within {timeout:g} s") from answer
-        elif isinstance(answer, httpx.TransportError):
-            raise RequestFailed(f"the connection broke: {answer or type(answer).__name__}") from answer
-        elif isinstance(answer, Exception):
-            raise answer
-        elif answer.status == 429 or answer.status >= 500:
-            failed = RequestFailed(f"HTTP {answer.status}: {_message(answer)}", answer.status)
-        elif answer.status != 200:
-            raise RequestFailed(f"HTTP {answer.status}: {_message(answer)}", answer.status)
-        else:
-            return _parsed(answer)
-        wait = _pause(attempt, None if isinstance(answer, Exception) else answer.retry_after)
-        if attempt == retries or time.monotonic() + wait >= deadline:
-            break
-        yield Wait(wait)
-    raise RequestFailed(f"{failed or 'not sent'} (gave up after {attempt + 1} tries, deadline {timeout:g} s)",
-                        None if failed is None else failed.status)  # fmt: skip
+        if getattr(self._here, "loop", None) is not loop:
+            self._here.loop = loop
+            self._here.client = httpx.AsyncClient(
+                base_url=self.base_url, headers=self._headers, limits=self._limits, verify=self._verify
+            )
+        return self._here.client
 
 
 def _pause(attempt: int, retry_after: str | None) -> float:
@@ -197,35 +153,27 @@ def _pause(attempt: int, retry_after: str | None) -> float:
     return min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.75, 1.0)
 
 
-def _arguments(call: Call) -> tuple[str, str]:
-    return ("GET" if call.body is None else "POST"), call.path
-
-
-def _content(call: Call) -> bytes | None:
-    return None if call.body is None else json.dumps(call.body, allow_nan=False).encode()
-
-
-def _parsed(reply: Reply) -> Json:
+def _parsed(reply: httpx.Response) -> Json:
     try:
-        parsed = json.loads(reply.body)
+        parsed = json.loads(reply.content)
     except ValueError as error:
-        raise RequestFailed(f"the answer is not JSON: {_shown(reply)!r}", reply.status) from error
+        raise RequestFailed(f"the answer is not JSON: {_shown(reply)!r}", reply.status_code) from error
     if not isinstance(parsed, dict | list):
-        raise RequestFailed(f"the answer is {parsed!r}, not an object or a list", reply.status)
+        raise RequestFailed(f"the answer is {parsed!r}, not an object or a list", reply.status_code)
     return parsed
 
 
-def _message(reply: Reply) -> str:
+def _refused(reply: httpx.Response) -> RequestFailed:
     """What the server says went wrong, whatever it wraps it in."""
     try:
-        found = json.loads(reply.body)
+        found = json.loads(reply.content)
     except ValueError:
-        return _shown(reply) or "no message"
+        found = _shown(reply) or "no message"
     for key in ("error", "message", "detail"):
         while isinstance(found, dict) and key in found:
             found = found[key]
-    return str(found)[:SHOWN]
+    return RequestFailed(f"HTTP {reply.status_code}: {str(found)[:SHOWN]}", reply.status_code)
 
 
-def _shown(reply: Reply) -> str:
-    return reply.body[:SHOWN].decode(errors="replace")
+def _shown(reply: httpx.Response) -> str:
+    return reply.content[:SHOWN].decode(errors="replace")

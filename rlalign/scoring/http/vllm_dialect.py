@@ -9,25 +9,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
-from rlalign.scoring.answers import Answer
 from rlalign.scoring.http.dialect import (
     Ask,
     HTTPRequest,
     Served,
     activation_between,
     answer,
+    behind,
+    chosen_card,
     entries,
     in_order,
-    known,
     numbers,
 )
 from rlalign.scoring.http.transport import Call, Json, RequestFailed
-from rlalign.scoring.model_info import ModelInfo, PoolerDefaults, Task
+from rlalign.scoring.params import ModelInfo, PoolerDefaults, Task
+from rlalign.scoring.result import Answer
 
 if TYPE_CHECKING:
-    from rlalign.scoring.model_info import Activation
+    from rlalign.scoring.params import Activation
 
 PROBE = [[1, 2, 3], [3, 2]]  # token ids that every vocabulary has
 SHAPES = {"classify": (-1,), "token_classify": (-1, -1), "embed": (-1,), "token_embed": (-1, -1)}
@@ -43,25 +45,24 @@ class VLLMDialect:
 
     def connect(self, ask: Ask, *, model: str | None, pairs: bool) -> Served:
         """Ask for the model, its task, its labels, its activation, and (development mode) its PoolerConfig."""
-        card = _card(ask, model)
+        card = chosen_card(ask, "/v1/models", model)
+        if card.get("max_model_len") is None:
+            raise RequestFailed("/v1/models states no max_model_len: this is not a vLLM server")
         task, labels, activation = _what_it_does(ask, card["id"], pairs)
         pooler, proof = _pooler(ask)
-        info = ModelInfo(
-            id=str(card["id"]),
-            architecture="behind vLLM's server",
+        info = msgspec.structs.replace(
+            behind("vLLM's server", str(card["id"])),
             tasks=(task,),
-            vocab_size=2**31,  # the server knows, and answers 400
             hidden_size=labels if task in ("embed", "token_embed") else 0,
             num_labels=labels if task in ("classify", "token_classify") else 0,
             activation=activation,
             max_length=int(card["max_model_len"]) - (task == "generative"),
             causal=not pairs,
             hidden_states_reason="vLLM's server does not return them; VLLMScorer does, with an engine of this process",
-            packing_reason="the server decides",
             pooler=pooler,
             already_calibrated=pooler.logit_mean is not None or pooler.logit_sigma is not None,
         )
-        return Served(info=info, batch=BATCH, refuses=REFUSES + (("item_first",) if pairs else ()), proof=proof)
+        return Served(info=info, batch=BATCH, refuses=REFUSES + (("item_first", "alone") if pairs else ()), proof=proof)
 
     def calls(self, request: HTTPRequest, served: Served, span: range) -> list[Call]:
         """One call; a judge's needs one a label, since the server returns the first label's probability only."""
@@ -73,7 +74,7 @@ class VLLMDialect:
             ]
         common: dict[str, object] = {"model": info.id, "use_activation": False}
         if request.params.truncate_prompt_tokens is not None and request.sequences is None:
-            common |= {"truncate_prompt_tokens": request.params.truncate_prompt_tokens, "truncation_side": "left"}
+            common["truncate_prompt_tokens"] = request.params.truncate_prompt_tokens
         if not info.causal:
             items = [request.items[i] for i in span]
             return [Call(path="/score", body={**common, "queries": request.query, "documents": items})]
@@ -84,24 +85,16 @@ class VLLMDialect:
         """In the order of the entries' indices."""
         if request.params.task == "generative":
             columns = [in_order(entries(body, "data"), span, "score") for body in bodies]
-            return [_judged(request, i, [column[at] for column in columns]) for at, i in enumerate(span)]
+            rows = [[column[at] for column in columns] for at in range(len(span))]
+            return [
+                answer(None if None in row else row, request, i, shape=(-1,), probabilities=True)
+                for i, row in zip(span, rows, strict=True)
+            ]
         values = in_order(entries(bodies[0], "data"), span, "data" if served.info.causal else "score")
         found = [
             answer(value, request, i, shape=SHAPES[request.params.task]) for value, i in zip(values, span, strict=True)
         ]
         return [_uncalibrated(one, served.info.pooler) for one in found]
-
-
-def _card(ask: Ask, model: str | None) -> dict[str, object]:
-    """The served model's entry in /v1/models. Raises ValueError where `model` is not served."""
-    cards = [card for card in entries(ask(Call(path="/v1/models")), "data") if isinstance(card, dict)]
-    names = [str(card.get("id")) for card in cards]
-    chosen = [card for card in cards if model in (None, card.get("id"))]
-    if not chosen:
-        raise ValueError(f"model {model!r} is not served here; the server has {', '.join(names) or 'none'}")
-    if chosen[0].get("max_model_len") is None:
-        raise RequestFailed("/v1/models states no max_model_len: this is not a vLLM server")
-    return chosen[0]
 
 
 def _what_it_does(ask: Ask, model: object, pairs: bool) -> tuple[Task, int, Activation]:
@@ -181,15 +174,3 @@ def _judge(request: HTTPRequest, info: ModelInfo, span: range, first: int) -> di
 
 def _judge_probe(model: object) -> dict[str, object]:
     return {"model": model, "query": [1], "items": [[2]], "label_token_ids": [1, 2], "apply_softmax": False}
-
-
-def _judged(request: HTTPRequest, i: int, probabilities: list[object]) -> Answer:
-    """Label log-probabilities from probabilities over the whole vocabulary."""
-    if any(p is None for p in probabilities):
-        return Answer(error="the server returned no probability for some label of this item", **known(request, i))
-    values = numbers(probabilities)
-    if values is None or not ((values > 0) & (values <= 1 + 1e-5)).all():
-        return Answer(
-            error=f"the server's label probabilities are {probabilities}, expected (0, 1]", **known(request, i)
-        )
-    return Answer(values=np.log(np.asarray(probabilities, np.float64)).astype(np.float32), **known(request, i))

@@ -204,7 +204,7 @@ class Rollout:
         what sampled the next token where weights changed in flight or a prefix cache outlived them. Empty: not known.
     kv_recomputed: True where updates in flight had all keys and values computed again: each token saw keys of its own version.
     kept_ids, kept_counts: the ids each sampled token was drawn from, one token's behind the other's, and how many those are;
-        0 where the engine did not give the whole set. Both empty: not captured. array("i") and array("I"), 4 bytes an id.
+        0 where the engine did not give the whole set. Both empty: not captured. array("i") and array("q").
     """
 
     token_ids: list[int]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlalign.head.projection import check_operands
 from rlalign.logprobs.forward import Transform
-from rlalign.logprobs.kept import Kept
+from rlalign.logprobs.kept import BARRED, Kept
 from rlalign.logprobs.op import flat_logprobs
 from rlalign.logprobs.vocab_parallel import VocabShard, sharded_logprobs
 from rlalign.types import KeptSets
@@ -309,13 +309,23 @@ def holds(sets: KeptSets, token_ids_BL: Tensor) -> Tensor:
 
 
 def from_logits(
-    logits_BLV: Tensor, token_ids_BL: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None
+    logits_BLV: Tensor,
+    token_ids_BL: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    kept: KeptSets | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logprobs and entropies [B, L] float32 from logits that exist: what a trainer without the float32 head does.
 
-    The softmax is in float32 whatever the logits are rounded to. Alignment and `mask` as in `token_logprobs`.
+    The softmax is in float32 whatever the logits are rounded to. Alignment, `mask` and `kept` as in `token_logprobs`.
     """
-    logprobs_BLV = (logits_BLV[:, :-1].float() / temperature).log_softmax(-1)
+    x_BLV = logits_BLV[:, :-1].float() / temperature
+    if kept is not None:
+        sets = Kept.of(kept.ids_E, kept.count_BL[:, 1:].flatten(), x_BLV.device)
+        n, vocab = x_BLV.shape[0] * x_BLV.shape[1], x_BLV.shape[2]
+        x_BLV = x_BLV + torch.where(sets.mask(slice(0, n), vocab), 0.0, BARRED).view(x_BLV.shape)
+    logprobs_BLV = x_BLV.log_softmax(-1)
     chosen_BL = logprobs_BLV.gather(-1, token_ids_BL[:, 1:, None])[..., 0]
     probs_BLV = logprobs_BLV.exp()
     entropy_BL = -(probs_BLV * logprobs_BLV.masked_fill(probs_BLV == 0, 0.0)).sum(-1)  # 0 * -inf would be NaN

@@ -24,10 +24,12 @@ from rlalign.logprobs.kept import Kept
 from rlalign.types import KeptSets
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rlalign.logprobs.vocab_parallel import VocabShard
     from rlalign.types import LogprobSpec
 
-__all__ = ["LIMIT", "Found", "Truncation", "kept_mask", "kept_sets"]
+__all__ = ["LIMIT", "Found", "Truncation", "kept_mask", "kept_sets", "of_logits"]
 
 LIMIT = 4096  # ids of one set
 
@@ -112,12 +114,6 @@ def kept_sets(
     shard: every rank calls, and gets the same sets; one tile of whole rows is gathered at a time.
     Raises ValueError for a limit below 1, and for captured sets of another shape.
     """
-    if limit < 1:
-        raise ValueError(f"kept_sets: limit must be at least one id, got {limit}")
-    if captured is not None and captured.count_BL.shape != token_ids_BL.shape:
-        raise ValueError(
-            f"kept_sets: captured sets of {tuple(captured.count_BL.shape)} tokens for token_ids {tuple(token_ids_BL.shape)}"
-        )
     position_N = mask.flatten().nonzero().squeeze(1)
     n, device = len(position_N), hidden_BLD.device
     real = vocab_size or (weight_VD.shape[0] if shard is None else shard.total)
@@ -132,43 +128,85 @@ def kept_sets(
         tile=Tile.of(device, chunk),
         route=route(hidden_BLD, weight_VD),
     )
-    given = None if captured is None else Kept.of(*captured.at(position_N.cpu()), device)
+    stored_VD, columns = stored_for(problem.weight_VD, problem.route), slice(0, rows)
+
+    def logits(tile: slice) -> Tensor:
+        x_TS = problem.logits(tile, columns, stored_VD, torch.empty(tile.stop - tile.start, rows, device=device))
+        return x_TS if shard is None else _gathered(x_TS, shard)
+
     height = chunk or max(1, problem.tile.tokens * problem.tile.vocab // real)
-    stored_VD = stored_for(problem.weight_VD, problem.route)
-    parts = [_tile(problem, stored_VD, given, part, truncation, limit, shard) for part in token_tiles(n, height)]
-    return _joined(parts, position_N.cpu(), token_ids_BL.shape)
+    return _found(logits, token_ids_BL, mask, truncation, captured, limit, height)
+
+
+@torch.no_grad()
+def of_logits(
+    logits_BLV: Tensor,
+    token_ids_BL: Tensor,
+    *,
+    mask: Tensor,
+    truncation: Truncation,
+    captured: KeptSets | None = None,
+    limit: int = LIMIT,
+    temperature: float = 1.0,
+) -> Found:
+    """`kept_sets` from logits that exist: what a trainer without the float32 head has. Alignment as in `from_logits`."""
+    position_N = mask.flatten().nonzero().squeeze(1)
+    flat_NV = logits_BLV.flatten(0, 1)
+
+    def logits(tile: slice) -> Tensor:
+        return flat_NV[position_N[tile] - 1].float() / temperature
+
+    return _found(logits, token_ids_BL, mask, truncation, captured, limit, height=1024)
 
 
 _NUMBERS = ("log_mass", "outside", "compared", "differ", "differ_mass", "too_large")
 
 
-def _tile(
-    problem: Problem,
-    stored_VD: Tensor,
-    given: Kept | None,
-    rows: slice,
+def _found(
+    logits: Callable[[slice], Tensor],
+    token_ids_BL: Tensor,
+    mask_BL: Tensor,
     truncation: Truncation,
+    captured: KeptSets | None,
     limit: int,
-    shard: VocabShard | None,
+    height: int,
+) -> Found:
+    """logits: whole rows [T, V] of some of the masked tokens, in their order."""
+    if limit < 1:
+        raise ValueError(f"kept_sets: limit must be at least one id, got {limit}")
+    if captured is not None and captured.count_BL.shape != token_ids_BL.shape:
+        raise ValueError(
+            f"kept_sets: captured sets of {tuple(captured.count_BL.shape)} tokens for token_ids {tuple(token_ids_BL.shape)}"
+        )
+    position_N, target_N = mask_BL.flatten().nonzero().squeeze(1), token_ids_BL[mask_BL]
+    given = None if captured is None else Kept.of(*captured.at(position_N.cpu()), token_ids_BL.device)
+    parts = [_tile(logits(t), target_N[t], given, t, truncation, limit) for t in token_tiles(len(target_N), height)]
+    whole = {name: torch.cat([part[name] for part in parts]) for name in ("ids", "count", *_NUMBERS)}
+    shape, position_N = token_ids_BL.shape, position_N.cpu()
+    spread = {
+        f"{name}_BL": whole[name].new_zeros(shape.numel()).index_put((position_N,), whole[name]).view(shape)
+        for name in _NUMBERS
+    }
+    return Found(kept=KeptSets.spread(whole["ids"], whole["count"], position_N, shape), **spread)
+
+
+def _tile(
+    x_TV: Tensor, target_T: Tensor, given: Kept | None, rows: slice, truncation: Truncation, limit: int
 ) -> dict[str, Tensor]:
     """Of some tokens: ids int32, count, and each of _NUMBERS, on CPU."""
-    height, vocab = rows.stop - rows.start, problem.weight_VD.shape[0]
-    x_TV = problem.logits(rows, slice(0, vocab), stored_VD, torch.empty(height, vocab, device=problem.hidden_ND.device))
-    x_TV = x_TV if shard is None else _gathered(x_TV, shard)
-    target_T1 = problem.target_N[rows].unsqueeze(1)
+    target_T1 = target_T.unsqueeze(1)
     own_TV = kept_mask(x_TV, truncation)
     outside_T = ~own_TV.gather(1, target_T1).squeeze(1)
     logprob_TV = x_TV.log_softmax(-1)
-    if given is None:
-        compared_T = torch.zeros_like(outside_T)
-        differ_T, differ_mass_T = compared_T, torch.zeros(height, device=x_TV.device)
-        chosen_TV = own_TV.scatter(1, target_T1, True)
-    else:
+    chosen_TV = own_TV.scatter(1, target_T1, True)
+    compared_T, differ_T = torch.zeros_like(outside_T), torch.zeros_like(outside_T)
+    differ_mass_T = torch.zeros(len(x_TV), device=x_TV.device)
+    if given is not None:
         compared_T = given.start_M.diff()[rows].to(x_TV.device) > 0
         theirs_TV = given.mask(rows, x_TV.shape[1])
         only_TV = (own_TV ^ theirs_TV) & compared_T.unsqueeze(1)
         differ_T, differ_mass_T = only_TV.any(1), (logprob_TV.exp() * only_TV).sum(1)
-        chosen_TV = torch.where(compared_T.unsqueeze(1), theirs_TV, own_TV.scatter(1, target_T1, True))
+        chosen_TV = torch.where(compared_T.unsqueeze(1), theirs_TV, chosen_TV)
     log_mass_T = logprob_TV.masked_fill_(~chosen_TV, -torch.inf).logsumexp(1).clamp_(max=0.0)
     count_T = chosen_TV.sum(1)
     too_large_T = count_T > limit
@@ -187,12 +225,3 @@ def _gathered(x_TS: Tensor, shard: VocabShard) -> Tensor:
     gathered = [torch.empty_like(padded_TS) for _ in columns]
     dist.all_gather(gathered, padded_TS, group=shard.group)
     return torch.cat([part_TS[:, :width] for part_TS, width in zip(gathered, columns, strict=True)], dim=1)
-
-
-def _joined(parts: list[dict[str, Tensor]], position_N: Tensor, shape: torch.Size) -> Found:
-    whole = {name: torch.cat([part[name] for part in parts]) for name in ("ids", "count", *_NUMBERS)}
-    spread = {
-        f"{name}_BL": whole[name].new_zeros(shape.numel()).index_put((position_N,), whole[name]).view(shape)
-        for name in _NUMBERS
-    }
-    return Found(kept=KeptSets.spread(whole["ids"], whole["count"], position_N, shape), **spread)

@@ -12,6 +12,7 @@ from rlalign.reward.mixture import RewardMixture, Rewards, Sample
 from rlalign.types import LogprobSpec, Rollout, RolloutBatch, TrainBatch
 
 if TYPE_CHECKING:
+    from rlalign.logprobs.truncation import Found
     from rlalign.objective.reference_kl import KlController
     from rlalign.tracking.timeline import Span
     from rlalign.weights import PublishReport
@@ -50,6 +51,7 @@ class Trainer(Learner, Protocol):
     version: int
 
     def score(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]: ...
+    def score_truncated(self, batch: RolloutBatch) -> tuple[Tensor, Tensor, Found]: ...
     def score_reference(self, batch: RolloutBatch) -> Tensor | None: ...
     def named_weights(self) -> Iterable[tuple[str, Tensor]]: ...
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlalign import mismatch
 from rlalign.config import RunConfig, ScheduleMode
+from rlalign.logprobs.truncation import LIMIT
 from rlalign.objective import choice
 from rlalign.reward.mixture import Sample
 from rlalign.run import limits
@@ -24,6 +25,7 @@ from rlalign.run.step_metrics import (
     publish_metrics,
     rollout_metrics,
     staleness_metrics,
+    support_metrics,
 )
 from rlalign.tracking.timeline import Clock, Span
 from rlalign.types import Rollout, RolloutBatch, TrainBatch, collate
@@ -74,9 +76,10 @@ def learn(
     metrics, spans = dict(collected.metrics), list(collected.spans)
     clock = Clock(step, metrics, spans, parties.say)
     with clock("score"):
-        old_BL, entropy_BL = trainer.score(batch)
+        batch, old_BL, entropy_BL, sets = scored(trainer, batch)
+        metrics |= sets
         ref_BL = trainer.score_reference(batch)
-        at_lag = _compare(old_BL, collected, trainer, config)
+        at_lag = _compare(old_BL, replace(collected, batch=batch), trainer, config)
         metrics |= mismatch_metrics(at_lag, parties.floor) | staleness_metrics(batch, trainer.version, at_lag)
         metrics["train/entropy"] = float(entropy_BL[batch.loss_mask_BL].mean())
         values_BL = None if parties.critic is None else parties.critic.values(batch)
@@ -104,7 +107,7 @@ def learn(
 
     with clock("train"):
         rewarded = replace(batch, loss_mask_BL=batch.loss_mask_BL & rewards.known_B[:, None])
-        correction = choice.correct(old_BL, rewarded, result.advantages_BL, config.algo)
+        correction = choice.correct(old_BL, rewarded, result.advantages_BL, config.algo, version=result.version)
         metrics |= correction_metrics(correction, old_BL, rewarded)
         whole = TrainBatch(
             rollouts=batch,
@@ -124,6 +127,26 @@ def learn(
     if trainer.version > result.version:  # otherwise the engine computes with these weights already
         metrics |= _publish(parties, sampler, clock)
     return result
+
+
+def scored(trainer: Trainer, batch: RolloutBatch) -> tuple[RolloutBatch, Tensor, Tensor, dict[str, float]]:
+    """(batch, logprobs, entropies, metrics) under the current weights, over the support that the tokens were sampled from.
+
+    Of a truncated spec the batch comes back with its kept sets, which every later pass renormalises over, and without the tokens
+    whose set is too large to keep.
+    """
+    batch.spec.require_repeatable(what="scoring rollouts")
+    if not batch.spec.truncated:
+        return batch, *trainer.score(batch), {}
+    old_BL, entropy_BL, found = trainer.score_truncated(batch)
+    metrics = support_metrics(found, batch)
+    left_BL = batch.loss_mask_BL & ~found.too_large_BL
+    if not bool(left_BL.any()):
+        raise RuntimeError(
+            f"every token's kept set has more than {LIMIT} ids ({batch.spec.support}): nothing is left to train on. Sample with a "
+            "smaller top_p or a top_k"
+        )
+    return replace(batch, kept=found.kept, loss_mask_BL=left_BL), old_BL, entropy_BL, metrics
 
 
 def _probe(step: int, batch: RolloutBatch, parties: Parties, config: RunConfig) -> RolloutBatch | None:
@@ -146,7 +169,10 @@ def _compare(old_BL: Tensor, collected: Collected, trainer: Trainer, config: Run
     synchronous = schedule.mode is ScheduleMode.synchronous
     allowed = None if synchronous else schedule.max_lag * algo.minibatches * algo.epochs
     measured = at_lags(collected.batch, old_BL, allowed)
-    return by_lag(measured, None if probe is None else at_lags(probe, trainer.score(probe)[0], 0))
+    if probe is None:
+        return by_lag(measured, None)
+    probe, probe_BL, *_ = scored(trainer, probe)
+    return by_lag(measured, at_lags(probe, probe_BL, 0))
 
 
 def _publish(parties: Parties, sampler: Sampler | None, clock: Clock) -> dict[str, float]:

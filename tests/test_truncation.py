@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from rlalign.head import projection
 from rlalign.logprobs import holds, token_logprobs
 from rlalign.logprobs.truncation import Truncation, kept_mask, kept_sets
+from rlalign.rollout.engine.kept_report import kept_sets as kept_sets_of
 from rlalign.types import KeptSets
 
 D, V = 32, 500
@@ -137,3 +139,19 @@ def test_ragged_sets_are_cut_with_their_rows() -> None:
     assert torch.equal(few.ids_E.long(), want[:, 2]) and torch.equal(few.count_BL, dense[[2, 0], :7].sum(-1))
     again = KeptSets.dense(torch.where(dense, torch.arange(V), -1))
     assert torch.equal(again.ids_E, kept.ids_E) and torch.equal(again.count_BL, kept.count_BL)
+
+
+class Flat:
+    """vLLM's flat logprobs of two tokens: the sampled one, then the likeliest three."""
+
+    start_indices = (0, 4)
+    token_ids = (7, 7, 2, 9, 5, 1, 5, 3)
+    logprobs = (-0.2, -0.2, -1.7, -math.inf, -1.0, -0.5, -1.0, -3.0)
+
+
+def test_a_captured_set_is_whole_only_where_something_is_left_out() -> None:
+    ids, counts = kept_sets_of(Flat, 3)
+    assert (list(ids), list(counts)) == ([7, 2], [2, 0])
+    assert kept_sets_of(Flat, 0) == (array("i"), array("q"))
+    with pytest.raises(RuntimeError, match="expected 3 for each"):
+        kept_sets_of(Flat, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
@@ -54,6 +55,8 @@ class Trainer(Learner, Protocol):
     def score_truncated(self, batch: RolloutBatch) -> tuple[Tensor, Tensor, Found]: ...
     def score_reference(self, batch: RolloutBatch) -> Tensor | None: ...
     def named_weights(self) -> Iterable[tuple[str, Tensor]]: ...
+    def save_state(self, folder: Path) -> None: ...
+    def load_state(self, folder: Path) -> None: ...
 
 
 class Critic(Learner, Protocol):

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from rlalign import mismatch
 from rlalign.config import RunConfig, ScheduleMode
-from rlalign.logprobs.truncation import LIMIT
 from rlalign.objective import choice
 from rlalign.reward.mixture import Sample
-from rlalign.run import limits
+from rlalign.run import acceptance, limits
 from rlalign.run.parties import Collected, Learner, Parties, Prompt, StepResult, Task, Trainer
 from rlalign.run.sampler import Sampler, request, sample_probe
+from rlalign.run.scoring_step import scored
 from rlalign.run.step_metrics import (
     by_lag,
     correction_metrics,
@@ -25,7 +25,6 @@ from rlalign.run.step_metrics import (
     publish_metrics,
     rollout_metrics,
     staleness_metrics,
-    support_metrics,
 )
 from rlalign.tracking.timeline import Clock, Span
 from rlalign.types import Rollout, RolloutBatch, TrainBatch, collate
@@ -105,7 +104,10 @@ def learn(
     )
     result.warnings.extend(limits.check(result, config, step=step))
 
+    judged = config.mismatch.accept_k3 > 0
     with clock("train"):
+        if judged:
+            acceptance.keep(trainer, config)
         rewarded = replace(batch, loss_mask_BL=batch.loss_mask_BL & rewards.known_B[:, None])
         correction = choice.correct(old_BL, rewarded, result.advantages_BL, config.algo, version=result.version)
         metrics |= correction_metrics(correction, old_BL, rewarded)
@@ -126,27 +128,9 @@ def learn(
 
     if trainer.version > result.version:  # otherwise the engine computes with these weights already
         metrics |= _publish(parties, sampler, clock)
+        if judged:
+            result.warnings.extend(_accept(step, parties, config, metrics, clock))
     return result
-
-
-def scored(trainer: Trainer, batch: RolloutBatch) -> tuple[RolloutBatch, Tensor, Tensor, dict[str, float]]:
-    """(batch, logprobs, entropies, metrics) under the current weights, over the support that the tokens were sampled from.
-
-    Of a truncated spec the batch comes back with its kept sets, which every later pass renormalises over, and without the tokens
-    whose set is too large to keep.
-    """
-    batch.spec.require_repeatable(what="scoring rollouts")
-    if not batch.spec.truncated:
-        return batch, *trainer.score(batch), {}
-    old_BL, entropy_BL, found = trainer.score_truncated(batch)
-    metrics = support_metrics(found, batch)
-    left_BL = batch.loss_mask_BL & ~found.too_large_BL
-    if not bool(left_BL.any()):
-        raise RuntimeError(
-            f"every token's kept set has more than {LIMIT} ids ({batch.spec.support}): nothing is left to train on. Sample with a "
-            "smaller top_p or a top_k"
-        )
-    return replace(batch, kept=found.kept, loss_mask_BL=left_BL), old_BL, entropy_BL, metrics
 
 
 def _probe(step: int, batch: RolloutBatch, parties: Parties, config: RunConfig) -> RolloutBatch | None:
@@ -173,6 +157,18 @@ def _compare(old_BL: Tensor, collected: Collected, trainer: Trainer, config: Run
         return by_lag(measured, None)
     probe, probe_BL, *_ = scored(trainer, probe)
     return by_lag(measured, at_lags(probe, probe_BL, 0))
+
+
+def _accept(step: int, parties: Parties, config: RunConfig, metrics: dict[str, float], clock: Clock) -> list[str]:
+    """Keep the update that was just published, or take it back everywhere; says why, and adds to the metrics."""
+    with clock("probe"):
+        found, refused = acceptance.judge(step, parties, config)
+    metrics |= found
+    if refused is not None:
+        acceptance.restore(parties.trainer, config)
+        metrics |= _publish(parties, None, clock)
+    acceptance.forget(config)
+    return [] if refused is None else [refused]
 
 
 def _publish(parties: Parties, sampler: Sampler | None, clock: Clock) -> dict[str, float]:

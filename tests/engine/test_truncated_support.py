@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from rlalign import mismatch
-from rlalign.config import RolloutConfig, TrainerConfig
+from rlalign.config import AlgoConfig, RolloutConfig, TrainerConfig
 from rlalign.logprobs.truncation import Truncation, kept_mask
 from rlalign.mismatch.causes import Evidence, likely_causes
+from rlalign.objective import choice, corrections
 from rlalign.rollout.engine.surface import spec_of
-from rlalign.run.step import scored
+from rlalign.run.scoring_step import scored
 from rlalign.types import TrainBatch, collate
 from tests.engine.conftest import ROLLOUT, sample, start
 from tests.engine.updates import start_policy
@@ -92,8 +94,6 @@ def test_the_update_is_over_the_sets_too(sides):
         seen["apart"] = max(seen.get("apart", 0.0), float(apart))
         return 0.0 * logprobs_BL.sum(), {}
 
-    from rlalign.objective import corrections
-
     correction = corrections.identity(old_BL, batch.rollout_logprobs_BL, batch.loss_mask_BL)
     tokens = int(correction.keep.sum())
     whole = TrainBatch(
@@ -119,3 +119,23 @@ def test_our_sets_are_those_of_vllms_own_code(name):
     p = torch.full((rows,), truncation.top_p) if truncation.top_p < 1.0 else None
     theirs = apply_top_k_top_p_pytorch(theirs, k, p, allow_cpu_sync=True) > -torch.inf
     assert torch.equal(kept_mask(logits, truncation), theirs) and 1 < theirs.sum(1).float().mean() < 250
+
+
+def test_an_update_is_taken_back_bit_for_bit(sides, tmp_path):
+    engine, policy = sides
+    batch, old_BL, *_ = scored(policy, batch_of(engine, top_p=0.9))
+    before = [weight.detach().clone() for _, weight in policy.named_weights()]
+    policy.save_state(tmp_path)
+    correction = corrections.identity(old_BL, batch.rollout_logprobs_BL, batch.loss_mask_BL)
+    whole = TrainBatch(
+        rollouts=batch, old_logprobs_BL=old_BL, advantages_BL=torch.ones_like(old_BL), correction=correction,
+        num_tokens=int(correction.keep.sum()), num_sequences=len(batch),
+    )  # fmt: skip
+    policy.forward_backward(whole, partial(choice.policy_loss, algo=AlgoConfig(), max_tokens=12))
+    policy.optim_step()
+    moved = [weight.detach() for _, weight in policy.named_weights()]
+    assert not all(torch.equal(a, b) for a, b in zip(before, moved, strict=True))
+    policy.load_state(tmp_path)
+    after = [weight.detach() for _, weight in policy.named_weights()]
+    assert policy.version == 0 and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert torch.equal(policy.score(batch)[0], old_BL)

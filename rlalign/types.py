@@ -7,9 +7,10 @@ Suffixes: B sequences, L padded length.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +18,17 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["Correction", "LogprobSpec", "RewardScore", "Rollout", "RolloutBatch", "TrainBatch", "collate", "spread"]
+__all__ = [
+    "Correction",
+    "KeptSets",
+    "LogprobSpec",
+    "RewardScore",
+    "Rollout",
+    "RolloutBatch",
+    "TrainBatch",
+    "collate",
+    "spread",
+]
 
 
 UNKNOWN_VERSION = -1
@@ -29,8 +40,11 @@ class LogprobSpec:
 
     temperature: divides the logits (vLLM's convention, not a multiplication by 1/T).
     top_p, top_k, min_p: truncation of the sampling distribution; 1.0, 0 and 0.0 mean none.
-    processed: True when temperature and truncation are in the number (vLLM `processed_logprobs`).
+    processed: True when temperature, truncation and every setting below are in the number (vLLM `processed_logprobs`).
     head_dtype: "float32", "master" (float32 with the unrounded fp32 weight), or "model" (the dtype of the model's body).
+    vocab_size: ids from here on are barred on both sides; 0 bars none.
+    repetition_penalty ... structured: what else vLLM may do to logits before it samples; the defaults mean off. structured:
+    a grammar or a schema barred tokens. `of_sampling` reads all of them.
     """
 
     temperature: float = 1.0
@@ -39,15 +53,69 @@ class LogprobSpec:
     min_p: float = 0.0
     processed: bool = True
     head_dtype: str = "float32"
+    vocab_size: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[str, ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    structured: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "logit_bias", tuple(sorted((int(i), float(x)) for i, x in self.logit_bias)))
+        object.__setattr__(self, "bad_words", tuple(self.bad_words))
+        object.__setattr__(self, "allowed_token_ids", tuple(sorted(self.allowed_token_ids)))
+
+    @classmethod
+    def of_sampling(
+        cls, params: object, *, processed: bool, head_dtype: str = "float32", vocab_size: int = 0
+    ) -> LogprobSpec:
+        """Read the convention of logprobs sampled with `params`: vLLM's SamplingParams, or the fields of a request's body.
+
+        A name that is absent, None or vLLM's word for off is off. processed: the engine's logprobs_mode is processed_logprobs.
+        """
+        read = params.get if isinstance(params, Mapping) else lambda name: getattr(params, name, None)
+        values: dict[str, Any] = {name: value for name in _SAMPLING if (value := read(name)) is not None}
+        values["top_k"] = max(0, values.get("top_k", 0))
+        values["logit_bias"] = tuple(dict(values.get("logit_bias", ())).items())
+        structured = any(
+            read(name) is not None for name in ("structured_outputs", "guided_decoding", "response_format")
+        )
+        return cls(**values, structured=structured, processed=processed, head_dtype=head_dtype, vocab_size=vocab_size)
 
     @property
     def truncated(self) -> bool:
-        """True when the engine renormalised over a kept set of tokens that a trainer cannot see."""
+        """True when the engine renormalised over a kept set of tokens: `RolloutBatch.kept`, once both sides share it."""
         return self.processed and (self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0)
 
+    @property
+    def support(self) -> str:
+        """The set that probabilities, entropies and KLs under this convention run over, in words."""
+        limits = {"top_p": self.top_p if self.top_p < 1.0 else None, "top_k": self.top_k, "min_p": self.min_p}
+        kept = ", ".join(f"{name} {value:g}" for name, value in limits.items() if value) if self.truncated else ""
+        barred = f"ids below {self.vocab_size}" if self.vocab_size else "the whole vocabulary"
+        return f"{kept} of {barred}" if kept else barred
+
+    @property
+    def unrepeatable(self) -> tuple[str, ...]:
+        """The settings in the number that no trainer here computes: penalties, biases, barred words, grammars."""
+        plain = LogprobSpec()
+        return tuple(n for n in _UNREPEATABLE if self.processed and getattr(self, n) != getattr(plain, n))
+
     def untruncated(self) -> LogprobSpec:
-        """The same convention over the whole vocabulary: what a trainer computes from its own logits."""
+        """The same convention over the whole vocabulary: what a trainer without the kept sets computes."""
         return replace(self, top_p=1.0, top_k=0, min_p=0.0, processed=True)
+
+    def require_repeatable(self, *, what: str) -> None:
+        """Raise ValueError naming every setting that no trainer computes."""
+        if self.unrepeatable:
+            given = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.unrepeatable)
+            raise ValueError(
+                f"{what}: sampled with {given}, which change the engine's logprobs token by token and are not repeated by the "
+                "trainer; every ratio would be biased. Sample without them"
+            )
 
     def require_equal(self, other: LogprobSpec, *, what: str) -> None:
         """Raise ValueError naming every field in which the two conventions differ."""
@@ -56,8 +124,72 @@ class LogprobSpec:
             detail = ", ".join(f"{n}: {getattr(self, n)!r} against {getattr(other, n)!r}" for n in different)
             raise ValueError(
                 f"{what}: log-probabilities with different conventions cannot be compared ({detail}). "
-                "Sample with processed logprobs, without top-p/top-k/min-p, at the trainer's temperature and head dtype."
+                "Sample with processed logprobs at the trainer's temperature and head dtype, over the trainer's support, "
+                "without penalties, biases and barred words."
             )
+
+
+_UNREPEATABLE = (
+    "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "bad_words", "allowed_token_ids",
+    "min_tokens", "structured",
+)  # fmt: skip
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", *_UNREPEATABLE[:-1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptSets:
+    """The ids that each position of a batch was sampled from (top-p, top-k, min-p), ragged: 4 bytes an id.
+
+    ids_E: int32 on CPU, the sets one behind the other, row by row. count_BL: [B, L] int64, ids of each position; 0 where no
+    set is known or asked for.
+    """
+
+    ids_E: Tensor
+    count_BL: Tensor
+
+    def __post_init__(self) -> None:
+        import torch
+
+        total = int(self.count_BL.sum())
+        if self.ids_E.dtype != torch.int32 or self.count_BL.dtype != torch.int64 or self.ids_E.shape != (total,):
+            raise ValueError(
+                f"KeptSets: ids_E must be int32 [{total}], as the counts (int64) say; got {self.ids_E.dtype} "
+                f"{tuple(self.ids_E.shape)} with counts {self.count_BL.dtype}"
+            )
+
+    def at(self, position_N: Tensor) -> tuple[Tensor, Tensor]:
+        """(ids_E int32, count_N int64) of flat positions (row * L + column), in their order."""
+        import torch
+
+        count = self.count_BL.flatten()
+        start_N, count_N = (count.cumsum(0) - count)[position_N], count[position_N]
+        before_N = count_N.cumsum(0) - count_N
+        entry_E = torch.arange(int(count_N.sum())) + (start_N - before_N).repeat_interleave(count_N)
+        return self.ids_E[entry_E], count_N
+
+    def rows(self, index: slice | Tensor, length: int | None = None) -> KeptSets:
+        """Of the sequences in `index`, or of their first `length` positions."""
+        import torch
+
+        position_bl = torch.arange(self.count_BL.numel()).view(self.count_BL.shape)[index, :length]
+        ids_E, count_N = self.at(position_bl.flatten())
+        return KeptSets(ids_E=ids_E, count_BL=count_N.view(position_bl.shape))
+
+    @staticmethod
+    def spread(ids_E: Tensor, count_N: Tensor, position_N: Tensor, shape: Sequence[int]) -> KeptSets:
+        """The inverse of `at`: sets of ascending flat positions, and none anywhere else."""
+        count = count_N.new_zeros(shape[0] * shape[1])
+        count[position_N] = count_N
+        return KeptSets(ids_E=ids_E, count_BL=count.view(*shape))
+
+    @staticmethod
+    def dense(kept_BLK: Tensor) -> KeptSets:
+        """From [B, L, K] int64 filled up with -1."""
+        import torch
+
+        kept_BLK = kept_BLK.cpu()
+        there_BLK = kept_BLK >= 0
+        return KeptSets(ids_E=kept_BLK[there_BLK].to(torch.int32), count_BL=there_BLK.sum(-1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +203,8 @@ class Rollout:
     kv_spans: the same over all positions, prompt included: the version that computed a position's keys and values. Older than
         what sampled the next token where weights changed in flight or a prefix cache outlived them. Empty: not known.
     kv_recomputed: True where updates in flight had all keys and values computed again: each token saw keys of its own version.
+    kept_ids, kept_counts: the ids each sampled token was drawn from, one token's behind the other's, and how many those are;
+        0 where the engine did not give the whole set. Both empty: not captured. array("i") and array("q").
     """
 
     token_ids: list[int]
@@ -83,6 +217,8 @@ class Rollout:
     kv_spans: list[tuple[int, int, int]] = field(default_factory=list)
     kv_recomputed: bool = False
     text: str = ""
+    kept_ids: Sequence[int] = ()
+    kept_counts: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)
@@ -90,6 +226,15 @@ class Rollout:
             raise ValueError(
                 f"rollout of prompt {self.prompt_id}: token_ids, loss_mask and rollout_logprobs must have one entry per "
                 f"token; got {n}, {len(self.loss_mask)}, {len(self.rollout_logprobs)}"
+            )
+        if self.kept_counts and (len(self.kept_counts), sum(self.kept_counts)) != (
+            sum(self.loss_mask),
+            len(self.kept_ids),
+        ):
+            raise ValueError(
+                f"rollout of prompt {self.prompt_id}: kept_counts must have one entry per sampled token and add up to the length "
+                f"of kept_ids; got {len(self.kept_counts)} entries, sum {sum(self.kept_counts)}, for {sum(self.loss_mask)} sampled "
+                f"tokens and {len(self.kept_ids)} ids"
             )
         if n and self.loss_mask[0]:
             raise ValueError(
@@ -115,6 +260,7 @@ class RolloutBatch:
     prompt_id_B, group_id_B int64.
     policy_version_BL int64: the version that sampled the token, -1 outside the loss mask. kv_version_BL int64: the oldest
     version among the keys and values it was sampled with, -1 outside the loss mask and where nobody knows.
+    kept: where `spec.truncated`, the set each token was drawn from, as the engine gave it or the trainer computed it.
     """
 
     token_ids_BL: Tensor
@@ -126,6 +272,7 @@ class RolloutBatch:
     policy_version_BL: Tensor
     kv_version_BL: Tensor
     spec: LogprobSpec
+    kept: KeptSets | None = None
 
     def __post_init__(self) -> None:
         import torch
@@ -149,14 +296,21 @@ class RolloutBatch:
                 )
         if len(shape) != 2 or 0 in shape:
             raise ValueError(f"RolloutBatch needs at least one sequence and one token; got shape {tuple(shape)}")
+        if self.kept is not None and self.kept.count_BL.shape != shape:
+            raise ValueError(f"RolloutBatch.kept: sets of {tuple(self.kept.count_BL.shape)} for tokens {tuple(shape)}")
         if bool(self.loss_mask_BL[:, 0].any()):
             raise ValueError("RolloutBatch.loss_mask_BL marks token 0, which has no context to be predicted from")
 
     def rows(self, index: slice | Tensor, length: int | None = None) -> RolloutBatch:
         """The sequences in `index`, with the same padding, or cut to their first `length` positions."""
-        tensors = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "spec"}
+        tensors = {name: tensor[index] for name, tensor in self.tensors().items()}
         cut = {name: tensor[:, :length] if tensor.ndim == 2 else tensor for name, tensor in tensors.items()}
-        return RolloutBatch(**cut, spec=self.spec)
+        kept = None if self.kept is None else self.kept.rows(index, length)
+        return RolloutBatch(**cut, spec=self.spec, kept=kept)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The padded tensors by their names."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("spec", "kept")}
 
     def __len__(self) -> int:
         return self.token_ids_BL.shape[0]
@@ -197,7 +351,21 @@ def collate(rollouts: Sequence[Rollout], *, pad_token_id: int, spec: LogprobSpec
         policy_version_BL=versions,
         kv_version_BL=kv_versions,
         spec=spec,
+        kept=_kept(rollouts, loss_mask),
     )
+
+
+def _kept(rollouts: Sequence[Rollout], loss_mask_BL: Tensor) -> KeptSets | None:
+    """The captured sets of a batch; None where no rollout has any."""
+    import torch
+
+    if not any(r.kept_counts for r in rollouts):
+        return None
+    ids = array("i", chain.from_iterable(r.kept_ids for r in rollouts))
+    counts = array("q", chain.from_iterable(r.kept_counts or [0] * sum(r.loss_mask) for r in rollouts))
+    ids_E = torch.frombuffer(ids, dtype=torch.int32) if ids else torch.zeros(0, dtype=torch.int32)
+    position_N = loss_mask_BL.flatten().nonzero().squeeze(1)
+    return KeptSets.spread(ids_E, torch.frombuffer(counts, dtype=torch.int64), position_N, loss_mask_BL.shape)
 
 
 def spread(spans: Sequence[Sequence[tuple[int, int, int]]], length: int) -> Tensor:

@@ -24,7 +24,14 @@ seeds = st.integers(0, 2**32 - 1)
 quick = settings(max_examples=20, deadline=None)
 BOUNDS = {"truncate": {"high": 1.2}, "clip": {"low": 0.8, "high": 1.2}, "mask": {"low": 0.8, "high": 1.2}}
 EVERY = [(level, mode) for level in LEVELS for mode in MODES]
-NARROW = {"k1": (-0.2, 0.2), "k2": (None, 0.02), "k3": (None, 0.02), "ratio": (0.8, 1.2), "abs_prob": (None, 0.05)}
+NARROW = {
+    "k1": (-0.2, 0.2),
+    "k2": (None, 0.02),
+    "k3": (None, 0.02),
+    "ratio": (0.8, 1.2),
+    "abs_prob": (None, 0.05),
+    "binary_kl": (None, 0.02),
+}
 
 
 def batch(seed, B=4, L=10):

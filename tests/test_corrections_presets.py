@@ -87,12 +87,14 @@ CALLS = {
     "opsm": lambda g, a: presets.opsm(*g, a),
     "dppo_tv": lambda g, a: presets.dppo_tv(*g, a),
     "m2po_all": lambda g, a: presets.m2po_all(*g),
+    "kpop": lambda g, a: presets.kpop(*g),
+    "ess_tis": lambda g, a: presets.ess_tis(*g),
 }
 # what a token of log-ratio +80, then -80, gets: a weight, or None for rejected (A = -1)
 UP = {"tis": 2.0, "icepop": None, "mis": None, "seq_tis": 2.0, "geo_mask": None, "veto": 1.0, "opsm": 1.0,
-      "dppo_tv": math.exp(80), "m2po_all": None}  # fmt: skip
+      "dppo_tv": math.exp(80), "m2po_all": None, "kpop": None, "ess_tis": math.exp(80)}  # fmt: skip
 DOWN = {"tis": math.exp(-80), "icepop": None, "mis": math.exp(-80), "seq_tis": math.exp(-80), "geo_mask": None,
-        "veto": None, "opsm": None, "dppo_tv": None, "m2po_all": None}  # fmt: skip
+        "veto": None, "opsm": None, "dppo_tv": None, "m2po_all": None, "kpop": None, "ess_tis": math.exp(-80)}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -125,3 +127,26 @@ def test_nothing_usable_is_nothing_kept(name):
     c = CALLS[name](given, -torch.ones(2, 3))
     assert not c.keep.any() and not c.weights.any()
     assert torch.equal(c.keep, identity(*given).keep)
+
+
+def test_kpop():
+    """p = 0.9, q = 0.7 (ratio 1.29) is 0.15 nats and leaves; p = 3e-4, q = 1e-4 (ratio 3) is far below 0.1 and stays."""
+    old = torch.tensor([[0.9, 3e-4, 0.5]]).log()
+    rollout = torch.tensor([[0.7, 1e-4, 0.5]]).log()
+    c = presets.kpop(old, rollout, torch.ones(1, 3, dtype=torch.bool))
+    assert weights(c) == [[None, 3.0, 1.0]]
+    p, q = 0.9, 0.7
+    both = [a * math.log(a / b) + (1 - a) * math.log((1 - a) / (1 - b)) for a, b in ((p, q), (q, p))]
+    given = (old[:, :1], rollout[:, :1], ONES)
+    assert presets.kpop(*given, threshold=max(both) + 1e-6).keep.all()
+    assert not presets.kpop(*given, threshold=max(both) - 1e-6).keep.any()
+
+
+def test_ess_tis_has_the_effective_sample_size_it_was_asked_for():
+    old, rollout, mask = ratios([[0.2, 0.5, 1.0, 1.5, 3.0, 9.0]])
+    for target in (0.6, 0.8, 0.95):
+        w = presets.ess_tis(old, rollout, mask, threshold=target).weights.double()
+        assert float(w.sum() ** 2 / w.square().sum() / 6) == pytest.approx(target, abs=1e-6)
+        assert torch.equal(w[w < w.max()], (old - rollout).double().exp().float().double()[w < w.max()])
+    assert weights(presets.ess_tis(old, rollout, mask, threshold=0.05)) == [[0.2, 0.5, 1.0, 1.5, 3.0, 9.0]]
+    assert weights(presets.ess_tis(*ratios([[2.0, 2.0]]), threshold=1.0)) == [[2.0, 2.0]]

@@ -12,6 +12,7 @@ from rlalign.head.products import Route
 from rlalign.logprobs.backward import Upstream, backward_tiles
 from rlalign.logprobs.blocks import Tile
 from rlalign.logprobs.forward import Problem, Sums, Transform, _sums, forward_sums, mirror
+from rlalign.logprobs.kept import Kept
 
 N, D, V = 19, 64, 301
 TRANSFORMS = {
@@ -27,10 +28,13 @@ def problem(transform: dict, *, kept: bool, dtype: torch.dtype = torch.bfloat16)
     options = dict(transform)
     temperature_N = torch.full((N,), options.pop("temperature")) if "temperature" in options else None
     target_N = torch.arange(N) * 7 % V
-    kept_NK = torch.stack([target_N, (target_N + 3) % V, torch.full((N,), -1)], 1) if kept else None
+    ids_E, start_M = (
+        torch.stack([target_N, (target_N + 3) % V], 1).flatten().int(),
+        torch.arange(N + 1, device="cpu") * 2,
+    )
     return Problem(
         hidden_ND, weight_VD, torch.randn(V), target_N, Transform(temperature_N=temperature_N, **options), Tile(8, 128),
-        Route.CUDA_OUT_DTYPE, kept_NK,
+        Route.CUDA_OUT_DTYPE, Kept(ids_E, start_M) if kept else None,
     )  # fmt: skip
 
 
@@ -86,8 +90,8 @@ def test_its_arithmetic_is_right(name, kept, one_product_replaced):
     logits_NV = logits_NV * options.logit_scale
     if options.temperature_N is not None:
         logits_NV = logits_NV / options.temperature_N.double()[:, None]
-    if asked.kept_NK is not None:
-        allowed_NV = torch.zeros(N, V + 1, dtype=torch.bool).scatter_(1, asked.kept_NK % (V + 1), True)[:, :V]
+    if asked.kept is not None:
+        allowed_NV = torch.zeros(N, V, dtype=torch.bool).scatter_(1, asked.kept.ids_E.view(N, 2).long(), True)
         logits_NV = logits_NV.masked_fill(~allowed_NV, -1e30)
     exact_NV = logits_NV.log_softmax(-1)
     logprob_N = exact_NV.gather(1, asked.target_N[:, None])[:, 0]

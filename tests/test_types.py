@@ -1,6 +1,8 @@
 """Which version sampled a token, and with how old keys: from the wire form's spans to the padded batch."""
 
-from dataclasses import replace
+import json
+from array import array
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -62,3 +64,47 @@ def test_a_sampled_token_without_a_version_is_refused():
         ValueError, match="1 sampled tokens are in no version span, the first at sequence 0, position 6"
     ):
         batch_of(rollout([(2, 6, 0)]))
+
+
+SETTINGS = {
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.5,
+    "logit_bias": {40: 5.0},
+    "bad_words": ["no"],
+    "allowed_token_ids": [3, 1],
+    "min_tokens": 4,
+    "structured_outputs": {"regex": "a+"},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_that_touches_a_logprob_is_part_of_its_convention(name):
+    plain = LogprobSpec.of_sampling({}, processed=True)
+    assert plain == LogprobSpec()
+    shaped = LogprobSpec.of_sampling({name: SETTINGS[name], "temperature": None}, processed=True)
+    assert shaped.unrepeatable == ("structured" if name == "structured_outputs" else name,)
+    with pytest.raises(ValueError, match=shaped.unrepeatable[0]):
+        shaped.require_equal(plain, what="comparing")
+    with pytest.raises(ValueError, match="not repeated by the trainer"):
+        shaped.require_repeatable(what="scoring")
+    raw = LogprobSpec.of_sampling({name: SETTINGS[name]}, processed=False)
+    raw.require_repeatable(what="raw logprobs are those of the plain softmax")
+    assert LogprobSpec(**json.loads(json.dumps(asdict(shaped)))) == shaped
+
+
+def test_a_spec_says_its_support():
+    assert LogprobSpec().support == "the whole vocabulary"
+    assert LogprobSpec(top_p=0.9, top_k=50, vocab_size=100).support == "top_p 0.9, top_k 50 of ids below 100"
+    assert LogprobSpec(top_p=0.9, processed=False).support == "the whole vocabulary"
+    assert LogprobSpec.of_sampling({"top_k": -1}, processed=True) == LogprobSpec()
+
+
+def test_captured_sets_reach_the_tokens_they_belong_to():
+    captured = replace(rollout([(2, 7, 0)]), kept_ids=array("i", [4, 2, 9, 3]), kept_counts=array("q", [2, 0, 1, 1, 0]))
+    batch = batch_of(rollout([(1, 3, 0)], prompt=1, length=3), captured)
+    assert batch.kept.count_BL.tolist() == [[0] * 7, [0, 0, 2, 0, 1, 1, 0]]
+    assert batch.rows(slice(1, 2), 5).kept.ids_E.tolist() == [4, 2, 9]
+    assert batch_of(rollout([(2, 7, 0)])).kept is None
+    with pytest.raises(ValueError, match="one entry per sampled token"):
+        replace(captured, kept_counts=array("q", [2, 2]))

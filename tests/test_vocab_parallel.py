@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from rlalign.logprobs import token_logprobs
+from rlalign.logprobs.truncation import Truncation, kept_sets
 from rlalign.logprobs.vocab_parallel import VocabShard
 
 V, D = 210, 24  # the weight has 210 rows, of which 150 (or so) are real
@@ -21,6 +22,12 @@ CASES = [
     {"entropy": True, "vocab_size": 90, "chunk": 3},  # the second rank holds padding only
     {"entropy": True, "keep_mib": 1, "temperature": 0.7},
 ]
+
+
+MASK = torch.ones(2, 9, dtype=torch.bool).index_fill(1, torch.tensor([0]), False)
+TRUNCATED = {
+    "mask": MASK, "truncation": Truncation(top_k=40, top_p=0.9, min_p=0.01), "temperature": 0.7, "vocab_size": 150, "chunk": 5
+}  # fmt: skip
 
 
 def make(dtype: torch.dtype, vocab_size: int) -> tuple[torch.Tensor, ...]:
@@ -53,6 +60,12 @@ def worker(rank: int, folder: str) -> None:
             rows = slice(0, 100) if rank == 0 else slice(100, V)  # uneven slices
             part = [x[rows].detach().requires_grad_() for x in (weight, bias)]
             results.append(scored(hidden, *part, ids, options, VocabShard(start=rows.start, total=V)))
+    hidden, weight, bias, ids = make(torch.float32, 150)
+    rows = slice(0, 100) if rank == 0 else slice(100, V)
+    found = kept_sets(
+        hidden, weight[rows], ids, bias=bias[rows], shard=VocabShard(start=rows.start, total=V), **TRUNCATED
+    )
+    torch.save((found.kept.ids_E, found.kept.count_BL, found.log_mass_BL), f"{folder}/sets-{rank}.pt")
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -78,6 +91,16 @@ def test_two_ranks_equal_one(by_rank) -> None:
                 assert got.dtype == exact.dtype
                 assert (got.double() - exact.double()).norm() <= bound * exact.double().norm()
             index += 1
+
+
+def test_two_ranks_find_the_sets_of_one(by_rank, tmp_path_factory) -> None:
+    folder = next(tmp_path_factory.getbasetemp().glob("ranks*"))
+    hidden, weight, bias, ids = make(torch.float32, 150)
+    want = kept_sets(hidden, weight, ids, bias=bias, **TRUNCATED)
+    for rank in (0, 1):
+        ids_E, count_BL, mass_BL = torch.load(folder / f"sets-{rank}.pt")
+        assert torch.equal(ids_E, want.kept.ids_E) and torch.equal(count_BL, want.kept.count_BL)
+        torch.testing.assert_close(mass_BL, want.log_mass_BL, atol=2e-6, rtol=0)
 
 
 def test_ranks_hold_identical_results(by_rank) -> None:

@@ -62,17 +62,19 @@ class KlPenaltyConfig:
         )
 
 
-PRESETS = {  # and the bounds each of them takes
+PRESETS = {  # of rlalign.objective.presets, by their names there, and the numbers each of them takes
     "tis": ("high",),
+    "ess_tis": ("threshold",),
     "icepop": ("low", "high"),
+    "kpop": ("threshold",),
     "mis": ("high",),
     "seq_tis": ("high",),
     "geo_mask": ("low", "high"),
     "veto": ("low",),
     "opsm": (),
     "dppo_tv": ("low", "high"),
-    "m2po": (),
-    "m2po_all": (),
+    "m2po": ("threshold",),
+    "m2po_all": ("threshold",),
 }
 
 
@@ -86,13 +88,19 @@ class CorrectionConfig:
     """A preset by name, or a level and a mode; see rlalign.objective.presets and rlalign.objective.corrections.correct. Off:
     weights of one."""
 
-    preset: str = ""  # tis | icepop | mis | seq_tis | geo_mask | veto | opsm | dppo_tv | m2po | m2po_all
+    preset: str = (
+        ""  # tis | ess_tis | icepop | kpop | mis | seq_tis | geo_mask | veto | opsm | dppo_tv | m2po | m2po_all
+    )
     level: str = ""  # token | sequence | geometric | segment
     mode: str = ""  # truncate | clip | mask
     low: float | None = None  # bounds on the ratio old / rollout; a preset's own where not given
     high: float | None = None
+    threshold: float | None = None  # kpop: binary KL, nats; ess_tis: effective sample size, 0 to 1; m2po: mean of d^2
     veto: float | None = None  # with level and mode: a token ratio under this rejects its sequence
     normalize: bool = False  # with level and mode: weights divided by their mean over the batch
+    on_policy_one: bool = (
+        False  # tokens of the current version keep weight 1 exactly: no variance from engine mismatch, but its bias
+    )
 
     @property
     def off(self) -> bool:
@@ -106,8 +114,16 @@ class CorrectionConfig:
             f"level={self.level!r}, mode={self.mode!r}",
         )
         require(
-            not self.off or (self.low, self.high, self.veto, self.normalize) == (None, None, None, False),
+            not self.off
+            or (
+                (self.low, self.high, self.threshold, self.veto) == (None,) * 4
+                and not (self.normalize or self.on_policy_one)
+            ),
             "algo.correction: bounds are set, but neither a preset nor level and mode",
+        )
+        require(
+            not self.level or self.threshold is None,
+            "algo.correction.threshold goes with the presets kpop, ess_tis, m2po and m2po_all; level and mode take low and high",
         )
         if self.preset:
             require(
@@ -117,7 +133,7 @@ class CorrectionConfig:
                 self.veto is None and not self.normalize,
                 "algo.correction: veto and normalize go with level and mode; presets are fixed recipes",
             )
-            for name in ("low", "high"):
+            for name in ("low", "high", "threshold"):
                 require(
                     getattr(self, name) is None or name in PRESETS[self.preset],
                     f"algo.correction.{name}: the preset {self.preset} has no such bound "

@@ -73,6 +73,9 @@ class RolloutConfig(ServersConfig):
     top_p: float = 1.0
     top_k: int = 0  # 0: off
     min_p: float = 0.0
+    capture_ids: int = (
+        128  # with top_p, top_k or min_p: largest kept set the embedded engine reports; 0: the trainer computes all
+    )
     max_tokens: int = 512  # sampled tokens of one completion
     max_model_len: int = 2048  # prompt + completion, tokens
     max_num_seqs: int = 128  # sequences the engine decodes at once
@@ -103,9 +106,14 @@ class RolloutConfig(ServersConfig):
             f"rollout.temperature={self.temperature}: must be positive; greedy rollouts carry no exploration and no usable ratio",
         )
         require(
-            self.top_p == 1.0 and self.top_k == 0 and self.min_p == 0.0,
-            f"rollout.top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p}: a truncated sampler renormalises over tokens "
-            "that the trainer cannot see, so every ratio would be biased; use top_p=1, top_k=0, min_p=0",
+            0.0 < self.top_p <= 1.0 and self.top_k >= 0 and 0.0 <= self.min_p < 1.0,
+            f"rollout.top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p}: top_p must lie in (0, 1], top_k be 0 (off) or "
+            "more, min_p lie in [0, 1)",
+        )
+        require(
+            0 <= self.capture_ids < 4096,
+            f"rollout.capture_ids={self.capture_ids}: must lie in 0..4095; the trainer computes larger kept sets from its own "
+            "logits",
         )
         require(
             self.max_tokens < self.max_model_len,

@@ -100,6 +100,13 @@ class RunConfig:
             f"trainer.pack_tokens={self.trainer.pack_tokens} is less than one sequence may have (rollout.max_model_len="
             f"{self.rollout.max_model_len}), so it would bound no memory; choose at least that, or 0 for padded rows",
         )
+        require(
+            self.mismatch.accept_k3 == 0
+            or (self.schedule.mode is ScheduleMode.synchronous and self.algo.advantage == "group"),
+            f"mismatch.accept_k3={self.mismatch.accept_k3} with schedule.mode={self.schedule.mode.value}, algo.advantage="
+            f"{self.algo.advantage}: an update is taken back before anybody samples with it, and a critic is not taken back with "
+            "the policy; use schedule.mode=synchronous and algo.advantage=group",
+        )
         samples = self.rollout.prompts_per_step * self.rollout.group_size
         require(
             self.algo.kl_penalty.target == 0 or samples < 5 * self.algo.kl_penalty.horizon,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rlalign.config import RunConfig
 from rlalign.head import widened
+from rlalign.logprobs.truncation import Truncation
 from rlalign.run.assembly import encode, fitted_task, load_task_of, resolve_model
 from rlalign.types import Rollout, RolloutBatch, collate
 
@@ -105,8 +106,9 @@ def head_logprobs(
 
     mirror(network, head_dtype=head_dtype, chunk=0).master_VD = master_VD if head_dtype == "master" else None
     device = hidden_BLD.device
-    tokens = Tokens(batch.token_ids_BL.to(device), batch.loss_mask_BL.to(device), temperature)
-    logprobs_BL, _ = network.get_output_embeddings()(hidden_BLD, tokens, exact=True)
+    cut = Truncation.of(batch.spec) if batch.spec.truncated else None
+    tokens = Tokens(batch.token_ids_BL.to(device), batch.loss_mask_BL.to(device), temperature, batch.kept, cut)
+    logprobs_BL, *_ = network.get_output_embeddings()(hidden_BLD, tokens, exact=True)
     return logprobs_BL.cpu()
 
 

@@ -20,10 +20,12 @@ from torch import Tensor
 
 from rlalign.head.projection import check_operands
 from rlalign.logprobs.forward import Transform
+from rlalign.logprobs.kept import BARRED, Kept
 from rlalign.logprobs.op import flat_logprobs
 from rlalign.logprobs.vocab_parallel import VocabShard, sharded_logprobs
+from rlalign.types import KeptSets
 
-__all__ = ["from_logits", "token_logprobs", "token_values"]
+__all__ = ["from_logits", "holds", "token_logprobs", "token_values"]
 
 Mode = Literal["fast", "exact_mirror"]
 
@@ -43,7 +45,7 @@ def token_logprobs(
     entropy: bool = False,
     mode: Mode = "fast",
     mask: Tensor | None = None,
-    kept: Tensor | None = None,
+    kept: Tensor | KeptSets | None = None,
     cu_seqlens: Tensor | None = None,
     shard: VocabShard | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -59,8 +61,9 @@ def token_logprobs(
     mask [B, L] bool: score these tokens only; the others are 0.0, cost nothing and get no gradient (on a GPU their
     count is read back once). cu_seqlens [S + 1] int: boundaries of the sequences packed into a batch of one; the first
     token of each has no context and is 0.0, like everything after the last boundary.
-    kept [B, L, K] int64: the ids each token was sampled from (top-p, top-k, min-p), filled up with -1; probabilities
-    are renormalised over them, as the engine's are.
+    kept: the ids each token was sampled from (top-p, top-k, min-p), as KeptSets, or [B, L, K] int64 filled up with -1;
+    logprobs, entropies and gradients are those of the distribution renormalised over them, as the engine's are. Ragged
+    inside: 4 bytes an id, whatever the widest set. `truncation.kept_sets` computes sets from these same operands.
     shard: this rank's slice of a weight split over a process group; weight and bias are the slice, vocab_size and token
     ids are global. Every rank calls with equal hidden states.
 
@@ -74,21 +77,22 @@ def token_logprobs(
     vocab_rows = weight_VD.shape[0] if shard is None else shard.total
     _check_metadata(hidden_BLD, token_ids_BL, temperature, soft_cap, logit_scale, chunk, keep_mib)
     _check_vocabulary(mode, vocab_rows, vocab_size, shard)
-    _check_kept(kept, token_ids_BL)
+    sets = _kept_sets(kept, token_ids_BL)
     scored_BL = _scored(token_ids_BL, mask, cu_seqlens)
     real = vocab_size or vocab_rows
     keep_mib = keep_mib if _differentiated(hidden_BLD, weight_VD, bias) else 0
     if hidden_BLD.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_values(hidden_BLD, token_ids_BL, bias, temperature, scored_BL, kept, real)
-    rows = _shift(hidden_BLD, token_ids_BL, _temperature(temperature, token_ids_BL), kept, scored_BL)
+        _check_values(hidden_BLD, token_ids_BL, bias, temperature, scored_BL, sets, real)
+    rows = _shift(hidden_BLD, token_ids_BL, _temperature(temperature, token_ids_BL), sets, scored_BL)
     if shard is None:
         results = flat_logprobs(
-            rows.hidden_ND, weight_VD, bias, rows.target_N, rows.temperature_N, rows.kept_NK, soft_cap, logit_scale,
-            real, chunk, entropy, mode == "exact_mirror", keep_mib,
+            rows.hidden_ND, weight_VD, bias, rows.target_N, rows.temperature_N,
+            None if rows.kept is None else rows.kept.ids_E, None if rows.kept is None else rows.kept.start_M,
+            soft_cap, logit_scale, real, chunk, entropy, mode == "exact_mirror", keep_mib,
         )[:2]  # fmt: skip
     else:
         transform = Transform(soft_cap, logit_scale, rows.temperature_N)
-        options = (rows.target_N, transform, rows.kept_NK, shard, real, chunk, entropy, keep_mib)
+        options = (rows.target_N, transform, rows.kept, shard, real, chunk, entropy, keep_mib)
         results = sharded_logprobs(rows.hidden_ND, weight_VD, bias, *options)
     logprobs_BL = rows.aligned(results[0], token_ids_BL.shape)
     return (logprobs_BL, rows.aligned(results[1], token_ids_BL.shape)) if entropy else logprobs_BL
@@ -112,7 +116,7 @@ class _Rows:
     hidden_ND: Tensor
     target_N: Tensor
     temperature_N: Tensor | None
-    kept_NK: Tensor | None
+    kept: Kept | None
     index_N: Tensor | None
 
     def aligned(self, value_N: Tensor, shape: torch.Size) -> Tensor:
@@ -126,17 +130,30 @@ def _shift(
     hidden_BLD: Tensor,
     token_ids_BL: Tensor,
     temperature_BL: Tensor | None,
-    kept_BLK: Tensor | None,
+    sets: KeptSets | None,
     scored_BL: Tensor | None,
 ) -> _Rows:
     """Pair every scored token t with the hidden state at t - 1."""
     if scored_BL is None:
-        at_token = [None if x is None else x[:, 1:].flatten(0, 1) for x in (token_ids_BL, temperature_BL, kept_BLK)]
-        return _Rows(hidden_BLD[:, :-1].flatten(0, 1), *at_token, index_N=None)
+        at_token = [None if x is None else x[:, 1:].flatten(0, 1) for x in (token_ids_BL, temperature_BL)]
+        position_N = torch.arange(token_ids_BL.numel()).view(token_ids_BL.shape)[:, 1:].flatten()
+        kept = None if sets is None else _known(sets, position_N, hidden_BLD.device)
+        return _Rows(hidden_BLD[:, :-1].flatten(0, 1), *at_token, kept, index_N=None)
     scored_BL[:, 0] = False  # on CPU this was an error already; elsewhere nothing has looked at the values
     index_N = scored_BL.flatten().nonzero().squeeze(1)
-    at_token = [None if x is None else x.flatten(0, 1)[index_N] for x in (token_ids_BL, temperature_BL, kept_BLK)]
-    return _Rows(hidden_BLD.flatten(0, 1).index_select(0, index_N - 1), *at_token, index_N=index_N)
+    at_token = [None if x is None else x.flatten(0, 1)[index_N] for x in (token_ids_BL, temperature_BL)]
+    kept = None if sets is None else _known(sets, index_N.cpu(), hidden_BLD.device)
+    return _Rows(hidden_BLD.flatten(0, 1).index_select(0, index_N - 1), *at_token, kept, index_N=index_N)
+
+
+def _known(sets: KeptSets, position_N: Tensor, device: torch.device) -> Kept:
+    ids_E, count_N = sets.at(position_N)
+    if not bool((count_N > 0).all()):
+        raise ValueError(
+            f"token_logprobs: {int((count_N == 0).sum())} of {len(count_N)} scored tokens have an empty kept set: nothing to "
+            "renormalise over; give each the ids it was sampled from (`truncation.kept_sets` computes them), or mask it out"
+        )
+    return Kept.of(ids_E, count_N, device)
 
 
 def _differentiated(*operands: Tensor | None) -> bool:
@@ -226,14 +243,20 @@ def _check_vocabulary(mode: Mode, vocab_rows: int, vocab_size: int | None, shard
         raise ValueError(f"token_logprobs: vocab_size must be in 1..{vocab_rows}, got {vocab_size}")
 
 
-def _check_kept(kept_BLK: Tensor | None, token_ids_BL: Tensor) -> None:
-    if kept_BLK is None:
-        return
-    if kept_BLK.dim() != 3 or kept_BLK.shape[:2] != token_ids_BL.shape or kept_BLK.dtype != torch.int64:
+def _kept_sets(kept: Tensor | KeptSets | None, token_ids_BL: Tensor) -> KeptSets | None:
+    if isinstance(kept, KeptSets):
+        if kept.count_BL.shape != token_ids_BL.shape:
+            raise ValueError(
+                f"token_logprobs: kept holds sets of {tuple(kept.count_BL.shape)} tokens for token_ids {tuple(token_ids_BL.shape)}"
+            )
+        return kept
+    if kept is None:
+        return None
+    if kept.dim() != 3 or kept.shape[:2] != token_ids_BL.shape or kept.dtype != torch.int64:
         raise ValueError(
-            f"token_logprobs: kept must be int64 {[*token_ids_BL.shape, 'K']}, got {kept_BLK.dtype} "
-            f"{tuple(kept_BLK.shape)}"
+            f"token_logprobs: kept must be int64 {[*token_ids_BL.shape, 'K']} or KeptSets, got {kept.dtype} {tuple(kept.shape)}"
         )
+    return KeptSets.dense(kept)
 
 
 def _check_values(
@@ -242,7 +265,7 @@ def _check_values(
     bias: Tensor | None,
     temperature: float | Tensor,
     scored_BL: Tensor | None,
-    kept_BLK: Tensor | None,
+    sets: KeptSets | None,
     vocab_size: int,
 ) -> None:
     """What only the values tell; for tensors in host memory."""
@@ -260,7 +283,7 @@ def _check_values(
             f"token_logprobs: token_ids[{b}, {t}] = {int(token_ids_BL[b, t])} is outside the vocabulary of "
             f"{vocab_size}; mask padding out, or check that the tokenizer belongs to this model"
         )
-    if kept_BLK is not None and bool((scored_BL & ~(kept_BLK == token_ids_BL.unsqueeze(-1)).any(-1)).any()):
+    if sets is not None and bool((scored_BL.cpu() & (sets.count_BL > 0) & ~holds(sets, token_ids_BL)).any()):
         raise ValueError(
             "token_logprobs: a scored token is not in its own kept set, so it could not have been sampled: the sets "
             "belong to other tokens, or are not aligned to token_ids"
@@ -276,14 +299,33 @@ def _check_values(
         raise ValueError("token_logprobs: every temperature must be positive and finite; score greedy sequences at 1.0")
 
 
+def holds(sets: KeptSets, token_ids_BL: Tensor) -> Tensor:
+    """[B, L] bool: is each token in its own set? False where there is no set."""
+    position_E = torch.arange(token_ids_BL.numel()).repeat_interleave(sets.count_BL.flatten())
+    hit_E = sets.ids_E == token_ids_BL.cpu().flatten()[position_E]
+    found_N = torch.zeros(token_ids_BL.numel(), dtype=torch.bool)
+    found_N[position_E[hit_E]] = True
+    return found_N.view(token_ids_BL.shape)
+
+
 def from_logits(
-    logits_BLV: Tensor, token_ids_BL: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None
+    logits_BLV: Tensor,
+    token_ids_BL: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    kept: KeptSets | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logprobs and entropies [B, L] float32 from logits that exist: what a trainer without the float32 head does.
 
-    The softmax is in float32 whatever the logits are rounded to. Alignment and `mask` as in `token_logprobs`.
+    The softmax is in float32 whatever the logits are rounded to. Alignment, `mask` and `kept` as in `token_logprobs`.
     """
-    logprobs_BLV = (logits_BLV[:, :-1].float() / temperature).log_softmax(-1)
+    x_BLV = logits_BLV[:, :-1].float() / temperature
+    if kept is not None:
+        sets = Kept.of(kept.ids_E, kept.count_BL[:, 1:].flatten(), x_BLV.device)
+        n, vocab = x_BLV.shape[0] * x_BLV.shape[1], x_BLV.shape[2]
+        x_BLV = x_BLV + torch.where(sets.mask(slice(0, n), vocab), 0.0, BARRED).view(x_BLV.shape)
+    logprobs_BLV = x_BLV.log_softmax(-1)
     chosen_BL = logprobs_BLV.gather(-1, token_ids_BL[:, 1:, None])[..., 0]
     probs_BLV = logprobs_BLV.exp()
     entropy_BL = -(probs_BLV * logprobs_BLV.masked_fill(probs_BLV == 0, 0.0)).sum(-1)  # 0 * -inf would be NaN

@@ -17,6 +17,7 @@ from torch import Tensor
 from rlalign.head import triton as gpu_head
 from rlalign.head.products import Route, logits_of, stored_for
 from rlalign.logprobs.blocks import Tile, columns_of, padded, strip_height, strips, token_tiles
+from rlalign.logprobs.kept import Kept
 from rlalign.logprobs.stash import Stash
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 # Hidden states of up to this many numbers are widened once, larger ones tile by tile.
 _WIDENED_ONCE = 2**24
-# What a token outside the kept set adds to its logit: probability exactly 0, as with -inf, but 0 * BARRED is not NaN.
-BARRED = -1e30
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +75,7 @@ class Sums(NamedTuple):
 class Problem:
     """Operands of one call. target_N counts from this weight's first row; ids outside belong to another shard.
 
-    kept_NK: counted likewise, the ids the softmax runs over, others filled up with negative numbers; None means all.
+    kept: counted likewise, the ids the softmax runs over; None means all.
     """
 
     hidden_ND: Tensor
@@ -86,7 +85,7 @@ class Problem:
     transform: Transform
     tile: Tile
     route: Route
-    kept_NK: Tensor | None = None
+    kept: Kept | None = None
 
     def widened(self, storage: Route) -> Problem:
         """The same with hidden states in that route's storage, where a whole copy of them is small."""
@@ -124,13 +123,7 @@ class Problem:
         if self.bias_V is not None:
             x_TS.add_(self.bias_V[columns].float())
         self.transform.apply_(x_TS, rows)
-        if self.kept_NK is not None:
-            width = columns.stop - columns.start
-            column_TK = self.kept_NK[rows] - columns.start
-            column_TK = torch.where((column_TK >= 0) & (column_TK < width), column_TK, width)
-            barred = torch.full((len(x_TS), width + 1), BARRED, device=x_TS.device)
-            x_TS.add_(barred.scatter_(1, column_TK, 0.0)[:, :width])
-        return x_TS
+        return x_TS if self.kept is None else self.kept.bar_(x_TS, rows, columns)
 
     def softmax(self, rows: slice, columns: slice) -> launches.Softmax:
         """What the kernels need to know of a tile beyond its products."""
@@ -173,8 +166,8 @@ def forward_sums(problem: Problem, *, mean: bool, stash: Stash | None = None) ->
         temperature_N = problem.transform.temperature_N
         transform = replace(problem.transform, temperature_N=None if temperature_N is None else temperature_N[again])
         hidden_ND, target_N = problem.hidden_ND[again], problem.target_N[again]
-        kept_NK = None if problem.kept_NK is None else problem.kept_NK[again]
-        rows = replace(problem, hidden_ND=hidden_ND, target_N=target_N, kept_NK=kept_NK, transform=transform)
+        kept = None if problem.kept is None else problem.kept.tokens(again)
+        rows = replace(problem, hidden_ND=hidden_ND, target_N=target_N, kept=kept, transform=transform)
         for whole, part in zip(sums, _sums(rows, mean=mean, running_max=True), strict=True):
             if whole is not None:
                 whole[again] = part

@@ -1,6 +1,6 @@
 """The torch operator under token_logprobs: opaque to torch.compile, differentiable, indifferent to autocast.
 
-N tokens, D hidden, V vocabulary.
+N tokens, D hidden, V vocabulary, E ids of all kept sets and M = N + 1 places where they start (see kept.Kept).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from rlalign.head.projection import route
 from rlalign.logprobs.backward import Upstream, backward_tiles
 from rlalign.logprobs.blocks import Tile
 from rlalign.logprobs.forward import Problem, Transform, forward_sums, mirror
+from rlalign.logprobs.kept import Kept
 from rlalign.logprobs.stash import Stash, stash_size
 
 
@@ -22,7 +23,8 @@ def flat_logprobs(
     bias_V: Tensor | None,
     target_N: Tensor,
     temperature_N: Tensor | None,
-    kept_NK: Tensor | None,
+    kept_E: Tensor | None,
+    kept_start_M: Tensor | None,
     soft_cap: float | None,
     logit_scale: float,
     vocab_size: int,
@@ -33,8 +35,9 @@ def flat_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logprobs [N], entropy [N] or [0], log-sum-exp [N], stash [E]) float32; NaN for targets outside the vocabulary."""
     problem = _problem(
-        hidden_ND, weight_VD, bias_V, target_N, temperature_N, kept_NK, soft_cap, logit_scale, vocab_size, chunk
-    )
+        hidden_ND, weight_VD, bias_V, target_N, temperature_N, kept_E, kept_start_M, soft_cap, logit_scale,
+        vocab_size, chunk,
+    )  # fmt: skip
     size = stash_size(len(hidden_ND), vocab_size, problem.tile.vocab, keep_mib)
     stash_E = torch.empty(size, device=hidden_ND.device)
     stash = _stash(stash_E, problem)
@@ -52,7 +55,8 @@ def _(
     bias_V: Tensor | None,
     target_N: Tensor,
     temperature_N: Tensor | None,
-    kept_NK: Tensor | None,
+    kept_E: Tensor | None,
+    kept_start_M: Tensor | None,
     soft_cap: float | None,
     logit_scale: float,
     vocab_size: int,
@@ -79,7 +83,8 @@ def _flat_backward(
     bias_V: Tensor | None,
     target_N: Tensor,
     temperature_N: Tensor | None,
-    kept_NK: Tensor | None,
+    kept_E: Tensor | None,
+    kept_start_M: Tensor | None,
     soft_cap: float | None,
     logit_scale: float,
     vocab_size: int,
@@ -87,8 +92,9 @@ def _flat_backward(
     wants: list[bool],
 ) -> list[Tensor]:
     problem = _problem(
-        hidden_ND, weight_VD, bias_V, target_N, temperature_N, kept_NK, soft_cap, logit_scale, vocab_size, chunk
-    )
+        hidden_ND, weight_VD, bias_V, target_N, temperature_N, kept_E, kept_start_M, soft_cap, logit_scale,
+        vocab_size, chunk,
+    )  # fmt: skip
     upstream = Upstream(logprob_grad_N, entropy_grad_N, lse_N, entropy_N)
     wanted = {"hidden": wants[0], "bias": wants[2], "stash": _stash(stash_E, problem)}
     grads = backward_tiles(problem, upstream, weight_VD if wants[1] else None, **wanted)
@@ -112,7 +118,8 @@ def _(
     bias_V: Tensor | None,
     target_N: Tensor,
     temperature_N: Tensor | None,
-    kept_NK: Tensor | None,
+    kept_E: Tensor | None,
+    kept_start_M: Tensor | None,
     soft_cap: float | None,
     logit_scale: float,
     vocab_size: int,
@@ -127,11 +134,13 @@ def _(
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    hidden_ND, weight_VD, bias_V, target_N, temperature_N, kept_NK, *ctx.options, _ = inputs
+    hidden_ND, weight_VD, bias_V, target_N, temperature_N, kept_E, kept_start_M, *ctx.options, _ = inputs
     _, entropy_N, lse_N, stash_E = output
     ctx.mark_non_differentiable(lse_N, stash_E)
     ctx.set_materialize_grads(False)  # or autograd would fill a gradient of zeros as large as the stash
-    ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, temperature_N, kept_NK, lse_N, entropy_N, stash_E)
+    ctx.save_for_backward(
+        hidden_ND, weight_VD, bias_V, target_N, temperature_N, kept_E, kept_start_M, lse_N, entropy_N, stash_E
+    )
 
 
 def _backward(
@@ -144,7 +153,7 @@ def _backward(
         torch.zeros_like(lse_N) if logprob_grad_N is None else logprob_grad_N, entropy_grad_N if entropy else None,
         lse_N, entropy_N, stash_E, *operands, soft_cap, logit_scale, vocab_size, None if exact_mirror else chunk, wants,
     )  # fmt: skip
-    return *(grad if want else None for grad, want in zip(grads, wants, strict=True)), *[None] * 10
+    return *(grad if want else None for grad, want in zip(grads, wants, strict=True)), *[None] * 11
 
 
 flat_logprobs.register_autograd(_backward, setup_context=_setup_context)
@@ -156,7 +165,8 @@ def _problem(
     bias_V: Tensor | None,
     target_N: Tensor,
     temperature_N: Tensor | None,
-    kept_NK: Tensor | None,
+    kept_E: Tensor | None,
+    kept_start_M: Tensor | None,
     soft_cap: float | None,
     logit_scale: float,
     vocab_size: int,
@@ -170,7 +180,7 @@ def _problem(
         transform=Transform(soft_cap, logit_scale, temperature_N),
         tile=Tile.of(hidden_ND.device, chunk),
         route=route(hidden_ND, weight_VD),
-        kept_NK=kept_NK,
+        kept=None if kept_E is None or kept_start_M is None else Kept(kept_E, kept_start_M),
     )
 
 

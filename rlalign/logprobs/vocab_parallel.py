@@ -19,6 +19,7 @@ from rlalign.head.projection import route
 from rlalign.logprobs.backward import Upstream, backward_tiles
 from rlalign.logprobs.blocks import Tile
 from rlalign.logprobs.forward import Problem, Sums, Transform, forward_sums
+from rlalign.logprobs.kept import Kept
 from rlalign.logprobs.stash import Stash, stash_size
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def sharded_logprobs(
     bias_V: Tensor | None,
     target_N: Tensor,
     transform: Transform,
-    kept_NK: Tensor | None,
+    kept: Kept | None,
     shard: VocabShard,
     vocab_size: int,
     chunk: int | None,
@@ -64,7 +65,7 @@ def sharded_logprobs(
         transform=transform,
         tile=Tile.of(hidden_ND.device, chunk),
         route=route(hidden_ND, weight_VD),
-        kept_NK=None if kept_NK is None else torch.where(kept_NK < 0, -1, kept_NK - shard.start),
+        kept=None if kept is None else kept.shifted(shard.start),
     )
     return _Sharded.apply(hidden_ND, weight_VD, bias_V, problem, shard.group, entropy, keep_mib)
 

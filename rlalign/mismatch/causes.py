@@ -28,8 +28,9 @@ class Evidence:
     """What a run knows of its own set-up; None where nothing was recorded.
 
     rollout_head, trainer_head: head dtypes. processed: the engine's logprobs carry temperature and truncation.
-    truncated: top-p, top-k or min-p in the sampling. prefix_cache_reset: done with the last publish.
-    publish_verified: fingerprints matched on every rank. retokenized: sequences whose text encodes to other ids.
+    truncated: top-p, top-k or min-p in the sampling. replayed: the trainer renormalises over the same kept sets.
+    prefix_cache_reset: done with the last publish. publish_verified: fingerprints matched on every rank.
+    retokenized: sequences whose text encodes to other ids.
     k3_by_rank: engine rank -> k3. floor_k3: the noise floor's k3. learning_rate: of the last step.
     """
 
@@ -39,6 +40,7 @@ class Evidence:
     rollout_temperature: float | None = None
     trainer_temperature: float | None = None
     truncated: bool | None = None
+    replayed: bool | None = None
     prefix_cache_reset: bool | None = None
     publish_verified: bool | None = None
     retokenized: int | None = None
@@ -150,15 +152,30 @@ def _temperature(metrics: Mapping[str, float], evidence: Evidence) -> Cause | No
 def _truncation(metrics: Mapping[str, float], evidence: Evidence) -> Cause | None:
     if evidence.truncated is False:
         return None
+    if evidence.replayed:
+        return _sets_differ(metrics)
     highest, k1 = _lag0(metrics, "log_ratio_max"), _lag0(metrics, "k1")
     one_sided = k1 > 0.01 and highest < 0.1 * k1
     if evidence.truncated and evidence.processed is not False:
         why = "sampling renormalises over top-p, top-k or min-p; the trainer scores the whole vocabulary"
+        if k1 > 0.0:  # k1 is then minus the mean log of the kept mass, whatever else there is
+            why += f" (k1 {k1:.3g} is what a kept mass of {math.exp(-k1):.3g} costs)"
         return Cause("truncation", why, "rlalign doctor", 1.0 if one_sided else 0.9)
     if one_sided:
         why = f"the trainer is never above the engine (largest log-ratio {highest:.2g}, k1 {k1:.2g})"
         return Cause("truncation", why, "rlalign doctor", 0.7)
     return None
+
+
+def _sets_differ(metrics: Mapping[str, float]) -> Cause | None:
+    """Kept sets are shared; they are a cause only where the trainer's own are other ones for many tokens."""
+    outside, differ = (metrics.get(f"support/{name}", 0.0) for name in ("outside", "differ"))
+    if max(outside, differ) < 0.01:
+        return None
+    why = (
+        f"{outside:.2%} of tokens lie outside the trainer's own kept set, {differ:.2%} of captured sets are not its own"
+    )
+    return Cause("kept sets differ", why, "rlalign parity", 0.5)
 
 
 def _stale_weights(evidence: Evidence, k3_history: Sequence[float]) -> Cause | None:

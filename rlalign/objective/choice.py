@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,18 +13,6 @@ from rlalign.objective import advantages, corrections, losses, presets, referenc
 from rlalign.types import Correction, RolloutBatch, TrainBatch
 
 NEEDS_ADVANTAGES = ("opsm", "dppo_tv", "m2po")
-PRESETS: dict[str, Callable[..., Correction]] = {
-    "tis": presets.tis,
-    "icepop": presets.icepop,
-    "mis": presets.mis,
-    "seq_tis": presets.seq_tis,
-    "geo_mask": presets.geo_mask,
-    "veto": presets.veto,
-    "opsm": presets.opsm,
-    "dppo_tv": presets.dppo_tv,
-    "m2po": presets.m2po,
-    "m2po_all": presets.m2po_all,
-}
 BY_TOKEN = {"grpo": losses.grpo_loss, "dapo": losses.dapo_loss, "cispo": losses.cispo_loss, "ppo": losses.ppo_loss}
 BY_SEQUENCE = {"grpo_sequence": losses.grpo_sequence_loss, "dr_grpo": losses.dr_grpo_loss, "gspo": losses.gspo_loss}
 
@@ -92,19 +79,31 @@ def credit(
     )
 
 
-def correct(old_BL: Tensor, batch: RolloutBatch, advantages_BL: Tensor, algo: AlgoConfig) -> Correction:
-    """The configured correction; without one, weights of one on every token whose logprobs are finite."""
+def correct(
+    old_BL: Tensor, batch: RolloutBatch, advantages_BL: Tensor, algo: AlgoConfig, *, version: int | None = None
+) -> Correction:
+    """The configured correction; without one, weights of one on every token whose logprobs are finite.
+
+    version: the trainer's when it made old_BL; needed by algo.correction.on_policy_one, else ValueError.
+    """
     given = (old_BL, batch.rollout_logprobs_BL, batch.loss_mask_BL)
     chosen = algo.correction
     if chosen.off:
         return corrections.identity(*given)
-    bounds = {name: value for name, value in (("low", chosen.low), ("high", chosen.high)) if value is not None}
-    if not chosen.preset:
-        return corrections.correct(
-            *given, level=chosen.level, mode=chosen.mode, veto=chosen.veto, normalize=chosen.normalize, **bounds
+    numbers = {n: x for n in ("low", "high", "threshold") if (x := getattr(chosen, n)) is not None}
+    if chosen.preset:
+        extra = (advantages_BL,) if chosen.preset in NEEDS_ADVANTAGES else ()
+        found = getattr(presets, chosen.preset)(*given, *extra, **numbers)
+    else:
+        shape = {"level": chosen.level, "mode": chosen.mode, "veto": chosen.veto, "normalize": chosen.normalize}
+        found = corrections.correct(*given, **shape, **numbers)
+    if not chosen.on_policy_one:
+        return found
+    if version is None:
+        raise ValueError(
+            "algo.correction.on_policy_one: the trainer's version is needed to tell which tokens it sampled itself"
         )
-    extra = (advantages_BL,) if chosen.preset in NEEDS_ADVANTAGES else ()
-    return PRESETS[chosen.preset](*given, *extra, **bounds)
+    return corrections.on_policy_as_one(found, batch.policy_version_BL == version, corrections.identity(*given).keep)
 
 
 def policy_loss(

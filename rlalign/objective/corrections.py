@@ -26,16 +26,26 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
-__all__ = ["compose", "correct", "describe", "identity", "normalized", "reject", "restrict"]
+__all__ = [
+    "bound_for_ess",
+    "compose",
+    "correct",
+    "describe",
+    "identity",
+    "normalized",
+    "on_policy_as_one",
+    "reject",
+    "restrict",
+]
 
 Level = Literal["token", "sequence", "geometric", "segment"]
 Mode = Literal["truncate", "clip", "mask"]
-Estimator = Literal["k1", "k2", "k3", "ratio", "abs_prob"]
+Estimator = Literal["k1", "k2", "k3", "ratio", "abs_prob", "binary_kl"]
 Aggregate = Literal["token", "sum", "mean", "max"]
 
 LEVELS: tuple[Level, ...] = ("token", "sequence", "geometric", "segment")
 MODES: tuple[Mode, ...] = ("truncate", "clip", "mask")
-ESTIMATORS: tuple[Estimator, ...] = ("k1", "k2", "k3", "ratio", "abs_prob")
+ESTIMATORS: tuple[Estimator, ...] = ("k1", "k2", "k3", "ratio", "abs_prob", "binary_kl")
 AGGREGATES: tuple[Aggregate, ...] = ("token", "sum", "mean", "max")
 
 
@@ -101,7 +111,8 @@ def reject(
     """Keep what lies in low <= x <= high, with weight 1; x is an estimator, per token or gathered over the sequence.
 
     estimator, per token: k1 = -d (signed: rollout - old), k2 = d^2 / 2, k3 = expm1(d) - d, ratio = rho,
-    abs_prob = |exp(old) - exp(rollout)|.
+    abs_prob = |exp(old) - exp(rollout)|, binary_kl = the larger of KL(p || q) and KL(q || p) of two-event distributions, this token
+    or any other, with p = exp(old), q = exp(rollout), both in [1e-6, 1 - 1e-6].
     aggregate: token judges each token; sum, mean, max judge the sequence by that of its finite masked tokens.
     `ratio` is gathered as it stands: its mean is arithmetic. The geometric ratio is k1's mean: rho_geo in [a, b] is
     k1 mean in [-log b, -log a].
@@ -161,6 +172,55 @@ def restrict(correction: Correction, where_BL: Tensor, otherwise: Correction) ->
     )
 
 
+def on_policy_as_one(correction: Correction, on_policy_BL: Tensor, usable_BL: Tensor) -> Correction:
+    """Weight exactly 1, and never rejected, for the tokens that the policy being trained sampled itself; the others as they are.
+
+    on_policy_BL: [B, L] bool, by version span (lag 0). usable_BL: of `identity`, tokens whose logprobs are finite. Their ratio
+    differs from 1 by engine mismatch alone: leaving that out removes its variance, and biases the mean of f over such tokens by
+    E_rollout[(1 - rho) f], whose size is at most sqrt(chi2) times the spread of f.
+    """
+    require_aligned("on_policy_as_one", mask=on_policy_BL, keep=correction.keep, usable=usable_BL)
+    return restrict(Correction(weights=usable_BL.float(), keep=usable_BL), on_policy_BL, correction)
+
+
+def bound_for_ess(
+    old_logprobs_BL: Tensor, rollout_logprobs_BL: Tensor, loss_mask_BL: Tensor, *, target: float
+) -> float:
+    """The largest bound c at which the weights min(rho_t, c) still have an effective sample size of `target`, in (0, 1].
+
+    ESS is (sum w)^2 / (n sum w^2) over usable tokens. It only falls as c grows, so the bound is the least bias that buys this
+    variance; math.inf where the raw ratios have it already. Exact: between two sorted ratios the ESS is a quotient of
+    quadratics in c, solved in float64. NaN where no token is usable. Raises ValueError for a target outside (0, 1].
+    """
+    if not 0.0 < target <= 1.0:
+        raise ValueError(f"bound_for_ess: target must lie in (0, 1], got {target}; 0.95 keeps 95 of 100 samples' worth")
+    usable_BL = _usable(old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL)
+    d_N = _log_ratio(old_logprobs_BL, rollout_logprobs_BL, usable_BL)[usable_BL].sort().values
+    if not len(d_N):
+        return math.nan
+    scale = float(d_N[-1])  # largest ratio 1: neither sums nor squares overflow
+    w_N = (d_N - scale).exp()
+    n = len(w_N)
+    above_N = torch.arange(
+        n - 1, -1, -1, dtype=torch.float64, device=w_N.device
+    )  # ratios beyond the k-th, which c replaces
+    sum_N, square_N = w_N.cumsum(0), w_N.square().cumsum(0)
+    at_N = (sum_N + above_N * w_N).square() / (n * (square_N + above_N * w_N.square()))
+    below = int((at_N >= target).sum())  # ratios that may be the bound
+    if below == n:
+        return math.inf
+    if below == 0:  # equal ratios would have ESS 1: rounding alone
+        return float(w_N[0]) * math.exp(scale)
+    s, q, m = float(sum_N[below - 1]), float(square_N[below - 1]), n - below
+    # (s + m c)^2 = target n (q + m c^2)
+    a, b, e = m * m - target * n * m, 2.0 * s * m, s * s - target * n * q
+    root = math.sqrt(max(0.0, b * b - 4.0 * a * e))
+    low, high = float(w_N[below - 1]), float(w_N[below])
+    candidates = [(-b + root) / (2 * a), (-b - root) / (2 * a)] if a else [-e / b]
+    inside = [x for x in candidates if low * (1 - 1e-9) <= x <= high * (1 + 1e-9)]
+    return min(max(inside, default=low), high) * math.exp(scale)
+
+
 def normalized(correction: Correction, group: ProcessGroup | None = None, *, over_ranks: bool = False) -> Correction:
     """Weights divided by their mean over kept tokens (self-normalised importance sampling), so that the mean is 1.
 
@@ -188,7 +248,8 @@ def describe(
     masked_share: masked tokens not kept, non-finite ones among them. seq_masked_share: sequences with masked tokens of
     which none is kept. weight_*: over kept tokens. changed_share: kept tokens whose weight is not their raw ratio
     (bounded, vetoed to a sequence ratio, or left at 1). ess: (sum w)^2 / (n sum w^2) with n all masked tokens, so
-    rejection lowers it; ess_kept with n the kept ones. k3_kept, k3_rejected: raw k3 on either side of the mask.
+    rejection lowers it; ess_kept with n the kept ones. k3_kept, k3_rejected: raw k3 on either side of the mask. outside_raw,
+    outside_kept: share of usable tokens, and of kept ones, with a raw ratio outside [1/2, 2]: the same pair for every preset.
     NaN where nothing is left to average.
     """
     require_aligned("describe", mask=correction.keep, weights=correction.weights, old=old_logprobs_BL)
@@ -209,11 +270,14 @@ def describe(
         "changed_share": _mean((w_N - raw_N).abs() > 1e-6 * raw_N),
         "ess": float(w_N.sum().square() / square / loss_mask_BL.sum()) if w_N.numel() else math.nan,
         "ess_kept": float(w_N.sum().square() / square / w_N.numel()) if w_N.numel() else math.nan,
+        "outside_raw": _mean(d_BL[usable_BL].abs() > math.log(2.0)),
+        "outside_kept": _mean(d_BL[keep_BL].abs() > math.log(2.0)),
         "k3_kept": _mean(k3_BL[keep_BL]),
         "k3_rejected": _mean(k3_BL[usable_BL & ~keep_BL]),
     }
 
 
+_LEAST_PROB = 1e-6
 _WEIGHT_MAX = torch.finfo(torch.float32).max
 
 
@@ -284,8 +348,14 @@ def _estimate(old_BL: Tensor, rollout_BL: Tensor, usable_BL: Tensor, estimator: 
         return bounded_expm1(d_BL) - d_BL
     if estimator == "ratio":
         return bounded_exp(d_BL).masked_fill(~usable_BL, 0.0)
-    probs_BL = old_BL.detach().double().exp() - rollout_BL.detach().double().exp()
-    return probs_BL.abs().masked_fill(~usable_BL, 0.0)
+    p_BL, q_BL = (x_BL.detach().double().masked_fill(~usable_BL, 0.0).exp() for x_BL in (old_BL, rollout_BL))
+    if estimator == "abs_prob":
+        return (p_BL - q_BL).abs()
+    p_BL, q_BL = (x_BL.clamp(_LEAST_PROB, 1.0 - _LEAST_PROB) for x_BL in (p_BL, q_BL))
+    token_BL, other_BL = (p_BL / q_BL).log(), ((1.0 - p_BL) / (1.0 - q_BL)).log()
+    forward_BL = p_BL * token_BL + (1.0 - p_BL) * other_BL
+    backward_BL = -q_BL * token_BL - (1.0 - q_BL) * other_BL
+    return torch.maximum(forward_BL, backward_BL).masked_fill(~usable_BL, 0.0)
 
 
 def _of_log_weights(log_weight_BL: Tensor, keep_BL: Tensor) -> Correction:

@@ -15,14 +15,27 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlalign.mismatch.aligned import require_aligned
-from rlalign.objective.corrections import compose, correct, identity, reject, restrict
+from rlalign.objective.corrections import bound_for_ess, compose, correct, identity, reject, restrict
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from rlalign.types import Correction
 
-__all__ = ["dppo_tv", "geo_mask", "icepop", "m2po", "m2po_all", "mis", "opsm", "seq_tis", "tis", "veto"]
+__all__ = [
+    "dppo_tv",
+    "ess_tis",
+    "geo_mask",
+    "icepop",
+    "kpop",
+    "m2po",
+    "m2po_all",
+    "mis",
+    "opsm",
+    "seq_tis",
+    "tis",
+    "veto",
+]
 
 
 def tis(old_logprobs_BL: Tensor, rollout_logprobs_BL: Tensor, loss_mask_BL: Tensor, *, high: float = 2.0) -> Correction:
@@ -47,6 +60,33 @@ def icepop(
     denominator; SkyRL and AReaL take them out, as here.
     """
     return correct(old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL, level="token", mode="mask", low=low, high=high)
+
+
+def kpop(
+    old_logprobs_BL: Tensor, rollout_logprobs_BL: Tensor, loss_mask_BL: Tensor, *, threshold: float = 0.1
+) -> Correction:
+    """KPop: rho_t where the binary KL of this token against all others is at most `threshold` in both directions, others rejected.
+
+    Wide in the ratio for rare tokens, tight for likely ones. Reference: ringtech.notion.site/kpop (phi = 0.1); probabilities are
+    kept in [1e-6, 1 - 1e-6] as in prime-rl #3283.
+    """
+    if not threshold > 0.0:
+        raise ValueError(f"kpop: threshold must be positive, got {threshold}")
+    given = (old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL)
+    near = reject(*given, estimator="binary_kl", aggregate="token", high=threshold)
+    return compose(near, correct(*given, level="token", mode="truncate", high=math.inf))
+
+
+def ess_tis(
+    old_logprobs_BL: Tensor, rollout_logprobs_BL: Tensor, loss_mask_BL: Tensor, *, threshold: float = 0.95
+) -> Correction:
+    """TIS whose bound is chosen for this batch: the largest at which the effective sample size is `threshold`, rejects nothing.
+
+    The mean is over this batch: call it on the whole step's. See `corrections.bound_for_ess`; `weight_max` shows the bound.
+    """
+    bound = bound_for_ess(old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL, target=threshold)
+    bound = math.inf if math.isnan(bound) else bound
+    return correct(old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL, level="token", mode="truncate", high=bound)
 
 
 def mis(old_logprobs_BL: Tensor, rollout_logprobs_BL: Tensor, loss_mask_BL: Tensor, *, high: float = 2.0) -> Correction:

@@ -97,6 +97,7 @@ class Watch:
             "rollout_temperature": spec.temperature,
             "trainer_temperature": config.rollout.temperature,
             "truncated": spec.truncated,
+            "replayed": spec.truncated,  # `scoring_step.scored` renormalises over the kept sets
             "floor_k3": None if floor is None else floor["k3"],
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from rlalign.reward.mixture import RewardMixture, Rewards, Sample
 from rlalign.types import LogprobSpec, Rollout, RolloutBatch, TrainBatch
 
 if TYPE_CHECKING:
+    from rlalign.logprobs.truncation import Found
     from rlalign.objective.reference_kl import KlController
     from rlalign.tracking.timeline import Span
     from rlalign.weights import PublishReport
@@ -50,8 +52,11 @@ class Trainer(Learner, Protocol):
     version: int
 
     def score(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]: ...
+    def score_truncated(self, batch: RolloutBatch) -> tuple[Tensor, Tensor, Found]: ...
     def score_reference(self, batch: RolloutBatch) -> Tensor | None: ...
     def named_weights(self) -> Iterable[tuple[str, Tensor]]: ...
+    def save_state(self, folder: Path) -> None: ...
+    def load_state(self, folder: Path) -> None: ...
 
 
 class Critic(Learner, Protocol):

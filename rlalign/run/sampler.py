@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from array import array
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -111,7 +112,9 @@ class Sampler:
         """The batches that are ready. Those still being sampled are named: after a resume they are sampled again."""
         ready = [b.result() for b in self._batches.values() if b.done() and b.exception() is None]
         again = sorted(self._batches.keys() - {sampled.step for sampled in ready})
-        (folder / STATE).write_text(json.dumps({"ready": [asdict(sampled) for sampled in ready], "again": again}))
+        (folder / STATE).write_text(
+            json.dumps({"ready": [asdict(sampled) for sampled in ready], "again": again}, default=list)
+        )
 
     def load_state(self, folder: Path) -> None:
         """Go on from `save_state`. The checkpoint of a synchronous run has no such state: the first batch is then sampled anew."""
@@ -150,4 +153,5 @@ def _run(ask: Callable[[RolloutEngine], Sampled], engine: RolloutEngine, batch: 
 
 def _rollout(fields: dict) -> Rollout:
     spans = {name: [tuple(span) for span in fields[name]] for name in ("version_spans", "kv_spans")}
-    return Rollout(**fields | spans)
+    kept = {"kept_ids": array("i", fields["kept_ids"]), "kept_counts": array("q", fields["kept_counts"])}
+    return Rollout(**fields | spans | kept)

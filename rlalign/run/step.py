@@ -13,9 +13,10 @@ from rlalign import mismatch
 from rlalign.config import RunConfig, ScheduleMode
 from rlalign.objective import choice
 from rlalign.reward.mixture import Sample
-from rlalign.run import limits
+from rlalign.run import acceptance, limits
 from rlalign.run.parties import Collected, Learner, Parties, Prompt, StepResult, Task, Trainer
 from rlalign.run.sampler import Sampler, request, sample_probe
+from rlalign.run.scoring_step import scored
 from rlalign.run.step_metrics import (
     by_lag,
     correction_metrics,
@@ -74,9 +75,10 @@ def learn(
     metrics, spans = dict(collected.metrics), list(collected.spans)
     clock = Clock(step, metrics, spans, parties.say)
     with clock("score"):
-        old_BL, entropy_BL = trainer.score(batch)
+        batch, old_BL, entropy_BL, sets = scored(trainer, batch)
+        metrics |= sets
         ref_BL = trainer.score_reference(batch)
-        at_lag = _compare(old_BL, collected, trainer, config)
+        at_lag = _compare(old_BL, replace(collected, batch=batch), trainer, config)
         metrics |= mismatch_metrics(at_lag, parties.floor) | staleness_metrics(batch, trainer.version, at_lag)
         metrics["train/entropy"] = float(entropy_BL[batch.loss_mask_BL].mean())
         values_BL = None if parties.critic is None else parties.critic.values(batch)
@@ -102,9 +104,12 @@ def learn(
     )
     result.warnings.extend(limits.check(result, config, step=step))
 
+    judged = config.mismatch.accept_k3 > 0
     with clock("train"):
+        if judged:
+            acceptance.keep(trainer, config)
         rewarded = replace(batch, loss_mask_BL=batch.loss_mask_BL & rewards.known_B[:, None])
-        correction = choice.correct(old_BL, rewarded, result.advantages_BL, config.algo)
+        correction = choice.correct(old_BL, rewarded, result.advantages_BL, config.algo, version=result.version)
         metrics |= correction_metrics(correction, old_BL, rewarded)
         whole = TrainBatch(
             rollouts=batch,
@@ -123,6 +128,8 @@ def learn(
 
     if trainer.version > result.version:  # otherwise the engine computes with these weights already
         metrics |= _publish(parties, sampler, clock)
+        if judged:
+            result.warnings.extend(_accept(step, parties, config, metrics, clock))
     return result
 
 
@@ -146,7 +153,22 @@ def _compare(old_BL: Tensor, collected: Collected, trainer: Trainer, config: Run
     synchronous = schedule.mode is ScheduleMode.synchronous
     allowed = None if synchronous else schedule.max_lag * algo.minibatches * algo.epochs
     measured = at_lags(collected.batch, old_BL, allowed)
-    return by_lag(measured, None if probe is None else at_lags(probe, trainer.score(probe)[0], 0))
+    if probe is None:
+        return by_lag(measured, None)
+    probe, probe_BL, *_ = scored(trainer, probe)
+    return by_lag(measured, at_lags(probe, probe_BL, 0))
+
+
+def _accept(step: int, parties: Parties, config: RunConfig, metrics: dict[str, float], clock: Clock) -> list[str]:
+    """Keep the update that was just published, or take it back everywhere; says why, and adds to the metrics."""
+    with clock("probe"):
+        found, refused = acceptance.judge(step, parties, config)
+    metrics |= found
+    if refused is not None:
+        acceptance.restore(parties.trainer, config)
+        metrics |= _publish(parties, None, clock)
+    acceptance.forget(config)
+    return [] if refused is None else [refused]
 
 
 def _publish(parties: Parties, sampler: Sampler | None, clock: Clock) -> dict[str, float]:

@@ -17,6 +17,7 @@ from rlalign.objective import corrections
 from rlalign.types import UNKNOWN_VERSION, Correction, Rollout, RolloutBatch
 
 if TYPE_CHECKING:
+    from rlalign.logprobs.truncation import Found
     from rlalign.weights import PublishReport
 
 
@@ -98,6 +99,37 @@ def staleness_metrics(batch: RolloutBatch, version: int, at_lag: Mapping[int, St
         tokens = sum(sums["tokens"] for sums in older)
         found["staleness/k3"] = sum(sums["k3"] for sums in older) / tokens if tokens else math.nan
     return found
+
+
+def support_metrics(found: Found, batch: RolloutBatch) -> dict[str, float]:
+    """Of tokens sampled over top-p, top-k or min-p: their sets, and how far trainer and engine agree on them.
+
+    size: ids of a set. log_mass: mean log of a set's probability, nats: the bias of a trainer that does not renormalise. outside:
+    share of tokens that the trainer's own set lacks; each was put into it. captured: share whose set the engine reported. differ,
+    differ_mass: of these, share whose set is not the trainer's own, and the mean probability of the ids in only one of them.
+    too_large: share of tokens that leave the loss. Left out where nothing was captured.
+    """
+    mask_BL = batch.loss_mask_BL
+    compared_BL = found.compared_BL & mask_BL
+
+    def share(flag_BL: Tensor, of_BL: Tensor) -> float:
+        return float(flag_BL[of_BL].double().mean())
+
+    size_N = found.kept.count_BL[mask_BL & ~found.too_large_BL].double()
+    metrics = {
+        "size_mean": float(size_N.mean()) if len(size_N) else math.nan,
+        "size_max": float(size_N.max()) if len(size_N) else math.nan,
+        "log_mass": share(found.log_mass_BL, mask_BL),
+        "outside": share(found.outside_BL, mask_BL),
+        "captured": share(found.compared_BL, mask_BL),
+        "too_large": share(found.too_large_BL, mask_BL),
+    }
+    if bool(compared_BL.any()):
+        metrics |= {
+            "differ": share(found.differ_BL, compared_BL),
+            "differ_mass": share(found.differ_mass_BL, compared_BL),
+        }
+    return {f"support/{name}": value for name, value in metrics.items()}
 
 
 def correction_metrics(correction: Correction, old_BL: Tensor, batch: RolloutBatch) -> dict[str, float]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlalign.types import LogprobSpec, RolloutBatch
+from rlalign.types import KeptSets, LogprobSpec, RolloutBatch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +62,9 @@ def save_batch(
     """The step's tokens and both sides' logprobs, bit for bit."""
     from safetensors.torch import save_file
 
-    tensors = {f.name: getattr(batch, f.name).cpu().contiguous() for f in fields(batch) if f.name != "spec"}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in batch.tensors().items()}
+    if batch.kept is not None:
+        tensors |= {"kept_ids_E": batch.kept.ids_E, "kept_count_BL": batch.kept.count_BL}
     tensors["old_logprobs_BL"] = old_logprobs_BL.cpu().contiguous()
     about = {"format": FORMAT, "step": step, "version": version, "trainer_ranks": trainer_ranks}
     metadata = {KEY: json.dumps(about | {"spec": asdict(batch.spec)})}
@@ -97,12 +99,16 @@ def read_step(run: Path, step: int) -> SavedStep:
         )
     master = load_file(folder / MASTER)["master_VD"] if (folder / MASTER).is_file() else None
     old_BL = tensors.pop("old_logprobs_BL")
+    sets = {
+        name.removeprefix("kept_"): tensors.pop(name) for name in ("kept_ids_E", "kept_count_BL") if name in tensors
+    }
+    kept = KeptSets(**sets) if sets else None
     return SavedStep(
         step=about["step"],
         version=about["version"],
         trainer_ranks=about["trainer_ranks"],
         model=folder / MODEL,
-        batch=RolloutBatch(**tensors, spec=LogprobSpec(**about["spec"])),
+        batch=RolloutBatch(**tensors, spec=LogprobSpec(**about["spec"]), kept=kept),
         old_logprobs_BL=old_BL,
         master_VD=master,
     )

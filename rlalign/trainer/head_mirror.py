@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
+from functools import partial
 from types import MethodType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,14 @@ from torch import Tensor, nn
 from rlalign import logprobs
 from rlalign.head import multiplied, projection, routes
 from rlalign.head.multiplied import Multiplied
+from rlalign.logprobs import truncation
 from rlalign.trainer.exact_network import ExactHead
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rlalign.logprobs.truncation import Found, Truncation
+    from rlalign.types import KeptSets
 
 
 @dataclass(slots=True)
@@ -58,11 +67,17 @@ def status_of(lm_head: nn.Module) -> HeadStatus:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What the head is asked about: ids_BL int64; mask_BL bool, the tokens to score; temperature divides the logits."""
+    """What the head is asked about: ids_BL int64; mask_BL bool, the tokens to score; temperature divides the logits.
+
+    kept: the sets to renormalise over, for tokens sampled from a truncated distribution. truncation: find those sets first;
+    `kept` is then what the engine captured.
+    """
 
     ids_BL: Tensor
     mask_BL: Tensor
     temperature: float
+    kept: KeptSets | None = None
+    truncation: Truncation | None = None
 
 
 class _Unrounded(torch.autograd.Function):
@@ -82,7 +97,8 @@ def mirror(model: nn.Module, *, head_dtype: str, chunk: int, keep_mib: int = 0) 
     """Replace the forward of `model`'s lm_head; returns its live status.
 
     Given `Tokens` too, the head returns their float32 logprobs and entropies, both [B, L] (nats; entry t is about token t; 0.0
-    where not asked) without building [tokens, vocabulary]; without, it returns logits as any lm_head does.
+    where not asked) without building [tokens, vocabulary], and third the `truncation.Found` where these ask for one; without, it
+    returns logits as any lm_head does.
     head_dtype "model" keeps the projection in the body's dtype, as transformers would; "master" projects with
     `status.master_VD` wherever it is set (gradients still reach the weight itself). An exact head keeps its own products.
     chunk, keep_mib: as in `token_logprobs`, 0 for none.
@@ -119,37 +135,43 @@ def mirror(model: nn.Module, *, head_dtype: str, chunk: int, keep_mib: int = 0) 
 
     def forward(
         self: nn.Linear, hidden: Tensor, tokens: Tokens | None = None, *, exact: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, ...]:
         status.calls += 1
         if tokens is None:
             return plain(hidden) if own else projection.project(hidden, weight_of(self), self.bias)
         given = scored(self, hidden, tokens, exact)
-        if status.calls <= LOOKS and status.multiplied is None:
-            _look(status, weight_of(self), self.bias, transform, hidden, tokens, given[0])
+        if status.calls <= LOOKS and status.multiplied is None and (tokens.kept is None or len(given) == 3):
+            over_all = given[0] if len(given) == 2 else given[0] + given[2].log_mass_BL.to(hidden.device)
+            _look(status, weight_of(self), self.bias, transform, hidden, tokens, over_all)
         return given
 
-    def scored(self: nn.Linear, hidden: Tensor, tokens: Tokens, exact: bool) -> tuple[Tensor, Tensor]:
+    def scored(self: nn.Linear, hidden: Tensor, tokens: Tokens, exact: bool) -> tuple[Tensor, ...]:
+        scale = {"temperature": tokens.temperature}
         if own:
-            return logprobs.from_logits(
-                transform.apply(plain(hidden)),
-                tokens.ids_BL,
-                temperature=tokens.temperature,
-                mask=tokens.mask_BL,
-            )
-        return logprobs.token_logprobs(
-            hidden,
-            weight_of(self),
+            logits_BLV = transform.apply(plain(hidden))
+            mask, kept, found = sets(tokens, partial(truncation.of_logits, logits_BLV, **scale))
+            return *logprobs.from_logits(logits_BLV, tokens.ids_BL, mask=mask, kept=kept, **scale), *found
+        operands = (hidden, weight_of(self))
+        scale |= {"bias": self.bias, "soft_cap": transform.soft_cap, "logit_scale": transform.logit_scale}
+        mask, kept, found = sets(tokens, partial(truncation.kept_sets, *operands, **scale))
+        return *logprobs.token_logprobs(
+            *operands,
             tokens.ids_BL,
-            bias=self.bias,
-            temperature=tokens.temperature,
-            soft_cap=transform.soft_cap,
-            logit_scale=transform.logit_scale,
             chunk=chunk or None,
             keep_mib=keep_mib,
             entropy=True,
             mode="exact_mirror" if exact else "fast",
-            mask=tokens.mask_BL,
-        )
+            mask=mask,
+            kept=kept,
+            **scale,
+        ), *found
+
+    def sets(tokens: Tokens, find: Callable[..., Found]) -> tuple[Tensor, KeptSets | None, tuple[Found, ...]]:
+        """(tokens to score, their kept sets, what was found of these if it was asked for)."""
+        if tokens.truncation is None:
+            return tokens.mask_BL, tokens.kept, ()
+        found = find(tokens.ids_BL, mask=tokens.mask_BL, truncation=tokens.truncation, captured=tokens.kept)
+        return tokens.mask_BL & ~found.too_large_BL.to(tokens.mask_BL.device), found.kept, (found,)
 
     lm_head.forward = MethodType(forward, lm_head)
     return status

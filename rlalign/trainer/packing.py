@@ -20,7 +20,7 @@ from itertools import groupby, pairwise
 import torch
 from torch import Tensor
 
-from rlalign.types import RolloutBatch
+from rlalign.types import KeptSets, RolloutBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,17 +33,26 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A micro-batch as one row. ids, positions [1, T] int64; present_bL bool, where its tokens were; runs (count, length)."""
+    """A micro-batch as one row. ids, positions [1, T] int64; present_bL bool, where its tokens were; runs (count, length).
+
+    kept: the kept sets of the row's tokens, where the batch has them.
+    """
 
     token_ids_1T: Tensor
     position_ids_1T: Tensor
     loss_mask_1T: Tensor
     present_bL: Tensor
     runs: tuple[tuple[int, int], ...]
+    kept: KeptSets | None = None
 
     def unpack(self, value_1T: Tensor) -> Tensor:
         """[b, L] with each value at its token and 0.0 elsewhere; differentiable."""
         return value_1T.new_zeros(self.present_bL.shape).masked_scatter(self.present_bL, value_1T)
+
+    def unpack_sets(self, kept: KeptSets) -> KeptSets:
+        """The sets of the row's tokens as those of [b, L]."""
+        position_T = self.present_bL.cpu().flatten().nonzero().squeeze(1)
+        return KeptSets.spread(kept.ids_E, kept.count_BL[0], position_T, self.present_bL.shape)
 
 
 def pack(batch: RolloutBatch, device: torch.device) -> Row:
@@ -51,12 +60,17 @@ def pack(batch: RolloutBatch, device: torch.device) -> Row:
     present_bL = batch.attention_mask_BL
     positions_bL = torch.arange(present_bL.shape[1]).expand(present_bL.shape)
     lengths = present_bL.sum(1).tolist()
+    kept = None
+    if batch.kept is not None:
+        ids_E, count_T = batch.kept.at(present_bL.flatten().nonzero().squeeze(1))
+        kept = KeptSets(ids_E=ids_E, count_BL=count_T[None])
     return Row(
         token_ids_1T=batch.token_ids_BL[present_bL][None].to(device),
         position_ids_1T=positions_bL[present_bL][None].to(device),
         loss_mask_1T=batch.loss_mask_BL[present_bL][None].to(device),
         present_bL=present_bL.to(device),
         runs=tuple((len(list(run)), length) for length, run in groupby(lengths)),
+        kept=kept,
     )
 
 

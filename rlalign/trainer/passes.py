@@ -7,19 +7,22 @@ B sequences of a step, b of one micro-batch, L padded length, T tokens of a pack
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
 from rlalign import ranks
 from rlalign.config import TrainerConfig
+from rlalign.logprobs.truncation import Found, Truncation
 from rlalign.trainer import packed_attention
 from rlalign.trainer.head_mirror import Tokens
 from rlalign.trainer.network import padded_inputs
 from rlalign.trainer.packing import MicroBatch, pack, plan
-from rlalign.types import RolloutBatch, TrainBatch
+from rlalign.types import KeptSets, RolloutBatch, TrainBatch
 
+_FOUND = tuple(f.name for f in fields(Found) if f.name != "kept")
+_NATS = ("log_mass_BL", "differ_mass_BL")  # the others are flags
 LossFunction = Callable[[Tensor, TrainBatch], tuple[Tensor, dict[str, float]]]
 
 
@@ -46,6 +49,30 @@ class Passes:
             given = self._forward(module, batch.rows(micro.index_b, micro.length), exact=True)
             found_CBL[:, micro.index_b, : micro.length] = torch.stack(given).cpu()
         return found_CBL
+
+    @torch.no_grad()
+    def score_truncated(self, module: nn.Module, batch: RolloutBatch) -> tuple[Tensor, Tensor, Found]:
+        """(logprobs, entropies, sets): [B, L] float32 on CPU over the kept set of each token, found in the same pass."""
+        columns_CBL = torch.zeros(2 + len(_FOUND), *batch.token_ids_BL.shape)
+        sets: dict[int, tuple[Tensor, Tensor]] = {}
+        for micro in self._micro_batches(batch, ranks.rank(), ranks.world_size()):
+            rows = batch.rows(micro.index_b, micro.length)
+            logprobs_bL, entropy_bL, found = self._forward(
+                module, rows, exact=True, truncation=Truncation.of(batch.spec)
+            )
+            numbers = [logprobs_bL.cpu(), entropy_bL.cpu(), *(getattr(found, name).float() for name in _FOUND)]
+            columns_CBL[:, micro.index_b, : micro.length] = torch.stack(numbers)
+            for i, row in enumerate(micro.index_b.tolist()):
+                of_row = found.kept.rows(slice(i, i + 1))
+                sets[row] = of_row.ids_E, of_row.count_BL[0]
+        columns_CBL = ranks.merged(columns_CBL, self.device)
+        everyone = {row: found for part in ranks.of_all(sets) for row, found in part.items()}
+        count_BL = torch.zeros(batch.token_ids_BL.shape, dtype=torch.int64)
+        for row, (_, count_L) in everyone.items():
+            count_BL[row, : len(count_L)] = count_L
+        ids_E = torch.cat([everyone[row][0] for row in range(len(batch))])
+        flags = {n: x_BL if n in _NATS else x_BL > 0 for n, x_BL in zip(_FOUND, columns_CBL[2:], strict=True)}
+        return columns_CBL[0], columns_CBL[1], Found(kept=KeptSets(ids_E=ids_E, count_BL=count_BL), **flags)
 
     def accumulate(self, engine: nn.Module, batch: TrainBatch, loss_function: LossFunction) -> dict[str, float]:
         """The gradient of one optimizer step, of the first thing the head gives. Returns the loss's metrics, summed up.
@@ -77,17 +104,32 @@ class Passes:
             tokens=self.config.pack_tokens,
         )
 
-    def _forward(self, module: nn.Module, batch: RolloutBatch, *, exact: bool) -> tuple[Tensor, ...]:
-        """C tensors [b, L] of a micro-batch, on the device."""
+    def _forward(
+        self, module: nn.Module, batch: RolloutBatch, *, exact: bool, truncation: Truncation | None = None
+    ) -> tuple:
+        """C tensors [b, L] of a micro-batch, on the device; with a truncation its sets follow.
+
+        Raises ValueError for a truncated batch whose sets are neither known nor asked for.
+        """
+        if batch.spec.truncated and batch.kept is None and truncation is None:
+            raise ValueError(
+                f"these tokens were sampled over {batch.spec.support}, and their kept sets are not known: the softmax "
+                "would run over the whole vocabulary and bias every ratio. Let `Policy.score_truncated` find them, or say "
+                "spec.untruncated()"
+            )
         if not self.config.pack_tokens:
             inputs = padded_inputs(batch, self.device)
-            return module(
-                inputs, Tokens(inputs["input_ids"], batch.loss_mask_BL.to(self.device), self.temperature), exact=exact
-            )
+            mask_BL = batch.loss_mask_BL.to(self.device)
+            tokens = Tokens(inputs["input_ids"], mask_BL, self.temperature, batch.kept, truncation)
+            return module(inputs, tokens, exact=exact)
         row = pack(batch, self.device)
-        tokens = Tokens(row.token_ids_1T, row.loss_mask_1T, self.temperature)
+        tokens = Tokens(row.token_ids_1T, row.loss_mask_1T, self.temperature, row.kept, truncation)
         given = module(packed_attention.inputs(row, self.attention), tokens, exact=exact)
-        return tuple(row.unpack(value_1T) for value_1T in given)
+        if truncation is None:
+            return tuple(row.unpack(value_1T) for value_1T in given)
+        *values, found = given
+        numbers = {name: row.unpack(getattr(found, name).to(self.device)).cpu() for name in _FOUND}
+        return *(row.unpack(value_1T) for value_1T in values), Found(kept=row.unpack_sets(found.kept), **numbers)
 
 
 def _describe_bad_loss(loss: Tensor, given_bL: Tensor, batch: TrainBatch, index_b: Tensor) -> str:

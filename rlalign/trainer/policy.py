@@ -33,6 +33,7 @@ from rlalign.types import RolloutBatch, TrainBatch
 from rlalign.weights import MASTER_WEIGHT
 
 if TYPE_CHECKING:
+    from rlalign.logprobs.truncation import Found
     from rlalign.trainer.lora import Adapters
 
 
@@ -108,10 +109,22 @@ class Policy:
         return self._engine.device
 
     def score(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
-        """Logprobs and entropies [B, L] float32 on CPU of the sampled tokens under the current weights; 0.0 elsewhere."""
+        """Logprobs and entropies [B, L] float32 on CPU of the sampled tokens under the current weights; 0.0 elsewhere.
+
+        Over `batch.kept` where the spec is truncated; ValueError where that is not known (see `score_truncated`).
+        """
         self._engine.eval()
         logprobs_BL, entropy_BL = self._passes.score(self._engine, batch, columns=2)
         return logprobs_BL, entropy_BL
+
+    def score_truncated(self, batch: RolloutBatch) -> tuple[Tensor, Tensor, Found]:
+        """`score` of tokens sampled over top-p, top-k or min-p: finds the kept sets first, and returns them third.
+
+        Sets that the engine captured have the last word; the trainer's own, under the current weights, stand in where there are
+        none. A set beyond `truncation.LIMIT` ids is left empty and its token scored 0.0: take it out of the loss mask.
+        """
+        self._engine.eval()
+        return self._passes.score_truncated(self._engine, batch)
 
     def score_reference(self, batch: RolloutBatch) -> Tensor | None:
         """[B, L] float32 logprobs under the initial weights; None when no KL penalty was asked for."""

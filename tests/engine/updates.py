@@ -84,11 +84,13 @@ def flat(named):
     return torch.cat([p.detach().float().flatten() for _, p in named])
 
 
-def start_policy(folder: Path, trainer: TrainerConfig, *, dtype: str, kl_coef: float = 0.0, lr: float = LR):
+def start_policy(
+    folder: Path, trainer: TrainerConfig, *, dtype: str, kl_coef: float = 0.0, lr: float = LR, temperature: float = 1.0
+):
     from rlalign.trainer.policy import Policy
 
     algo = AlgoConfig(lr=lr, kl_coef=kl_coef)
-    return Policy(folder, trainer, algo, dtype=dtype, head_dtype="float32", temperature=1.0, seed=0)
+    return Policy(folder, trainer, algo, dtype=dtype, head_dtype="float32", temperature=temperature, seed=0)
 
 
 def train(policy, *, kl_coef: float = 0.0) -> dict:

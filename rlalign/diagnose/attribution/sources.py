@@ -6,7 +6,7 @@ Suffixes: B sequences, L padded length.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,14 +86,7 @@ def budget(batch: RolloutBatch, tokens: int) -> RolloutBatch:
     """The first sequences that fit into so many tokens, and at least one; the padding is cut to the longest of them."""
     lengths_B = batch.attention_mask_BL.sum(1)
     count = max(1, int((lengths_B.cumsum(0) <= tokens).sum()))
-    kept = batch.rows(slice(0, count))
-    length = int(lengths_B[:count].max())
-    return _narrowed(kept, length)
-
-
-def _narrowed(batch: RolloutBatch, length: int) -> RolloutBatch:
-    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return RolloutBatch(**{n: v[:, :length] if n.endswith("_BL") else v for n, v in values.items()})
+    return batch.rows(slice(0, count), int(lengths_B[:count].max()))
 
 
 def _from_tokens(file: Path, config: RunConfig, model: Path) -> RolloutBatch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from rlalign.diagnose.both_sides import sample, trainer_network, trainer_scores
 from rlalign.diagnose.doctor import tokens
 from rlalign.diagnose.doctor.check import Check, judged
 from rlalign.head import multiplied
+from rlalign.rollout.engine.surface import spec_of
 from rlalign.run.assembly import load_tokenizer, resolve_model, start_embedded
 from rlalign.trainer import head_isolation
 from rlalign.types import RolloutBatch
@@ -69,14 +69,13 @@ def settings(engine: VLLMEngine, config: RunConfig) -> Iterator[Check]:
         cache,
         "decoding reads keys and values that were rounded; run with kv_cache_dtype=auto",
     )
-    comparable = replace(engine.spec, head_dtype=config.head_dtype.value).untruncated()
-    same = engine.spec == replace(comparable, temperature=config.rollout.temperature)
+    wanted_spec = spec_of(config.rollout, config.head_dtype.value)
     shaped = f"temperature {engine.spec.temperature:g}, top_p {engine.spec.top_p:g}, top_k {engine.spec.top_k}"
     yield judged(
         "sampling is comparable",
-        same,
+        engine.spec == wanted_spec and not engine.spec.unrepeatable,
         f"{shaped}, min_p {engine.spec.min_p:g}, {'processed' if engine.spec.processed else 'raw'}",
-        "sample with processed logprobs at the trainer's temperature, without top-p, top-k and min-p",
+        f"sample with processed logprobs as the configuration says: {wanted_spec}",
     )
 
 

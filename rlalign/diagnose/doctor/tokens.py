@@ -12,12 +12,20 @@ from rlalign.config import RunConfig
 from rlalign.diagnose.doctor.check import Check, judged
 from rlalign.run import fitting_prompts
 from rlalign.run.assembly import encode, load_task_of, load_tokenizer, resolve_model
+from rlalign.tasks.prefix_law import check_prefix_law
 from rlalign.types import Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROMPTS = 8  # of the task, sampled once through the live engine
+CONVERSATION = (
+    {"role": "user", "content": "What is 2 + 3?"},
+    {"role": "assistant", "content": "<think>\nTwo and three.\n</think>\n\nIt is 5."},
+    {"role": "user", "content": "And 4 + 4?"},
+    {"role": "assistant", "content": "It is 8."},
+    {"role": "user", "content": "Thank you."},
+)
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -34,7 +42,20 @@ def tokenizer(config: RunConfig) -> Iterator[Check]:
             "the tokenizer has one" if ours.chat_template else "task.chat_template is on, the tokenizer has none",
             "task.chat_template=false",
         )
+        if ours.chat_template:
+            yield turns(ours)
     yield prompts_fit(config, model, ours)
+
+
+def turns(tokenizer: PreTrainedTokenizerBase) -> Check:
+    """The prefix law on a conversation of two answers, one with thinking: costs nothing here, where prompts have one turn."""
+    breaches = check_prefix_law(tokenizer, CONVERSATION)
+    if not breaches:
+        return Check(
+            "chat template over turns", "ok", "the next prompt begins with the ids of the last one and its answer"
+        )
+    note = "prompts of this run have one turn; over several, carry ids (rlalign.tasks.prefix_law.extend)"
+    return Check("chat template over turns", "ok", breaches[0].message(), note)
 
 
 def prompts_fit(config: RunConfig, model: Path, tokenizer: PreTrainedTokenizerBase) -> Check:

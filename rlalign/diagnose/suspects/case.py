@@ -6,7 +6,7 @@ B sequences, L padded length.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,7 +108,4 @@ class Case:
 
 def _trimmed(row: RolloutBatch) -> RolloutBatch:
     """Without padding."""
-    length = int(row.attention_mask_BL.sum())
-    tensors = {f.name: getattr(row, f.name) for f in fields(row) if f.name != "spec"}
-    cut = {n: t[:, :length] if t.dim() == 2 else t for n, t in tensors.items()}
-    return RolloutBatch(**cut, spec=row.spec)
+    return row.rows(slice(None), int(row.attention_mask_BL.sum()))

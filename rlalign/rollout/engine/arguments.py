@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from rlalign.config import RolloutConfig
+from rlalign.rollout.engine.surface import captured_ids
 from rlalign.rollout.engine.yielding import VARIABLE as YIELDING
 from rlalign.rollout.head.head_settings import HeadSettings
 from rlalign.rollout.names import SETTINGS_KEY
@@ -35,6 +36,7 @@ def engine_arguments(
         "enforce_eager": config.enforce_eager,
         "enable_prefix_caching": config.prefix_caching,
         "logprobs_mode": "processed_logprobs",
+        "max_logprobs": max(20, captured_ids(config)),
         "worker_extension_cls": "rlalign.rollout.worker.extension.WorkerExtension",
         "additional_config": {SETTINGS_KEY: HeadSettings.of_run(head_dtype, config.head_mode, exact=exact).as_dict()},
         "generation_config": "vllm",  # sampling defaults come from our config, never from a file beside the model

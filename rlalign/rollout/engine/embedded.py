@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from rlalign.config import RolloutConfig
 from rlalign.rollout.engine import handshake, own_process
 from rlalign.rollout.engine.arguments import ENVIRONMENT, Arguments, engine_arguments, engine_environment
-from rlalign.rollout.engine.surface import EMBEDDED, group_seed, kv_spans, labelled, require_room, spec_of
+from rlalign.rollout.engine.kept_report import kept_sets
+from rlalign.rollout.engine.surface import EMBEDDED, captured_ids, group_seed, kv_spans, labelled, require_room, spec_of
 from rlalign.rollout.engine.texts import core_of, said, texts
 from rlalign.rollout.exact.switch import building
 from rlalign.rollout.head.head_settings import HeadSettings
@@ -233,7 +234,7 @@ class VLLMEngine:
             top_k=c.top_k,
             min_p=c.min_p,
             max_tokens=c.max_tokens,
-            logprobs=0,
+            logprobs=captured_ids(c),
             flat_logprobs=True,
             detokenize=self._core is None,
             seed=seed,
@@ -254,6 +255,7 @@ class VLLMEngine:
                 f"vLLM {self.version} gave logprobs of other tokens than it sampled for prompt {prompt_id}"
             )
         start = len(prompt)
+        kept_ids, kept_counts = kept_sets(flat, captured_ids(self.config))
         spans = self._spans(completion, start, len(tokens))
         return Rollout(
             token_ids=[*prompt, *tokens],
@@ -265,6 +267,8 @@ class VLLMEngine:
             version_spans=spans,
             kv_spans=kv_spans(spans),
             text=text,
+            kept_ids=kept_ids,
+            kept_counts=kept_counts,
         )
 
     def _spans(self, completion: CompletionOutput, start: int, count: int) -> list[tuple[int, int, int]]:

@@ -22,6 +22,16 @@ def spec_of(config: RolloutConfig, head_dtype: str) -> LogprobSpec:
     )
 
 
+def captured_ids(config: RolloutConfig) -> int:
+    """How many of the likeliest ids the engine reports with each token; 0 where nothing is truncated, or nothing to be captured.
+
+    One more than the largest set: a set is whole where the engine says -inf of at least one id beside it.
+    """
+    if not (config.top_p < 1.0 or config.top_k or config.min_p) or not config.capture_ids:
+        return 0
+    return min(config.capture_ids, config.top_k or config.capture_ids) + 1
+
+
 def group_seed(seed: int, group: int, samples: int) -> int:
     """The seed of a group's first completion; vLLM gives its i-th one the seed + i."""
     return (seed * 1_000_003 + group * samples) % 2**31

@@ -43,7 +43,7 @@ def missing(dtype: torch.dtype) -> str:
     if widened.is_widened(dtype):
         if head_kernel.fma() is not None:
             return ""
-        return f"bf16 products are widened here and the head's kernel is missing ({head_kernel.why_none()}); run rlalign build-kernel"
+        return f"bf16 products are widened here without the head's kernel ({head_kernel.why_none()}); run rlalign build-kernel"
     if not has_mkl_bf16():
         return "torch's CPU library has no MKL product of bf16 with a float32 result"
     if not all(is_exact_and_invariant(Route.MKL_BF16, size) for size in PROBE_SIZES):

@@ -78,13 +78,9 @@ def install() -> None:
 
 def unsteady(model: nn.Module) -> list[str]:
     """Names of linear layers whose order of additions may depend on the number of rows; empty in a steady engine."""
-    return [
-        n for n, m in model.named_modules() if hasattr(m, "cpu_linear") and not getattr(m, MARK, False) and _body(n)
-    ]
+    from vllm.model_executor.layers.linear import LinearBase
 
-
-def _body(name: str) -> bool:
-    return not name.endswith("lm_head")  # rlalign's own, or the head's business
+    return [n for n, m in model.named_modules() if isinstance(m, LinearBase) and not getattr(m, MARK, False)]
 
 
 def _fits(outputs: int, inputs: int, dtype: torch.dtype) -> bool:
@@ -106,7 +102,8 @@ def _keep_order(layer: nn.Module, packed: bool) -> None:
             return own(padded, weight, bias)[: len(rows)].view(*x.shape[:-1], -1)
 
         layer.cpu_linear = cpu_linear
-    elif not widened.is_widened(layer.weight.dtype):
-        if why := steady.missing(layer.weight.dtype):
-            raise RuntimeError(f"trainer.body=mirrored: {why}; use trainer.body=model")
+        return
+    if why := steady.missing(torch.bfloat16):
+        raise RuntimeError(f"trainer.body=mirrored: {why}; use trainer.body=model")
+    if not widened.is_widened(torch.bfloat16):
         layer.cpu_linear = lambda x, weight, bias: steady.linear(x, layer.weight, bias)

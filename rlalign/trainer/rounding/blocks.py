@@ -21,7 +21,7 @@ SANDWICH = PRE_NORM | {"pre_feedforward_layernorm", "post_feedforward_layernorm"
 def mirror_norm(norm: nn.Module, *, late: bool, weight_wide: bool) -> None:
     """Replace the forward of an RMS norm. late: it normalises the unrounded sum where it is given one."""
     offset = "Gemma" in type(norm).__name__
-    epsilon = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+    epsilon = epsilon_of(norm)
 
     def forward(self: nn.Module, hidden: Stream, unrounded: Tensor | None = None) -> Tensor:
         if isinstance(hidden, tuple):
@@ -30,6 +30,11 @@ def mirror_norm(norm: nn.Module, *, late: bool, weight_wide: bool) -> None:
         return variants.norm(wide, self.weight, epsilon, offset=offset, weight_wide=weight_wide)
 
     norm.forward = MethodType(forward, norm)
+
+
+def epsilon_of(norm: nn.Module) -> float:
+    """Of an RMS norm, by either of transformers' names."""
+    return norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
 
 
 def mirror_layer(layer: nn.Module) -> None:

@@ -39,7 +39,20 @@ def test_the_demo_can_be_run_exact():
     assert load(compose("demo", ["exact=true"])).exact and not load(compose("demo", [])).exact
 
 
+def test_a_mirrored_body_needs_an_eager_engine_and_exact_has_two_spellings():
+    mirrored = load(compose("demo", ["trainer.body=mirrored", "rollout.enforce_eager=true"]))
+    assert mirrored.mirrored and not mirrored.exact and not load(compose("demo", [])).mirrored
+    assert load(compose("demo", ["trainer.body=exact"])).exact
+
+
 BAD = {
+    "trainer.body=half": "choose one of model, mirrored, exact",
+    "trainer.body=mirrored & rollout.enforce_eager=false": "a compiled engine fuses operations and rounds elsewhere",
+    "trainer.body=mirrored & model.dtype=float32": "it is about where 16 bits are rounded",
+    "trainer.body=mirrored & trainer.lora.rank=4": "adapters are merged in the engine, not in the trainer",
+    "trainer.body=mirrored & rollout.tensor_parallel_size=2": "the all-reduce adds and rounds partial products",
+    "trainer.body=mirrored & trainer.attention=eager": "a mirrored body attends through the engine's kernel",
+    "trainer.body=mirrored & exact=true": "choose one; exact computes both sides anew",
     "exact=true & trainer.pack_tokens=64": "an attention of its own, over padded rows",
     "trainer.lora.rank=-1": "trainer.lora.rank=-1: cannot be negative",
     "trainer.lora.targets=[all-linear,q_proj]": "or all-linear alone",

@@ -48,6 +48,34 @@ def require_exact_possible(head_dtype: HeadDtype, rollout: RolloutConfig, traine
     )
 
 
+def require_mirrored_possible(model: ModelConfig, rollout: RolloutConfig, trainer: TrainerConfig) -> None:
+    """Raise ValueError naming what stands against `trainer.body=mirrored`."""
+    require(
+        model.dtype is Dtype.bfloat16,
+        f"trainer.body=mirrored with model.dtype={model.dtype.value}: it is about where 16 bits are rounded; use body=model",
+    )
+    require(
+        rollout.tensor_parallel_size == 1,
+        f"trainer.body=mirrored with rollout.tensor_parallel_size={rollout.tensor_parallel_size}: the all-reduce adds and rounds "
+        "partial products, one trainer does not; use 1",
+    )
+    require(
+        rollout.enforce_eager,
+        "trainer.body=mirrored with rollout.enforce_eager=false: a compiled engine fuses operations and rounds elsewhere; use "
+        "rollout.enforce_eager=true",
+    )
+    require(
+        trainer.lora.rank == 0,
+        f"trainer.body=mirrored with trainer.lora.rank={trainer.lora.rank}: adapters are merged in the engine, not in the trainer; "
+        "use trainer.body=model",
+    )
+    require(
+        trainer.attention in ("auto", "sdpa"),
+        f"trainer.body=mirrored with trainer.attention={trainer.attention}: a mirrored body attends through the engine's kernel; "
+        "use trainer.attention=auto",
+    )
+
+
 @dataclass(kw_only=True)
 class RunConfig:
     """Everything a run depends on."""
@@ -144,8 +172,20 @@ class RunConfig:
             f"tracking.replay_every={self.tracking.replay_every} with schedule.mode={self.schedule.mode.value}: a step is "
             "repeated with the weights it trained, and these tokens were sampled by older ones; use schedule.mode=synchronous",
         )
+        require(
+            not self.exact or self.trainer.body != "mirrored",
+            "exact=true with trainer.body=mirrored: choose one; exact computes both sides anew, mirrored follows the engine",
+        )
+        self.exact = self.exact or self.trainer.body == "exact"
         if self.exact:
             require_exact_possible(self.head_dtype, self.rollout, self.trainer)
+        if self.mirrored:
+            require_mirrored_possible(self.model, self.rollout, self.trainer)
+
+    @property
+    def mirrored(self) -> bool:
+        """Does the trainer's body follow the engine's roundings, and the engine keep to one order of additions?"""
+        return self.trainer.body == "mirrored"
 
 
 def load(overrides: Mapping[str, Any]) -> RunConfig:

@@ -24,6 +24,7 @@ class LoraConfig:
         )
 
 
+BODIES = ("model", "mirrored", "exact")
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
@@ -34,6 +35,8 @@ class TrainerConfig:
     pack_tokens: int = 0  # tokens in one forward, in a row without padding; 0: padded rows
     # auto: transformers' choice (sdpa), eager where that would drop a soft cap; or one of ATTENTION by name
     attention: str = "auto"
+    # model: as transformers rounds; mirrored: where the rollout engine rounds (CPU, bf16); exact: the same as exact=true
+    body: str = "model"
     grad_clip: float = 1.0  # 2-norm
     weight_decay: float = 0.0
     beta1: float = 0.9
@@ -47,6 +50,7 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         positive(self, "trainer", "micro_batch_size", "grad_clip")
         require(self.zero_stage in (0, 1, 2, 3), f"trainer.zero_stage={self.zero_stage}: choose 0, 1, 2 or 3")
+        require(self.body in BODIES, f"trainer.body={self.body!r}: choose one of {', '.join(BODIES)}")
         require(
             self.attention in ATTENTION, f"trainer.attention={self.attention!r}: choose one of {', '.join(ATTENTION)}"
         )

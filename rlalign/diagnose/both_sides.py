@@ -56,8 +56,11 @@ def at_temperature(engine: VLLMEngine, temperature: float) -> Iterator[None]:
         engine.config, engine.spec = config, spec
 
 
-def trainer_network(model: Path, body: str, *, exact: bool = False) -> nn.Module:
-    """The transformers model in evaluation mode, with a body of this dtype, where a trainer has it. exact: see `make_exact`."""
+def trainer_network(model: Path, body: str, *, exact: bool = False, mirrored: bool = False) -> nn.Module:
+    """The transformers model in evaluation mode, with a body of this dtype, where a trainer has it.
+
+    exact: see `make_exact`. mirrored: it rounds as vLLM's CPU engine does (`mirror_body`).
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -72,6 +75,11 @@ def trainer_network(model: Path, body: str, *, exact: bool = False) -> nn.Module
     if exact:
         return make_exact(network)
     widened.decide_for(network)
+    if mirrored:
+        from rlalign.rollout.worker.cpu_attention import attend
+        from rlalign.trainer.rounding.mirroring import VLLM_CPU, mirror_body
+
+        mirror_body(network, VLLM_CPU, kernel=attend)
     return network
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from rlalign import mismatch
 from rlalign.config import HeadDtype, RunConfig
 from rlalign.rollout.engine import noise_floor
-from rlalign.run.assembly import load_tokenizer, resolve_model, start_embedded
+from rlalign.run.assembly import engine_attention, load_tokenizer, resolve_model, start_embedded
 from rlalign.run.sampler import step_seed
 from rlalign.tracking import environment
 from rlalign.tracking.record import RunRecord, config_of, read_run
@@ -221,7 +221,12 @@ class _Trainer:
         t = config.trainer
         folder = resolve_model(config.model.path, say=lambda _: None) if t.lora.rank else saved.model
         whole = {"zero_optimization": {"stage": 0}}
-        form = {"exact": config.exact, "attention": t.attention, "packed": t.pack_tokens > 0}
+        form = {
+            "exact": config.exact,
+            "attention": t.attention,
+            "packed": t.pack_tokens > 0,
+            "mirrored": engine_attention(config),
+        }
         network = load(folder, config.model.dtype.value, whole, checkpointing=False, **form)
         if t.lora.rank:
             from rlalign.trainer.lora import FOLDER, put_in

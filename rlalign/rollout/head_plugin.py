@@ -26,7 +26,7 @@ def register() -> None:
     from rlalign.rollout.exact import switch
     from rlalign.rollout.head import epoch_hooks
     from rlalign.rollout.server import every_engine
-    from rlalign.rollout.worker import cpu_layers
+    from rlalign.rollout.worker import cpu_layers, steady_layers
 
     if SLOT in op_registry_oot:
         return
@@ -45,6 +45,8 @@ def register() -> None:
         if os.environ.get(yielding.VARIABLE) == "1":
             yielding.install()
             cpu_layers.install()
+    if steady_layers.enabled():
+        steady_layers.install()
     if versions.has_weight_transfer(vllm.__version__):
         from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 

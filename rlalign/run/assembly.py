@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rlalign.tasks import Task
     from rlalign.trainer.critic import Critic
     from rlalign.trainer.policy import Policy
+    from rlalign.trainer.rounding.mirrored_attention import Kernel
     from rlalign.weights import Transport
 
 
@@ -163,6 +164,7 @@ def start_embedded(model: Path, config: RunConfig, *, beside_training: bool = Fa
         head_dtype=config.head_dtype.value,
         seed=config.seed,
         exact=config.exact,
+        steady=config.mirrored,
         beside_training=beside_training,
     )
 
@@ -183,7 +185,28 @@ def start_policy(model: Path, config: RunConfig) -> Policy:
         temperature=config.rollout.temperature,
         seed=config.seed,
         exact=config.exact,
+        mirrored=engine_attention(config),
     )
+
+
+def engine_attention(config: RunConfig) -> Kernel | None:
+    """The attention kernel that a mirrored body calls; None where the body is not mirrored."""
+    if not config.mirrored:
+        return None
+    from rlalign.rollout.worker.cpu_attention import attend
+
+    return attend
+
+
+def require_steady(statuses: Sequence[dict]) -> None:
+    """Raise RuntimeError unless every rollout rank keeps to one order of additions, as a mirrored trainer does."""
+    for rank, status in enumerate(statuses):
+        if unsteady := status.get("unsteady", ["all: it says nothing of it"]):
+            raise RuntimeError(
+                f"trainer.body=mirrored: rollout rank {rank} has linear layers whose bits change with the number of rows "
+                f"({', '.join(unsteady[:3])}{', ...' if len(unsteady) > 3 else ''}); start it with RLALIGN_STEADY=1, as those that "
+                "a run starts itself are"
+            )
 
 
 def require_same_head(policy: Policy, statuses: Sequence[dict]) -> None:

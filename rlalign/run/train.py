@@ -91,6 +91,8 @@ def _run(
     try:
         statuses = engine.status()
         run.log_head_status(statuses)
+        if config.mirrored:
+            assembly.require_steady(statuses)
         progress.stage("starting DeepSpeed")
         policy = assembly.start_policy(model, config)
         critic = None

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from rlalign.trainer import attention_choice as attention
 from rlalign.trainer import sdpa
 from rlalign.trainer.packing import Row
+from rlalign.trainer.rounding import mirrored_attention
 
-KINDS = (sdpa.NAME, "flash_attention_2", "flash_attention_3", "flex_attention")
+KINDS = (sdpa.NAME, mirrored_attention.NAME, "flash_attention_2", "flash_attention_3", "flex_attention")
 STATIC_ROPE = {"default", "linear", "yarn", "llama3", "proportional"}  # no dependence on the length of the row
 LIMIT = {torch.float32: 1e-3}  # of the distance that seeing another sequence makes; 16 bits take 0.1
 PROBE = ((5, 11), (3, 17), (3, 29), (8, 5))  # length and first id of the sequences that confirm a model
@@ -52,7 +53,8 @@ def refusal(network: PreTrainedModel) -> str:
 def inputs(row: Row, attention: str) -> dict[str, object]:
     """What the body is given for a packed row. attention: the implementation it was loaded with."""
     given: dict[str, object] = {"input_ids": row.token_ids_1T, "position_ids": row.position_ids_1T}
-    if attention == sdpa.NAME:  # all ones: without any mask transformers would build a dense one from the positions
+    if attention in (sdpa.NAME, mirrored_attention.NAME):
+        # all ones: without any mask transformers would build a dense one from the positions
         return given | {"attention_mask": torch.ones_like(row.token_ids_1T), "runs": row.runs}
     if attention == "flex_attention":
         return given | {"attention_mask": None}

@@ -29,6 +29,7 @@ from rlalign.trainer.deepspeed_setup import (
 from rlalign.trainer.head_mirror import HeadStatus, mirror
 from rlalign.trainer.network import ScoringNetwork, full_weights, load, padded_inputs
 from rlalign.trainer.passes import LossFunction, Passes
+from rlalign.trainer.rounding.mirrored_attention import Kernel
 from rlalign.types import RolloutBatch, TrainBatch
 from rlalign.weights import MASTER_WEIGHT
 
@@ -51,11 +52,13 @@ class Policy:
         temperature: float,
         seed: int,
         exact: bool = False,
+        mirrored: Kernel | None = None,
     ) -> None:
         """Load a Hugging Face folder and hand it to DeepSpeed.
 
         dtype: the body's; bfloat16 trains with an fp32 master copy. temperature: divides the logits, as in the rollouts. exact: as
-        `rlalign.head.exact` computes, bit for bit what an exact engine does.
+        `rlalign.head.exact` computes, bit for bit what an exact engine does. mirrored: the attention kernel of a steady engine,
+        whose roundings the body then follows (`rlalign.trainer.rounding`).
         """
         torch.manual_seed(seed)
         if config.threads:
@@ -63,14 +66,14 @@ class Policy:
         join_process_group()
         self._config, self._lr = config, algo.lr
         settings = deepspeed_settings(config, dtype)
-        form = {"exact": exact, "attention": config.attention, "packed": config.pack_tokens > 0}
+        form = {"exact": exact, "attention": config.attention, "packed": config.pack_tokens > 0, "mirrored": mirrored}
         network = load(model, dtype, settings, checkpointing=config.gradient_checkpointing, **form)
         tiles = {"chunk": config.logprob_chunk, "keep_mib": config.logprob_keep_mib}
         self.head: HeadStatus = mirror(network, head_dtype=head_dtype, **tiles)
         self._adapters = _adapters(network, config, model, seed) if config.lora.rank else None
         self._needs_reference = algo.needs_reference
         needs_copy = algo.needs_reference and self._adapters is None
-        self._reference = _Reference(model, config, dtype, head_dtype, exact) if needs_copy else None
+        self._reference = _Reference(model, config, dtype, head_dtype, exact, mirrored) if needs_copy else None
         scoring = ScoringNetwork(network)
         trained = [parameter for parameter in scoring.parameters() if parameter.requires_grad]
         optimizer = adamw(trained, config, lr=algo.lr)
@@ -230,9 +233,11 @@ def _adapters(network: torch.nn.Module, config: TrainerConfig, model: Path, seed
 class _Reference:
     """The initial policy, frozen, for the KL penalty: partitioned like the policy under ZeRO-3, whole on every rank otherwise."""
 
-    def __init__(self, model: Path, config: TrainerConfig, dtype: str, head_dtype: str, exact: bool) -> None:
+    def __init__(
+        self, model: Path, config: TrainerConfig, dtype: str, head_dtype: str, exact: bool, mirrored: Kernel | None
+    ) -> None:
         settings = deepspeed_settings(config, dtype)
-        form = {"exact": exact, "attention": config.attention, "packed": config.pack_tokens > 0}
+        form = {"exact": exact, "attention": config.attention, "packed": config.pack_tokens > 0, "mirrored": mirrored}
         network = load(model, dtype, settings, checkpointing=False, **form).requires_grad_(False)
         mirror(network, head_dtype=head_dtype, chunk=config.logprob_chunk)
         self.module: torch.nn.Module = ScoringNetwork(network).eval()

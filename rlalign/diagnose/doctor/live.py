@@ -34,7 +34,7 @@ def engine_and_trainer(config: RunConfig, say: Callable[[str], None] = lambda _:
     try:
         yield from settings(engine, config)
         say("loading the trainer's model")
-        network = trainer_network(model, config.model.dtype.value, exact=config.exact)
+        network = trainer_network(model, config.model.dtype.value, exact=config.exact, mirrored=config.mirrored)
         yield tied(engine, network)
         say("publishing the weights, every tensor verified")
         yield _published(engine, network, config)

@@ -144,11 +144,12 @@ def _one_engine(
     from rlalign.rollout.engine.embedded import VLLMEngine
 
     kinds = {"dtype": body, "head_dtype": "float32", "seed": config.seed, "exact": config.exact}
+    mirrored = config.mirrored and body == config.model.dtype.value
     say(f"{body} body: starting vLLM")
-    engine = VLLMEngine(model, config.rollout, **kinds)
+    engine = VLLMEngine(model, config.rollout, steady=mirrored, **kinds)
     try:
         say(f"{body} body: loading the trainer's model")
-        network = trainer_network(model, body, exact=config.exact)
+        network = trainer_network(model, body, exact=config.exact, mirrored=mirrored)
         sides = _Sides(engine, network, config, grid, body, prompts, pad, say)
         sides.prepare_master(model, result)
         sides.every_pair(result)

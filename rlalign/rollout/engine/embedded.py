@@ -16,6 +16,7 @@ from rlalign.rollout.engine.texts import core_of, said, texts
 from rlalign.rollout.exact.switch import building
 from rlalign.rollout.head.head_settings import HeadSettings
 from rlalign.rollout.versions import has_output_spans, has_weight_version
+from rlalign.rollout.worker.steady_layers import building_steady
 from rlalign.types import LogprobSpec, Rollout
 
 if TYPE_CHECKING:
@@ -40,11 +41,13 @@ class VLLMEngine:
         head_dtype: str,
         seed: int,
         exact: bool = False,
+        steady: bool = False,
         beside_training: bool = False,
     ) -> None:
         """Start vLLM on a Hugging Face folder and prove that every rank runs the head asked for.
 
         dtype: "bfloat16" or "float32", the model's body. exact: computing as `rlalign.head.exact` does, its float32 head included.
+        steady: linear layers add in one order (`rlalign.rollout.worker.steady_layers`), as a mirrored trainer's do.
         beside_training: in a process of its own, so that `generate` can run in a thread meanwhile.
         Raises RuntimeError when the handshake fails.
         """
@@ -57,7 +60,7 @@ class VLLMEngine:
         # A process has one process group: the trainer's is larger than vLLM's, which inside it would wait for ranks that
         # never come.
         with self._processes.starting(beside_training or int(os.environ.get("WORLD_SIZE", "1")) > 1):
-            self._llm = _start(arguments, engine_environment(config), exact=exact)
+            self._llm = _start(arguments, engine_environment(config), exact=exact, steady=steady)
         self._core = core_of(self._llm.get_tokenizer())
         self._reports_spans = has_output_spans(self.version)
         self._refusal: str | None = None
@@ -278,10 +281,10 @@ class VLLMEngine:
         return [(start + s.start, start + s.end, int(s.version)) for s in completion.weight_versions]
 
 
-def _start(arguments: Arguments, environment: dict[str, str], *, exact: bool) -> LLM:
+def _start(arguments: Arguments, environment: dict[str, str], *, exact: bool, steady: bool) -> LLM:
     for name, value in {**EMBEDDED_ENVIRONMENT, **environment}.items():
         os.environ.setdefault(name, value)
     from vllm import LLM
 
-    with building(exact):
+    with building(exact), building_steady(steady):
         return LLM(**arguments)

@@ -22,6 +22,7 @@ from rlalign.rollout.exact import VARIABLE as EXACT_VARIABLE
 from rlalign.rollout.server import key_guard as guard
 from rlalign.rollout.server.greeting import Wanted
 from rlalign.rollout.server.pool import ServerPool
+from rlalign.rollout.worker.steady_layers import VARIABLE as STEADY_VARIABLE
 
 GRACE = 20.0  # seconds between SIGTERM and SIGKILL
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -30,7 +31,7 @@ TAIL = 3000  # characters of a log that an error repeats
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """What a server is started with. exact: computing as `rlalign.head.exact` does; options: more of vLLM's own."""
+    """What a server is started with. exact: by `rlalign.head.exact`; steady: adding in one order; options: more of vLLM's own."""
 
     model: Path
     config: RolloutConfig
@@ -38,6 +39,7 @@ class Launch:
     head_dtype: str
     seed: int
     exact: bool = False
+    steady: bool = False
     options: tuple[str, ...] = ()
 
     @classmethod
@@ -50,6 +52,7 @@ class Launch:
             head_dtype=config.head_dtype.value,
             seed=config.seed,
             exact=config.exact,
+            steady=config.mirrored,
             options=tuple(options),
         )
 
@@ -82,6 +85,8 @@ class Launch:
         found = engine_environment(self.config) | ranks.environment_without_launcher()
         found |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
         found.pop(EXACT_VARIABLE, None)
+        found.pop(STEADY_VARIABLE, None)
+        found |= {STEADY_VARIABLE: "1"} if self.steady else {}
         found.pop(guard.KEY_VARIABLE, None)
         return found | ({EXACT_VARIABLE: "1"} if self.exact else {}) | ({guard.KEY_VARIABLE: key} if key else {})
 

@@ -30,7 +30,7 @@ from rlalign.rollout.head.logits_processor import (
     route_of,
 )
 from rlalign.rollout.names import SLOT
-from rlalign.rollout.worker import readback
+from rlalign.rollout.worker import readback, steady_layers
 from rlalign.rollout.worker.capture import CaptureExtension
 from rlalign.rollout.worker.model_identity import IdentityExtension
 from rlalign.rollout.worker.receiving import ReceivingExtension
@@ -48,9 +48,10 @@ class WorkerExtension(CaptureExtension, IdentityExtension, ReceivingExtension):
         route: the product behind our modes (None when vLLM's own runs); copies: whether it needs an fp32 copy of the weight;
         kernel: what carries it out in place of the library, with the same bits. products: of the body's layers on CPU.
         head: name and kind of the module; bumps: how often each hook has announced a change of weights. attention: classes that
-        compute it; not_exact: everything that computes without `rlalign.head.exact`, empty in exact mode. multiplied: the dtype
-        that logits were found to be computed in, by a probe now and by the last real call looked at; claimed: the checkpoint's own
-        head_dtype, where it is another than the body's.
+        compute it; unsteady: linear layers whose bits may change with the number of rows; not_exact: everything that computes
+        without `rlalign.head.exact`, empty in exact mode. multiplied: the dtype that logits were found to be
+        computed in, by a probe now and by the last real call looked at; claimed: the checkpoint's own head_dtype, where it is
+        another than the body's.
         """
         layer = self._rlalign_layer()
         name, lm_head = self._rlalign_named_head()
@@ -71,6 +72,7 @@ class WorkerExtension(CaptureExtension, IdentityExtension, ReceivingExtension):
             "products": _products_of(lm_head),
             "calls": layer.calls if ours else 0,
             "attention": proof.attention(self.vllm_config),
+            "unsteady": steady_layers.unsteady(self.get_model()),
             "not_exact": proof.not_exact(self.get_model(), self.vllm_config),
             "rebuilds": CACHE.rebuilds,
             "caught_by_fingerprint": CACHE.caught_by_fingerprint,

@@ -1,0 +1,177 @@
+"""Put a choice of roundings into a transformers model, in place: forwards of its modules change, weights and names do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlalign.head import steady
+from rlalign.trainer.rounding import blocks, mirrored_attention, variants
+from rlalign.trainer.rounding.mirrored_attention import Kernel
+from rlalign.trainer.rounding.variants import ACTIVATION, ADD_AND_NORM, ATTENTION, MODEL, PRODUCTS, ROPE
+
+KNOWN = (
+    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM", "GraniteForCausalLM",
+    "Gemma2ForCausalLM", "Gemma3ForCausalLM",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """One variant per op, by name (`variants.TABLE`). Raises ValueError for a variant that does not exist."""
+
+    add_and_norm: str = MODEL
+    rope: str = MODEL
+    activation: str = MODEL
+    products: str = MODEL
+    attention: str = MODEL
+
+    def __post_init__(self) -> None:
+        for op in variants.OPS:
+            variants.require_known(op, getattr(self, op))
+
+
+VLLM_CPU = Choices(
+    add_and_norm=variants.SUM_ROUNDED_LATE,
+    rope=variants.ROUNDED_ONCE,
+    products=variants.ONE_ORDER,
+    attention=variants.ENGINE_KERNEL,
+)  # what the probe finds on vLLM 0.32's CPU backend
+
+
+@dataclass(frozen=True, slots=True)
+class MirroredBody:
+    """What was put in place. applied: {op: variant}; left: {op or module class: why it computes as the model does}."""
+
+    applied: Mapping[str, str]
+    left: Mapping[str, str]
+
+    def describe(self) -> list[str]:
+        """Lines for people: what is mirrored, then what is not."""
+        done = ", ".join(f"{op} {name}" for op, name in self.applied.items()) or "nothing"
+        return [
+            f"body: mirrored are {done}",
+            *(f"body: {op} as the model has it: {why}" for op, why in self.left.items()),
+        ]
+
+
+def mirror_body(model: PreTrainedModel, choices: Choices, *, kernel: Kernel | None = None) -> MirroredBody:
+    """Let this model's body round as `choices` say, from now on; returns what was done and what was left.
+
+    kernel: the engine's attention, for the variant `engine_kernel`. A class that is not KNOWN gets what holds for any model
+    (products, attention, rope) and keeps its layers and norms. The head is not touched. Raises ValueError for a body that is not
+    bf16, for a variant that this host cannot compute, and for `engine_kernel` without a kernel.
+    """
+    if model.dtype != torch.bfloat16:
+        raise ValueError(
+            f"a mirrored body rounds to bfloat16; this one is {model.dtype}, whose two sides differ by the order of float32 "
+            "additions alone: use trainer.body=model, or exact=true"
+        )
+    if choices.attention == variants.ENGINE_KERNEL and kernel is None:
+        raise ValueError("attention=engine_kernel needs the engine's kernel; pass kernel=, or choose attention=model")
+    if choices.products == variants.ONE_ORDER and (why := steady.missing(model.dtype)):
+        raise ValueError(f"products=one_order: {why}; choose products=model")
+    left: dict[str, str] = {}
+    applied: dict[str, str] = {}
+    steps: tuple[tuple[str, Callable[[], str]], ...] = (
+        (ADD_AND_NORM, lambda: _mirror_stream(model, choices.add_and_norm)),
+        (ROPE, lambda: _mirror_rope(model, choices)),
+        (ACTIVATION, lambda: _mirror_activation(model, choices.activation)),
+        (PRODUCTS, lambda: _mirror_products(model, choices.products)),
+        (ATTENTION, lambda: _mirror_attention(model, choices, kernel)),
+    )
+    for op, step in steps:
+        if (name := getattr(choices, op)) == MODEL and not (op == ATTENTION and choices.rope != MODEL):
+            continue
+        if why := step():
+            left[op] = why
+        elif name != MODEL:
+            applied[op] = name
+    return MirroredBody(applied, left)
+
+
+def layers_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder layers. Raises ValueError for a model that keeps them elsewhere than `base_model.layers`."""
+    layers = getattr(_decoder(model), "layers", None)
+    if layers is None:
+        raise ValueError(f"{type(model).__name__}: no layers under its base model; a mirrored body knows decoders only")
+    return list(layers)
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    return model.base_model
+
+
+def _mirror_stream(model: PreTrainedModel, name: str) -> str:
+    if type(model).__name__ not in KNOWN:
+        return f"the layers of {type(model).__name__} are not known; known are {', '.join(KNOWN)}"
+    late = name in (variants.SUM_ROUNDED_LATE, variants.SUM_ROUNDED_LATE_WEIGHT_WIDE)
+    wide = name in (variants.WEIGHT_WIDE, variants.SUM_ROUNDED_LATE_WEIGHT_WIDE)
+    for layer in layers_of(model):
+        blocks.mirror_layer(layer)
+        for norm in blocks.rms_norms(layer):
+            blocks.mirror_norm(norm, late=late, weight_wide=wide)
+    blocks.mirror_norm(_decoder(model).norm, late=late, weight_wide=wide)
+    return ""
+
+
+def _mirror_rope(model: PreTrainedModel, choices: Choices) -> str:
+    """Cosine and sine are handed on in float32, so that transformers' formula computes in it; attention rounds what it is given."""
+    rotary = getattr(_decoder(model), "rotary_emb", None)
+    if rotary is None:
+        return f"{type(model).__name__} has no rotary_emb"
+    own, wide = rotary.forward, choices.rope == variants.ROUNDED_ONCE_WIDE_COS
+
+    def forward(self: nn.Module, x: Tensor, *args: object, **given: object) -> tuple[Tensor, Tensor]:
+        cos, sin = own(x.float() if wide else x, *args, **given)
+        return cos.float(), sin.float()
+
+    rotary.forward = MethodType(forward, rotary)
+    return ""
+
+
+def _mirror_activation(model: PreTrainedModel, name: str) -> str:
+    for layer in layers_of(model):
+        if not all(hasattr(layer.mlp, part) for part in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+            return f"{type(layer.mlp).__name__} is not made of gate_proj, up_proj and down_proj"
+        layer.mlp.forward = MethodType(_activated_once, layer.mlp)
+    return ""
+
+
+def _activated_once(self: nn.Module, x: Tensor) -> Tensor:
+    return self.down_proj(variants.activated_once(self.gate_proj(x), self.up_proj(x), self.act_fn))
+
+
+def _mirror_products(model: PreTrainedModel, name: str) -> str:
+    others = set()
+    for module in _in_layers(model):
+        if type(module) is nn.Linear:
+            module.forward = MethodType(_steady_linear, module)
+        elif module.__class__.__name__.endswith("Linear") or any(p.ndim == 3 for p in module.parameters(recurse=False)):
+            others.add(type(module).__name__)
+    return f"modules that are no plain nn.Linear: {', '.join(sorted(others))}" if others else ""
+
+
+def _steady_linear(self: nn.Linear, x: Tensor) -> Tensor:
+    return steady.linear(x, self.weight, self.bias)
+
+
+def _mirror_attention(model: PreTrainedModel, choices: Choices, kernel: Kernel | None) -> str:
+    if not model._supports_attention_backend:
+        return f"{type(model).__name__} computes attention in its own way"
+    attentions = [m for m in _in_layers(model) if hasattr(m, "is_causal") and hasattr(m, "scaling")]
+    if not attentions:
+        return f"{type(model).__name__}: no attention modules found in its layers"
+    chosen = kernel if choices.attention == variants.ENGINE_KERNEL else None
+    mirrored_attention.install(model, attentions, chosen)
+    return ""
+
+
+def _in_layers(model: PreTrainedModel) -> Iterator[nn.Module]:
+    for layer in layers_of(model):
+        yield from layer.modules()

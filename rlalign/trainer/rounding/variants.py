@@ -1,0 +1,117 @@
+"""Where an op of a bf16 block may round: the few ways in which engines do it, as differentiable functions.
+
+MODEL is always what transformers does. Names say what is rounded, and when. Shapes: [..., D] with D features; E head size.
+Read from vLLM 0.32: `ir/ops/layernorm.py` (a fused add-and-norm normalises the sum before it is rounded),
+`csrc/cpu/pos_encoding.cpp` (rope in float32 from cosines of the model's dtype, rounded once), `csrc/layernorm_kernels.cu` and
+`csrc/type_convert.cuh` (CUDA: packed 16-bit adds, so that the sum is rounded first), `csrc/activation_kernels.cu`,
+`model_executor/layers/activation.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MODEL = "model"
+ADD_AND_NORM, ROPE, ACTIVATION, PRODUCTS, ATTENTION = "add_and_norm", "rope", "activation", "products", "attention"
+OPS = (ADD_AND_NORM, ROPE, ACTIVATION, PRODUCTS, ATTENTION)
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to round an op. cost: its place among the op's variants, cheapest first; ties of the probe go to the lowest."""
+
+    op: str
+    name: str
+    cost: int
+    rounds: str
+
+
+def norm(wide: Tensor, weight_D: Tensor, epsilon: float, *, offset: bool = False, weight_wide: bool = False) -> Tensor:
+    """RMS norm of a float32 input, in the weight's dtype.
+
+    offset: Gemma's, which multiplies by 1 + weight in float32 and rounds once. weight_wide: rounds once after the weight, else
+    before it and after it.
+    """
+    scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    if offset:
+        return (scaled * (1.0 + weight_D.float())).to(weight_D.dtype)
+    if weight_wide:
+        return (scaled * weight_D.float()).to(weight_D.dtype)
+    return weight_D * scaled.to(weight_D.dtype)
+
+
+def added(residual: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+    """(the sum rounded to the residual's dtype, the sum in float32)."""
+    wide = residual.float() + branch.float()
+    return wide.to(residual.dtype), wide
+
+
+def rotated(states_HLE: Tensor, cos_LE: Tensor, sin_LE: Tensor) -> Tensor:
+    """Rope in float32: both products and the sum, rounded once to the dtype of the states."""
+    half, wide = states_HLE.shape[-1] // 2, states_HLE.float()
+    turned = torch.cat((-wide[..., half:], wide[..., :half]), dim=-1)
+    return (wide * cos_LE.float() + turned * sin_LE.float()).to(states_HLE.dtype)
+
+
+def rotated_model(states_HLE: Tensor, cos_LE: Tensor, sin_LE: Tensor) -> Tensor:
+    """Rope as transformers writes it: each product and the sum rounded."""
+    half = states_HLE.shape[-1] // 2
+    turned = torch.cat((-states_HLE[..., half:], states_HLE[..., :half]), dim=-1)
+    return states_HLE * cos_LE + turned * sin_LE
+
+
+def activated_model(gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+    """The activation rounded, then the product."""
+    return act(gate) * up
+
+
+def activated_once(gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+    """Activation and product in float32, rounded once."""
+    return (act(gate.float()) * up.float()).to(gate.dtype)
+
+
+SUM_ROUNDED_LATE, SUM_ROUNDED_LATE_WEIGHT_WIDE = "sum_rounded_after_norm", "sum_rounded_after_norm_weight_in_float32"
+WEIGHT_WIDE = "weight_in_float32"
+ROUNDED_ONCE, ROUNDED_ONCE_WIDE_COS = "rounded_once", "rounded_once_cos_in_float32"
+ONE_ORDER, ENGINE_KERNEL = "one_order", "engine_kernel"
+
+TABLE: tuple[Variant, ...] = (
+    Variant(ADD_AND_NORM, MODEL, 0, "the sum, the normalised sum, its product with the weight"),
+    Variant(ADD_AND_NORM, WEIGHT_WIDE, 1, "the sum, then once after the weight"),
+    Variant(
+        ADD_AND_NORM, SUM_ROUNDED_LATE, 2, "the normalised unrounded sum, its product with the weight; the sum apart"
+    ),
+    Variant(
+        ADD_AND_NORM, SUM_ROUNDED_LATE_WEIGHT_WIDE, 3, "once after the weight, from the unrounded sum; the sum apart"
+    ),
+    Variant(ROPE, MODEL, 0, "cosine and sine, both products, their sum"),
+    Variant(ROPE, ROUNDED_ONCE, 1, "cosine and sine, the result"),
+    Variant(ROPE, ROUNDED_ONCE_WIDE_COS, 2, "the result"),
+    Variant(ACTIVATION, MODEL, 0, "the activation, its product"),
+    Variant(ACTIVATION, ROUNDED_ONCE, 1, "the product"),
+    Variant(
+        PRODUCTS, MODEL, 0, "the result; additions in the library's order, which may change with the number of rows"
+    ),
+    Variant(PRODUCTS, ONE_ORDER, 1, "the result; additions in one order for any number of rows (rlalign.head.steady)"),
+    Variant(ATTENTION, MODEL, 0, "as torch's sdpa: weights before they are normalised, by a fast exponential"),
+    Variant(ATTENTION, ENGINE_KERNEL, 1, "as the engine: its own kernel on the trainer's queries, keys and values"),
+)
+
+
+def of(op: str) -> tuple[Variant, ...]:
+    """The variants of one op, cheapest first. Raises ValueError for an unknown op."""
+    found = tuple(v for v in TABLE if v.op == op)
+    if not found:
+        raise ValueError(f"no variants of an op {op!r}; there are {', '.join(OPS)}")
+    return found
+
+
+def require_known(op: str, name: str) -> None:
+    """Raise ValueError naming the choices for a variant that does not exist."""
+    names = [v.name for v in of(op)]
+    if name not in names:
+        raise ValueError(f"{op} has no variant {name!r}; choose one of {', '.join(names)}")

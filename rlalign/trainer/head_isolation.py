@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlalign import mismatch
-from rlalign.head.projection import HeadTransform
+from rlalign.head.transform import HeadTransform
 from rlalign.trainer.head_mirror import Tokens
 
 KEPT = ("k1", "k3", "abs_mean", "p99", "abs_max", "pearson_prob")
@@ -93,10 +93,11 @@ def _float64_logprobs(
     """Of the tokens, exactly and with the logits rounded to bf16."""
     lm_head = network.get_output_embeddings()
     weight_VD = lm_head.weight if master_VD is None else master_VD
-    logits_NV = hidden_ND.detach().cpu().double() @ weight_VD.detach().cpu().double().t()
+    transform = HeadTransform.of(network.config)
+    logits_NV = transform.hidden(hidden_ND.detach().cpu()).double() @ weight_VD.detach().cpu().double().t()
     if lm_head.bias is not None:
         logits_NV += lm_head.bias.detach().cpu().double()
-    logits_NV = HeadTransform.of(network.config.get_text_config().to_dict()).apply(logits_NV)
+    logits_NV = transform.apply(logits_NV)
     rounded_NV = logits_NV.bfloat16().double()
     return tuple(_chosen((x / temperature).log_softmax(-1), token_ids_N) for x in (logits_NV, rounded_NV))
 

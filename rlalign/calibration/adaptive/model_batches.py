@@ -14,6 +14,7 @@ import torch
 
 from rlalign.calibration.adaptive.batches import TokenBatch
 from rlalign.calibration.adaptive.sums import Projection
+from rlalign.head.transform import HeadTransform
 from rlalign.tasks.rows import cell, jsonl_rows
 
 if TYPE_CHECKING:
@@ -109,4 +110,5 @@ class ModelBatches(Sequence[TokenBatch]):
         present_BL = position_L < length_B[:, None]
         body = self._model.base_model(input_ids=ids_BL, attention_mask=present_BL.long(), use_cache=False)
         mask_BL = present_BL & (position_L >= start_B[:, None])
-        return TokenBatch(hidden=body.last_hidden_state, token_ids=ids_BL, mask=mask_BL, projection=self._projection)
+        hidden = HeadTransform.of(self._model.config).hidden(body.last_hidden_state)
+        return TokenBatch(hidden=hidden, token_ids=ids_BL, mask=mask_BL, projection=self._projection)

@@ -16,6 +16,7 @@ from rlalign.diagnose.doctor.check import Check, judged
 from rlalign.head import multiplied
 from rlalign.run.assembly import load_tokenizer, resolve_model, start_embedded
 from rlalign.trainer import head_isolation
+from rlalign.trainer.checkpoint_names import as_checkpoint
 from rlalign.types import RolloutBatch
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def prefix_cache(engine: VLLMEngine, batch: RolloutBatch) -> Check:
 def _published(engine: VLLMEngine, network: nn.Module, config: RunConfig) -> Check:
     from rlalign.weights import MASTER_WEIGHT, publish
 
-    weights = [*network.named_parameters()]
+    weights = [*as_checkpoint(network, network.named_parameters())]
     if config.head_dtype is HeadDtype.master:  # a checkpoint has no unrounded head: its own values stand in
         weights.append((MASTER_WEIGHT, network.get_output_embeddings().weight.float()))
     published = publish(weights, 0, receiver=engine, shared=Path(config.weights.shared))

@@ -89,7 +89,7 @@ RECIPES: dict[str, Recipe] = {
         },
     ),
     "deepseek-v2": Recipe("deepseek_v2", DEEPSEEK | {"topk_method": "greedy"}),
-    "deepseek-v3": Recipe("deepseek_v3", DEEPSEEK),
+    "deepseek-v3": Recipe("deepseek_v3", DEEPSEEK | {"topk_method": "noaux_tc"}),
     "mixtral": Recipe(
         "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 128, "sliding_window": None}
     ),

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from vllm.model_executor.model_loader.reload import initialize_layerwise_reload, layerwise
 from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
@@ -32,6 +33,7 @@ from rlalign.weights.shuffled import shuffled_sum
 if TYPE_CHECKING:
     from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 
+Weights = Iterable[tuple[str, Tensor]]
 NUMEL, PROCESS = layerwise.get_numel_loaded, layerwise._layerwise_process
 
 
@@ -42,9 +44,22 @@ class Source:
     name: str
     tensor: Tensor
     calls: int = 0
-    copied: int = 0  # elements handed to loaders that are no view of it
-    copied_sum: int = 0  # `shuffled_sum` of them
-    copied_dtype: torch.dtype | None = None
+    pieces: list[Tensor] = field(default_factory=list)  # handed to loaders, and no view of it
+
+
+class _DirectCopies(TorchFunctionMode):
+    """Inside, the record hears of every `copy_` to the meta device."""
+
+    def __init__(self, record: LoadRecord) -> None:
+        super().__init__()
+        self._record = record
+
+    def __torch_function__(
+        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict[str, object] | None = None
+    ) -> object:
+        if function is Tensor.copy_ and args[0].is_meta and self._record.copied(args[0], args[1]):
+            return args[0]
+        return function(*args, **(kwargs or {}))
 
 
 @dataclass
@@ -68,6 +83,8 @@ class LoadRecord:
     _owners: dict[int, str] = field(default_factory=dict)  # id of a call's arguments -> the tensor it belongs to
     _names: dict[int, str] = field(default_factory=dict)
     _direct: list[tuple[Tensor, Callable]] = field(default_factory=list)
+    _open: dict[int, tuple[nn.Module, str]] = field(default_factory=dict)  # by storage: parameters that wait on meta
+    _inside: bool = False  # a loader
     _taken: set[int] = field(default_factory=set)
 
     def watch(self) -> None:
@@ -75,6 +92,9 @@ class LoadRecord:
         self._names = {id(module): name for name, module in self.model.named_modules()}
         layerwise.get_numel_loaded, layerwise._layerwise_process = self._numel, self._process
         for module in self.model.modules():
+            for name, tensor in layerwise.get_layer_tensors(module).items():
+                if tensor.is_meta:
+                    self._open[tensor.untyped_storage()._cdata] = module, name
             for name in SKIP_LOAD_TENSORS & (module._parameters.keys() | module._buffers.keys()):
                 if (tensor := getattr(module, name)) is not None:
                     self._watch_direct(module, name, tensor)
@@ -88,7 +108,32 @@ class LoadRecord:
         if self.dry:
             self._close_untouched()
 
-    def passing(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def load(self, loader: Callable[[Weights], object], weights: Weights) -> None:
+        """Have the engine's `load_weights` take these, watched."""
+        with _DirectCopies(self):
+            loader(self._passing(weights))
+
+    def copied(self, target: Tensor, source: Tensor) -> bool:
+        """A copy into an open parameter past its loader (GPT-OSS, vLLM 0.32), which vLLM's reload would lose: loaded instead.
+
+        False where it is something else. Raises RuntimeError for a copy into a piece of a parameter.
+        """
+        found = None if self._inside else self._open.get(target.untyped_storage()._cdata)
+        if found is None:
+            return False
+        layer, name = found
+        parameter = getattr(layer, name)
+        if target.shape != parameter.shape:
+            raise RuntimeError(
+                f"vLLM's {type(self.model).__name__}.load_weights writes a piece of {self._names[id(layer)]}.{name} past its "
+                "loader; vLLM's layerwise reload loses it, so that rlalign cannot publish to this model"
+            )
+        parameter.weight_loader = default_weight_loader
+        parameter.weight_loader = layerwise.make_online_process_loader(layer, name)
+        parameter.weight_loader(parameter, source)
+        return True
+
+    def _passing(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
         """The weights as `load_weights` asks for them; whatever loaders do in between belongs to the last one."""
         for name, tensor in weights:
             self._source = Source(name, tensor)
@@ -123,10 +168,7 @@ class LoadRecord:
         if source.calls == 0:
             self.ignored.append(source.name)
             return
-        if not source.copied:
-            return
-        own = source.tensor.detach().to(source.copied_dtype)
-        if source.copied != own.numel() or source.copied_sum != shuffled_sum(own):
+        if source.pieces and not _made_of(source.pieces, source.tensor):
             self.foreign.append(source.name)
 
     def _numel(self, loader: Callable, args: BoundArguments) -> tuple[int, object]:
@@ -135,7 +177,11 @@ class LoadRecord:
         parameter = args.arguments.get("param")
         if self.dry and isinstance(parameter, Tensor) and not parameter.is_meta:
             args.arguments["param"] = readback.meta_like(parameter)
-        return NUMEL(loader, args)
+        self._inside = True
+        try:
+            return NUMEL(loader, args)
+        finally:
+            self._inside = False
 
     def _note(self, args: BoundArguments) -> None:
         source = self._source
@@ -149,9 +195,7 @@ class LoadRecord:
         given = [v for k, v in args.arguments.items() if isinstance(v, Tensor) and k != "param"]
         for piece in given:
             if not _within(piece, source.tensor):
-                source.copied += piece.numel()
-                source.copied_sum = (source.copied_sum + shuffled_sum(piece)) % 2**64
-                source.copied_dtype = piece.dtype
+                source.pieces.append(piece)
 
     def _process(self, layer: nn.Module, info: LayerReloadingInfo) -> None:
         """In place of vLLM's: take down what this layer must compute with, and let vLLM fill it unless dry."""
@@ -212,7 +256,7 @@ class LoadRecord:
             self.model._do_torchao_reload = self.model._original_do_torchao_reload
 
 
-def dry_record(model: nn.Module, weights: Iterable[tuple[str, Tensor]], *, offset: int) -> tuple[LoadRecord, list[str]]:
+def dry_record(model: nn.Module, weights: Weights, *, offset: int) -> tuple[LoadRecord, list[str]]:
     """What the engine must compute with if it holds these weights, and the names that it does not know; nothing is loaded."""
     record, unknown = LoadRecord(model, offset, dry=True), []
     initialize_layerwise_reload(model)
@@ -220,7 +264,7 @@ def dry_record(model: nn.Module, weights: Iterable[tuple[str, Tensor]], *, offse
     try:
         for name, tensor in weights:
             try:
-                model.load_weights(record.passing([(name, tensor)]))
+                record.load(model.load_weights, [(name, tensor)])
             except (ValueError, KeyError, AttributeError):  # vLLM's models answer an unknown name with one of these
                 record._source = None
                 unknown.append(name)
@@ -229,12 +273,17 @@ def dry_record(model: nn.Module, weights: Iterable[tuple[str, Tensor]], *, offse
     return record, unknown
 
 
+def _made_of(pieces: list[Tensor], whole: Tensor) -> bool:
+    """True where the pieces are the whole tensor's elements in another order; of a shard, where each is one of them."""
+    own = whole.detach().to(pieces[0].dtype)
+    if sum(piece.numel() for piece in pieces) == own.numel():
+        return sum(map(shuffled_sum, pieces)) % 2**64 == shuffled_sum(own)
+    return all(bool(torch.isin(piece, own).all()) for piece in pieces)
+
+
 def _within(piece: Tensor, whole: Tensor) -> bool:
     """True for a view into the whole tensor's elements."""
     if piece.device != whole.device or piece.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
         return False
     start = whole.data_ptr()
     return start <= piece.data_ptr() < start + max(1, whole.nbytes)
-
-
-__all__ = ["LoadRecord", "Source", "dry_record"]

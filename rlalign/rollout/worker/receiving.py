@@ -213,7 +213,7 @@ class ReceivingExtension:
         """Inside, whatever is loaded into the model passes by `_note`: also what vLLM's own engines receive."""
         model = self.get_model()
         load = model.load_weights
-        model.load_weights = lambda weights: load(update.record.passing(self._rlalign_note(update, entries, weights)))
+        model.load_weights = lambda weights: update.record.load(load, self._rlalign_note(update, entries, weights))
         try:
             yield
         finally:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rlalign.diagnose.families.cell import Cell
 
-CHEAP = ("head", "load", "score", "publish", "bfloat16", "bfloat16 publish")
+ALL = ("head", "load", "score", "publish", "bfloat16", "bfloat16 publish", "train", "attribute")
+CHEAP = ALL[:-2]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -17,8 +18,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="families (default: all)")
     add("--list", action="store_true", help="print their names and end")
-    add("--train", action="store_true", help="also one GRPO step of each")
-    add("--attribute", action="store_true", help="also the layers of each")
+    add(
+        "--cells",
+        default=",".join(CHEAP),
+        metavar="A,B",
+        help=f"of {', '.join(ALL)} (default: without {', '.join(ALL[-2:])})",
+    )
     add("--timeout", type=float, default=600.0, metavar="S", help="of one process (default %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the table as JSON; families that it holds already are kept")
     add("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
@@ -32,7 +37,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.list:
         print("\n".join(families))
         return 0
-    columns = [*CHEAP, *(["train"] if arguments.train else []), *(["attribute"] if arguments.attribute else [])]
+    columns = arguments.cells.split(",")
+    if unknown := set(columns) - set(ALL):
+        raise ValueError(f"--cells: unknown {', '.join(sorted(unknown))}; there are {', '.join(ALL)}")
     table = cell.read(arguments.json) if arguments.json else {}
 
     def done(name: str, cells: dict[str, Cell]) -> None:

@@ -77,13 +77,18 @@ def _trainer_logprobs(lm_head: nn.Module, hidden_ND: Tensor, token_ids_N: Tensor
     return logprobs_BL[0, 1:].cpu()
 
 
-def _engine_logprobs(
-    engine: HeadOwner, hidden_ND: Tensor, token_ids_N: Tensor, temperature: float, shared: Path
-) -> list[Tensor]:
+def engine_logits(engine: HeadOwner, hidden_ND: Tensor, shared: Path, *, batch: int = 16) -> Tensor:
+    """[N, V] float32: these hidden states through the engine's own head, cap and scale included."""
     with tempfile.TemporaryDirectory(prefix="rlalign-head-", dir=shared) as folder:
         file = Path(folder) / "hidden.safetensors"
         save_file({"hidden_ND": hidden_ND.detach().cpu().contiguous()}, file)
-        logits = [load_file(engine.head_logits(file, batch=batch))["logits_NV"] for batch in DECODE_BATCHES]
+        return load_file(engine.head_logits(file, batch=batch))["logits_NV"]
+
+
+def _engine_logprobs(
+    engine: HeadOwner, hidden_ND: Tensor, token_ids_N: Tensor, temperature: float, shared: Path
+) -> list[Tensor]:
+    logits = [engine_logits(engine, hidden_ND, shared, batch=batch) for batch in DECODE_BATCHES]
     return [_chosen((x / temperature).log_softmax(-1, dtype=torch.float32), token_ids_N) for x in logits]
 
 

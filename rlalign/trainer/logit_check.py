@@ -39,13 +39,13 @@ def transform_of(model: nn.Module) -> HeadTransform:
     if not _equal(given_LD, wanted_LD):
         what = f"gives its lm_head hidden states {_slope(given_LD, hidden_LD):.6g} times the last ones"
         wanted = f"{1 / transform.hidden_divisor:.6g}"
-        _refuse(model, what, wanted, _likely(fields, _slope(given_LD, hidden_LD)))
+        _refuse(model, what, wanted, likely_fields(fields, _slope(given_LD, hidden_LD)))
     if not _equal(logits_LV, wanted_LV):
         small_LV = raw_LV.abs() < 0.1  # where a cap does nothing yet
         slope = _slope(logits_LV[small_LV], raw_LV[small_LV])
         what = f"makes logits {slope:.6g} times its lm_head's, the largest {float(logits_LV.abs().max()):.4g}"
         wanted = f"{transform.logit_scale:.6g}, {float(wanted_LV.abs().max()):.4g}"
-        _refuse(model, what, wanted, _likely(fields, slope))
+        _refuse(model, what, wanted, likely_fields(fields, slope))
     _CHECKED[model] = transform
     return transform
 
@@ -106,7 +106,7 @@ def _slope(of: Tensor, on: Tensor) -> float:
     return float((of.double() * on.double()).sum() / on.double().square().sum())
 
 
-def _likely(config: PreTrainedConfig, factor: float) -> list[str]:
+def likely_fields(config: PreTrainedConfig, factor: float) -> list[str]:
     """Fields of the configuration whose value, or its inverse, is this factor."""
     numbers = {n: v for n, v in config.to_dict().items() if isinstance(v, int | float) and not isinstance(v, bool)}
     return [

@@ -14,6 +14,7 @@ from rlalign.diagnose.both_sides import sample, trainer_network, trainer_scores
 from rlalign.diagnose.doctor import tokens
 from rlalign.diagnose.doctor.check import Check, judged
 from rlalign.head import multiplied
+from rlalign.rollout.engine.arguments import caches_prefixes
 from rlalign.run.assembly import load_tokenizer, resolve_model, start_embedded
 from rlalign.trainer import head_isolation
 from rlalign.trainer.checkpoint_names import as_checkpoint
@@ -57,7 +58,9 @@ def settings(engine: VLLMEngine, config: RunConfig) -> Iterator[Check]:
     """What the running engine says of itself, against what the run needs."""
     live = engine.settings()
     wanted = {"logprobs mode": "processed_logprobs", "body dtype": config.model.dtype.value}
-    wanted["prefix caching"] = str(config.rollout.prefix_caching)
+    wanted["prefix caching"] = str(
+        caches_prefixes(resolve_model(config.model.path, say=lambda _: None), config.rollout)
+    )
     wanted["tensor parallel"] = str(config.rollout.tensor_parallel_size)
     for name, value in live.items():
         if name in ("kv-cache dtype", "tied embeddings"):

@@ -85,10 +85,12 @@ def _spread(model: PreTrainedModel) -> None:
     last = [m for m in model.modules() if "norm" in type(m).__name__.lower()][::-1]
     with torch.no_grad():
         before = float(model(ids_BL, use_cache=False).logits.std(-1).mean())
+        factor = SPREAD / before
         for module in [head] if head.weight is not embedding.weight else last:
-            module.weight.mul_(SPREAD / before)
-            after = float(model(ids_BL, use_cache=False).logits.std(-1).mean())
-            if abs(after - SPREAD) < 0.1 * SPREAD:
-                return
-            module.weight.div_(SPREAD / before)
+            kept = module.weight.detach().clone()
+            for scaled in (kept * factor, (1 + kept) * factor - 1):  # Gemma's norms multiply by 1 + weight
+                module.weight.copy_(scaled)
+                if abs(float(model(ids_BL, use_cache=False).logits.std(-1).mean()) - SPREAD) < 0.1 * SPREAD:
+                    return
+            module.weight.copy_(kept)
     raise RuntimeError(f"{type(model).__name__}: no norm scales its logits; give the recipe an untied head")

@@ -34,7 +34,7 @@ def engine_arguments(
         "tensor_parallel_size": config.tensor_parallel_size,
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "enforce_eager": config.enforce_eager,
-        "enable_prefix_caching": config.prefix_caching and not (_must_not_chunk(config) and keeps_state(model)),
+        "enable_prefix_caching": caches_prefixes(model, config),
         "logprobs_mode": "processed_logprobs",
         "worker_extension_cls": "rlalign.rollout.worker.extension.WorkerExtension",
         "additional_config": {SETTINGS_KEY: HeadSettings.of_run(head_dtype, config.head_mode, exact=exact).as_dict()},
@@ -53,10 +53,16 @@ def _must_not_chunk(config: RolloutConfig) -> bool:
     return not torch.cuda.is_available() and not 0 < config.max_num_batched_tokens < config.max_model_len
 
 
-def keeps_state(model: Path) -> bool:
-    """True for a model with state-space or linear-attention layers. vLLM 0.32 caches prefixes of one only with chunked prefills,
-    which a CPU engine does without (`_must_not_chunk`): its prefix cache then stays off, which changes no number.
+def caches_prefixes(model: Path, config: RolloutConfig) -> bool:
+    """rollout.prefix_caching, except for state-space and linear-attention layers where prefills are not chunked.
+
+    vLLM 0.32 caches prefixes of such a model only with chunked prefills, which a CPU engine does without (`_must_not_chunk`), and
+    would not start. The cache saves time; no number depends on it.
     """
+    return config.prefix_caching and not (_must_not_chunk(config) and _keeps_state(model))
+
+
+def _keeps_state(model: Path) -> bool:
     file = model / "config.json"
     about = json.loads(file.read_text()) if file.is_file() else {}
     fields = about.get("text_config", about)

@@ -102,7 +102,7 @@ class LoadRecord:
     def release(self) -> None:
         """End; vLLM's functions are as before. After a dry record the layers are closed as they were."""
         layerwise.get_numel_loaded, layerwise._layerwise_process = NUMEL, PROCESS
-        for tensor, loader in self._direct:
+        for tensor, loader in reversed(self._direct):  # one tensor may have been watched in two modules
             tensor.weight_loader = loader
         self._direct.clear()
         if self.dry:
@@ -221,6 +221,8 @@ class LoadRecord:
             twin.load(parameter, args, layerwise._get_original_loader, self._owners.pop(id(args)))
         found = twin.expected()
         self.expected += found
+        for expected in found if self.dry else ():
+            expected.packed = None
         self.partial += [e.place for e in found if not e.whole]
         return found
 

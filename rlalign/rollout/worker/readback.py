@@ -187,7 +187,10 @@ def repack(expected: Expected) -> bool:
     live = getattr(expected.module, expected.parameter)
     if live.shape == expected.packed.shape and not _differs(live, expected.packed):
         return False
-    live.data = expected.packed.clone()
+    if live.shape == expected.packed.shape:
+        live.data.copy_(expected.packed)  # where graphs may have captured its address
+    else:
+        live.data = expected.packed.clone()
     return True
 
 

@@ -87,6 +87,14 @@ def head_of_the_trainer(bench: Bench) -> Case:
     return bench.case(bench.sample(), partial(bench.score, head="model"))
 
 
+def logit_factor(bench: Bench) -> Case:
+    """The engine multiplies its logits by a factor that the trainer does not know."""
+    layer = bench.model().logits_processor
+    bench.undo = partial(setattr, layer, "scale", layer.scale)
+    layer.scale = layer.scale * 0.9
+    return bench.case(bench.sample())
+
+
 def swapped_special_token(bench: Bench) -> Case:
     """The trainer's tokenizer has pad and eos the other way round."""
     case = bench.case(bench.sample())
@@ -226,6 +234,7 @@ FAULTS = (
     Fault("a half-updated weight", half_updated_weight, "stale weights", f"{LAYER}mlp.gate_proj.weight"),
     Fault("bf16 head in the engine", head_of_the_engine, "one-sided head", benches=(BFLOAT16,)),
     Fault("bf16 head in the trainer", head_of_the_trainer, "one-sided head", benches=(BFLOAT16,)),
+    Fault("logits multiplied on one side", logit_factor, "logit factor", "0.9 times"),
     Fault("swapped special token", swapped_special_token, "tokenizer"),
     Fault("missing attention mask", missing_attention_mask, "attention mask"),
     Fault("wrong position ids after truncation", wrong_positions, "position ids"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rlalign.head import multiplied, projection
+from rlalign.head.transform import HeadTransform
 
 N, D, V = 4, 96, 700
 
@@ -48,7 +49,7 @@ def test_what_tells_nothing_is_not_judged(operands, hidden):
 @pytest.mark.parametrize("cap", [None, 5.0])
 def test_logprobs_tell_it_where_logits_are_never_shown(operands, cap, temperature):
     hidden, weight = operands
-    transform = projection.HeadTransform(soft_cap=cap)
+    transform = HeadTransform(cap=cap)
     ids = torch.tensor([3, 99, 500, 650])
     wide = projection.project(hidden, weight)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlalign.commands import attribute as attribute_command
+from rlalign.commands import families as families_command
 from rlalign.commands import parity as parity_command
 from rlalign.commands import rollout_server as rollout_command
 from rlalign.commands import serve as serve_command
@@ -182,6 +183,13 @@ def parser() -> argparse.ArgumentParser:
     _takes_config(attribute, default="demo")
     attribute_command.add_options(attribute)
     attribute.set_defaults(run=_attribute)
+
+    families = commands.add_parser(
+        "families",
+        help="tiny random models of each model family through everything: what works, what is refused and why",
+    )
+    families_command.add_options(families)
+    families.set_defaults(run=families_command.run)
 
     replay = commands.add_parser(
         "replay", help="one logged step once more: do both sides still give the logged numbers?"

@@ -167,11 +167,12 @@ def _surroundings(record: RunRecord, *, any_version: bool) -> list[str]:
 def _load_master(engine: VLLMEngine, network: nn.Module, saved: SavedStep, config: RunConfig) -> None:
     if config.head_dtype is not HeadDtype.master:
         return
+    from rlalign.trainer.checkpoint_names import as_checkpoint
     from rlalign.weights import MASTER_WEIGHT, publish
 
     if saved.master_VD is None:
         raise ValueError(f"{saved.model.parent}: a run with head_dtype=master, but its unrounded lm_head was not saved")
-    weights = [*network.named_parameters(), (MASTER_WEIGHT, saved.master_VD)]
+    weights = [*as_checkpoint(network, network.named_parameters()), (MASTER_WEIGHT, saved.master_VD)]
     publish(weights, saved.version, receiver=engine, shared=Path(config.weights.shared))
 
 

@@ -9,58 +9,17 @@ N tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from rlalign.head import triton as gpu_head
 from rlalign.head.products import Route, backward_route, logits_of, matmul, stored_for
 from rlalign.head.routes import cpu_route
+from rlalign.head.transform import HeadTransform
 
 __all__ = ["HeadTransform", "check_operands", "project", "route"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeadTransform:
-    """What a model does to its logits after the projection: a cap (Gemma), a factor (Cohere), a divisor (Granite).
-
-    No architecture has more than one, so their order is nobody's. But 1/d is rounded, and a product with it has other bits than
-    a division by d: the two ways below are the two libraries'.
-    """
-
-    soft_cap: float | None = None
-    factor: float = 1.0
-    divisor: float = 1.0
-
-    @classmethod
-    def of(cls, config: Mapping[str, object]) -> HeadTransform:
-        """From a Hugging Face text config as a mapping; absent, None and 0 mean none."""
-        return cls(
-            soft_cap=config.get("final_logit_softcapping"),
-            factor=float(config.get("logit_scale") or 1.0),
-            divisor=float(config.get("logits_scaling") or 1.0),
-        )
-
-    @property
-    def logit_scale(self) -> float:
-        """The one factor that vLLM multiplies by."""
-        return self.factor / self.divisor
-
-    def apply(self, logits: Tensor) -> Tensor:
-        """As vLLM does it, in the dtype of the logits: the cap, then one product."""
-        capped = self._capped(logits)
-        return capped if self.logit_scale == 1.0 else capped * self.logit_scale
-
-    def apply_as_transformers(self, logits: Tensor) -> Tensor:
-        """As transformers does it: the factor, the division, then the cap."""
-        return self._capped(logits * self.factor / self.divisor)
-
-    def _capped(self, logits: Tensor) -> Tensor:
-        return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
 
 
 def route(hidden_ND: Tensor, weight_VD: Tensor, *, weight_is_bf16_valued: bool = False) -> Route:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlalign import mismatch
-from rlalign.head.projection import HeadTransform
+from rlalign.head.transform import HeadTransform
 from rlalign.trainer.head_mirror import Tokens
 
 KEPT = ("k1", "k3", "abs_mean", "p99", "abs_max", "pearson_prob")
@@ -77,13 +77,18 @@ def _trainer_logprobs(lm_head: nn.Module, hidden_ND: Tensor, token_ids_N: Tensor
     return logprobs_BL[0, 1:].cpu()
 
 
-def _engine_logprobs(
-    engine: HeadOwner, hidden_ND: Tensor, token_ids_N: Tensor, temperature: float, shared: Path
-) -> list[Tensor]:
+def engine_logits(engine: HeadOwner, hidden_ND: Tensor, shared: Path, *, batch: int = 16) -> Tensor:
+    """[N, V] float32: these hidden states through the engine's own head, cap and scale included."""
     with tempfile.TemporaryDirectory(prefix="rlalign-head-", dir=shared) as folder:
         file = Path(folder) / "hidden.safetensors"
         save_file({"hidden_ND": hidden_ND.detach().cpu().contiguous()}, file)
-        logits = [load_file(engine.head_logits(file, batch=batch))["logits_NV"] for batch in DECODE_BATCHES]
+        return load_file(engine.head_logits(file, batch=batch))["logits_NV"]
+
+
+def _engine_logprobs(
+    engine: HeadOwner, hidden_ND: Tensor, token_ids_N: Tensor, temperature: float, shared: Path
+) -> list[Tensor]:
+    logits = [engine_logits(engine, hidden_ND, shared, batch=batch) for batch in DECODE_BATCHES]
     return [_chosen((x / temperature).log_softmax(-1, dtype=torch.float32), token_ids_N) for x in logits]
 
 
@@ -93,10 +98,11 @@ def _float64_logprobs(
     """Of the tokens, exactly and with the logits rounded to bf16."""
     lm_head = network.get_output_embeddings()
     weight_VD = lm_head.weight if master_VD is None else master_VD
-    logits_NV = hidden_ND.detach().cpu().double() @ weight_VD.detach().cpu().double().t()
+    transform = HeadTransform.of(network.config)
+    logits_NV = transform.hidden(hidden_ND.detach().cpu()).double() @ weight_VD.detach().cpu().double().t()
     if lm_head.bias is not None:
         logits_NV += lm_head.bias.detach().cpu().double()
-    logits_NV = HeadTransform.of(network.config.get_text_config().to_dict()).apply(logits_NV)
+    logits_NV = transform.apply(logits_NV)
     rounded_NV = logits_NV.bfloat16().double()
     return tuple(_chosen((x / temperature).log_softmax(-1), token_ids_N) for x in (logits_NV, rounded_NV))
 

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from rlalign import logprobs
 from rlalign.head import multiplied, projection, routes
 from rlalign.head.multiplied import Multiplied
+from rlalign.head.transform import HeadTransform
 from rlalign.logprobs import truncation
+from rlalign.trainer import logit_check
 from rlalign.trainer.exact_network import ExactHead
 
 if TYPE_CHECKING:
@@ -117,7 +119,7 @@ def mirror(model: nn.Module, *, head_dtype: str, chunk: int, keep_mib: int = 0) 
         )
     own = exact_head or head_dtype == "model"  # the module's products, logits and all
     lm_head.__dict__.pop("forward", None)  # an earlier mirror: start again from the class's own forward
-    transform = projection.HeadTransform.of(model.config.get_text_config().to_dict())
+    transform = logit_check.transform_of(model)
     status = _STATUS[lm_head] = HeadStatus(
         name=next(name for name, module in model.named_modules() if module is lm_head),
         mode="off" if head_dtype == "model" else "exact" if exact_head else "mirrored",
@@ -139,6 +141,7 @@ def mirror(model: nn.Module, *, head_dtype: str, chunk: int, keep_mib: int = 0) 
         status.calls += 1
         if tokens is None:
             return plain(hidden) if own else projection.project(hidden, weight_of(self), self.bias)
+        hidden = transform.hidden(hidden)  # as the model's own forward does before it calls this module
         given = scored(self, hidden, tokens, exact)
         if status.calls <= LOOKS and status.multiplied is None and (tokens.kept is None or len(given) == 3):
             over_all = given[0] if len(given) == 2 else given[0] + given[2].log_mass_BL.to(hidden.device)
@@ -181,7 +184,7 @@ def _look(
     status: HeadStatus,
     weight_VD: Tensor,
     bias_V: Tensor | None,
-    transform: projection.HeadTransform,
+    transform: HeadTransform,
     hidden_BLD: Tensor,
     tokens: Tokens,
     logprobs_BL: Tensor,

@@ -18,6 +18,7 @@ from torch import Tensor
 from rlalign import ranks
 from rlalign.config import AlgoConfig, TrainerConfig
 from rlalign.trainer import packed_attention
+from rlalign.trainer.checkpoint_names import as_checkpoint
 from rlalign.trainer.deepspeed_setup import (
     STATE_TAG,
     adamw,
@@ -161,11 +162,12 @@ class Policy:
         return found
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Hugging Face names and full tensors, a tied weight once: what the rollout engine must load. All ranks must iterate.
+        """A checkpoint's names and full tensors, a tied weight once: what the rollout engine must load. All ranks must iterate.
 
         With head_dtype=master the unrounded fp32 lm_head comes too, as MASTER_WEIGHT.
         """
-        yield from self._whole_weights()
+        whole = self._whole_weights()
+        yield from as_checkpoint(self.network, whole) if ranks.rank() == 0 else whole
         if self.head.master_VD is not None:
             yield MASTER_WEIGHT, self.head.master_VD
 

@@ -28,8 +28,9 @@ PROBLEMS_TOLD = 5
 class PublishReport:
     """What one publish moved and what the ranks said. bytes are those of the published tensors, once.
 
-    repaired: lm_heads re-packed because their kernel went on with an older weight. carry_seconds: until the last bucket was
-    taken; the rest is proof.
+    repaired: lm_heads and experts re-packed because their kernel went on with an older weight. proofs: how the first rank proved
+    its tensors: {"kernel": through a product, "bytes": all of them, "packed": as a fresh engine packs them}.
+    carry_seconds: until the last bucket was taken; the rest is proof.
     """
 
     version: int
@@ -38,6 +39,7 @@ class PublishReport:
     buckets: int
     ranks: int
     repaired: int
+    proofs: dict[str, int]
     rebuilds: int
     carry_seconds: float
     seconds: float
@@ -77,6 +79,7 @@ def publish(
         buckets=update.buckets,
         ranks=len(acks),
         repaired=sum(len(a["repaired"]) for a in acks),
+        proofs=acks[0].get("proofs", {}),
         rebuilds=max(a["rebuilds"] for a in acks),
         carry_seconds=carried,
         seconds=time.perf_counter() - started,

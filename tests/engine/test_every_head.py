@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as hf
 
-from rlalign.head.projection import HeadTransform
+from rlalign.head.transform import HeadTransform
 from rlalign.rollout.head.logits_processor import HeadMode
 from tests.engine.conftest import (
     PROMPTS,
@@ -115,7 +115,7 @@ def test_a_bf16_head_gives_float32_logits_with_bias_cap_and_scale(architecture, 
     folder, model = architecture
     llm = bare_engine(folder)
     hidden = torch.randn(20, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
-    lm_head, transform = model.get_output_embeddings(), HeadTransform.of(model.config.get_text_config().to_dict())
+    lm_head, transform = model.get_output_embeddings(), HeadTransform.of(model.config)
     weight = lm_head.weight.detach().bfloat16().double()
     exact = hidden.double() @ weight.t()
     if lm_head.bias is not None:

@@ -1,7 +1,7 @@
 """What a calibration is fitted on and applied to: batches of tokens, or of classes with a pooled hidden state.
 
 A fit takes a sequence of batches. A list keeps hidden states in memory; anything with `__len__` and `__getitem__` may
-make them when asked (model_batches.py runs the model again), so that no more than one batch exists at a time.
+make them when asked (`ModelBatches` runs the model again), so that no more than one batch exists at a time.
 
 B sequences, L padded length, N scored tokens or rows, D hidden, K classes.
 """
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rlalign.calibration.adaptive.sums import Facts, Projection, facts_of, rest_log_sum_exp
+from rlalign.head.transform import HeadTransform
 from rlalign.tasks.rows import cell, jsonl_rows
 
 if TYPE_CHECKING:
@@ -324,4 +325,5 @@ class ModelBatches(Sequence[TokenBatch]):
         present_BL = position_L < length_B[:, None]
         body = self._model.base_model(input_ids=ids_BL, attention_mask=present_BL.long(), use_cache=False)
         mask_BL = present_BL & (position_L >= start_B[:, None])
-        return TokenBatch(hidden=body.last_hidden_state, token_ids=ids_BL, mask=mask_BL, projection=self._projection)
+        hidden = HeadTransform.of(self._model.config).hidden(body.last_hidden_state)
+        return TokenBatch(hidden=hidden, token_ids=ids_BL, mask=mask_BL, projection=self._projection)

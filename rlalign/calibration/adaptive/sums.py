@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rlalign.head.projection import HeadTransform, check_operands, route
+from rlalign.head.projection import check_operands, route
+from rlalign.head.transform import HeadTransform
 from rlalign.logprobs.blocks import Tile, padded, token_tiles
 from rlalign.logprobs.forward import Problem, Transform
 
@@ -138,7 +139,7 @@ class Projection:
     @classmethod
     def of(cls, model: PreTrainedModel) -> Projection:
         """Of a transformers causal LM: Gemma's final_logit_softcapping, Cohere's logit_scale, Granite's logits_scaling."""
-        transform, head = HeadTransform.of(model.config.get_text_config().to_dict()), model.get_output_embeddings()
+        transform, head = HeadTransform.of(model.config), model.get_output_embeddings()
         if head is None:
             raise ValueError(f"{type(model).__name__} has no lm_head; load a causal language model")
         return cls(

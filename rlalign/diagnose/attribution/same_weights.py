@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rlalign.rollout.engine.embedded import VLLMEngine
+from rlalign.trainer.checkpoint_names import as_checkpoint
 
 SHOWN = 6  # names in a message
 
@@ -20,7 +21,9 @@ def require_same_weights(engine: VLLMEngine, network: nn.Module, shared: Path, *
     """
     with tempfile.TemporaryDirectory(prefix="rlalign-weights-", dir=shared) as folder:
         file = Path(folder) / "trainer.safetensors"
-        save_file({n: p.detach().cpu().contiguous() for n, p in network.named_parameters()}, file)
+        save_file(
+            {n: p.detach().cpu().contiguous() for n, p in as_checkpoint(network, network.named_parameters())}, file
+        )
         answers = engine.ask("rlalign_differing_weights", str(file))
     differ = sorted({name for answer in answers for name in answer["differ"]})
     unknown = sorted({name for answer in answers for name in answer["unknown"]})

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from rlalign.diagnose.attribution.mapping import LOGITS, ROUTER, ModelMap
 from rlalign.diagnose.attribution.trainer_side import visited
-from rlalign.head.projection import HeadTransform
+from rlalign.head.transform import HeadTransform
 from rlalign.rollout.worker.recording import LOGITS as LOGIT_ROWS
 from rlalign.rollout.worker.recording import TOKENS, Recorder, Recording
 from rlalign.types import RolloutBatch
@@ -79,7 +79,8 @@ def _record_part(side: Side, batch: RolloutBatch, first: int, recorder: Recorder
 def logits(side: Side, hidden_ND: Tensor) -> Tensor:
     """[N, V] as the trainer's head makes them, in float32; in wide arithmetic as the exact product."""
     head = side.network.get_output_embeddings()
-    transform = HeadTransform.of(side.network.config.get_text_config().to_dict())
+    transform = HeadTransform.of(side.network.config)
+    hidden_ND = transform.hidden(hidden_ND)
     if side.wide:
         return transform.apply(nn.functional.linear(hidden_ND, head.weight, head.bias))
     return transform.apply(head(hidden_ND)).float()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rlalign.config import RunConfig
-from rlalign.diagnose.doctor import claims, installation, live, machine, tokens
+from rlalign.diagnose.doctor import claims, family, installation, live, machine, tokens
 from rlalign.diagnose.doctor.check import Check, guarded
 from rlalign.tracking.stages import Stages
 
@@ -27,6 +27,7 @@ def _examined(config: RunConfig, say: Callable[[str], None]) -> list[Check]:
         *guarded("clock", lambda: machine.clock(config)),
         *guarded("head memory", lambda: machine.head_memory(config)),
         *guarded("checkpoint", lambda: claims.of_checkpoint(config)),
+        *guarded("family", lambda: family.of_checkpoint(config)),
         *guarded("bf16 products", lambda: machine.products(config)),
         *guarded("tokenizer", lambda: tokens.tokenizer(config)),
         *guarded("engine", lambda: live.engine_and_trainer(config, say)),

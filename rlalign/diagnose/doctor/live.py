@@ -13,9 +13,11 @@ from rlalign.diagnose.both_sides import sample, trainer_network, trainer_scores
 from rlalign.diagnose.doctor import tokens
 from rlalign.diagnose.doctor.check import Check, judged
 from rlalign.head import multiplied
+from rlalign.rollout.engine.arguments import caches_prefixes
 from rlalign.rollout.engine.surface import spec_of
 from rlalign.run.assembly import load_tokenizer, resolve_model, start_embedded
 from rlalign.trainer import head_isolation
+from rlalign.trainer.checkpoint_names import as_checkpoint
 from rlalign.types import RolloutBatch
 
 if TYPE_CHECKING:
@@ -56,7 +58,9 @@ def settings(engine: VLLMEngine, config: RunConfig) -> Iterator[Check]:
     """What the running engine says of itself, against what the run needs."""
     live = engine.settings()
     wanted = {"logprobs mode": "processed_logprobs", "body dtype": config.model.dtype.value}
-    wanted["prefix caching"] = str(config.rollout.prefix_caching)
+    wanted["prefix caching"] = str(
+        caches_prefixes(resolve_model(config.model.path, say=lambda _: None), config.rollout)
+    )
     wanted["tensor parallel"] = str(config.rollout.tensor_parallel_size)
     for name, value in live.items():
         if name in ("kv-cache dtype", "tied embeddings"):
@@ -112,7 +116,7 @@ def prefix_cache(engine: VLLMEngine, batch: RolloutBatch) -> Check:
 def _published(engine: VLLMEngine, network: nn.Module, config: RunConfig) -> Check:
     from rlalign.weights import MASTER_WEIGHT, publish
 
-    weights = [*network.named_parameters()]
+    weights = [*as_checkpoint(network, network.named_parameters())]
     if config.head_dtype is HeadDtype.master:  # a checkpoint has no unrounded head: its own values stand in
         weights.append((MASTER_WEIGHT, network.get_output_embeddings().weight.float()))
     published = publish(weights, 0, receiver=engine, shared=Path(config.weights.shared))

@@ -35,6 +35,7 @@ from rlalign.rollout.engine import noise_floor
 from rlalign.run.assembly import load_tokenizer, resolve_model
 from rlalign.tracking.stages import Stages
 from rlalign.trainer import head_isolation
+from rlalign.trainer.checkpoint_names import as_checkpoint
 from rlalign.types import Rollout, RolloutBatch, collate
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ class _Sides:
             return
         self.master_VD, source = unrounded(self.network, model)
         result["notes"] = [f"master head: {source}"]
-        weights = [*self.network.named_parameters(), (MASTER_WEIGHT, self.master_VD)]
+        weights = [*as_checkpoint(self.network, self.network.named_parameters()), (MASTER_WEIGHT, self.master_VD)]
         publish(weights, 0, receiver=self.engine, shared=Path(self.config.weights.shared))
 
     def every_pair(self, result: dict) -> None:

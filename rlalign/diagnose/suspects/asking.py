@@ -13,13 +13,17 @@ from rlalign.diagnose.both_sides import head_put_back
 from rlalign.diagnose.doctor import tokens
 from rlalign.diagnose.suspects.calling import FAR, NEAR, fitting_temperature
 from rlalign.diagnose.suspects.case import Case
+from rlalign.head.projection import project
+from rlalign.head.transform import HeadTransform
 from rlalign.mismatch.causes import Cause
 from rlalign.rollout.engine import noise_floor
-from rlalign.trainer import head_isolation
+from rlalign.trainer import head_isolation, logit_check
 from rlalign.trainer.head_mirror import mirror
 
 HEAD_ROUNDING = 1e-5  # nats between two float32 heads; a 16-bit one is a thousand times further
 ISOLATED_TOKENS = 256
+FACTOR_TOKENS = 32
+SLOPE = 1e-3  # of logits against logits: what rounding cannot do
 
 
 def causes(case: Case) -> list[Cause]:
@@ -57,12 +61,39 @@ def _heads(case: Case) -> Iterator[Cause]:
         f"on the same hidden states the engine's head is {apart['abs_mean']:.1e} nats from a {asked} one with the trainer's "
         f"weight, and {apart['rollout_error']:.1e} from float64"
     )
+    if factor := _logit_factor(case):
+        yield factor
+        return
     coarse = _isolated(case, "model")["abs_mean"]
     if coarse <= NEAR * apart["abs_mean"]:
         why += f"; from one in the body's dtype it is {coarse:.1e}"
         yield Cause("one-sided head", why, "rlalign parity", 0.95)
     else:
         yield Cause("head weight", why, "rlalign doctor (publishes and verifies every weight)", 0.8)
+
+
+def _logit_factor(case: Case) -> Cause | None:
+    """Do the engine's logits, on the same hidden states, lie on a line through the trainer's whose slope is not 1?"""
+    batch = case.batch
+    hidden_ND, _ = head_isolation.predicting(
+        case.hidden_BLD, batch.token_ids_BL, batch.loss_mask_BL, limit=FACTOR_TOKENS
+    )
+    weight_VD, transform = case.network.get_output_embeddings().weight, HeadTransform.of(case.network.config)
+    with torch.no_grad():
+        ours_NV = transform.apply(project(transform.hidden(hidden_ND), weight_VD)).double().cpu()
+    theirs_NV = head_isolation.engine_logits(case.engine, hidden_ND, case.shared).double()
+    ours_NV, theirs_NV = (x - x.mean(1, keepdim=True) for x in (ours_NV, theirs_NV[:, : ours_NV.shape[1]]))
+    slope = float((ours_NV * theirs_NV).sum() / ours_NV.square().sum())
+    away, left = float((theirs_NV - ours_NV).norm()), float((theirs_NV - slope * ours_NV).norm())
+    if abs(slope - 1) <= SLOPE or left > NEAR * away:
+        return None
+    likely = logit_check.likely_fields(case.network.config, slope)
+    field = f"; {' or '.join(likely)} of the configuration has that value" if likely else ""
+    why = (
+        f"on the same hidden states the engine's logits are {slope:.6g} times the trainer's, with {left / away:.0%} of the "
+        f"difference left{field}: one side reads a multiplier, a cap or a scale that the other does not"
+    )
+    return Cause("logit factor", why, "rlalign parity", 1.0)
 
 
 def _isolated(case: Case, head: str) -> dict[str, float]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from rlalign.diagnose.suspects.case import Case
 from rlalign.mismatch.causes import Cause
+from rlalign.trainer.checkpoint_names import as_checkpoint
 
 LAYER = re.compile(r"layers\.(\d+)\.")
 LORA = "lora_"
@@ -32,7 +33,7 @@ def _adapters(case: Case) -> Iterator[Cause]:
 def _weights(case: Case) -> Iterator[Cause]:
     from rlalign.rollout.engine import inspection
 
-    own = [(n, p) for n, p in case.network.named_parameters() if LORA not in n]
+    own = list(as_checkpoint(case.network, ((n, p) for n, p in case.network.named_parameters() if LORA not in n)))
     weights = own if case.weights is None else list(case.weights())
     by_rank = inspection.differing_weights(case.engine, weights, shared=Path(case.shared))
     wrong = {rank: lines for rank, lines in by_rank.items() if lines}

@@ -16,6 +16,7 @@ ENVIRONMENT = {  # read when vLLM and our plugin are imported; only for where th
     "VLLM_NO_USAGE_STATS": "1",
     YIELDING: "1",
 }
+STATE_FIELDS = ("mamba_", "ssm_", "state_size", "linear_conv_kernel_dim", "linear_key_head_dim")
 Arguments = dict[str, str | int | float | bool | dict[str, dict[str, str]] | None]
 
 
@@ -34,7 +35,7 @@ def engine_arguments(
         "tensor_parallel_size": config.tensor_parallel_size,
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "enforce_eager": config.enforce_eager,
-        "enable_prefix_caching": config.prefix_caching,
+        "enable_prefix_caching": caches_prefixes(model, config),
         "logprobs_mode": "processed_logprobs",
         "max_logprobs": max(20, captured_ids(config)),
         "worker_extension_cls": "rlalign.rollout.worker.extension.WorkerExtension",
@@ -52,6 +53,22 @@ def _must_not_chunk(config: RolloutConfig) -> bool:
     import torch
 
     return not torch.cuda.is_available() and not 0 < config.max_num_batched_tokens < config.max_model_len
+
+
+def caches_prefixes(model: Path, config: RolloutConfig) -> bool:
+    """rollout.prefix_caching, except for state-space and linear-attention layers where prefills are not chunked.
+
+    vLLM 0.32 caches prefixes of such a model only with chunked prefills, which a CPU engine does without (`_must_not_chunk`), and
+    would not start. The cache saves time; no number depends on it.
+    """
+    return config.prefix_caching and not (_must_not_chunk(config) and _keeps_state(model))
+
+
+def _keeps_state(model: Path) -> bool:
+    file = model / "config.json"
+    about = json.loads(file.read_text()) if file.is_file() else {}
+    fields = about.get("text_config", about)
+    return any(name.startswith(STATE_FIELDS) for name in fields)
 
 
 def as_options(arguments: Arguments) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 EMBEDDED_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"} | ENVIRONMENT
 
 
+log = logging.getLogger("rlalign.rollout")
+
+
 class VLLMEngine:
     """One vLLM engine with rlalign's head. Refuses to generate while its weights are in doubt."""
 
@@ -48,7 +52,8 @@ class VLLMEngine:
 
         dtype: "bfloat16" or "float32", the model's body. exact: computing as `rlalign.head.exact` does, its float32 head included.
         steady: linear layers add in one order (`rlalign.rollout.worker.steady_layers`), as a mirrored trainer's do.
-        beside_training: in a process of its own, so that `generate` can run in a thread meanwhile.
+        beside_training: in a process of its own, so that `generate` can run in a thread meanwhile. It gets one in any case where
+        vLLM serves the model through transformers' own classes.
         Raises RuntimeError when the handshake fails.
         """
         handshake.preflight()
@@ -59,7 +64,11 @@ class VLLMEngine:
         self._processes = own_process.EngineProcesses()
         # A process has one process group: the trainer's is larger than vLLM's, which inside it would wait for ranks that
         # never come.
-        with self._processes.starting(beside_training or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if not (apart := beside_training or several) and (reason := own_process.needed_for(model)):
+            log.info("the rollout engine gets a process of its own: %s, which would be the trainer's too", reason)
+            apart = True
+        with self._processes.starting(apart):
             self._llm = _start(arguments, engine_environment(config), exact=exact, steady=steady)
         self._core = core_of(self._llm.get_tokenizer())
         self._reports_spans = has_output_spans(self.version)

@@ -6,6 +6,7 @@ for ever. So the wait happens in a thread that may be left behind, and the calle
 
 from __future__ import annotations
 
+import json
 import multiprocessing.connection
 import os
 import signal
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from rlalign.exits import Lost
@@ -28,6 +30,29 @@ LOOK_S = 0.5  # seconds between two looks at the processes
 GRACE_S = 10.0  # between asking an orphan to end and ending it
 FOLLOWS = "RLALIGN_ENGINE_ENDS_WITH"  # the pid of the trainer
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+
+
+def needed_for(model: Path) -> str | None:
+    """Why an engine of this model folder may not share the trainer's process; None where it may.
+
+    vLLM serves some architectures through transformers' own classes (its module `models.transformers`) and decorates them for the
+    whole process: a trainer's model built there afterwards would be a decorated one, which fails outside of an engine.
+    """
+    from vllm.model_executor.models import ModelRegistry
+
+    file = model / "config.json"
+    if not file.is_file():
+        return None
+    names = json.loads(file.read_text()).get("architectures") or []
+    known = {
+        name: str(getattr(ModelRegistry.models[name], "module_name", ""))
+        for name in names
+        if name in ModelRegistry.models
+    }
+    if names and not known:
+        return f"vLLM has no model of its own for {', '.join(names)} and serves it through transformers' classes"
+    through = [name for name, module in known.items() if "models.transformers" in module]
+    return f"vLLM serves {', '.join(through)} through transformers' classes" if through else None
 
 
 class EngineProcesses:

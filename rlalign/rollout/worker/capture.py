@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from vllm.config import CompilationMode
+from vllm.config import CompilationMode, set_current_vllm_config
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -23,6 +23,7 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from rlalign.rollout.worker import readback
+from rlalign.rollout.worker.load_record import dry_record
 from rlalign.rollout.worker.recording import LOGITS, UNKNOWN, Recorder, Tap
 
 if TYPE_CHECKING:
@@ -145,15 +146,16 @@ class CaptureExtension:
 
     def rlalign_differing_weights(self, file: str) -> dict[str, list[str]]:
         """Tensors of a safetensors file by name: those that this rank does not compute with, and the unknown to it."""
-        model, differ, unknown = self.get_model(), [], []
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                place = readback.locate(model, name)
-                if place is None:
-                    unknown.append(name)
-                elif not readback.landed(place, tensors.get_tensor(name), offset=0):
-                    differ.append(name)
+        differ, unknown = self._rlalign_not_held(file, offset=0)
         return {"differ": differ, "unknown": unknown}
+
+    def _rlalign_not_held(self, file: str, offset: int) -> tuple[list[str], list[str]]:
+        """Names of a safetensors file whose tensors this rank does not compute with, and those that the engine has no place for."""
+        with safe_open(file, framework="pt") as tensors, set_current_vllm_config(self.vllm_config):
+            weights = ((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118 (not a mapping)
+            record, unknown = dry_record(self.get_model(), weights, offset=offset)
+        differ, _ = readback.differing(record.expected)
+        return [*record.foreign, *differ], unknown + record.ignored
 
     def rlalign_constants(self) -> dict[str, object]:
         """What no publish carries: "epsilons" {norm: value}, and "frequencies" that positions are rotated by."""

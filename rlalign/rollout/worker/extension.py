@@ -119,14 +119,9 @@ class WorkerExtension(CaptureExtension, IdentityExtension, ReceivingExtension):
 
     def rlalign_unlanded(self, file: str) -> dict[str, object]:
         """Weights of a safetensors file that this rank does not compute with; nothing is loaded or repaired."""
-        model, problems = self.get_model(), []
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                place = readback.locate(model, name)
-                if place is None:
-                    problems.append(f"{name}: no such weight in vLLM's {type(model).__name__}")
-                elif not readback.landed(place, tensors.get_tensor(name), offset=self.rlalign_version):
-                    problems.append(f"{name}: the engine computes with something else")
+        differ, unknown = self._rlalign_not_held(file, self.rlalign_version)
+        problems = [f"{name}: no such weight in vLLM's {type(self.get_model()).__name__}" for name in unknown]
+        problems += [f"{name}: the engine computes with something else" for name in differ]
         problems += self._rlalign_head_problems(self.rlalign_version) + self._rlalign_copy_problems()
         return {"rank": self.rank, "problems": problems}
 

@@ -1,54 +1,37 @@
-"""Read back what the engine computes with, and compare it with what was published.
+"""Read back what the engine computes with, and compare it with what its own loader made of the published tensors.
 
 A parameter that holds the new bytes proves little: on CPU vLLM multiplies by a packed copy, empties the parameter, and leaves
 some packed copies stale (a tied lm_head after `reload_weights`). So linear layers are asked through their own kernel:
-one-hot inputs make a matrix product return columns of the weight exactly, in any dtype and from any packing.
+one-hot inputs make a matrix product return columns of the weight exactly, in any dtype and from any packing. What a layer packs
+into its own parameter (experts, convolutions of state-space layers) is compared with the same packing of fresh weights, and
+everything else by all its bytes.
 
 Suffixes: R rows (output features) of this rank, C columns (input features) of this rank, K sampled columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from inspect import BoundArguments
+from typing import TYPE_CHECKING
 
 import blake3
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor, to_meta_tensor
 
 from rlalign.weights import digest
 
+if TYPE_CHECKING:
+    from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
+
 SAMPLED_COLUMNS = 16  # of every row, others at every version: the price of the proof is a product with this many rows
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a published tensor lives in the engine: a module, its parameter, and which of its fused parts."""
-
-    module: nn.Module
-    parameter: str
-    part: int | None
-
-
-def locate(model: nn.Module, name: str) -> Place | None:
-    """Find a checkpoint name in vLLM's module tree, through fused projections. None when the name is unknown to it."""
-    path, _, parameter = name.rpartition(".")
-    if (module := _module(model, path)) is not None:
-        return Place(module, parameter, None)
-    parent, _, leaf = path.rpartition(".")
-    for fused, parts in model.packed_modules_mapping.items():
-        if leaf in parts and (module := _module(model, f"{parent}.{fused}")) is not None:
-            return Place(module, parameter, parts.index(leaf))
-    return None
-
-
-def _module(model: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return None
+KERNEL, PACKED, BYTES = "kernel", "packed", "bytes"  # how a tensor is proved
 
 
 def find_head(model: nn.Module) -> tuple[str, VocabParallelEmbedding]:
@@ -73,75 +56,176 @@ def vocabulary_shard(lm_head: VocabParallelEmbedding, full_VD: Tensor) -> Tensor
     return shard_VD
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Expected:
-    """What must be found at a place after a publish: all that is kept of a published tensor, on this rank.
+    """What a parameter of this rank must be found to compute with after a load: all that is kept of the published tensors.
 
-    A linear layer's weight by sampled columns of every row (its kernel gives back no more at a bearable price), everything else,
-    which the engine holds as it was loaded, by the digest of all its bytes.
+    place: the parameter's name in the engine. owners: the published tensors in it, with the rows each of them wrote (None: all).
+    whole: no element was left unwritten, padding aside. Proved through the kernel by `sample_KR` (NaN: unwritten), or by `digest`
+    of the parameter's bytes; with padding that nobody wrote by `values` (NaN there). packed: the parameter as a fresh engine
+    would pack it, until the live one has been compared with it.
     """
 
-    name: str
-    place: Place
-    rows: slice
-    columns_K: Tensor | None
-    sample_KR: Tensor | None
-    digest: str
+    place: str
+    module: nn.Module
+    parameter: str
+    owners: list[tuple[str, Tensor | None]]
+    whole: bool = True
+    proof: str = BYTES
+    columns_K: Tensor | None = None
+    sample_KR: Tensor | None = None
+    values: Tensor | None = None
+    digest: str = ""
+    packed: Tensor | None = None
 
 
-def expect(name: str, place: Place, published: Tensor, *, offset: int, sent: str = "") -> Expected:
-    """What this rank must compute with once `published` (the full tensor, all ranks) has been loaded at `place`.
+class Twin:
+    """A layer with the same parameters in fresh memory, to which the engine's loaders are applied."""
 
-    offset shifts the sampled columns, so that successive publishes visit all of them. Every row is always compared.
-    sent: the digest of the full tensor, where it is known.
+    def __init__(self, layer: nn.Module, name: str, info: LayerReloadingInfo, offset: int) -> None:
+        self.layer, self.name, self.offset = layer, name, offset
+        self.twin = copy.copy(layer)
+        self.twin.__dict__ = dict(layer.__dict__)
+        self.twin._parameters, self.twin._buffers = dict(layer._parameters), dict(layer._buffers)
+        self._device = info.restore_device
+        self._written: dict[str, list[tuple[str, Tensor | None]]] = {}
+        self._columns: dict[str, Tensor] = {}
+
+    def load(self, parameter: str, args: BoundArguments, loader_of: Callable, owner: str) -> None:
+        """Apply one call of a loader."""
+        if parameter not in self._written:
+            self._materialize(parameter)
+            self._written[parameter] = []
+        tensor, columns_K = getattr(self.twin, parameter), self._columns.get(parameter)
+        before_R = None if columns_K is None else tensor[:, columns_K[0]].isnan()
+        given, args.arguments["param"] = args.arguments["param"], tensor
+        loader_of(tensor)(*args.args, **args.kwargs)
+        args.arguments["param"] = given
+        rows = None if before_R is None else before_R & ~tensor[:, columns_K[0]].isnan()
+        self._written[parameter].append((owner, rows))
+
+    def expected(self) -> list[Expected]:
+        """What the live layer must compute with, by parameter."""
+        whole = {name: not self._unwritten(name).any() for name in self._written}
+        plain = {name: getattr(self.twin, name) for name in self._written}
+        packs = self._packs()
+        found = [self._sampled(name, whole[name]) for name in self._columns]
+        rest = [name for name in self._written if name not in self._columns]
+        if packs and rest:
+            self._pack()
+        for name in rest:
+            value = getattr(self.twin, name).data
+            e = Expected(f"{self.name}.{name}", self.layer, name, self._owners(name), whole[name])
+            if packs:
+                e.proof, e.packed = PACKED, value
+            if whole[name]:
+                e.digest = digest(value)
+            else:
+                e.values, e.whole = value, self._only_padding(name, plain[name])
+            found.append(e)
+        return found
+
+    def _materialize(self, parameter: str) -> None:
+        """Fresh memory for the parameter, with a mark wherever a loader will not have written."""
+        current = getattr(self.layer, parameter)
+        meta = current if current.is_meta else meta_like(current)
+        with self._device:
+            fresh = materialize_meta_tensor(meta)
+        own = self.twin._parameters if parameter in self.twin._parameters else self.twin._buffers
+        own[parameter] = fresh
+        if _through_a_product(self.layer, parameter, fresh):
+            columns_K = self._columns[parameter] = _columns(fresh.shape[1], self.offset)
+            fresh.data[:, columns_K] = torch.nan
+        elif fresh.is_floating_point() and fresh.dtype.itemsize > 1:
+            fresh.data.fill_(torch.nan)
+
+    def _unwritten(self, parameter: str) -> Tensor:
+        tensor, columns_K = getattr(self.twin, parameter), self._columns.get(parameter)
+        return (tensor if columns_K is None else tensor[:, columns_K]).isnan()
+
+    def _only_padding(self, parameter: str, loaded: Tensor) -> bool:
+        """True where the elements that nobody wrote are those that vLLM says no checkpoint has."""
+        wanted = getattr(loaded, "weight_loader_numel", loaded.numel())
+        return int((~loaded.isnan()).sum()) >= wanted
+
+    def _sampled(self, name: str, whole: bool) -> Expected:
+        columns_K = self._columns[name]
+        sample_KR = getattr(self.twin, name).data[:, columns_K].t().contiguous()
+        place = f"{self.name}.{name}"
+        return Expected(place, self.layer, name, self._written[name], whole, KERNEL, columns_K, sample_KR)
+
+    def _owners(self, name: str) -> list[tuple[str, Tensor | None]]:
+        return list(dict.fromkeys(self._written[name]))
+
+    def _packs(self) -> bool:
+        """True for a layer that turns its loaded parameters into its kernel's own form, in the parameters themselves."""
+        method = getattr(self.layer, "quant_method", None)
+        if not isinstance(method, QuantizeMethodBase) or isinstance(self.layer, VocabParallelEmbedding):
+            return False
+        return not isinstance(self.layer, LinearBase) or ("weight" in self._written and "weight" not in self._columns)
+
+    def _pack(self) -> None:
+        """As at a fresh start: experts build their kernel and pack for it only the first time (vLLM 0.32 on CPU)."""
+        method = copy.copy(self.layer.quant_method)
+        if hasattr(method, "moe_kernel"):
+            method.moe_kernel = None
+        self.twin.__dict__.pop("_already_called_process_weights_after_loading", None)
+        self.twin.quant_method = method
+        method.process_weights_after_loading(self.twin)
+
+
+def meta_like(tensor: Tensor) -> Tensor:
+    """Its shape, dtype, class and loader, without its data."""
+    return to_meta_tensor(tensor)
+
+
+def repack(expected: Expected) -> bool:
+    """Give the live parameter a fresh engine's packing where vLLM's reload left another. True when that was needed.
+
+    vLLM 0.32 on CPU packs experts at start-up only: after a reload their kernel reads unpacked weights as packed ones.
     """
-    module, shard, rows = place.module, published, slice(None)
-    if isinstance(module, LinearBase):
-        shard, rows = _shard(
-            module, published, place.part
-        )  # of a weight, or of a bias, sharded like the rows of its weight
-        if place.parameter == "weight":
-            columns_K = _columns(shard.shape[1], offset)
-            return Expected(name, place, rows, columns_K, shard[:, columns_K].t().contiguous(), "")
-    elif isinstance(module, VocabParallelEmbedding) and place.parameter == "weight":
-        first, last = module.shard_indices.org_vocab_start_index, module.shard_indices.org_vocab_end_index
-        shard, rows = published[first:last], slice(last - first)
-    whole = sent and shard.shape == published.shape
-    return Expected(name, place, rows, None, None, sent if whole else digest(shard))
+    live = getattr(expected.module, expected.parameter)
+    if live.shape == expected.packed.shape and not _differs(live, expected.packed):
+        return False
+    if live.shape == expected.packed.shape:
+        live.data.copy_(expected.packed)  # where graphs may have captured its address
+    else:
+        live.data = expected.packed.clone()
+    return True
 
 
 def differing(expected: Iterable[Expected]) -> tuple[list[str], str]:
-    """Names of the tensors that the engine does not compute with, and one digest of what it does compute with at all places.
+    """Published tensors that the engine does not compute with, and one digest of what it does compute with at all places.
 
     The digest is the same on every engine with the same shard, weights and offset.
     """
     names, found = [], []
-    through: tuple[Place, Tensor] | None = None  # parts of a fused projection share one pass through its kernel
     for e in expected:
         if e.sample_KR is not None:
-            if through is None or through[0].module is not e.place.module:
-                through = e.place, _through_kernel(e.place.module, e.columns_K) + 0  # a product may return -0.0 as 0.0
-            held = through[1][:, e.rows].to(e.sample_KR.device)
-            same, seen = torch.equal(held, e.sample_KR), digest(held)
+            held_KR = _through_kernel(e.module, e.columns_K, e.sample_KR.shape[1]).to(e.sample_KR.device)
+            held_KR = torch.where(e.sample_KR.isnan(), 0, held_KR + 0)  # a product may return -0.0 as 0.0
+            wrong_R = (held_KR != e.sample_KR.nan_to_num(0.0)).any(0)
+            seen, wrong = digest(held_KR), bool(wrong_R.any())
+            names += [owner for owner, rows_R in e.owners if wrong_R[rows_R].any()]
         else:
-            parameter = e.place.module.get_parameter(e.place.parameter)
-            seen = digest(parameter[e.rows] if parameter.ndim else parameter)
-            same = seen == e.digest
-        found.append(f"{e.name} {seen}")
-        if not same:
-            names.append(e.name)
-    return names, blake3.blake3("\n".join(found).encode()).hexdigest(length=16)
-
-
-def landed(place: Place, published: Tensor, *, offset: int) -> bool:
-    """True when the engine computes with `published` (the full tensor, all ranks) at this place on this rank."""
-    return not differing([expect("", place, published, offset=offset)])[0]
+            live = getattr(e.module, e.parameter).data
+            if e.values is not None:
+                wrong = live.shape != e.values.shape or _differs(live, e.values)
+                live = torch.where(e.values.isnan(), 0, live) if live.shape == e.values.shape else live
+                seen = digest(live)
+            else:
+                seen = digest(live)
+                wrong = seen != e.digest
+            names += [owner for owner, _ in e.owners] if wrong else []
+        found.append(f"{e.place} {seen}")
+    return list(dict.fromkeys(names)), blake3.blake3("\n".join(sorted(found)).encode()).hexdigest(length=16)
 
 
 def head_is_stale(lm_head: VocabParallelEmbedding, *, offset: int) -> bool:
     """True when the kernel behind vLLM's own lm_head projects with something other than `lm_head.weight`."""
     columns = _columns(lm_head.weight.shape[1], offset)
-    return not torch.equal(_through_kernel(lm_head, columns), lm_head.weight[:, columns].t())
+    held_KR = _through_kernel(lm_head, columns, lm_head.weight.shape[0])
+    return not torch.equal(held_KR, lm_head.weight[:, columns].t())
 
 
 def _columns(count: int, offset: int) -> Tensor:
@@ -149,30 +233,25 @@ def _columns(count: int, offset: int) -> Tensor:
     return torch.arange(offset % stride, count, stride)
 
 
-def _through_kernel(module: nn.Module, columns_K: Tensor) -> Tensor:
+def _through_kernel(module: nn.Module, columns_K: Tensor, rows: int) -> Tensor:
     """[K, R]: the sampled columns of the weight that the module's kernel multiplies by; no bias, no all-reduce."""
-    one_hot_KC = torch.zeros(
-        len(columns_K), _input_size(module), dtype=module.params_dtype, device=module.weight.device
-    )
+    size = module.embedding_dim if isinstance(module, VocabParallelEmbedding) else _input_size(module)
+    one_hot_KC = torch.zeros(len(columns_K), size, dtype=module.params_dtype, device=module.weight.device)
     one_hot_KC[torch.arange(len(columns_K)), columns_K] = 1.0
     with torch.inference_mode():
-        return module.quant_method.apply(module, one_hot_KC, bias=None)
+        return module.quant_method.apply(module, one_hot_KC, bias=None)[:, :rows]
 
 
-def _input_size(module: nn.Module) -> int:
-    return module.input_size_per_partition if isinstance(module, LinearBase) else module.embedding_dim
+def _input_size(module: LinearBase) -> int:
+    """Input features on this rank; a replicated layer has them all."""
+    return getattr(module, "input_size_per_partition", module.input_size)
 
 
-def _shard(module: LinearBase, published: Tensor, part: int | None) -> tuple[Tensor, slice]:
-    """This rank's piece of the published tensor, and the rows of the module it belongs to."""
-    if isinstance(module, RowParallelLinear):
-        if published.ndim == 1:
-            return published, slice(None)
-        width = module.input_size_per_partition
-        return published.narrow(1, module.tp_rank * width, width), slice(None)
-    sizes = module.output_partition_sizes if part is not None else [sum(module.output_partition_sizes)]
-    size, before = sizes[part or 0], sum(sizes[: part or 0])
-    shards = published.shape[0] // size  # fewer than tp_size when key/value heads are replicated
-    ranks_per_shard = max(1, module.tp_size // shards)
-    start = (module.tp_rank // ranks_per_shard) * size
-    return published.narrow(0, start, size), slice(before, before + size)
+def _through_a_product(layer: nn.Module, parameter: str, tensor: Tensor) -> bool:
+    return isinstance(layer, LinearBase) and parameter == "weight" and tensor.ndim == 2 and tensor.is_floating_point()
+
+
+def _differs(live: Tensor, wanted: Tensor) -> bool:
+    """Whether bytes differ where the wanted ones are known (not NaN)."""
+    known = ~wanted.isnan()
+    return not torch.equal(live[known], wanted[known])

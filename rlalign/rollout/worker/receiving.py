@@ -26,6 +26,7 @@ from rlalign.head.cache import Epoch
 from rlalign.rollout import versions
 from rlalign.rollout.head.logits_processor import CACHE
 from rlalign.rollout.worker import readback
+from rlalign.rollout.worker.load_record import LoadRecord
 from rlalign.weights import MASTER_WEIGHT, digest
 from rlalign.weights.bucket import Entry
 from rlalign.weights.file_transport import greet, read
@@ -43,11 +44,12 @@ class Update:
     after_failure: bool  # the last one did not end well: only all weights together make this worker sound again
     rebuilds: int
     started: float
+    record: LoadRecord  # of what vLLM's own loaders make of the weights
     open: bool = True  # wire: vLLM's session is
     broken: bool = False  # no more buckets: some of one was lost
     tensors: int = 0
     bytes: int = 0
-    expected: list[readback.Expected] = field(default_factory=list)
+    sent: dict[str, str] = field(default_factory=dict)  # {name: digest} of what went to the loaders
     master_VD: torch.Tensor | None = None  # this rank's rows
 
 
@@ -121,7 +123,9 @@ class ReceivingExtension:
                 self.start_weight_update()
             else:
                 initialize_layerwise_reload(self.get_model())
-        self.rlalign_update = Update(told["version"], wire, torn, CACHE.rebuilds, time.perf_counter())
+        record = LoadRecord(self.get_model(), told["version"])
+        self.rlalign_update = Update(told["version"], wire, torn, CACHE.rebuilds, time.perf_counter(), record)
+        record.watch()
         return {}
 
     @answering
@@ -152,8 +156,12 @@ class ReceivingExtension:
         version = update.version
         self._rlalign_close()
         repaired, problems = self._rlalign_repair_head(version)
-        differ, fingerprint = readback.differing(update.expected)
-        problems += [f"{name}: the engine computes with something else" for name in differ]
+        record = update.record
+        differ, fingerprint = readback.differing(record.expected)
+        problems += [
+            f"{name}: the engine computes with something else" for name in differ if name not in record.foreign
+        ]
+        problems += record.problems(update.sent)
         problems += self._rlalign_take_master(update.master_VD) + self._rlalign_copy_problems()
         if told["whole"] or update.after_failure:
             problems += self._rlalign_missing(update)
@@ -162,7 +170,8 @@ class ReceivingExtension:
             "version": version,
             "tensors": update.tensors,
             "bytes": update.bytes,
-            "repaired": repaired,
+            "repaired": repaired + record.repaired,
+            "proofs": record.proofs(),
             "problems": problems,
             "fingerprint": fingerprint,
             "rebuilds": CACHE.rebuilds - update.rebuilds,
@@ -185,11 +194,14 @@ class ReceivingExtension:
         update, self.rlalign_update = self.rlalign_update, None
         if update is None:
             return
-        with set_current_vllm_config(self.vllm_config):
-            if update.wire and update.open:
-                self.finish_weight_update()
-            else:
-                finalize_layerwise_reload(self.get_model(), self.model_config)
+        try:
+            with set_current_vllm_config(self.vllm_config):
+                if update.wire and update.open:
+                    self.finish_weight_update()
+                else:
+                    finalize_layerwise_reload(self.get_model(), self.model_config)
+        finally:
+            update.record.release()
         self.model_runner.reset_encoder_cache()
         self.model_runner.reset_mm_cache()
         if versions.keeps_lora_state(vllm.__version__):
@@ -201,15 +213,15 @@ class ReceivingExtension:
         """Inside, whatever is loaded into the model passes by `_note`: also what vLLM's own engines receive."""
         model = self.get_model()
         load = model.load_weights
-        model.load_weights = lambda weights: load(self._rlalign_note(update, entries, weights))
+        model.load_weights = lambda weights: update.record.load(load, self._rlalign_note(update, entries, weights))
         try:
             yield
         finally:
             del model.load_weights  # the instance's; the class's own shows again
 
     def _rlalign_note(self, update: Update, entries: list[Entry], weights: Weights) -> Weights:
-        """Pass weights on, keeping what their read-back will need. Raises where one is not what was sent, or not the model's."""
-        model, sent = self.get_model(), {entry.name: entry.digest for entry in entries}
+        """Pass weights on, counted; the unrounded head stays here. Raises where one is not what was sent."""
+        sent = {entry.name: entry.digest for entry in entries}
         for name, tensor in weights:
             if update.wire and digest(tensor) != sent[name]:  # a file is checked whole, before any of it is loaded
                 raise RuntimeError(f"{name}: its bytes are not those that were sent")
@@ -218,23 +230,14 @@ class ReceivingExtension:
             if name == MASTER_WEIGHT:
                 update.master_VD = readback.vocabulary_shard(self._rlalign_named_head()[1], tensor)
                 continue
-            place = readback.locate(model, name)
-            if place is None:
-                raise ValueError(f"{name}: no such weight in vLLM's {type(model).__name__}")
-            update.expected.append(readback.expect(name, place, tensor, offset=update.version, sent=sent[name]))
+            update.sent[name] = sent[name]
             yield name, tensor
 
     def _rlalign_missing(self, update: Update) -> list[str]:
         """What of the model no bucket of this update brought, though all of it was needed."""
-        model = self.get_model()
-        came: dict[tuple[int, str], set[int | None]] = {}
-        for place in (e.place for e in update.expected):
-            came.setdefault((id(place.module), place.parameter), set()).add(place.part)
-        missing = []
-        for name, _ in model.named_parameters():
-            path, _, parameter = name.rpartition(".")
-            parts = came.get((id(model.get_submodule(path)), parameter), set())
-            wanted = model.packed_modules_mapping.get(path.rpartition(".")[2], [name])
-            if not parts or (None not in parts and len(parts) < len(wanted)):
-                missing.append(f"{name}: not published, and this worker's own is not to be trusted")
-        return missing
+        came = {id(getattr(e.module, e.parameter)) for e in update.record.expected}
+        return [
+            f"{name}: not published, and this worker's own is not to be trusted"
+            for name, parameter in self.get_model().named_parameters()
+            if id(parameter) not in came
+        ]

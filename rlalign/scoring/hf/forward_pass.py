@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlalign.head import projection
+from rlalign.head.transform import HeadTransform
 from rlalign.scoring.hf.item_packing import Row, row_batch
 
 if TYPE_CHECKING:
@@ -52,9 +53,9 @@ def score_logits(loaded: LoadedModel, states_ND: Tensor) -> Tensor:
 
 def vocabulary_logits(loaded: LoadedModel, states_ND: Tensor) -> Tensor:
     """float32 logits [N, V] of a causal LM, with the cap or scale that its config states."""
+    transform = HeadTransform.of(loaded.config)
     with torch.inference_mode():
-        logits_NV = projection.project(states_ND, loaded.head.weight, loaded.head.bias)
-    transform = projection.HeadTransform.of(loaded.config.get_text_config().to_dict())
+        logits_NV = projection.project(transform.hidden(states_ND), loaded.head.weight, loaded.head.bias)
     return transform.apply_as_transformers(logits_NV)
 
 

@@ -1,0 +1,56 @@
+"""`rlalign families`: options, the table, the exit status."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rlalign.diagnose.families.cell import Cell
+
+ALL = ("head", "load", "score", "publish", "bfloat16", "bfloat16 publish", "train", "attribute")
+CHEAP = ALL[:-2]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Which families, which cells, where the table goes."""
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="families (default: all)")
+    add("--list", action="store_true", help="print their names and end")
+    add(
+        "--cells",
+        default=",".join(CHEAP),
+        metavar="A,B",
+        help=f"of {', '.join(ALL)} (default: without {', '.join(ALL[-2:])})",
+    )
+    add("--timeout", type=float, default=600.0, metavar="S", help="of one process (default %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write the table as JSON; families that it holds already are kept")
+    add("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code 1 when a cell failed; one that is refused by name is an answer."""
+    from rlalign.diagnose.families import cell, matrix, recipes
+
+    families = recipes.named(arguments.names)
+    if arguments.list:
+        print("\n".join(families))
+        return 0
+    columns = arguments.cells.split(",")
+    if unknown := set(columns) - set(ALL):
+        raise ValueError(f"--cells: unknown {', '.join(sorted(unknown))}; there are {', '.join(ALL)}")
+    table = cell.read(arguments.json) if arguments.json else {}
+
+    def done(name: str, cells: dict[str, Cell]) -> None:
+        table[name] = table.get(name, {}) | cells
+        print(f"{name}: {'; '.join(f'{c} {found.state} {found.found}' for c, found in cells.items())}", flush=True)
+        if arguments.json:
+            cell.write(table, arguments.json)
+
+    found = matrix.examine(families, columns, timeout_s=arguments.timeout, say=done)
+    ordered = {name: table[name] for name in recipes.RECIPES if name in table}
+    if arguments.markdown:
+        arguments.markdown.write_text(cell.as_markdown(ordered) + "\n")
+    print(cell.as_markdown({name: ordered[name] for name in found}))
+    return 1 if any(c.state == cell.FAILED for cells in found.values() for c in cells.values()) else 0

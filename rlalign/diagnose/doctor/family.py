@@ -1,0 +1,37 @@
+"""What was measured on a tiny model of this checkpoint's family (`rlalign families`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from rlalign.config import RunConfig
+from rlalign.diagnose.doctor.check import Check
+from rlalign.diagnose.families import cell
+from rlalign.diagnose.families.recipes import RECIPES
+from rlalign.run.assembly import resolve_model
+
+TABLE = Path(cell.__file__).with_name("table.json")  # by `rlalign families --json`, on the versions that it names
+
+
+def of_checkpoint(config: RunConfig) -> Iterator[Check]:
+    """One line about the family; a cell of it that is not sound is unknown for this model, and said."""
+    about = json.loads((resolve_model(config.model.path, say=lambda _: None) / "config.json").read_text())
+    yield judged_family(str(about.get("text_config", about).get("model_type", "")), cell.read(TABLE))
+
+
+def judged_family(model_type: str, table: dict[str, dict[str, cell.Cell]]) -> Check:
+    """From the rows of this model type."""
+    rows = {name: table[name] for name, recipe in RECIPES.items() if recipe.model_type == model_type and name in table}
+    if not rows:
+        found = (
+            f"{model_type}: no tiny model of it was measured; `rlalign doctor` and `rlalign parity` measure this one"
+        )
+        return Check("family", "unknown", found)
+    ((name, cells),) = rows.items()
+    unsound = [f"{column}: {c.state}, {c.found}" for column, c in cells.items() if c.state != cell.OK]
+    sound = ", ".join(f"{column} {c.found.split(';')[0]}".strip() for column, c in cells.items() if c.state == cell.OK)
+    if unsound:
+        return Check("family", "unknown", f"{name} on a tiny model: {'; '.join(unsound)}", f"rlalign families {name}")
+    return Check("family", "ok", f"{name} on a tiny model: {sound}")

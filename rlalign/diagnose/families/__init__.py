@@ -1,0 +1,1 @@
+"""Which model families work, found out on tiny random models of each: `rlalign families`."""

@@ -1,0 +1,102 @@
+"""Families whose weights the engine keeps in another form than the trainer: what was published is what it computes with."""
+
+import json
+
+import pytest
+import torch
+
+from rlalign.diagnose.families import building, recipes
+from rlalign.rollout.engine import own_process
+from rlalign.rollout.worker import readback
+from rlalign.trainer.checkpoint_names import as_checkpoint
+from rlalign.weights import publish
+from tests.engine.conftest import start, worker_of
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """A mixture of experts: (folder, engine in float32)."""
+    folder = building.build(recipes.RECIPES["qwen3-moe"], tmp_path_factory.mktemp("families") / "qwen3-moe")
+    engine = start(folder, dtype="float32")
+    yield folder, engine
+    engine.close()
+
+
+def published(folder, engine, tmp_path, *, version, seed):
+    model = building.perturbed(folder, seed=seed, dtype="float32")
+    return model, publish(as_checkpoint(model, model.named_parameters()), version, receiver=engine, shared=tmp_path)
+
+
+def apart(engine, model) -> float:
+    sequences = building.probes()
+    scores = torch.tensor(engine.score(sequences), dtype=torch.float64)
+    return float((scores - building.reference(model, sequences)).abs().max())
+
+
+def experts_of(engine):
+    modules = worker_of(engine._llm).get_model().named_modules()
+    return next(m for _, m in modules if hasattr(m, "w13_weight"))
+
+
+def test_a_mixture_is_published_and_equals_transformers(experts, tmp_path):
+    folder, engine = experts
+    for version, seed in ((1, 1), (2, 2)):
+        model, report = published(folder, engine, tmp_path, version=version, seed=seed)
+        assert apart(engine, model) < 1e-4
+        assert report.proofs["kernel"] and report.proofs["packed"] == 2 * 4 * 3, report.proofs
+
+
+def test_experts_that_vllm_does_not_pack_again_are_repaired_or_refused(experts, tmp_path, monkeypatch):
+    """vLLM 0.32 on CPU packs experts at start-up only. Where the host's kernel packs nothing there is nothing to repair."""
+    folder, engine = experts
+    _, report = published(folder, engine, tmp_path, version=3, seed=3)
+    monkeypatch.setattr(readback, "repack", lambda expected: False)
+    if report.repaired:
+        with pytest.raises(
+            RuntimeError, match=r"experts\.\d+\.\w+_proj\.weight: the engine computes with something else"
+        ):
+            published(folder, engine, tmp_path, version=4, seed=4)
+    monkeypatch.undo()
+    model, _ = published(folder, engine, tmp_path, version=4, seed=4)
+    assert apart(engine, model) < 1e-4
+
+
+def test_a_stale_expert_is_named_without_loading_anything(experts, tmp_path):
+    from rlalign.rollout.engine import inspection
+
+    folder, engine = experts
+    model, _ = published(folder, engine, tmp_path, version=5, seed=5)
+    weights = list(as_checkpoint(model, model.named_parameters()))
+    assert inspection.differing_weights(engine, weights, shared=tmp_path) == {0: []}
+    layer = experts_of(engine)
+    kept = layer.w2_weight.detach().clone()
+    layer.w2_weight.data.view(-1)[0] += 1.0
+    (found,) = inspection.differing_weights(engine, weights, shared=tmp_path).values()
+    assert found and all("down_proj" in line and "layers.0" in line for line in found)
+    layer.w2_weight.data.copy_(kept)
+    assert inspection.differing_weights(engine, weights, shared=tmp_path) == {0: []} and apart(engine, model) < 1e-4
+
+
+def test_parts_of_a_fused_weight_that_come_alone_are_refused(experts, tmp_path):
+    folder, engine = experts
+    model, _ = published(folder, engine, tmp_path, version=6, seed=6)
+    alone = [
+        (n, p)
+        for n, p in as_checkpoint(model, model.named_parameters())
+        if n.endswith("layers.1.self_attn.q_proj.weight")
+    ]
+    with pytest.raises(RuntimeError, match=r"qkv_proj\.weight: only part of it came"):
+        publish(alone, 7, receiver=engine, shared=tmp_path)
+    model, _ = published(folder, engine, tmp_path, version=7, seed=7)
+    assert apart(engine, model) < 1e-4
+
+
+def test_an_engine_over_transformers_classes_gets_a_process_of_its_own(tmp_path):
+    def reason(architecture: str) -> str | None:
+        (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+        return own_process.needed_for(tmp_path)
+
+    assert reason("LlamaForCausalLM") is None and reason("Qwen3MoeForCausalLM") is None
+    for architecture in ("Olmo2ForCausalLM", "SmolLM3ForCausalLM", "GPTNeoXForCausalLM"):
+        assert f"vLLM serves {architecture} through transformers' classes" in reason(architecture)
+    assert "no model of its own for NobodysForCausalLM" in reason("NobodysForCausalLM")

@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from rlalign.mismatch import compare
     from rlalign.objective import corrections, losses, presets
     from rlalign.objective.corrections import correct
+    from rlalign.rollout.attached import attach
     from rlalign.types import LogprobSpec
 
 __version__ = "0.1.0"
 __all__ = [
     "LogprobSpec",
     "__version__",
+    "attach",
     "compare",
     "correct",
     "corrections",
@@ -33,6 +35,7 @@ __all__ = [
 
 _HOMES = {  # public name: where it is; a module of its own name, or a name inside one
     "LogprobSpec": "rlalign.types",
+    "attach": "rlalign.rollout.attached",
     "compare": "rlalign.mismatch",
     "correct": "rlalign.objective.corrections",
     "corrections": "rlalign.objective.corrections",

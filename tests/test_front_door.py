@@ -13,6 +13,7 @@ import rlalign
 # A name that leaves this table was deprecated in a release before: docs/api.md says how.
 PUBLIC = {
     "LogprobSpec": "rlalign.types",
+    "attach": "rlalign.rollout.attached",
     "compare": "rlalign.mismatch",
     "correct": "rlalign.objective.corrections",
     "corrections": "rlalign.objective.corrections",
@@ -41,7 +42,7 @@ def test_a_public_name_is_what_its_room_calls_so(name):
 
 
 def test_an_unknown_name_is_answered_with_the_known():
-    with pytest.raises(AttributeError, match="no attribute 'projekt'; public are LogprobSpec, compare"):
+    with pytest.raises(AttributeError, match="no attribute 'projekt'; public are LogprobSpec, attach"):
         rlalign.projekt  # noqa: B018
 
 

@@ -33,7 +33,7 @@ from rlalign.rollout.names import SLOT
 from rlalign.rollout.worker import readback
 from rlalign.rollout.worker.capture import CaptureExtension
 from rlalign.rollout.worker.model_identity import IdentityExtension
-from rlalign.rollout.worker.receiving import ReceivingExtension
+from rlalign.rollout.worker.receiving import ReceivingExtension, as_held
 from rlalign.weights import MASTER_WEIGHT, digest
 
 
@@ -115,17 +115,20 @@ class WorkerExtension(CaptureExtension, IdentityExtension, ReceivingExtension):
         save_file({"logits_NV": torch.cat(logits).float().cpu().contiguous()}, out)
         return {"rank": self.rank, "file": out}
 
-    def rlalign_unlanded(self, file: str) -> dict[str, object]:
-        """Weights of a safetensors file that this rank does not compute with; nothing is loaded or repaired."""
-        model, problems = self.get_model(), []
+    def rlalign_unlanded(self, file: str, offset: int | None = None) -> dict[str, object]:
+        """Weights of a safetensors file that this rank does not compute with; nothing is loaded or repaired.
+
+        offset: of the sampled columns; None: the version that is served.
+        """
+        model, problems, offset = self.get_model(), [], self.rlalign_version if offset is None else offset
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a mapping)
                 place = readback.locate(model, name)
                 if place is None:
                     problems.append(f"{name}: no such weight in vLLM's {type(model).__name__}")
-                elif not readback.landed(place, tensors.get_tensor(name), offset=self.rlalign_version):
+                elif not readback.landed(place, as_held(place, tensors.get_tensor(name)), offset=offset):
                     problems.append(f"{name}: the engine computes with something else")
-        problems += self._rlalign_head_problems(self.rlalign_version) + self._rlalign_copy_problems()
+        problems += self._rlalign_head_problems(offset) + self._rlalign_copy_problems()
         return {"rank": self.rank, "problems": problems}
 
     def _rlalign_multiplied(self, layer: AlignedLogitsProcessor, lm_head: VocabParallelEmbedding) -> dict[str, object]:

@@ -20,6 +20,8 @@ import torch
 import vllm
 from vllm.config import set_current_vllm_config
 from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rlalign.head.cache import Epoch
@@ -31,7 +33,18 @@ from rlalign.weights.bucket import Entry
 from rlalign.weights.file_transport import greet, read
 
 logger = init_logger(__name__)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 Weights = Iterable[tuple[str, torch.Tensor]]
+
+
+def as_held(place: readback.Place, published: torch.Tensor) -> torch.Tensor:
+    """The published tensor as the engine should hold it: rounded to the dtype of its parameter there, where that is a float."""
+    module = place.module
+    whole = place.parameter == "weight" and isinstance(module, LinearBase | VocabParallelEmbedding)
+    dtype = (
+        module.params_dtype if whole else getattr(module, place.parameter).dtype
+    )  # a packed weight's own may be anything
+    return published.to(dtype) if dtype in FLOATS and published.dtype in FLOATS else published
 
 
 @dataclass
@@ -221,8 +234,10 @@ class ReceivingExtension:
             place = readback.locate(model, name)
             if place is None:
                 raise ValueError(f"{name}: no such weight in vLLM's {type(model).__name__}")
-            update.expected.append(readback.expect(name, place, tensor, offset=update.version, sent=sent[name]))
-            yield name, tensor
+            held = as_held(place, tensor)
+            as_sent = sent[name] if held is tensor else ""
+            update.expected.append(readback.expect(name, place, held, offset=update.version, sent=as_sent))
+            yield name, held
 
     def _rlalign_missing(self, update: Update) -> list[str]:
         """What of the model no bucket of this update brought, though all of it was needed."""

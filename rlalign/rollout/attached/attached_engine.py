@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlalign.rollout.attached.lines import Line, lines_to
+from rlalign.rollout.attached.lines import Line, LLMLine, lines_to
 from rlalign.rollout.attached.sampling_convention import spec_of_sampling
 from rlalign.rollout.engine import handshake
 from rlalign.rollout.head.head_settings import HeadSettings
@@ -118,6 +118,28 @@ class AttachedEngine:
             {} if params is None else params, logprobs_mode=said["logprobs_mode"], head_dtype=self.head_dtype,
             defaults=said["sampling_defaults"],
         )  # fmt: skip
+
+    @property
+    def body_dtype(self) -> torch.dtype:
+        """What the engine's layers below the head compute in."""
+        return getattr(torch, str(self._identity[0]["dtype"]))
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Teacher-forced logprobs of given tokens, entry t about token t, entry 0 is 0.0 (nats, temperature 1).
+
+        Raises ValueError for an engine behind actors or an event loop, which has no call that gives them.
+        """
+        self.require_sound()
+        if len(self._lines) != 1 or not isinstance(self._lines[0], LLMLine):
+            raise ValueError(
+                f"score: {', '.join(self.engines)} cannot be asked for prompt logprobs from here; attach a vllm.LLM, or sample "
+                "with logprobs and give both sides' numbers to rlalign.compare"
+            )
+        return self._lines[0].score(sequences)
+
+    def head_logits(self, hidden_file: Path, *, batch: int) -> Path:
+        """Project stored hidden states through the engine's head, `batch` rows at a time; returns the file of logits."""
+        return Path(self.ask("rlalign_head_logits", str(hidden_file), batch)[0]["file"])
 
     def require_sound(self) -> None:
         """Raise RuntimeError while the engine's weights are in doubt: after a publish or a verification that failed."""

@@ -50,6 +50,18 @@ class LLMLine:
         """See Line."""
         return _labelled(lambda: self._llm.collective_rpc(method, args=args), self.name, method)
 
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Logprobs of given tokens in one prefill each, entry 0 is 0.0; vLLM applies no temperature to them."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
+        prompts = [{"prompt_token_ids": list(each)} for each in sequences]
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        return [
+            [0.0] + [entry[token].logprob for entry, token in zip(o.prompt_logprobs[1:], each[1:], strict=True)]
+            for o, each in zip(outputs, sequences, strict=True)
+        ]
+
     def hold(self, reason: str) -> None:
         """See Line. The object's own methods refuse meanwhile."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Literal
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl import GRPOTrainer
+from trl.generation import vllm_generation
 
 from rlalign.loops import Monitor
 from rlalign.mismatch.monitor import DEFAULT_RULES, Rule
@@ -71,7 +72,10 @@ def align(
 
 
 class AlignedGRPOTrainer(GRPOTrainer):
-    """GRPOTrainer whose vLLM and whose model have one head. Takes GRPOTrainer's arguments, and `align`'s as `rlalign_...`."""
+    """GRPOTrainer whose vLLM and whose model have one head. Takes GRPOTrainer's arguments, and `align`'s as `rlalign_...`.
+
+    rlalign_vllm: further arguments of vllm.LLM, which TRL has no way for (enforce_eager, dtype).
+    """
 
     def __init__(
         self,
@@ -79,9 +83,10 @@ class AlignedGRPOTrainer(GRPOTrainer):
         rlalign_head_dtype: str = "float32",
         rlalign_weights: Literal["publish", "verify"] = "publish",
         rlalign_stop: bool = False,
+        rlalign_vllm: Mapping[str, object] | None = None,
         **kwargs: object,
     ) -> None:
-        with asking_for_head(rlalign_head_dtype):
+        with asking_for_head(rlalign_head_dtype), building_with(rlalign_vllm or {}):
             super().__init__(*args, **kwargs)
         self.alignment = align(self, head_dtype=rlalign_head_dtype, weights=rlalign_weights, stop=rlalign_stop)
 
@@ -98,6 +103,25 @@ def asking_for_head(head_dtype: str) -> Iterator[None]:
         yield
     finally:
         os.environ.pop(name) if before is None else os.environ.update({name: before})
+
+
+@contextmanager
+def building_with(arguments: Mapping[str, object]) -> Iterator[None]:
+    """A vLLM built by TRL inside gets these arguments as well. Raises ValueError for one that TRL sets itself."""
+    stock = vllm_generation.LLM
+
+    def build(**given: object) -> object:
+        if taken := sorted(arguments.keys() & given.keys()):
+            raise ValueError(
+                f"TRL sets {', '.join(taken)} of vllm.LLM itself; use GRPOConfig's vllm_... settings for it"
+            )
+        return stock(**given, **arguments)
+
+    vllm_generation.LLM = build
+    try:
+        yield
+    finally:
+        vllm_generation.LLM = stock
 
 
 class Alignment(TrainerCallback):

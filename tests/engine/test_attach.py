@@ -1,5 +1,7 @@
 """rlalign.attach on engines that rlalign did not start: the head asked for by the environment, proof, publishing, verification."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -32,7 +34,7 @@ def build(folder, monkeypatch, **arguments):
         monkeypatch.setenv(name, value)
     from vllm import LLM
 
-    return LLM(model=str(folder), dtype="bfloat16", **RAW, **arguments)
+    return LLM(model=str(folder), **({"dtype": "bfloat16"} | RAW | arguments))
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +167,45 @@ def test_an_engine_that_asked_for_no_head_is_told_how(tied, monkeypatch):
     plain = rlalign.attach(other, head_dtype="model")
     assert plain.spec(PARAMS) == rlalign.LogprobSpec(temperature=0.7, processed=False, head_dtype="model")
     other.llm_engine.engine_core.shutdown()
+
+
+def test_both_sides_at_equal_weights_in_one_call(tied, monkeypatch, tmp_path):
+    """On an engine and a model in float32 everything but the heads agrees too; a stale one is far off, and told apart."""
+    monkeypatch.setenv("RLALIGN_HEAD", "float32")
+    other = build(tied, monkeypatch, dtype="float32")
+    handle = rlalign.attach(other)
+    model = AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32)
+    with pytest.raises(ValueError, match="got a Qwen3ForCausalLM where a mirror belongs"):
+        rlalign.mirror_check(handle, model, PROMPTS)
+    mirrored = rlalign.mirror(model)
+    tokens = [[*p, 9, 8, 7, 30, 31] for p in PROMPTS]
+    found = rlalign.mirror_check(handle, mirrored, tokens)
+    assert found.whole["k3"] < 1e-9 and found.tokens == sum(len(t) - 1 for t in tokens)
+    assert found.heads["k3"] < 1e-12 and "heads alone" in str(found)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.05)
+    assert rlalign.mirror_check(handle, mirrored, tokens).whole["k3"] > 1e-5
+    with pytest.raises(RuntimeError, match="does not compute with"):
+        handle.verify(model.named_parameters())
+    mirrored.restore()
+    with pytest.raises(RuntimeError, match="was restored"):
+        rlalign.mirror_check(handle, mirrored, tokens)
+    other.llm_engine.engine_core.shutdown()
+
+
+def test_a_loop_of_ones_own(tmp_path, monkeypatch):
+    """examples/own_loop.py as it is: at most 80 lines, both sides together at every step."""
+    import runpy
+
+    from rlalign.diagnose.offline import analyse
+    from rlalign.tiny_policy import cached_policy
+
+    example = Path(__file__).parents[2] / "examples" / "own_loop.py"
+    assert len(example.read_text().splitlines()) <= 80
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    history = runpy.run_path(str(example))["main"](cached_policy("untied"), tmp_path)
+    assert len(history) == 3 and all(m["mismatch/lag0/k3"] < 1e-3 and m["mismatch/nonfinite"] == 0 for m in history)
+    assert len({m["mismatch/nll_rollout"] for m in history}) == 3  # it moved
+    report = analyse(tmp_path / "tokens")
+    assert report.overall["tokens"] == sum(m["mismatch/tokens"] for m in history)

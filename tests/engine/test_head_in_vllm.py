@@ -161,7 +161,8 @@ def test_a_patch_over_vllms_own_layer_stops_the_run(untied, monkeypatch):
 
     monkeypatch.setattr(LogitsProcessor, "_get_logits", theirs)
     with pytest.raises(
-        RuntimeError, match=r"written over vLLM's LogitsProcessor: _get_logits \(now of tests\..*VLLM_PLUGINS"
+        RuntimeError,
+        match=r"written over vLLM's LogitsProcessor: _get_logits \(now of .*test_head_in_vllm.*VLLM_PLUGINS",
     ):
         start(untied)
 

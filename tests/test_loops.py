@@ -93,7 +93,7 @@ def test_the_monitor_gives_what_compare_gives_to_whatever_logs():
     seen, scalars = [], []
     monitor = rlalign.Monitor(log=lambda metrics, step: seen.append((step, metrics)))
     found = monitor.step(3, old.double(), rollout.half().float(), mask.long())
-    expected = rlalign.compare(old, rollout.half().float(), mask, lag_B=torch.zeros(4), positions=False)
+    expected = rlalign.compare(old, rollout.half().float(), mask, lag_B=torch.zeros(4, dtype=torch.int64), positions=False)
     assert {k.removeprefix("mismatch/"): v for k, v in found.items()} == pytest.approx(expected, nan_ok=True)
     assert seen == [(3, found)]
     write(SimpleNamespace(add_scalar=lambda *row: scalars.append(row)), {"a": 1.0}, 2)

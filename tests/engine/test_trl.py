@@ -16,17 +16,15 @@ from tests.peers import without_transport
 STEPS, PROMPTS, GROUP, TOKENS = 3, 4, 4, 6
 
 
-class Rows(Dataset):
-    """Prompts, as TRL's samplers want them."""
+ROWS = [{"prompt": f"{a} + {b} =", "answer": str(a + b)} for a in range(1, 9) for b in range(1, 9)]
 
-    def __init__(self, count):
-        self.rows = [{"prompt": f"{a} + {b} =", "answer": str(a + b)} for a in range(1, 9) for b in range(1, 9)][:count]
 
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
+def rows(kind):
+    """The prompts as what TRL takes for a datasets.Dataset here: the real one, or the placeholder of tests.peers."""
+    if hasattr(kind, "from_list"):
+        return kind.from_list(ROWS)
+    indexed = {"__len__": lambda self: len(ROWS), "__getitem__": lambda self, index: ROWS[index]}
+    return type("Rows", (kind, Dataset), indexed)()
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +63,8 @@ def make(trl, folder, output, vllm=MappingProxyType({"enforce_eager": True}), **
         return [float(text.strip() == wanted) for text, wanted in zip(completions, answer, strict=True)]
 
     return adapter.AlignedGRPOTrainer(
-        model=str(folder), reward_funcs=reward, args=package.GRPOConfig(**(options | changes)), train_dataset=Rows(64),
+        model=str(folder), reward_funcs=reward, args=package.GRPOConfig(**(options | changes)),
+        train_dataset=rows(package.trainer.grpo_trainer.Dataset),
         processing_class=tokenizer, rlalign_vllm=vllm,
     )  # fmt: skip
 

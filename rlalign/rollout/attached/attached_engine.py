@@ -161,14 +161,20 @@ class AttachedEngine:
         return publish_weights(weights, version, receiver=self, shared=self.shared, transport=transport)
 
     def verify(
-        self, named_weights: Iterable[tuple[str, Tensor]], *, sample: int | None = None, version: int | None = None
+        self,
+        named_weights: Iterable[tuple[str, Tensor]],
+        *,
+        sample: int | None = None,
+        version: int | None = None,
+        hold: bool = True,
     ) -> VerifyReport:
         """Compare the weights that the engine computes with, whoever pushed them there, with the trainer's; loads nothing.
 
         sample: compare so many tensors, other ones at every call, until all have had their turn; None compares all.
         version: stamp it on what is sampled from now on, and forget keys and values of older weights.
         Sampled columns of every row of a linear layer, through its kernel; every byte of the rest. Rounded as in `publish`.
-        Raises RuntimeError naming what differs; the engine then refuses to generate until a publish or verification of all passes.
+        Raises RuntimeError naming what differs; with hold the engine then refuses to generate until a publish or verification
+        of all weights passes.
         """
         from safetensors.torch import save_file
 
@@ -192,7 +198,8 @@ class AttachedEngine:
                 "They were not pushed, or under other names, or a kernel kept its packed copy; `publish` moves and "
                 "proves them"
             )
-            self.suspend(what)
+            if hold:
+                self.suspend(what)
             raise RuntimeError(what)
         if version is not None:
             self.acknowledge(version)

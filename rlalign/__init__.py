@@ -12,35 +12,48 @@ if TYPE_CHECKING:
     from rlalign import mismatch
     from rlalign.head.projection import project
     from rlalign.logprobs import token_logprobs
+    from rlalign.loops import Monitor, mirror_check, write_tokens
     from rlalign.mismatch import compare
     from rlalign.objective import corrections, losses, presets
     from rlalign.objective.corrections import correct
+    from rlalign.rollout.attached import attach
+    from rlalign.trainer.live_mirror import mirror
     from rlalign.types import LogprobSpec
 
 __version__ = "0.1.0"
 __all__ = [
     "LogprobSpec",
+    "Monitor",
     "__version__",
+    "attach",
     "compare",
     "correct",
     "corrections",
     "losses",
+    "mirror",
+    "mirror_check",
     "mismatch",
     "presets",
     "project",
     "token_logprobs",
+    "write_tokens",
 ]
 
 _HOMES = {  # public name: where it is; a module of its own name, or a name inside one
     "LogprobSpec": "rlalign.types",
+    "Monitor": "rlalign.loops",
+    "attach": "rlalign.rollout.attached",
     "compare": "rlalign.mismatch",
     "correct": "rlalign.objective.corrections",
     "corrections": "rlalign.objective.corrections",
     "losses": "rlalign.objective.losses",
+    "mirror": "rlalign.trainer.live_mirror",
+    "mirror_check": "rlalign.loops",
     "mismatch": "rlalign.mismatch",
     "presets": "rlalign.objective.presets",
     "project": "rlalign.head.projection",
     "token_logprobs": "rlalign.logprobs",
+    "write_tokens": "rlalign.loops",
 }
 
 

@@ -13,14 +13,19 @@ import rlalign
 # A name that leaves this table was deprecated in a release before: docs/api.md says how.
 PUBLIC = {
     "LogprobSpec": "rlalign.types",
+    "Monitor": "rlalign.loops",
+    "attach": "rlalign.rollout.attached",
     "compare": "rlalign.mismatch",
     "correct": "rlalign.objective.corrections",
     "corrections": "rlalign.objective.corrections",
     "losses": "rlalign.objective.losses",
+    "mirror": "rlalign.trainer.live_mirror",
+    "mirror_check": "rlalign.loops",
     "mismatch": "rlalign.mismatch",
     "presets": "rlalign.objective.presets",
     "project": "rlalign.head.projection",
     "token_logprobs": "rlalign.logprobs",
+    "write_tokens": "rlalign.loops",
 }
 
 
@@ -41,7 +46,7 @@ def test_a_public_name_is_what_its_room_calls_so(name):
 
 
 def test_an_unknown_name_is_answered_with_the_known():
-    with pytest.raises(AttributeError, match="no attribute 'projekt'; public are LogprobSpec, compare"):
+    with pytest.raises(AttributeError, match="no attribute 'projekt'; public are LogprobSpec, Monitor, attach"):
         rlalign.projekt  # noqa: B018
 
 

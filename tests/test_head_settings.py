@@ -50,6 +50,34 @@ def test_what_would_leave_the_head_in_16_bits_is_refused_by_name(given, said):
     assert "\n" not in str(error.value)
 
 
+ASKED = {"RLALIGN_HEAD": "float32"}
+
+
+def test_the_environment_is_asked_where_the_engines_arguments_say_nothing():
+    assert HeadSettings.wanted({}, {}) is None
+    assert HeadSettings.wanted({}, {"RLALIGN_HEAD": "", "RLALIGN_HEAD_KERNEL": "avx2"}) is None
+    assert HeadSettings.wanted({}, ASKED) == HeadSettings("float32", "auto")
+    assert HeadSettings.wanted({"other": 1}, ASKED | {"RLALIGN_HEAD_MODE": "cached"}) == HeadSettings(
+        "float32", "cached"
+    )
+    assert HeadSettings.wanted({}, {"RLALIGN_HEAD_MODE": "native"}) == HeadSettings("float32", "native")
+    assert HeadSettings.wanted({"rlalign": {"head_dtype": "model"}}, ASKED) == HeadSettings("model", "auto")
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"RLALIGN_HEAD": "fp32"}, r'^RLALIGN_HEAD is \'fp32\'; choose "float32", "master" or "model"'),
+        (ASKED | {"RLALIGN_HEAD_MODE": "cache"}, r'^RLALIGN_HEAD_MODE is \'cache\'; choose "auto"'),
+        (ASKED | {"RLALIGN_HEAD_MODE": "off"}, r"^RLALIGN_HEAD_MODE 'off' contradicts head_dtype 'float32'"),
+        ({"RLALIGN_HEAD_DTYPE": "float32"}, r'^RLALIGN_HEAD_DTYPE is read by nobody.*"RLALIGN_HEAD_MODE"'),
+    ],
+)
+def test_variables_that_would_leave_the_head_in_16_bits_are_refused_by_name(given, said):
+    with pytest.raises(ValueError, match=said):
+        HeadSettings.wanted({}, given)
+
+
 def test_one_decision_for_driver_and_worker():
     auto = HeadSettings()
     assert auto.resolve(device="cuda", vllm="0.32.0") is HeadMode.NATIVE

@@ -7,6 +7,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlalign.commands import attach_check as attach_command
 from rlalign.commands import attribute as attribute_command
 from rlalign.commands import families as families_command
 from rlalign.commands import parity as parity_command
@@ -163,6 +164,13 @@ def parser() -> argparse.ArgumentParser:
     _takes_config(rollout_server, default="train")
     rollout_command.add_options(rollout_server)
     rollout_server.set_defaults(run=_rollout_server)
+
+    attach_check = commands.add_parser(
+        "attach-check",
+        help="which head a living vLLM server runs on every rank, and whether it holds a folder's weights",
+    )
+    attach_command.add_options(attach_check)
+    attach_check.set_defaults(run=attach_command.run)
 
     parity = commands.add_parser(
         "parity", help="the same tokens through both engines: {model, float32} head on each side"

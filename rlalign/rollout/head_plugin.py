@@ -15,7 +15,7 @@ from rlalign.rollout.names import GLOO_TRANSFER, SLOT
 def register() -> None:
     """Put our layer in vLLM's slot for LogitsProcessor; install epoch hooks, gloo transport, RPCs to every engine. Idempotent.
 
-    A slot that another plugin holds is left alone: the handshake names the holder and stops runs that need ours.
+    A slot that another plugin holds is left alone: an engine that asks for our head then ends at its start, naming the holder.
     """
     import vllm
     from vllm.model_executor.custom_op import op_registry_oot
@@ -26,18 +26,16 @@ def register() -> None:
     from rlalign.rollout.exact import switch
     from rlalign.rollout.head import epoch_hooks
     from rlalign.rollout.server import every_engine
-    from rlalign.rollout.worker import cpu_layers, steady_layers
+    from rlalign.rollout.worker import appended_rpcs, cpu_layers, steady_layers
 
-    if SLOT in op_registry_oot:
+    if early_refusal.installed():
         return
     own_process.end_with_parent()
-    if versions.hook(vllm.__version__) is versions.Hook.APPLY_HEAD:
-        from rlalign.rollout.head.logits_processor import AlignedLogitsProcessor as Layer
-    else:
-        from rlalign.rollout.head.logits_processor_early import EarlyLogitsProcessor as Layer
-    LogitsProcessor.register_oot(Layer)
-    epoch_hooks.install()
     early_refusal.install()
+    appended_rpcs.install()
+    if SLOT not in op_registry_oot:
+        LogitsProcessor.register_oot(_layer(vllm.__version__))
+    epoch_hooks.install()
     if exact.enabled():  # engines in processes of their own learn it here
         switch.register()
     if versions.has_output_spans(vllm.__version__):  # the version whose sources these two were written for
@@ -53,3 +51,13 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(
             GLOO_TRANSFER, "rlalign.rollout.worker.gloo_transfer", "GlooTransferEngine"
         )
+
+
+def _layer(version: str) -> type:
+    from rlalign.rollout import versions
+
+    if versions.hook(version) is versions.Hook.APPLY_HEAD:
+        from rlalign.rollout.head.logits_processor import AlignedLogitsProcessor as Layer
+    else:
+        from rlalign.rollout.head.logits_processor_early import EarlyLogitsProcessor as Layer
+    return Layer

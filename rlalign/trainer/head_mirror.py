@@ -44,6 +44,7 @@ class HeadStatus:
     kernel: str | None = None  # the compiled path behind that route
     bits: str | None = None  # digest of the bits of a fixed probe; None where `routes.bits` has none
     master_VD: Tensor | None = field(default=None, repr=False)  # dtype "master": the optimizer's unrounded lm_head
+    asked: Asked | None = field(default=None, repr=False)  # set: the next call answers this, and its logits are zeros
 
     def prove(self, lm_head: nn.Linear, device: torch.device) -> None:
         """Note route, kernel and bits of this process now, for operands of the dtypes that this head multiplies."""
@@ -82,6 +83,16 @@ class Tokens:
     truncation: Truncation | None = None
 
 
+@dataclass(slots=True)
+class Asked:
+    """A question that travels with a forward of the whole model, for who holds the model and not its head."""
+
+    tokens: Tokens
+    exact: bool
+    logprobs_BL: Tensor | None = None
+    entropy_BL: Tensor | None = None
+
+
 class _Unrounded(torch.autograd.Function):
     """The master in place of the weight it rounds to; its gradient is the weight's, as in mixed-precision training."""
 
@@ -102,7 +113,9 @@ def mirror(model: nn.Module, *, head_dtype: str, chunk: int, keep_mib: int = 0) 
     where not asked) without building [tokens, vocabulary], and third the `truncation.Found` where these ask for one; without, it
     returns logits as any lm_head does.
     head_dtype "model" keeps the projection in the body's dtype, as transformers would; "master" projects with
-    `status.master_VD` wherever it is set (gradients still reach the weight itself). An exact head keeps its own products.
+    `status.master_VD` wherever it is set, else with the weight as it is (gradients still reach the weight itself). With "float32" a
+    32-bit weight under 16-bit hidden states (autocast) is multiplied rounded to their dtype, as the engine holds it. An exact head
+    keeps its own products.
     chunk, keep_mib: as in `token_logprobs`, 0 for none.
     Raises ValueError without an lm_head, and for an exact one with head_dtype "master".
     """
@@ -123,8 +136,8 @@ def mirror(model: nn.Module, *, head_dtype: str, chunk: int, keep_mib: int = 0) 
     status = _STATUS[lm_head] = HeadStatus(
         name=next(name for name, module in model.named_modules() if module is lm_head),
         mode="off" if head_dtype == "model" else "exact" if exact_head else "mirrored",
-        dtype=head_dtype if head_dtype != "model" else str(lm_head.weight.dtype).removeprefix("torch."),
-        tied=lm_head.weight is model.get_input_embeddings().weight,
+        dtype=head_dtype if head_dtype != "model" else str(next(model.parameters()).dtype).removeprefix("torch."),
+        tied=_weight(lm_head) is not None and _weight(lm_head) is _weight(model.get_input_embeddings()),
     )
     plain_forward = lm_head.forward
 
@@ -132,21 +145,32 @@ def mirror(model: nn.Module, *, head_dtype: str, chunk: int, keep_mib: int = 0) 
         logits = plain_forward(hidden)
         return logits.to(hidden.dtype) if head_dtype == "model" else logits
 
-    def weight_of(lm_head: nn.Linear) -> Tensor:
-        return lm_head.weight if status.master_VD is None else _Unrounded.apply(lm_head.weight, status.master_VD)
+    def weight_of(lm_head: nn.Linear, hidden: Tensor) -> Tensor:
+        weight = lm_head.weight
+        if status.master_VD is not None:
+            return _Unrounded.apply(weight, status.master_VD)
+        narrower = weight.dtype == torch.float32 and hidden.dtype != torch.float32 and head_dtype == "float32"
+        return weight.to(hidden.dtype) if narrower else weight
 
     def forward(
         self: nn.Linear, hidden: Tensor, tokens: Tokens | None = None, *, exact: bool = False
     ) -> Tensor | tuple[Tensor, ...]:
         status.calls += 1
-        if tokens is None:
-            return plain(hidden) if own else projection.project(hidden, weight_of(self), self.bias)
-        hidden = transform.hidden(hidden)  # as the model's own forward does before it calls this module
+        asked = status.asked
+        if tokens is None and asked is None:
+            return plain(hidden) if own else projection.project(hidden, weight_of(self, hidden), self.bias)
+        if asked is None:
+            hidden = transform.hidden(hidden)  # as the model's own forward does before it calls this module
+        else:
+            tokens, exact = asked.tokens, asked.exact
         given = scored(self, hidden, tokens, exact)
         if status.calls <= LOOKS and status.multiplied is None and (tokens.kept is None or len(given) == 3):
             over_all = given[0] if len(given) == 2 else given[0] + given[2].log_mass_BL.to(hidden.device)
-            _look(status, weight_of(self), self.bias, transform, hidden, tokens, over_all)
-        return given
+            _look(status, weight_of(self, hidden), self.bias, transform, hidden, tokens, over_all)
+        if asked is None:
+            return given
+        asked.logprobs_BL, asked.entropy_BL = given[:2]
+        return given[0][..., None] * 0.0  # in the place of logits: whatever the model does to them
 
     def scored(self: nn.Linear, hidden: Tensor, tokens: Tokens, exact: bool) -> tuple[Tensor, ...]:
         scale = {"temperature": tokens.temperature}
@@ -154,7 +178,7 @@ def mirror(model: nn.Module, *, head_dtype: str, chunk: int, keep_mib: int = 0) 
             logits_BLV = transform.apply(plain(hidden))
             mask, kept, found = sets(tokens, partial(truncation.of_logits, logits_BLV, **scale))
             return *logprobs.from_logits(logits_BLV, tokens.ids_BL, mask=mask, kept=kept, **scale), *found
-        operands = (hidden, weight_of(self))
+        operands = (hidden, weight_of(self, hidden))
         scale |= {"bias": self.bias, "soft_cap": transform.soft_cap, "logit_scale": transform.logit_scale}
         mask, kept, found = sets(tokens, partial(truncation.kept_sets, *operands, **scale))
         return *logprobs.token_logprobs(
@@ -178,6 +202,11 @@ def mirror(model: nn.Module, *, head_dtype: str, chunk: int, keep_mib: int = 0) 
 
     lm_head.forward = MethodType(forward, lm_head)
     return status
+
+
+def _weight(module: nn.Module | None) -> Tensor | None:
+    """Its weight; None where FSDP has taken it away into a flat parameter."""
+    return getattr(module, "weight", None)
 
 
 def _look(

@@ -23,7 +23,7 @@ def example():
 def test_every_example_is_run_here():
     scripts = {path.stem for path in EXAMPLES.glob("*.py")}
     assert scripts == {
-        "addition", "calibrated_reranker", "temperature_scaling", "normalise_two_model_versions", "domain_adaptation"
+        "addition", "calibrated_reranker", "temperature_scaling", "normalise_two_model_versions", "domain_adaptation", "own_loop"
     }  # fmt: skip
 
 

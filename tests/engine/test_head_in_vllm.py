@@ -136,7 +136,7 @@ def test_a_worker_without_the_plugin_stops_the_run(untied, monkeypatch):
     from vllm.model_executor.custom_op import op_registry_oot
 
     monkeypatch.delitem(op_registry_oot, "LogitsProcessor")
-    with pytest.raises(RuntimeError, match=r"rollout rank 0: its model was built with vllm\..*did not register"):
+    with pytest.raises(RuntimeError, match=r"was built with vllm\..*LogitsProcessor: the plugin came too late"):
         start(untied)
 
 
@@ -148,8 +148,21 @@ def test_another_plugin_in_the_slot_stops_the_run(untied, monkeypatch):
         pass
 
     monkeypatch.setitem(op_registry_oot, "LogitsProcessor", Theirs)
+    with pytest.raises(RuntimeError, match=r"another plugin holds vLLM's LogitsProcessor slot: .*Theirs\. Only one"):
+        start(untied)
+
+
+def test_a_patch_over_vllms_own_layer_stops_the_run(untied, monkeypatch):
+    """As prime-rl's plugin does it: a function of its own in the place of `_get_logits`."""
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    def theirs(self, hidden_states, lm_head, embedding_bias):
+        raise AssertionError("never called")
+
+    monkeypatch.setattr(LogitsProcessor, "_get_logits", theirs)
     with pytest.raises(
-        RuntimeError, match=r"rollout rank 0: another plugin holds vLLM's LogitsProcessor slot \(.*Theirs\)"
+        RuntimeError,
+        match=r"written over vLLM's LogitsProcessor: _get_logits \(now of .*test_head_in_vllm.*VLLM_PLUGINS",
     ):
         start(untied)
 

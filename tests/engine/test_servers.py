@@ -164,3 +164,27 @@ def test_a_server_of_another_model_is_refused_by_name(two_servers, tied):
         two_servers.pool(max_model_len=512)
     with pytest.raises(RuntimeError, match=r"1 of 2 rollout servers were ready .*127.0.0.1:9 is down .*connection"):
         two_servers.pool(two_servers.urls[0], "http://127.0.0.1:9", start_timeout_s=5)
+
+
+def test_a_foreign_server_is_attached_published_to_and_checked(two_servers, untied, capsys):
+    import rlalign
+    from rlalign.cli import main
+
+    url = two_servers.urls[0]
+    handle = rlalign.attach(url, after_generation=True)
+    assert handle.spec({"temperature": 0.5}).temperature == 0.5
+    model = perturbed(untied, seed=21)
+    report = handle.publish(model.named_parameters(), 5)
+    assert report.version == handle.status()[0]["policy_version"] == 5
+    assert handle.verify(model.named_parameters()).complete
+    with pytest.raises(RuntimeError, match="attached already"):
+        rlalign.attach(url, after_generation=True)
+    handle.detach()
+    assert main(["attach-check", url, "--model", str(untied)]) == 1
+    assert "does not compute with the trainer's" in capsys.readouterr().err
+    handle = rlalign.attach(url, after_generation=True)
+    handle.publish(perturbed(untied, seed=21, size=0.0).named_parameters(), 6)
+    handle.detach()
+    assert main(["attach-check", url, "--model", str(untied)]) == 0
+    printed = capsys.readouterr().out
+    assert "cached  float32  float32" in printed and "are what 1 ranks compute with" in printed

@@ -20,6 +20,7 @@ QUIET_RPCS = frozenset(
     | {
         "rlalign_status",
         "rlalign_identity",
+        "rlalign_claim",
         "rlalign_acknowledge",
         "rlalign_head_logits",
         "rlalign_set_head",
@@ -54,6 +55,8 @@ def _bump_on_lookup(lookup: Callable) -> Callable:
     @wraps(lookup)
     def bumping(wrapper: object, name: str) -> object:
         found = lookup(wrapper, name)
+        if name == "sample_tokens":
+            wrapper.worker.rlalign_sampled_steps += 1
         if name == "model_runner":
             Epoch.bump(CALLABLE)
         if name in QUIET_RPCS or name.startswith("_") or not callable(found):

@@ -1,14 +1,16 @@
 """Which head an engine was asked for, and by which way it gets there: read, refused and decided here, for driver and worker.
 
-In vLLM's additional_config: {"rlalign": {"head_dtype": "float32", "mode": "auto"}}; what is left out has these defaults. Nothing
-of vLLM is imported: a driver decides here what a server's workers must say.
+In vLLM's additional_config: {"rlalign": {"head_dtype": "float32", "mode": "auto"}}; what is left out has these defaults. Where that
+says nothing, RLALIGN_HEAD=float32 (and RLALIGN_HEAD_MODE) in the environment of the process that builds the engine do, for stacks
+that pass no additional_config on. Nothing of vLLM is imported: a driver decides here what a server's workers must say.
 """
 
 from __future__ import annotations
 
 import difflib
 import enum
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from rlalign.head import triton as gpu_head
@@ -23,6 +25,8 @@ MODES_OF = {  # head_dtype -> what mode may say beside it
     "model": ("auto", "off"),
 }
 KEYS = ("head_dtype", "mode", FIELDS_SPELLING)
+VARIABLES = {"head_dtype": "RLALIGN_HEAD", "mode": "RLALIGN_HEAD_MODE"}
+BESIDE = "RLALIGN_HEAD_KERNEL"  # begins alike and says something else: `rlalign.head.kernel`
 NAMES = {
     SETTINGS_KEY: SETTINGS_KEY,
     FIELDS_SPELLING: FIELDS_SPELLING,
@@ -52,16 +56,7 @@ class HeadSettings:
     mode: str = "auto"
 
     def __post_init__(self) -> None:
-        every = sorted({mode for modes in MODES_OF.values() for mode in modes})
-        if self.head_dtype not in MODES_OF:
-            raise ValueError(f"{_where('head_dtype')} is {self.head_dtype!r}; choose {_listed(MODES_OF)}")
-        if self.mode not in every:
-            raise ValueError(f"{_where('mode')} is {self.mode!r}; choose {_listed(every)}")
-        if self.mode not in MODES_OF[self.head_dtype]:
-            raise ValueError(
-                f"{_where('mode')} {self.mode!r} contradicts head_dtype {self.head_dtype!r}: beside it choose "
-                f"{_listed(MODES_OF[self.head_dtype])}"
-            )
+        _check(self.head_dtype, self.mode, _where)
 
     @classmethod
     def of_run(cls, head_dtype: str, head_mode: str, *, exact: bool) -> HeadSettings:
@@ -95,6 +90,31 @@ class HeadSettings:
                 head_dtype = _translated(place[FIELDS_SPELLING], given.get("head_dtype"))
         return cls(_text("head_dtype", head_dtype), _text("mode", given.get("mode", "auto")))
 
+    @classmethod
+    def of_environment(cls, environment: Mapping[str, str]) -> HeadSettings | None:
+        """What RLALIGN_HEAD and RLALIGN_HEAD_MODE ask; None where neither is set or both are empty.
+
+        Raises ValueError for other values, contradictions, and other variables whose names begin with RLALIGN_HEAD.
+        """
+        known = {*VARIABLES.values(), BESIDE}
+        for name in environment:
+            if name.startswith(VARIABLES["head_dtype"]) and name not in known:
+                raise ValueError(
+                    f"{name} is read by nobody, and the head would stay in the body's dtype; there are {_listed(sorted(known))}"
+                )
+        given = {key: environment[name] for key, name in VARIABLES.items() if environment.get(name)}
+        if not given:
+            return None
+        defaults = {"head_dtype": "float32", "mode": "auto"}
+        _check(**(defaults | given), where=lambda key: VARIABLES[str(key)])
+        return cls(**given)
+
+    @classmethod
+    def wanted(cls, additional_config: object, environment: Mapping[str, str] = os.environ) -> HeadSettings | None:
+        """What an engine is asked: by its additional_config, else by the environment. None: nothing is asked of us."""
+        given = cls.of_engine(additional_config)
+        return cls.of_environment(environment) if given is None else given
+
     def as_dict(self) -> dict[str, str]:
         """For vLLM's additional_config."""
         return {"head_dtype": self.head_dtype, "mode": self.mode}
@@ -117,6 +137,18 @@ class HeadSettings:
 def promised(mode: str, body_dtype: str) -> str:
     """The dtype of logits that a head in this mode gives, by its name."""
     return body_dtype if mode == HeadMode.OFF.value else "float32"
+
+
+def _check(head_dtype: str, mode: str, where: Callable[[object], str]) -> None:
+    every = sorted({mode for modes in MODES_OF.values() for mode in modes})
+    if head_dtype not in MODES_OF:
+        raise ValueError(f"{where('head_dtype')} is {head_dtype!r}; choose {_listed(MODES_OF)}")
+    if mode not in every:
+        raise ValueError(f"{where('mode')} is {mode!r}; choose {_listed(every)}")
+    if mode not in MODES_OF[head_dtype]:
+        raise ValueError(
+            f"{where('mode')} {mode!r} contradicts head_dtype {head_dtype!r}: beside it choose {_listed(MODES_OF[head_dtype])}"
+        )
 
 
 def _translated(wanted: object, head_dtype: object) -> str:

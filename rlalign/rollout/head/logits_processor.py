@@ -125,13 +125,11 @@ def probe(model: nn.Module, layer: AlignedLogitsProcessor, lm_head: nn.Module, *
 
 def line(layer: AlignedLogitsProcessor, lm_head: nn.Module) -> str:
     """What a worker's log says of its head."""
-    pass
-
     route = route_of(layer, lm_head)
     body = _name(layer.body_dtype)
     dtype = body if layer.mode is HeadMode.OFF and layer.settings is not None else "float32"
     if layer.settings is None:
-        return "rlalign: additional_config has no settings of ours; the head is vLLM's own"
+        return "rlalign: neither additional_config nor RLALIGN_HEAD asks for a head; it is vLLM's own"
     claim = f"; the checkpoint's head_dtype {layer.claimed} is not used" if layer.claimed not in (None, dtype) else ""
     of_ours = f", route {route['route']}, kernel {route['kernel'] or 'of the library'}" if route["route"] else ""
     return f"rlalign: head {dtype}, body {body}, mode {layer.mode.value}{of_ours}{claim}"
@@ -167,7 +165,7 @@ class AlignedLogitsProcessor(LogitsProcessor):
     ) -> None:
         super().__init__(vocab_size, org_vocab_size, scale, logits_as_input, soft_cap)
         config = get_current_vllm_config()  # only here: it is out of reach during forward
-        self.settings = HeadSettings.of_engine(config.additional_config)
+        self.settings = HeadSettings.wanted(config.additional_config)
         self.body_dtype: torch.dtype = config.model_config.dtype
         # Before 0.26 there is no head_dtype and vLLM's head always works in the body's dtype. What it is from then on the
         # checkpoint may have said: an engine of ours has the trainer's head instead, and that knows the body's dtype alone.
@@ -237,7 +235,7 @@ def mode_of(config: VllmConfig) -> HeadMode:
 
     Raises ValueError for settings that are none or cannot be here, RuntimeError for a vLLM outside the tested range.
     """
-    settings = HeadSettings.of_engine(config.additional_config)
+    settings = HeadSettings.wanted(config.additional_config)
     if settings is None:
         return HeadMode.OFF
     versions.require_supported(vllm.__version__)

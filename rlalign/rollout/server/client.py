@@ -20,10 +20,7 @@ WAITS = (0.1, 0.3, 1.0)  # seconds before another attempt
 BUSY = (429, 503)  # not accepted: nothing has happened yet
 IDLE = 2.0  # seconds an unused connection is kept: less than the 5 after which uvicorn closes it under a request
 SHOWN = 400  # characters of a server's message that an error repeats
-DEV_MODE = (
-    "start it with `rlalign rollout-server`, or with VLLM_SERVER_DEV_MODE=1 and "
-    "--worker-extension-cls rlalign.rollout.worker.extension.WorkerExtension"
-)
+DEV_MODE = "start it with `rlalign rollout-server`, or with VLLM_SERVER_DEV_MODE=1 where rlalign is installed"
 
 
 class Unreachable(RuntimeError):

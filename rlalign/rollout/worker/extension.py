@@ -117,12 +117,16 @@ class WorkerExtension(CaptureExtension, IdentityExtension, ReceivingExtension):
         save_file({"logits_NV": torch.cat(logits).float().cpu().contiguous()}, out)
         return {"rank": self.rank, "file": out}
 
-    def rlalign_unlanded(self, file: str) -> dict[str, object]:
-        """Weights of a safetensors file that this rank does not compute with; nothing is loaded or repaired."""
-        differ, unknown = self._rlalign_not_held(file, self.rlalign_version)
+    def rlalign_unlanded(self, file: str, offset: int | None = None) -> dict[str, object]:
+        """Weights of a safetensors file that this rank does not compute with; nothing is loaded or repaired.
+
+        offset: of the sampled columns; None: the version that is served.
+        """
+        offset = self.rlalign_version if offset is None else offset
+        differ, unknown = self._rlalign_not_held(file, offset)
         problems = [f"{name}: no such weight in vLLM's {type(self.get_model()).__name__}" for name in unknown]
         problems += [f"{name}: the engine computes with something else" for name in differ]
-        problems += self._rlalign_head_problems(self.rlalign_version) + self._rlalign_copy_problems()
+        problems += self._rlalign_head_problems(offset) + self._rlalign_copy_problems()
         return {"rank": self.rank, "problems": problems}
 
     def _rlalign_multiplied(self, layer: AlignedLogitsProcessor, lm_head: VocabParallelEmbedding) -> dict[str, object]:

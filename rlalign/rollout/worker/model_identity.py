@@ -14,7 +14,15 @@ VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "us
 
 
 class IdentityExtension:
-    """The RPC of one worker that the handshake of rollout.backend=server asks for."""
+    """The RPCs of one worker that handshakes ask: of rollout.backend=server, and of `rlalign.attach`."""
+
+    rlalign_owner: str | None = None  # the handle that is attached
+    rlalign_sampled_steps: int = 0  # engine steps that sampled, since the start
+
+    def rlalign_claim(self, owner: str | None) -> dict[str, object]:
+        """Note the handle that this engine is attached to; None: to none."""
+        self.rlalign_owner = owner
+        return {"rank": self.rank, "owner": owner}
 
     def rlalign_identity(self) -> dict[str, object]:
         """Host, process, model and the settings that decide what its numbers mean."""
@@ -32,6 +40,9 @@ class IdentityExtension:
             "logprobs_mode": str(model.logprobs_mode),
             "device": self.vllm_config.device_config.device_type,
             "ranks": parallel.world_size,  # of this engine
+            "sampling_defaults": dict(model.get_diff_sampling_param()),  # where a request leaves settings out
+            "owner": self.rlalign_owner,
+            "sampled_steps": self.rlalign_sampled_steps,
         }
 
 

@@ -1,0 +1,7 @@
+"""What any training loop puts around its own step: the lag-0 check, a monitor of every step, files of tokens."""
+
+from rlalign.loops.lag_zero import LagZero, mirror_check
+from rlalign.loops.step_monitor import Monitor
+from rlalign.loops.token_dump import write_tokens
+
+__all__ = ["LagZero", "Monitor", "mirror_check", "write_tokens"]

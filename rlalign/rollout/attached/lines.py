@@ -1,0 +1,234 @@
+"""How an engine that somebody else started is reached: a live `LLM`, a live `AsyncLLM`, a server's address, Ray actors.
+
+A line asks all workers of one engine, holds its generation while its weights are in doubt, and lets it go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from rlalign.rollout.engine.surface import EMBEDDED, labelled
+from rlalign.rollout.server.client import Client
+from rlalign.rollout.server.pool import LoopThread
+
+PATIENCE = 600.0  # seconds for an answer: a worker may be compiling, or taking a large bucket
+MISSING = (
+    "{engine} has no worker RPC {method}: rlalign's plugin was not loaded in its workers. Install rlalign in the environment that "
+    "runs them, and let VLLM_PLUGINS name rlalign or be unset"
+)
+GENERATES = ("generate", "chat", "enqueue", "beam_search")  # of an LLM: refused while its weights are in doubt
+
+
+class Line(Protocol):
+    """The way to one engine."""
+
+    name: str
+
+    def ask(self, method: str, args: tuple) -> list[dict]:
+        """One answer of every worker. Raises RuntimeError for an engine without our RPCs."""
+
+    def hold(self, reason: str) -> None:
+        """No token from now on."""
+
+    def release(self, version: int) -> None:
+        """Tokens again, without any key or value of older weights, labelled with this version where vLLM does that."""
+
+    def close(self) -> None:
+        """Let go of what the line itself holds; the engine stays."""
+
+
+class LLMLine:
+    """A `vllm.LLM` in this process; its workers may be elsewhere."""
+
+    def __init__(self, llm: object) -> None:
+        self.name, self._llm = EMBEDDED, llm
+
+    def ask(self, method: str, args: tuple) -> list[dict]:
+        """See Line."""
+        return _labelled(lambda: self._llm.collective_rpc(method, args=args), self.name, method)
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Logprobs of given tokens in one prefill each, entry 0 is 0.0; vLLM applies no temperature to them."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
+        prompts = [{"prompt_token_ids": list(each)} for each in sequences]
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        return [
+            [0.0] + [entry[token].logprob for entry, token in zip(o.prompt_logprobs[1:], each[1:], strict=True)]
+            for o, each in zip(outputs, sequences, strict=True)
+        ]
+
+    def hold(self, reason: str) -> None:
+        """See Line. The object's own methods refuse meanwhile."""
+
+        def refuse(*args: object, **kwargs: object) -> None:
+            raise RuntimeError(f"this engine must not generate: {reason}")
+
+        for name in GENERATES:
+            if hasattr(type(self._llm), name):
+                setattr(self._llm, name, refuse)
+
+    def release(self, version: int) -> None:
+        """See Line. Raises RuntimeError where requests still hold blocks of the old weights."""
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError(
+                "vLLM did not reset its prefix cache: requests that are still running use keys and values of the old weights; "
+                "let them finish first"
+            )
+        if hasattr(self._llm, "update_weight_version"):
+            self._llm.update_weight_version(str(version))
+        for name in GENERATES:
+            vars(self._llm).pop(name, None)
+
+    def close(self) -> None:
+        """See Line."""
+
+
+class AsyncLine:
+    """An `AsyncLLM`, asked on the event loop that it lives on, from any other thread."""
+
+    def __init__(self, engine: object, loop: asyncio.AbstractEventLoop | None) -> None:
+        here = _running_loop()
+        if loop is None or loop is here:
+            raise ValueError(
+                "an AsyncLLM is attached from outside of its event loop, which would otherwise wait for itself: inside it write "
+                "`engine = await asyncio.to_thread(rlalign.attach, llm, loop=asyncio.get_running_loop())`, and call the handle's "
+                "methods through asyncio.to_thread as well"
+            )
+        self.name, self._engine, self._loop = "async", engine, loop
+
+    def ask(self, method: str, args: tuple) -> list[dict]:
+        """See Line."""
+        return _labelled(
+            lambda: self._run(self._engine.collective_rpc(method, timeout=PATIENCE, args=args)), self.name, method
+        )
+
+    def hold(self, reason: str) -> None:
+        """See Line. Running requests stay, between two engine steps; their keys and values are computed again."""
+        self._run(self._engine.pause_generation(mode="keep", clear_cache=True))
+
+    def release(self, version: int) -> None:
+        """See Line."""
+        self._run(self._engine.update_weight_version(str(version)))
+        self._run(self._engine.resume_generation())
+
+    def close(self) -> None:
+        """See Line."""
+
+    def _run(self, coroutine: object) -> object:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(PATIENCE)
+
+
+class UrlLine:
+    """A `vllm serve` with its development routes on (VLLM_SERVER_DEV_MODE=1)."""
+
+    def __init__(self, url: str, key: str | None) -> None:
+        self._loop = LoopThread("rlalign-attached")
+        self._client = self._loop.call(_client(url, key))
+        self.name = self._client.url
+
+    def ask(self, method: str, args: tuple) -> list[dict]:
+        """See Line."""
+        return self._loop.call(self._client.rpc(method, args, PATIENCE))
+
+    def hold(self, reason: str) -> None:
+        """See Line."""
+        self._loop.call(self._client.pause(PATIENCE))
+
+    def release(self, version: int) -> None:
+        """See Line."""
+        self._loop.call(self._client.stamp(str(version), PATIENCE))
+        self._loop.call(self._client.resume(PATIENCE))
+
+    def close(self) -> None:
+        """See Line."""
+        self._loop.call(self._client.close())
+        self._loop.close()
+
+
+class ActorLine:
+    """A Ray actor around an engine, with `collective_rpc(method, args=...)` and `reset_prefix_cache()` among its methods.
+
+    Holding it is the caller's: nothing stops an actor that is asked to generate meanwhile.
+    """
+
+    def __init__(self, actor: object, index: int, get: Callable[[object], object]) -> None:
+        for method in ("collective_rpc", "reset_prefix_cache"):
+            if not hasattr(actor, method):
+                raise ValueError(
+                    f"the Ray actor {index} has no method {method}: attach needs collective_rpc(method, args=...) and "
+                    "reset_prefix_cache() to reach vLLM inside it; add them to the actor's class"
+                )
+        self.name, self._actor, self._get = f"actor {index}", actor, get
+
+    def ask(self, method: str, args: tuple) -> list[dict]:
+        """See Line."""
+        return _labelled(lambda: self._get(self._actor.collective_rpc.remote(method, args=args)), self.name, method)
+
+    def hold(self, reason: str) -> None:
+        """See Line and the class."""
+
+    def release(self, version: int) -> None:
+        """See Line."""
+        if self._get(self._actor.reset_prefix_cache.remote()) is False:
+            raise RuntimeError(f"{self.name}: vLLM did not reset its prefix cache; let running requests finish first")
+
+    def close(self) -> None:
+        """See Line."""
+
+
+def lines_to(engine: object, *, loop: asyncio.AbstractEventLoop | None, key: str | None) -> list[Line]:
+    """One line for every engine given. Raises ValueError for what is none."""
+    if isinstance(engine, str):
+        return [UrlLine(engine, key)]
+    if isinstance(engine, Sequence):
+        if not engine:
+            raise ValueError("attach: an empty list holds no engine")
+        found = [
+            ActorLine(each, index, _ray_get()) if _is_actor(each) else lines_to(each, loop=loop, key=key)[0]
+            for index, each in enumerate(engine)
+        ]
+        return found
+    if _is_actor(engine):
+        return [ActorLine(engine, 0, _ray_get())]
+    if asyncio.iscoroutinefunction(getattr(engine, "collective_rpc", None)):
+        return [AsyncLine(engine, loop)]
+    if hasattr(engine, "collective_rpc") and hasattr(engine, "llm_engine"):
+        return [LLMLine(engine)]
+    raise ValueError(
+        f"attach: {type(engine).__name__} is no engine that is known here; give a vllm.LLM, an AsyncLLM, the address of a "
+        "`vllm serve`, a Ray actor that has collective_rpc, or a list of them"
+    )
+
+
+async def _client(url: str, key: str | None) -> Client:
+    return Client(url, key=key)
+
+
+def _is_actor(engine: object) -> bool:
+    return type(engine).__module__.split(".")[0] == "ray"
+
+
+def _ray_get() -> Callable[[object], object]:
+    return sys.modules["ray"].get  # whoever holds an actor has imported it
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def _labelled(ask: Callable[[], list], engine: str, method: str) -> list[dict]:
+    try:
+        answers = ask()
+    except Exception as error:
+        if isinstance(error, AttributeError | NotImplementedError) or method in str(error):
+            raise RuntimeError(MISSING.format(engine=engine, method=method)) from error
+        raise
+    return [labelled(answer, rank, engine, method) for rank, answer in enumerate(answers)]

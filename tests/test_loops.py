@@ -1,0 +1,139 @@
+"""What any loop may put around its step: conventions read, monitors that name causes, files that our readers read."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import rlalign
+from rlalign.loops.lag_zero import require_same_head
+from rlalign.loops.step_monitor import write
+from rlalign.rollout.attached.sampling_convention import spec_of_sampling
+
+PROCESSED = {"logprobs_mode": "processed_logprobs", "head_dtype": "float32"}
+
+
+def batch(noise=0.0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    rollout = -3.0 * torch.rand(4, 32, generator=g)
+    mask = torch.rand(4, 32, generator=g) < 0.8
+    return rollout + noise * torch.randn(4, 32, generator=g), rollout, mask
+
+
+@pytest.mark.parametrize(
+    "params, defaults, expected",
+    [
+        ({}, {}, rlalign.LogprobSpec()),
+        ({"temperature": 0.5}, {"temperature": 0.6, "top_p": 0.9}, rlalign.LogprobSpec(temperature=0.5, top_p=0.9)),
+        ({"top_k": -1}, {"top_k": 20}, rlalign.LogprobSpec()),
+        (SimpleNamespace(temperature=0.5, top_p=1.0, top_k=0, min_p=0.0), {"top_p": 0.9}, rlalign.LogprobSpec(temperature=0.5)),
+    ],
+)  # fmt: skip
+def test_what_a_mapping_leaves_out_is_the_engines_default(params, defaults, expected):
+    """A generation_config.json with top_p=0.9 reaches requests over HTTP, and never an explicit SamplingParams."""
+    assert spec_of_sampling(params, defaults=defaults, **PROCESSED) == expected
+
+
+@pytest.mark.parametrize(
+    "params, defaults, said",
+    [
+        ({"frequency_penalty": 0.1}, {}, r"frequency_penalty=0\.1"),
+        ({}, {"repetition_penalty": 1.1}, r"repetition_penalty=1\.1.*generation_config\.json"),
+        ({"bad_words": ["x"], "min_tokens": 3}, {}, r"bad_words=\['x'\], min_tokens=3"),
+        ({"structured_outputs_regex": "a+"}, {}, "structured_outputs_regex"),
+        ({"temperature": 0.0}, {}, "temperature 0: greedy"),
+    ],
+)
+def test_settings_that_no_trainer_repeats_are_refused_by_name(params, defaults, said):
+    with pytest.raises(ValueError, match=said):
+        spec_of_sampling(params, defaults=defaults, **PROCESSED)
+    raw = spec_of_sampling(params, defaults=defaults, logprobs_mode="raw_logprobs", head_dtype="float32")
+    assert not raw.processed  # raw logprobs are taken before any of them
+
+
+def test_logits_are_no_logprobs():
+    with pytest.raises(ValueError, match="returns processed_logits, which are no log-probabilities"):
+        spec_of_sampling({}, logprobs_mode="processed_logits", head_dtype="float32")
+
+
+@pytest.mark.parametrize(
+    "spec, said",
+    [
+        (rlalign.LogprobSpec(temperature=0.7, processed=False), "raw against processed logprobs"),
+        (rlalign.LogprobSpec(temperature=0.7), r"another temperature: tokens are sampled at 0\.7, .* by 1;"),
+        (rlalign.LogprobSpec(top_p=0.9), r"truncated sampling \(top_p=0\.9"),
+    ],
+)
+def test_numbers_that_cannot_be_compared_are_refused_before_the_first_step(spec, said):
+    with pytest.raises(ValueError, match=said):
+        rlalign.Monitor(spec=spec, temperature=1.0)
+
+
+def engine(head_dtype):
+    return SimpleNamespace(head_dtype=head_dtype, mode="cached", require_sound=lambda: None)
+
+
+def test_a_head_on_one_side_is_refused():
+    mirrored = SimpleNamespace(head_dtype="float32")
+    with pytest.raises(
+        RuntimeError, match="one side only: the engine runs float32 .*, the trainer the model's own. Mirror it"
+    ):
+        rlalign.Monitor(engine("float32"))
+    with pytest.raises(RuntimeError, match="one side only: the trainer is mirrored .*RLALIGN_HEAD=float32, or restore"):
+        require_same_head(engine("model"), mirrored)
+    with pytest.raises(RuntimeError, match="the engine runs master .*, the trainer float32"):
+        require_same_head(engine("master"), mirrored)
+    require_same_head(engine("float32"), mirrored)
+    require_same_head(engine("model"), None)
+
+
+def test_the_monitor_gives_what_compare_gives_to_whatever_logs():
+    old, rollout, mask = batch(0.1)
+    seen, scalars = [], []
+    monitor = rlalign.Monitor(log=lambda metrics, step: seen.append((step, metrics)))
+    found = monitor.step(3, old.double(), rollout.half().float(), mask.long())
+    expected = rlalign.compare(
+        old, rollout.half().float(), mask, lag_B=torch.zeros(4, dtype=torch.int64), positions=False
+    )
+    assert {k.removeprefix("mismatch/"): v for k, v in found.items()} == pytest.approx(expected, nan_ok=True)
+    assert seen == [(3, found)]
+    write(SimpleNamespace(add_scalar=lambda *row: scalars.append(row)), {"a": 1.0}, 2)
+    write(SimpleNamespace(log=lambda metrics, step: scalars.append((metrics, step))), {"a": 1.0}, 2)
+    assert scalars == [("a", 1.0, 2), ({"a": 1.0}, 2)]
+    with pytest.raises(ValueError, match="Monitor: int logs nothing"):
+        write(3, {}, 0)
+    with pytest.raises(ValueError, match="a mask holds True and False, or 0 and 1; got values such as 7"):
+        monitor.step(4, old, rollout, mask.long() * 7)
+
+
+def test_staleness_is_never_called_engine_mismatch():
+    old, rollout, mask = batch(0.5)
+    quiet = rlalign.Monitor(stop=True)
+    for step in range(8):
+        found = quiet.step(step, old, rollout, mask, lag=2)
+    assert "mismatch/lag0/k3" not in found and found["mismatch/lag2/k3"] > 1e-2
+    loud, told = rlalign.Monitor(stop=True, say=lambda text: told.append(text)), []
+    with pytest.raises(RuntimeError, match=r"mismatch/lag0/k3 = .* over 0\.01"):
+        for step in range(8):
+            loud.step(step, old, rollout, mask)
+    assert told and "Confirm:" in told[0]
+
+
+def test_tokens_are_read_back_by_the_mismatch_report(tmp_path):
+    from rlalign.diagnose.offline import analyse
+
+    ids = torch.arange(4 * 32).view(4, 32)
+    for step in range(2):
+        old, rollout, mask = batch(0.1, seed=step)
+        numbers = {"rollout_logprobs_BL": rollout, "old_logprobs_BL": old, "mask_BL": mask}
+        rlalign.write_tokens(
+            tmp_path, step, token_ids_BL=ids, **numbers, policy_version=step, trainer_version=step, reward_B=[0.0, 1.0, 0.5, 1.0]
+        )  # fmt: skip
+    old, rollout, mask = (torch.cat(pair) for pair in zip(batch(0.1, 0), batch(0.1, 1), strict=True))
+    expected = rlalign.compare(old, rollout, mask)
+    found = analyse(tmp_path / "tokens").overall
+    assert found["tokens"] == expected["tokens"]
+    assert math.isclose(found["k3"], expected["k3"], rel_tol=1e-6)
+    with pytest.raises(ValueError, match=r"old_logprobs_BL is \(4, 31\), token_ids_BL \(4, 32\)"):
+        rlalign.write_tokens(tmp_path, 9, token_ids_BL=ids, **(numbers | {"old_logprobs_BL": old[:4, 1:]}))

@@ -6,9 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlalign.diagnose.attribution.bias import bias
-from rlalign.diagnose.attribution.compare import counted, distinct
-from rlalign.diagnose.attribution.difference import Spread, common_rows, differences
+from rlalign.diagnose.attribution.difference import Spread, common_rows, counted, differences, distinct
+from rlalign.diagnose.attribution.findings import bias
 from rlalign.diagnose.attribution.patching import removed
 from rlalign.rollout.engine.teacher_forcing import Route
 from rlalign.rollout.worker.recording import LOGITS, TOKENS, Recorder, Recording, join

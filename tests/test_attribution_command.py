@@ -9,10 +9,9 @@ import pytest
 
 from rlalign.cli import main
 from rlalign.commands import attribute
-from rlalign.diagnose.attribution import console_table, page, words
-from rlalign.diagnose.attribution.bias import Bias
+from rlalign.diagnose.attribution import page, words
 from rlalign.diagnose.attribution.difference import Spread
-from rlalign.diagnose.attribution.findings import Attribution, PointDifference, RouteAttribution
+from rlalign.diagnose.attribution.findings import Attribution, Bias, PointDifference, RouteAttribution
 from rlalign.diagnose.attribution.mapping import LAYER_PAIRS, match, parse, read_pairs
 from rlalign.diagnose.attribution.patching import Removed
 from rlalign.diagnose.attribution.sources import budget, of_run
@@ -208,10 +207,10 @@ def test_without_a_finding_the_shares_are_said():
 
 def test_the_table_marks_findings_and_shows_other_points_on_request():
     found = result(layers_1_q_rope=50.0)
-    lines = console_table.text(found).splitlines()
+    lines = words.text(found).splitlines()
     assert [line.split()[0] for line in lines if line.endswith("<-")] == ["layers.1.q_rope"]
     assert not any(line.startswith("layers.2.q_rope") for line in lines)
-    assert any(line.startswith("layers.2.q_rope") for line in console_table.text(found, every=True).splitlines())
+    assert any(line.startswith("layers.2.q_rope") for line in words.text(found, every=True).splitlines())
 
 
 def test_the_page_is_self_contained_escapes_names_and_says_the_verdict(tmp_path):

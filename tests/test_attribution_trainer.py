@@ -4,11 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from rlalign.diagnose.attribution import patching, trainer_pass
-from rlalign.diagnose.attribution.compare import counted
-from rlalign.diagnose.attribution.difference import differences
-from rlalign.diagnose.attribution.trainer_pass import Side, Widened
-from rlalign.diagnose.attribution.trainer_side import visited
+from rlalign.diagnose.attribution import patching, trainer_side
+from rlalign.diagnose.attribution.difference import counted, differences
+from rlalign.diagnose.attribution.trainer_side import Side, Widened, visited
 from rlalign.diagnose.both_sides import head_logprobs, hidden_states
 from rlalign.trainer.head_mirror import mirror
 from tests import attribution_parts as parts
@@ -35,7 +33,7 @@ def test_points_hold_what_the_formulas_say(tmp_path, batch, attention):
     network = parts.model(attn_implementation=attention)
     network.set_attn_implementation(attention)
     side = side_of(network)
-    found = trainer_pass.record(side, batch, tmp_path)
+    found = trainer_side.record(side, batch, tmp_path)
     layer, count = network.model.layers[1], range(int(batch.attention_mask_BL.sum()))
 
     def at(point, index=1):
@@ -65,12 +63,12 @@ def test_points_hold_what_the_formulas_say(tmp_path, batch, attention):
 def test_watching_changes_nothing_and_leaves_nothing_behind(tmp_path, batch):
     network = parts.model()
     before = network(input_ids=batch.token_ids_BL, attention_mask=batch.attention_mask_BL).logits
-    trainer_pass.record(side_of(network), batch, tmp_path)
+    trainer_side.record(side_of(network), batch, tmp_path)
     network.lm_head.__dict__.pop("forward")
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
     assert torch.equal(before, network(input_ids=batch.token_ids_BL, attention_mask=batch.attention_mask_BL).logits)
-    again = trainer_pass.record(side_of(network), batch, tmp_path / "again")
-    mine = trainer_pass.record(side_of(network), batch, tmp_path / "mine", inputs=again)
+    again = trainer_side.record(side_of(network), batch, tmp_path / "again")
+    mine = trainer_side.record(side_of(network), batch, tmp_path / "mine", inputs=again)
     assert all(worst(mine, again, p, batch) == 0.0 for p in mine.points), "its own activations in its own place"
 
 
@@ -78,10 +76,10 @@ def test_an_isolated_fault_shows_in_its_own_step_only(tmp_path, batch):
     """One wrong epsilon: every later activation differs, but given the other side's inputs only that norm does."""
     rollout = parts.model()
     rollout.model.layers[1].post_attention_layernorm.variance_epsilon = 0.5
-    theirs = trainer_pass.record(side_of(rollout), batch, tmp_path / "rollout")
+    theirs = trainer_side.record(side_of(rollout), batch, tmp_path / "rollout")
     side = side_of(parts.model())
-    own = trainer_pass.record(side, batch, tmp_path / "own")
-    isolated = trainer_pass.record(side, batch, tmp_path / "isolated", inputs=theirs)
+    own = trainer_side.record(side, batch, tmp_path / "own")
+    isolated = trainer_side.record(side, batch, tmp_path / "isolated", inputs=theirs)
     differing = [p for p in own.points if worst(own, theirs, p, batch) > 1e-5]
     assert {"layers.1.mlp_norm", "layers.1.residual", "layers.2.attention", "logits"} <= set(differing)
     assert [p for p in own.points if worst(isolated, theirs, p, batch) > 1e-5] == ["layers.1.mlp_norm"]
@@ -90,16 +88,16 @@ def test_an_isolated_fault_shows_in_its_own_step_only(tmp_path, batch):
 def test_a_rope_fault_shows_between_norm_and_attention(tmp_path, batch):
     rollout = parts.model()
     rollout.model.rotary_emb.inv_freq.mul_(0.9)
-    theirs = trainer_pass.record(side_of(rollout), batch, tmp_path / "rollout")
-    isolated = trainer_pass.record(side_of(parts.model()), batch, tmp_path / "isolated", inputs=theirs)
+    theirs = trainer_side.record(side_of(rollout), batch, tmp_path / "rollout")
+    isolated = trainer_side.record(side_of(parts.model()), batch, tmp_path / "isolated", inputs=theirs)
     differing = {p for p in isolated.points if worst(isolated, theirs, p, batch) > 1e-5}
     assert differing == {f"layers.{i}.{k}" for i in range(parts.LAYERS) for k in ("q_rope", "k_rope")}
 
 
 def test_micro_batches_only_change_rounding(tmp_path, batch):
     network = parts.model()
-    whole = trainer_pass.record(side_of(network), batch, tmp_path / "a")
-    small = trainer_pass.record(side_of(network, rows=2), batch, tmp_path / "b")
+    whole = trainer_side.record(side_of(network), batch, tmp_path / "a")
+    small = trainer_side.record(side_of(network, rows=2), batch, tmp_path / "b")
     assert len(whole.table("embed")) == int(batch.attention_mask_BL.sum())
     assert torch.equal(whole.table("embed"), small.table("embed"))
     assert max(worst(whole, small, p, batch) for p in whole.points) < 1e-5
@@ -108,7 +106,7 @@ def test_micro_batches_only_change_rounding(tmp_path, batch):
 def test_wide_arithmetic_is_float64_through_hand_written_casts(tmp_path, batch):
     """The norms of transformers cast to float32 by hand; the wide pass must not."""
     side = side_of(parts.model())
-    found = trainer_pass.record(trainer_pass.widened(side), batch, tmp_path)
+    found = trainer_side.record(trainer_side.widened(side), batch, tmp_path)
     count = range(int(batch.attention_mask_BL.sum()))
     x = found.read("layers.1.residual", count, width=32)
     norm = side.network.model.layers[2].input_layernorm
@@ -124,7 +122,7 @@ def test_the_wide_copy_leaves_the_model_alone(batch):
     network = parts.model()
     side = side_of(network)
     mirrored = network.lm_head.forward
-    wide = trainer_pass.widened(side)
+    wide = trainer_side.widened(side)
     assert network.lm_head.forward is mirrored
     assert next(network.parameters()).dtype == torch.float32 and next(wide.network.parameters()).dtype == torch.float64
 
@@ -134,7 +132,7 @@ def faulty_rollout(tmp_path, batch, layer, attribute):
     with torch.no_grad():
         rollout.get_submodule(f"model.layers.{layer}.{attribute}").weight.mul_(1.05)
     side = side_of(rollout)
-    recorded = trainer_pass.record(side, batch, tmp_path / "rollout")
+    recorded = trainer_side.record(side, batch, tmp_path / "rollout")
     return recorded, patching.logprobs(side, batch, head_dtype="float32", temperature=1.0)
 
 
@@ -181,7 +179,7 @@ def test_a_patch_ends_with_the_pass(tmp_path, batch):
 def test_logprobs_of_recorded_logits(tmp_path, batch):
     network = parts.model()
     side = side_of(network)
-    found = trainer_pass.record(side, batch, tmp_path)
+    found = trainer_side.record(side, batch, tmp_path)
     again_BL = patching.from_logits(found, batch, 0.6, torch.float64)
     expected_BL = patching.logprobs(side, batch, head_dtype="float32", temperature=0.6)
     assert torch.allclose(again_BL.float(), expected_BL, atol=1e-5)

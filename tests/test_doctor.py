@@ -21,7 +21,7 @@ from rlalign.config import (
     TrainerConfig,
     WeightsConfig,
 )
-from rlalign.diagnose.doctor import check, installation, machine, tokens
+from rlalign.diagnose.doctor import check, machine, tokens
 from rlalign.diagnose.doctor.known_versions import KNOWN, Surroundings, numbers
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
 
@@ -49,14 +49,14 @@ def around(folder, *, on_gpu=False, trainer_ranks=1, model=None, **sections):
 
 
 def biting(found, surroundings):
-    return [line for line in installation._known_issues(found, surroundings) if line.state == "problem"]
+    return [line for line in machine._known_issues(found, surroundings) if line.state == "problem"]
 
 
 HERE = {"vllm": "0.32.0", "deepspeed": "0.19.8", "torch": "2.13.0"}
 
 
 def test_what_is_installed_here_is_fine_on_one_rank_without_a_gpu(model):
-    (line,) = installation._known_issues(HERE, around(model))
+    (line,) = machine._known_issues(HERE, around(model))
     assert line.state == "ok" and "vllm-project/vllm#41670" in line.found, "those that do not bite are still named"
 
 
@@ -102,11 +102,11 @@ def test_lora_needs_peft_and_nothing_else_does(monkeypatch):
     def installed(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(installation, "version", installed)
-    (check,) = installation._for_lora()
+    monkeypatch.setattr(machine, "version", installed)
+    (check,) = machine._for_lora()
     assert (check.name, check.state, check.remedy) == ("peft", "problem", "pip install 'rlalign[lora]'")
-    monkeypatch.setattr(installation, "version", lambda name: "0.21.7")
-    assert [check.state for check in installation._for_lora()] == ["ok"]
+    monkeypatch.setattr(machine, "version", lambda name: "0.21.7")
+    assert [check.state for check in machine._for_lora()] == ["ok"]
 
 
 def test_version_numbers():
@@ -115,9 +115,9 @@ def test_version_numbers():
 
 
 def test_an_untested_version_is_unknown_and_not_a_problem():
-    assert installation._tested("torch", "2.13.0+cpu", "2.11", "2.13").state == "ok"
+    assert machine._tested("torch", "2.13.0+cpu", "2.11", "2.13").state == "ok"
     for found in ("2.10.0", "2.14.0", "3.0.0"):
-        line = installation._tested("torch", found, "2.11", "2.13")
+        line = machine._tested("torch", found, "2.11", "2.13")
         assert line.state == "unknown" and "tested with 2.11 to 2.13" in line.found
 
 

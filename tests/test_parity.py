@@ -11,7 +11,7 @@ from torch import nn
 from rlalign.commands import parity
 from rlalign.config import ModelConfig, RunConfig, TaskConfig
 from rlalign.diagnose.both_sides import lengthened
-from rlalign.diagnose.parity import baseline, grid, markdown_table, measuring
+from rlalign.diagnose.parity import baseline, grid, measuring
 from rlalign.diagnose.prompt_file import read_prompts
 
 
@@ -143,7 +143,7 @@ def test_a_head_alone_is_judged_where_the_body_hides_it():
 
 def test_the_markdown_holds_every_figure_once():
     slow = [row(path="decode", temperature=0.6, k3=3e-4), row(path="decode", temperature=0.6, k3=7e-4, mode="native")]
-    text = markdown_table.markdown(result(row(k3=1.25e-5), settings=slow))
+    text = baseline.markdown(result(row(k3=1.25e-5), settings=slow))
     for figure in ("1.25e-05", "3.00e-04 (0.0e+00)", "7.00e-04 (0.0e+00)"):
         assert text.count(figure) == 1
     widths = {line.count("|") for line in text.splitlines() if "0.6" in line or "temperature" in line}

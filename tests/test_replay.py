@@ -8,7 +8,7 @@ import torch
 
 from rlalign import cli
 from rlalign.diagnose.replay import Answer, Replay, replay, report
-from rlalign.tracking import replay_files
+from rlalign.tracking import token_files
 from rlalign.tracking.run_directory import Run
 from rlalign.types import LogprobSpec, Rollout, collate
 
@@ -40,17 +40,17 @@ def run_of(folder, *, config=None, steps=5):
 
 def save(run, step, *, whole=True):
     master = torch.randn(4, 3)
-    replay_files.save_weights(run, step, save=lambda folder: folder.mkdir(), master_VD=master)
+    token_files.save_weights(run, step, save=lambda folder: folder.mkdir(), master_VD=master)
     batch = batch_of()
     old = torch.randn(batch.token_ids_BL.shape)
     if whole:
-        replay_files.save_batch(run, step, batch, old, version=3, trainer_ranks=2)
+        token_files.save_batch(run, step, batch, old, version=3, trainer_ranks=2)
     return batch, old, master
 
 
 def test_a_step_comes_back_bit_for_bit(tmp_path):
     batch, old, master = save(tmp_path, 4)
-    found = replay_files.read_step(tmp_path, 4)
+    found = token_files.read_step(tmp_path, 4)
     for name in ("token_ids_BL", "rollout_logprobs_BL", "loss_mask_BL", "policy_version_BL", "prompt_id_B"):
         assert torch.equal(getattr(found.batch, name), getattr(batch, name))
     assert found.batch.spec == batch.spec and (found.step, found.version, found.trainer_ranks) == (4, 3, 2)
@@ -102,14 +102,14 @@ def test_runs_of_other_versions_of_rlalign(tmp_path):
 
 def test_damaged_and_foreign_files(tmp_path):
     save(tmp_path, 0)
-    file = replay_files.folder_of(tmp_path, 0) / replay_files.BATCH
+    file = token_files.folder_of(tmp_path, 0) / token_files.BATCH
     whole = file.read_bytes()
     file.write_bytes(whole[:40])
     with pytest.raises(ValueError, match="is damaged"):
-        replay_files.read_step(tmp_path, 0)
+        token_files.read_step(tmp_path, 0)
     file.write_bytes(whole.replace(b'\\"format\\": 1', b'\\"format\\": 9'))
     with pytest.raises(ValueError, match="saved in format 9, this rlalign reads 1"):
-        replay_files.read_step(tmp_path, 0)
+        token_files.read_step(tmp_path, 0)
 
 
 def test_the_command_ends_with_one_line(tmp_path, capsys):

@@ -10,9 +10,9 @@ import pytest
 from rlalign.report import write_report
 from rlalign.report.html import esc, num, prose, short, table, token_text
 from rlalign.report.plots import Line, histogram, line_chart
-from rlalign.report.worst_tokens import view_tokens
+from rlalign.report.tables import view_tokens
+from rlalign.tracking.record import summarize
 from rlalign.tracking.run_directory import Run
-from rlalign.tracking.run_summary import summarize
 
 EVIL = "</td><script>alert(1)</script>\x1b[31m\u202e&"
 VOID = {"meta", "br", "img", "input", "link", "hr"}

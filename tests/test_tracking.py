@@ -17,9 +17,8 @@ from rich.console import Console
 
 from rlalign.tracking import files
 from rlalign.tracking.console import Progress, clock
-from rlalign.tracking.record import read_metrics, read_run
+from rlalign.tracking.record import read_metrics, read_run, summarize
 from rlalign.tracking.run_directory import Run
-from rlalign.tracking.run_summary import summarize
 from rlalign.tracking.token_files import SCHEMA, read_tokens
 
 CONFIG = {

@@ -65,7 +65,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(config: Callable[[], RunConfig], arguments: argparse.Namespace) -> int:
     """Measure, print, write. 1 when a step by itself is over its noise floor. config: composed only when no run is given."""
-    from rlalign.diagnose.attribution import console_table, page, sources
+    from rlalign.diagnose.attribution import page, sources, words
 
     if arguments.run_directory is not None:
         if arguments.overrides or arguments.prompt_file:
@@ -76,7 +76,7 @@ def run(config: Callable[[], RunConfig], arguments: argparse.Namespace) -> int:
     else:
         source = sources.of_config(config())
     found, notes = _measured(source, arguments)
-    print(console_table.text(found, every=arguments.all_points))
+    print(words.text(found, every=arguments.all_points))
     for note in notes:
         print(f"note: {note}")
     out = arguments.html or (arguments.run_directory or Path()) / "attribution.html"
@@ -114,7 +114,7 @@ def _both_sides(
 
     from rlalign.diagnose.attribution import sources
     from rlalign.diagnose.attribution.measure import measure
-    from rlalign.diagnose.attribution.same_weights import require_same_weights
+    from rlalign.diagnose.attribution.sources import require_same_weights
     from rlalign.diagnose.both_sides import trainer_network
     from rlalign.run.assembly import start_embedded
 

@@ -59,7 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(config: RunConfig, arguments: argparse.Namespace) -> int:
     """Measure, print, write, judge. 1 when a limit is passed or something is worse than the baseline."""
     from rlalign.diagnose.parity import baseline
-    from rlalign.diagnose.parity.markdown_table import markdown
+    from rlalign.diagnose.parity.baseline import markdown
     from rlalign.diagnose.parity.measuring import measure
     from rlalign.run.assembly import resolve_model
 
@@ -116,7 +116,7 @@ def over_limit(result: dict, k3_limit: float | None = None, *, head_limit: float
     over all.
     """
     from rlalign.diagnose import body_rounding
-    from rlalign.diagnose.parity.markdown_table import name_of
+    from rlalign.diagnose.parity.baseline import name_of
 
     found = []
     for row in [*result["rows"], *result["settings"]]:

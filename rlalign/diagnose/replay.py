@@ -21,7 +21,7 @@ from rlalign.run.assembly import engine_attention, load_tokenizer, resolve_model
 from rlalign.run.sampler import step_seed
 from rlalign.tracking import environment
 from rlalign.tracking.record import RunRecord, config_of, read_run
-from rlalign.tracking.replay_files import SavedStep, read_step
+from rlalign.tracking.token_files import SavedStep, read_step
 from rlalign.types import RolloutBatch, collate
 
 if TYPE_CHECKING:

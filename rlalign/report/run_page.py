@@ -9,13 +9,11 @@ from pathlib import Path
 from markupsafe import Markup
 
 from rlalign.report import charts, drawings, plots, tables, verdict
-from rlalign.report.attributed import read_attribution
 from rlalign.report.figures import Shown, drawn, items, k3_limit, named
 from rlalign.report.html import chip, figure, num, render
-from rlalign.report.worst_tokens import TokenView, view_tokens
+from rlalign.report.tables import TokenView, read_attribution, view_tokens
 from rlalign.tracking.files import read_json, write_atomic
-from rlalign.tracking.record import read_run
-from rlalign.tracking.run_summary import phases_of
+from rlalign.tracking.record import phases_of, read_run
 from rlalign.tracking.timeline import processes, utilisation
 
 __all__ = ["write_report"]

@@ -6,16 +6,97 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 import numpy as np
+import pyarrow
 from markupsafe import Markup
 
 from rlalign.report.charts import FLOOR
+from rlalign.report.drawings import heat_legend, heat_map, scale_of
 from rlalign.report.figures import at, series
-from rlalign.report.html import MACROS, NOTHING, num
-from rlalign.report.worst_tokens import TokenView
+from rlalign.report.html import MACROS, NOTHING, figure, num
+from rlalign.tracking import files
 from rlalign.tracking.record import RunRecord
+from rlalign.tracking.token_files import read_tokens
+
+WORST = 12
+BEFORE, AFTER = 6, 3  # tokens of context around a worst token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorstToken:
+    """One token with a large |log_ratio|; before and after: its neighbours' texts. Logprobs in nats."""
+
+    step: int
+    sequence: int
+    position: int
+    token_id: int
+    token: str
+    rollout_logprob: float
+    old_logprob: float
+    log_ratio: float
+    policy_version: int
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+
+    @property
+    def rank(self) -> float:
+        """Sort key: a log-ratio that is not finite is worse than any number."""
+        return abs(self.log_ratio) if np.isfinite(self.log_ratio) else np.inf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenView:
+    """abs_log_ratio: finite |log_ratio| of every sampled token in the files, sorted. nonfinite: how many had none."""
+
+    steps: tuple[int, ...]
+    abs_log_ratio: np.ndarray
+    nonfinite: int
+    worst: tuple[WorstToken, ...]
+
+
+def view_tokens(paths: tuple[Path, ...]) -> TokenView | None:
+    """Read the token files one by one; None when there is none. Raises ValueError for a damaged file."""
+    steps, ratios, worst, nonfinite = [], [], [], 0
+    for path in paths:
+        table = read_tokens(path)
+        sampled = table.filter(table["loss_mask"])
+        if not sampled.num_rows:
+            continue
+        ratio = np.abs(sampled["log_ratio"].to_numpy().astype(np.float64))
+        finite = np.isfinite(ratio)
+        steps.append(int(sampled["step"][0].as_py()))
+        ratios.append(ratio[finite])
+        nonfinite += int((~finite).sum())
+        order = np.argsort(-np.where(finite, ratio, np.inf), kind="stable")[:WORST]
+        worst += [_in_context(table, sampled.slice(int(row), 1).to_pylist()[0]) for row in order]
+    if not steps:
+        return None
+    worst.sort(key=lambda token: -token.rank)
+    return TokenView(
+        steps=tuple(steps),
+        abs_log_ratio=np.sort(np.concatenate(ratios)),
+        nonfinite=nonfinite,
+        worst=tuple(token for token in worst[:WORST] if token.rank > 0),
+    )
+
+
+def _in_context(table: pyarrow.Table, row: dict) -> WorstToken:
+    sequence = table["sequence"].to_numpy() == row["sequence"]
+    positions, tokens = table["position"].to_numpy()[sequence], table["token"].to_numpy(zero_copy_only=False)[sequence]
+    order = np.argsort(positions)
+    at = int(np.searchsorted(positions[order], row["position"]))
+    texts = [str(token) for token in tokens[order]]
+    fields = ("step", "sequence", "position", "token_id", "token", "policy_version")
+    logprobs = ("rollout_logprob", "old_logprob", "log_ratio")
+    return WorstToken(
+        **{name: row[name] for name in (*fields, *logprobs)},
+        before=tuple(texts[max(0, at - BEFORE) : at]),
+        after=tuple(texts[at + 1 : at + 1 + AFTER]),
+    )
+
 
 __all__ = [
     "cause_rows", "config_differences", "events", "flatten", "head_table", "number_rows", "phase_rows", "publish_rows",
@@ -198,3 +279,47 @@ def config_differences(runs: Sequence[RunRecord]) -> dict[str, list[object]]:
     for skipped in ("name", "output_dir", "overwrite"):
         values.pop(skipped, None)
     return {key: found for key, found in values.items() if len({json.dumps(value) for value in found}) > 1}
+
+
+def positions(route: str, heat: Mapping[str, Sequence[float | None]], layers: int, length: int) -> Markup:
+    """The accumulated difference of the residual stream, after embedding, layers, norm and logits."""
+    named = [("embed", "embed"), *((f"layers.{i}.residual", f"layer {i}") for i in range(layers))]
+    named += [("final_norm", "final norm"), ("logits", "logits"), ("logprobs", "logprobs")]
+    rows = [(label, heat[point]) for point, label in named if point in heat]
+    scale = scale_of([v for _, values in rows for v in values])
+    bins = max(len(values) for _, values in rows)
+    drawn = heat_map(rows, [str(round(c * length / bins)) for c in range(bins)], scale, axis="position")
+    ends = heat_legend(scale, low=num(scale.low, ".1e"), high=num(scale.high, ".1e"))
+    return figure(drawn, f"Accumulated difference, {route}", "", ends, wide=True)
+
+
+def read_attribution(run: RunRecord) -> Markup:
+    """Its sentence and its heat maps; empty for a run that has none."""
+    path = run.directory / files.ATTRIBUTION
+    if not path.exists():
+        return Markup()
+    try:
+        found = files.read_json(path)
+        maps = [positions(name, r["heat"], found["layers"], found["length"]) for name, r in found["routes"].items()]
+        return Markup("<p>{}</p>").format(_said(found)) + Markup().join(maps)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # a page must come out of every run
+        words = Markup(
+            '<p class="bad">{} cannot be shown: {}. <code>rlalign attribute --run</code> writes it anew.</p>'
+        )
+        return words.format(files.ATTRIBUTION, repr(error))
+
+
+def _said(found: Mapping) -> Markup:
+    """One sentence a route: the first step over its floor, and whose logprobs."""
+    parts = []
+    for name, route in found["routes"].items():
+        first, shares = route["first_over_floor"], route["logprob_share"]
+        worst = max(shares.items(), key=lambda item: item[1], default=None)
+        says = f"{first} differs by itself" if first else "no step is over its noise floor"
+        share = f", {worst[1]:.0%} of its square from {worst[0]}" if worst else ""
+        delta = num(route["delta_logp"]["abs_mean"], ".1e")
+        parts.append(Markup("<b>{}</b>: {}; mean |delta logp| {} nats{}").format(name, says, delta, share))
+    about = f"{found['sequences']:,} sequences, {found['scored_tokens']:,} scored tokens"
+    return Markup("{}. Measured on {}; attribution.html beside the run has every number.").format(
+        Markup(". ").join(parts), about
+    )

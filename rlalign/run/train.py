@@ -15,7 +15,7 @@ from rlalign.run.limits import Watch, self_test
 from rlalign.run.parties import MismatchLimitError, Parties, StepRefused, StepResult
 from rlalign.run.sampler import Sampler
 from rlalign.run.step import train_step
-from rlalign.tracking import replay_files
+from rlalign.tracking import token_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -164,8 +164,7 @@ class _Steps:
         return summary
 
     def _summary(self, statuses: list[dict]) -> dict:
-        from rlalign.tracking.record import read_metrics
-        from rlalign.tracking.run_summary import summarize
+        from rlalign.tracking.record import read_metrics, summarize
 
         rows = read_metrics(self.run.directory / "metrics.jsonl").rows
         summary = summarize(rows) | observation.participants(self.config, self.engine, statuses, self.policy)
@@ -254,12 +253,12 @@ class _Steps:
             self.policy.save(folder)
             ranks.on_first(lambda: self.tokenizer.save_pretrained(folder))
 
-        replay_files.save_weights(self.run.directory, step, save=save, master_VD=self.policy.head.master_VD)
+        token_files.save_weights(self.run.directory, step, save=save, master_VD=self.policy.head.master_VD)
 
     def _keep_batch(self, step: int, result: StepResult, version: int) -> None:
         shared_by, old_BL = ranks.world_size(), result.old_logprobs_BL
         ranks.on_first(
-            lambda: replay_files.save_batch(
+            lambda: token_files.save_batch(
                 self.run.directory, step, result.batch, old_BL, version=version, trainer_ranks=shared_by
             )
         )

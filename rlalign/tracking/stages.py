@@ -12,8 +12,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from rlalign.tracking.console import clock
-from rlalign.tracking.heartbeat import EVERY, Heartbeat
+from rlalign.tracking.console import EVERY, Heartbeat, clock
 
 
 class Stages:

@@ -12,7 +12,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from rlalign.diagnose.attribution.mapping import BUILT_IN
 from rlalign.diagnose.attribution.measure import measure
-from rlalign.diagnose.attribution.same_weights import require_same_weights
+from rlalign.diagnose.attribution.sources import require_same_weights
 from rlalign.diagnose.both_sides import trainer_network
 from rlalign.rollout.engine import teacher_forcing
 from rlalign.rollout.engine.teacher_forcing import Route

@@ -2,12 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from rlalign.diagnose.attribution.bias import Bias
-from rlalign.diagnose.attribution.difference import Spread
-from rlalign.diagnose.attribution.patching import Removed
+import torch
+from torch import Tensor
+
+from rlalign.diagnose.attribution.difference import Spread, compared, scored
+from rlalign.diagnose.attribution.mapping import ModelMap
+from rlalign.diagnose.attribution.patching import LOGPROBS, Removed
+from rlalign.rollout.engine import teacher_forcing
+from rlalign.rollout.engine.embedded import VLLMEngine
+from rlalign.rollout.engine.teacher_forcing import Forced, Route
+from rlalign.rollout.worker.recording import Recording
+from rlalign.types import RolloutBatch
+
+ELEMENTS = 2**22  # compared at once
+SIGNIFICANT = (
+    7.0  # standard errors: thousands of features are tested at once. At least 50 tokens are needed to get there
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Bias:
+    """The largest significant deviation of a gain from 1, and where it is: "all" or "feature 17"; 0.0 and "" for none."""
+
+    size: float = 0.0
+    where: str = ""
+
+
+def bias(one: Recording, other: Recording, point: str, rows: tuple[Tensor, Tensor], *, width: int) -> Bias:
+    """How much larger `other` is than `one`, in all or along one feature, beyond what rounding explains.
+
+    The gain is the slope of `other` against `one`; its standard error comes from the scatter of the same differences, with the
+    features of a token taken together, since one rounded scalar (a norm, a router weight) moves all of them (White, 1980). No
+    size of rounding is assumed. rows: of both recordings, pair by pair; tokens with equal values count once, being no new evidence.
+    """
+    sums_3D, sums_3 = torch.zeros(3, width, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    seen: set[float] = set()
+    step = max(1, ELEMENTS // width)
+    for mine, theirs in zip(rows[0].split(step), rows[1].split(step), strict=True):
+        one_ND, other_ND = one.read(point, mine, width=width).double(), other.read(point, theirs, width=width).double()
+        fresh_N = _first_seen(one_ND, seen)
+        one_ND, apart_ND = one_ND[fresh_N], other_ND[fresh_N] - one_ND[fresh_N]
+        product_ND, squares_ND = apart_ND * one_ND, one_ND.square()
+        sums_3D += torch.stack([product_ND.sum(0), product_ND.square().sum(0), squares_ND.sum(0)])
+        sums_3 += torch.stack([product_ND.sum(), product_ND.sum(1).square().sum(), squares_ND.sum()])
+    size_D, size = _significant(*sums_3D), float(_significant(*sums_3))
+    if size and size > float(size_D.max()) / 2:
+        return Bias(size, "all")  # said of everything rather than of its worst part
+    return Bias(float(size_D.max()), f"feature {int(size_D.argmax())}") if float(size_D.max()) else Bias()
+
+
+def _significant(product: Tensor, squares: Tensor, norm: Tensor) -> Tensor:
+    """|gain - 1| from sums of d*x, (d*x)^2 and x^2; 0 where it is not significant."""
+    sure = product.abs() > SIGNIFICANT * squares.sqrt()
+    return torch.where(sure & (norm > 0), product.abs() / norm.clamp_min(1e-300), 0.0)
+
+
+def _first_seen(values_ND: Tensor, seen: set[float]) -> Tensor:
+    """Indices of rows whose values did not come before."""
+    weights_D = torch.linspace(0.5, 1.5, values_ND.shape[1], dtype=torch.float64).sin()
+    fresh = []
+    for i, key in enumerate((values_ND @ weights_D).tolist()):
+        if key not in seen:
+            seen.add(key)
+            fresh.append(i)
+    return torch.tensor(fresh, dtype=torch.int64)
+
 
 OVER = 3.0  # times the floor: rounding differs between machines and shapes by less than this, faults by more
 
@@ -143,3 +206,53 @@ def _plain(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return jsonable(value, "attribution")
+
+
+def worst(one: Spread | None, other: Spread) -> Spread:
+    """Entry by entry."""
+    if one is None:
+        return other
+    return Spread(max(one.mean, other.mean), max(one.p99, other.p99), max(one.max, other.max))
+
+
+def one_unit(dtype: torch.dtype) -> Spread:
+    """What rounding once more makes of an activation: no floor is lower, since two correct implementations may round differently.
+
+    Rounding to nearest is wrong by eps/2 at most and by about eps/4 on average over the features of a token.
+    """
+    eps = torch.finfo(dtype).eps
+    return Spread(eps / 4, eps / 2, eps)
+
+
+def bias_floor(unit: Spread) -> float:
+    """A gain that is off by less than this is nobody's concern: a thirtieth of what rounding does, and never under 1e-8."""
+    return max(unit.mean / 32, 1e-8)
+
+
+def engine_against_itself(
+    engine: VLLMEngine,
+    chunked: VLLMEngine | None,
+    batch: RolloutBatch,
+    mapping: ModelMap,
+    widths: dict[str, int],
+    reference: Forced,
+    folder: Path,
+    say: Callable[[str], None],
+) -> dict[str, Spread]:
+    """{point: relative difference}, the worst source: each sequence alone, and another chunking where an engine for it is given."""
+    found: dict[str, Spread] = {}
+    for name, other, alone in (("alone", engine, True), ("chunked", chunked, False)):
+        if other is None:
+            continue
+        say(f"noise floor: the engine against itself, {name}")
+        again = teacher_forcing.record(
+            other, batch, mapping.rollout_taps, folder / name, route=Route.prefill, alone=alone
+        )
+        for point, width in widths.items():
+            spread = Spread.of(compared(reference.recording, again.recording, point, batch, width).relative_N)
+            found[point] = worst(found.get(point), spread)
+        found[LOGPROBS] = worst(
+            found.get(LOGPROBS), Spread.of(scored(reference.logprobs_BL, again.logprobs_BL, batch).relative_N)
+        )
+        again.recording.delete()
+    return found

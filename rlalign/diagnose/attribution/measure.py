@@ -9,15 +9,12 @@ from pathlib import Path
 
 from torch import nn
 
-from rlalign.diagnose.attribution import layouts, trainer_pass
-from rlalign.diagnose.attribution.compare import compared
-from rlalign.diagnose.attribution.difference import Spread
-from rlalign.diagnose.attribution.findings import Attribution
-from rlalign.diagnose.attribution.floor import engine_against_itself
+from rlalign.diagnose.attribution import layouts, trainer_side
+from rlalign.diagnose.attribution.difference import Spread, compared
+from rlalign.diagnose.attribution.findings import Attribution, engine_against_itself
 from rlalign.diagnose.attribution.mapping import BUILT_IN, Pairs, match
 from rlalign.diagnose.attribution.route import Setup, attribute_route
-from rlalign.diagnose.attribution.trainer_pass import Side
-from rlalign.diagnose.attribution.trainer_side import module_names
+from rlalign.diagnose.attribution.trainer_side import Side, module_names
 from rlalign.rollout.engine import teacher_forcing
 from rlalign.rollout.engine.embedded import VLLMEngine
 from rlalign.rollout.engine.teacher_forcing import Route
@@ -62,9 +59,9 @@ def measure(
     try:
         say("trainer: in its own and in wider arithmetic")
         side = Side(network, mapping, rows)
-        wide = trainer_pass.widened(side)
-        own = trainer_pass.record(side, batch, folder / "own")
-        exact = trainer_pass.record(wide, batch, folder / "exact")
+        wide = trainer_side.widened(side)
+        own = trainer_side.record(side, batch, folder / "own")
+        exact = trainer_side.record(wide, batch, folder / "exact")
         forced = {}
         for route in routes:
             say(f"rollout engine: {route.value}")

@@ -11,9 +11,9 @@ from markupsafe import Markup
 from rlalign.diagnose.attribution import words
 from rlalign.diagnose.attribution.findings import OVER, Attribution, PointDifference, RouteAttribution
 from rlalign.report import html
-from rlalign.report.attributed import positions
 from rlalign.report.drawings import BELOW, FAULT, Scale, heat_legend, heat_map
 from rlalign.report.html import figure, num, short
+from rlalign.report.tables import positions
 from rlalign.tracking.files import write_atomic
 
 __all__ = ["render", "write"]

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from rlalign.diagnose.attribution.mapping import EMBED, FINAL_NORM, LOGITS, ModelMap
-from rlalign.diagnose.attribution.trainer_pass import LOGIT_ELEMENTS, Side, substitute
-from rlalign.diagnose.attribution.trainer_side import visited
+from rlalign.diagnose.attribution.trainer_side import LOGIT_ELEMENTS, Side, substitute, visited
 from rlalign.diagnose.both_sides import head_logprobs
 from rlalign.rollout.worker.recording import POSITION, SEQUENCE, Recording
 from rlalign.types import RolloutBatch

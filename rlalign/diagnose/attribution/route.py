@@ -12,15 +12,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlalign.diagnose.attribution import patching, trainer_pass
-from rlalign.diagnose.attribution.bias import Bias, bias
-from rlalign.diagnose.attribution.compare import compared, counted, distinct, scored
-from rlalign.diagnose.attribution.difference import Spread, TokenDifferences, common_rows, differences
-from rlalign.diagnose.attribution.findings import PointDifference, RouteAttribution
-from rlalign.diagnose.attribution.floor import bias_floor, one_unit, worst
+from rlalign.diagnose.attribution import patching, trainer_side
+from rlalign.diagnose.attribution.difference import (
+    Spread,
+    TokenDifferences,
+    common_rows,
+    compared,
+    counted,
+    differences,
+    distinct,
+    scored,
+)
+from rlalign.diagnose.attribution.findings import (
+    Bias,
+    PointDifference,
+    RouteAttribution,
+    bias,
+    bias_floor,
+    one_unit,
+    worst,
+)
 from rlalign.diagnose.attribution.mapping import ROUTER
 from rlalign.diagnose.attribution.patching import LOGPROBS
-from rlalign.diagnose.attribution.trainer_pass import Side
+from rlalign.diagnose.attribution.trainer_side import Side
 from rlalign.rollout.engine.embedded import VLLMEngine
 from rlalign.rollout.engine.teacher_forcing import Forced, Route
 from rlalign.rollout.worker.recording import POSITION, Recording
@@ -51,8 +65,8 @@ def attribute_route(setup: Setup, route: Route, forced: Forced) -> RouteAttribut
     batch, mapping, say = setup.batch, setup.side.mapping, setup.say
     temperature = 1.0 if route is Route.prefill else setup.engine.spec.temperature
     say(f"{route.value}: each of the trainer's modules on the rollout's inputs")
-    isolated = trainer_pass.record(setup.side, batch, setup.folder / "isolated", inputs=forced.recording)
-    exact = trainer_pass.record(setup.wide, batch, setup.folder / "isolated-exact", inputs=forced.recording)
+    isolated = trainer_side.record(setup.side, batch, setup.folder / "isolated", inputs=forced.recording)
+    exact = trainer_side.record(setup.wide, batch, setup.folder / "isolated-exact", inputs=forced.recording)
     points, heat = [], {}
     for point in mapping.points():
         width = setup.own.width(point)

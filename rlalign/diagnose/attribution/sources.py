@@ -5,22 +5,23 @@ Suffixes: B sequences, L padded length.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from safetensors.torch import save_file
+from torch import nn
 
 from rlalign.config import RunConfig
 from rlalign.diagnose.both_sides import task_prompts
 from rlalign.diagnose.prompt_file import read_prompts
+from rlalign.rollout.engine.embedded import VLLMEngine
 from rlalign.run.assembly import encode, load_task_of, load_tokenizer, resolve_model
 from rlalign.tracking.record import config_of, read_run
-from rlalign.tracking.replay_files import read_step, saved_steps
-from rlalign.tracking.token_files import read_tokens
+from rlalign.tracking.token_files import read_step, read_tokens, saved_steps
+from rlalign.trainer.checkpoint_names import as_checkpoint
 from rlalign.types import LogprobSpec, Rollout, RolloutBatch, collate
-
-if TYPE_CHECKING:
-    from rlalign.rollout.engine.embedded import VLLMEngine
 
 COLUMNS = ("sequence", "position", "token_id", "rollout_logprob", "policy_version", "prompt_id", "group_id")
 
@@ -124,3 +125,36 @@ def _rollout(prompt: Sequence[int], rows: Sequence[dict]) -> Rollout:
         finish_reason="",
         version_spans=[(start, end, rows[0]["policy_version"])],
     )
+
+
+SHOWN = 6  # names in a message
+
+
+def require_same_weights(engine: VLLMEngine, network: nn.Module, shared: Path, *, anyway: bool) -> list[str]:
+    """Notes for the reader. shared: a folder that every rollout rank can read, for one copy of the weights.
+
+    Raises RuntimeError naming the tensors that differ, unless `anyway`: then a note says so.
+    """
+    with tempfile.TemporaryDirectory(prefix="rlalign-weights-", dir=shared) as folder:
+        file = Path(folder) / "trainer.safetensors"
+        save_file(
+            {n: p.detach().cpu().contiguous() for n, p in as_checkpoint(network, network.named_parameters())}, file
+        )
+        answers = engine.ask("rlalign_differing_weights", str(file))
+    differ = sorted({name for answer in answers for name in answer["differ"]})
+    unknown = sorted({name for answer in answers for name in answer["unknown"]})
+    notes = []
+    if unknown:
+        notes.append(f"weights not compared, the engine holds them in another form: {_listed(unknown)}")
+    if differ:
+        said = f"the two sides hold different weights: {len(differ)} tensors, {_listed(differ)}"
+        if not anyway:
+            raise RuntimeError(
+                f"mismatched checkpoints: {said}. Load the same, or attribute the difference with --any-weights"
+            )
+        notes.append(said)
+    return notes
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

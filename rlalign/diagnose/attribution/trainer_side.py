@@ -5,16 +5,24 @@ Suffixes: B sequences, L padded length, D features.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rlalign.diagnose.attribution.mapping import Pair
-from rlalign.rollout.worker.recording import Tap
+from rlalign.diagnose.attribution.mapping import LOGITS, ROUTER, ModelMap, Pair
+from rlalign.head.transform import HeadTransform
+from rlalign.rollout.worker.recording import LOGITS as LOGIT_ROWS
+from rlalign.rollout.worker.recording import TOKENS, Recorder, Recording, Tap
+from rlalign.types import RolloutBatch
 
 # Given a point and its value [B, L, D], returns what the model shall go on with, or None for the value itself.
 Visitor = Callable[[str, Tensor], Tensor | None]
@@ -99,3 +107,109 @@ def _attention_visited(
 def module_names(network: nn.Module) -> dict[str, str]:
     """{name: class} of the trainer's modules."""
     return {name: type(module).__qualname__ for name, module in network.named_modules()}
+
+
+LOGIT_ELEMENTS = 2**22  # logits made at once
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One way to run the trainer's model. rows: sequences in one forward, 0 for all; wide: in the next larger arithmetic."""
+
+    network: nn.Module
+    mapping: ModelMap
+    rows: int = 0
+    wide: bool = False
+
+
+@torch.no_grad()
+def record(side: Side, batch: RolloutBatch, directory: Path, *, inputs: Recording | None = None) -> Recording:
+    """One pass over the batch. inputs: after each point the model goes on with this recording's value instead of its own.
+
+    With inputs, every recorded value is what one module makes of the rollout's activations: differences do not accumulate.
+    """
+    recorder = Recorder(directory / "rank0")
+    for first in range(0, len(batch), side.rows or len(batch)):
+        part = batch.rows(slice(first, first + (side.rows or len(batch))))
+        _record_part(side, part, first, recorder, inputs)
+    recorder.close()
+    return Recording(directory)
+
+
+def _record_part(side: Side, batch: RolloutBatch, first: int, recorder: Recorder, inputs: Recording | None) -> None:
+    mask_BL = batch.attention_mask_BL
+    sequence_N, position_N = mask_BL.nonzero(as_tuple=True)
+    rows_N3 = torch.stack([sequence_N + first, position_N, torch.zeros_like(position_N)], dim=1)
+    recorder.rows(TOKENS, rows_N3)
+    replaced = {p.point for p in side.mapping.pairs if inputs is not None and p.replace and p.point in inputs}
+    sequences = range(first, first + len(batch))
+
+    def visit(point: str, value_BLD: Tensor) -> Tensor | None:
+        recorder.write(point, value_BLD[mask_BL.to(value_BLD.device)])
+        return substitute(inputs, point, value_BLD, sequences) if point in replaced else None
+
+    device = next(side.network.parameters()).device
+    with (
+        visited(side.network, side.mapping.pairs, tuple(mask_BL.shape), visit),
+        Widened() if side.wide else nullcontext(),
+    ):
+        body = side.network.base_model(
+            input_ids=batch.token_ids_BL.to(device), attention_mask=mask_BL.to(device), use_cache=False
+        )
+    hidden_ND = body.last_hidden_state[mask_BL.to(device)]
+    step = max(1, LOGIT_ELEMENTS // side.network.config.get_text_config().vocab_size)
+    recorder.rows(LOGIT_ROWS, rows_N3)
+    for start in range(0, len(hidden_ND), step):
+        recorder.write(LOGITS, logits(side, hidden_ND[start : start + step]), table=LOGIT_ROWS)
+
+
+def logits(side: Side, hidden_ND: Tensor) -> Tensor:
+    """[N, V] as the trainer's head makes them, in float32; in wide arithmetic as the exact product."""
+    head = side.network.get_output_embeddings()
+    transform = HeadTransform.of(side.network.config)
+    hidden_ND = transform.hidden(hidden_ND)
+    if side.wide:
+        return transform.apply(nn.functional.linear(hidden_ND, head.weight, head.bias))
+    return transform.apply(head(hidden_ND)).float()
+
+
+def substitute(inputs: Recording, point: str, value_BLD: Tensor, sequences: range) -> Tensor:
+    """The value with every token that the recording knows replaced by what it holds."""
+    known_BLD, known_BL = inputs.dense(point, sequences, value_BLD.shape[1], width=value_BLD.shape[2])
+    device = value_BLD.device
+    return torch.where(known_BL[..., None].to(device), known_BLD.to(device, value_BLD.dtype), value_BLD)
+
+
+def widened(side: Side) -> Side:
+    """The same model in float64 where its body is float32, in float32 where it is narrower: what rounding is measured against.
+
+    It holds a second copy of the weights, twice as large or more.
+    """
+    body = next(side.network.parameters()).dtype
+    wide = torch.float64 if body == torch.float32 else torch.float32
+    head = side.network.get_output_embeddings()
+    mirrored = head.__dict__.pop("forward", None)  # bound to the narrow head; the wide one projects by itself
+    try:
+        network = copy.deepcopy(side.network).to(wide)
+    finally:
+        if mirrored is not None:
+            head.forward = mirrored
+    if any(pair.kind == ROUTER for pair in side.mapping.pairs):
+        network.set_experts_implementation("eager")  # the grouped kernel knows no float64
+    return Side(network, side.mapping, side.rows, wide=True)
+
+
+class Widened(TorchFunctionMode):
+    """Inside, what asks for float32 gets float64 when its input is float64: models widen by hand (norms, softmax, rope)."""
+
+    def __torch_function__(
+        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict[str, object] | None = None
+    ) -> object:
+        kwargs = dict(kwargs or {})
+        wide = any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args)
+        if wide and function is Tensor.float:
+            return args[0]
+        if wide:
+            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+            kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
+        return function(*args, **kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rlalign.config import RunConfig
-from rlalign.diagnose.doctor import claims, family, installation, live, machine, tokens
+from rlalign.diagnose.doctor import check, family, live, machine, tokens
 from rlalign.diagnose.doctor.check import Check, guarded
 from rlalign.tracking.stages import Stages
 
@@ -21,12 +21,12 @@ def examine(config: RunConfig) -> list[Check]:
 
 def _examined(config: RunConfig, say: Callable[[str], None]) -> list[Check]:
     return [
-        *guarded("installation", lambda: installation.packages(config)),
-        *guarded("vllm plugin", installation.plugin),
+        *guarded("installation", lambda: machine.packages(config)),
+        *guarded("vllm plugin", machine.plugin),
         *guarded("disk", lambda: machine.disks(config)),
         *guarded("clock", lambda: machine.clock(config)),
         *guarded("head memory", lambda: machine.head_memory(config)),
-        *guarded("checkpoint", lambda: claims.of_checkpoint(config)),
+        *guarded("checkpoint", lambda: check.of_checkpoint(config)),
         *guarded("family", lambda: family.of_checkpoint(config)),
         *guarded("bf16 products", lambda: machine.products(config)),
         *guarded("tokenizer", lambda: tokens.tokenizer(config)),

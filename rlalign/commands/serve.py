@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 import socket
-import tempfile
 from argparse import ArgumentParser, Namespace
 from dataclasses import fields, replace
 from pathlib import Path
@@ -172,22 +170,12 @@ def _folder(model: str) -> str:
 
 def _document(calibration: str, folder: Path, info: ModelInfo, settings: ServerSettings) -> Json:
     """The content of a calibration file. The one beside the weights is bound to the name they are served under."""
-    from rlalign.calibration.calibrators import Calibrator
+    from rlalign.calibration.calibrators import Calibrator, calibration_file
     from rlalign.reward.training.quality import CALIBRATION
     from rlalign.scoring.calibrated import identity_of, require_same_model
 
     if calibration != "own":
-        return _json(Path(calibration))
+        return calibration_file.parsed(Path(calibration))
     calibrator = Calibrator.load(folder / CALIBRATION)
     require_same_model(calibrator, info, what="--calibration own", same_folder=True)
-    with tempfile.TemporaryDirectory(prefix="rlalign-") as temporary:
-        file = Path(temporary) / CALIBRATION
-        calibrator.save(file, model=replace(identity_of(info), id=settings.model_name or info.id))
-        return _json(file)
-
-
-def _json(file: Path) -> Json:
-    try:
-        return json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not a calibration file ({error})") from error
+    return calibrator.document(model=replace(identity_of(info), id=settings.model_name or info.id))

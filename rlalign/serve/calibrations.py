@@ -6,14 +6,11 @@ A request takes the calibration once, when it comes in, and uses nothing else: e
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
@@ -156,15 +153,12 @@ class Calibrations:
             raise _mismatch(
                 "the scores arrive already shifted and scaled from the engine behind; they must not be twice"
             )
-        with tempfile.TemporaryDirectory(prefix="rlalign-") as folder:
-            path = Path(folder) / "calibration.json"
-            path.write_text(json.dumps(document))
-            try:
-                calibrator = Calibrator.load(path)
-            except CalibrationMismatchError as error:
-                raise _mismatch(str(error).replace(f"{path}: ", "")) from error
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise invalid(f"not a calibration document: {str(error).replace(f'{path}: ', '')}") from error
+        try:
+            calibrator = Calibrator.of_document(document, "the document")
+        except CalibrationMismatchError as error:
+            raise _mismatch(str(error)) from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise invalid(f"not a calibration: {error}") from error
         info, name = self._info, self._settings.model_name
         named = msgspec.structs.replace(info, id=name) if name == calibrator.model_.id else info
         try:

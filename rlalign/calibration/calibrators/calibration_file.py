@@ -56,30 +56,47 @@ def function_id(method: str, params: Json) -> str:
     return f"{method}-{_digest({'method': method, 'params': params})[:12]}"
 
 
+def sealed(content: Json, model: ModelIdentity) -> Json:
+    """The document of a calibration, bound to a model and closed by a digest. Raises ValueError on NaN."""
+    document = {"format": FORMAT, "format_version": FORMAT_VERSION, **content, "model": asdict(model)}
+    return document | {"digest": _digest(document)}
+
+
 def write(path: Path, content: Json, model: ModelIdentity) -> None:
     """Write atomically: a reader sees the old file or the new one, never half of one. Raises ValueError on NaN."""
-    sealed = {"format": FORMAT, "format_version": FORMAT_VERSION, **content, "model": asdict(model)}
-    sealed["digest"] = _digest(sealed)
+    document = sealed(content, model)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(sealed, indent=2, allow_nan=False) + "\n")
+    partial.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
     os.replace(partial, path)
 
 
 def read(path: Path, *, expect_model: ModelIdentity | None, strict: bool) -> tuple[Json, ModelIdentity]:
-    """The content of a file after every check.
+    """`opened` of a file's content."""
+    return opened(parsed(path), str(path), expect_model=expect_model, strict=strict)
 
-    Raises ValueError when it is not a calibration file at all; CalibrationMismatchError on an unknown version, a
-    digest that does not fit, or another model. With strict=False those are CalibrationWarnings.
-    """
+
+def parsed(path: Path) -> object:
+    """The JSON of a file, unchecked. Raises ValueError where there is none."""
     if not path.is_file():
         raise ValueError(f"{path}: no such calibration file")
     try:
-        content = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a calibration file; expected a JSON object with format {FORMAT!r}")
+        raise ValueError(f"{path}: not JSON, so not a calibration file ({error})") from error
+
+
+def opened(
+    document: object, where: str, *, expect_model: ModelIdentity | None, strict: bool
+) -> tuple[Json, ModelIdentity]:
+    """The content of a document after every check. where: its name in errors.
+
+    Raises ValueError when it is not a calibration at all; CalibrationMismatchError on an unknown version, a digest that
+    does not fit, or another model. With strict=False those are CalibrationWarnings.
+    """
+    content = dict(document) if isinstance(document, dict) else {}
+    if content.get("format") != FORMAT:
+        raise ValueError(f"{where}: not a calibration file; expected a JSON object with format {FORMAT!r}")
     found = []
     if content.get("format_version") != FORMAT_VERSION:
         found.append(f"format_version {content.get('format_version')!r}, this rlalign reads {FORMAT_VERSION}")
@@ -90,14 +107,14 @@ def read(path: Path, *, expect_model: ModelIdentity | None, strict: bool) -> tup
         model = ModelIdentity(**content["model"])
     except (KeyError, TypeError) as error:
         raise CalibrationMismatchError(
-            f"{path}: {'; '.join([*found, f'unreadable model identity ({error})'])}"
+            f"{where}: {'; '.join([*found, f'unreadable model identity ({error})'])}"
         ) from error
     if expect_model is not None and (different := model.differences(expect_model)):
         found.append("fitted on another model (" + "; ".join(different) + "); fit a calibration on this model's scores")
     if found and strict:
-        raise CalibrationMismatchError(f"{path}: {'; '.join(found)}")
+        raise CalibrationMismatchError(f"{where}: {'; '.join(found)}")
     for what in found:
-        warnings.warn(f"{path}: {what}", CalibrationWarning, stacklevel=3)
+        warnings.warn(f"{where}: {what}", CalibrationWarning, stacklevel=3)
     return content, model
 
 

@@ -117,8 +117,15 @@ class Calibrator(ABC):
 
         Replaces the file atomically. Raises NotFittedError before a fit.
         """
+        calibration_file.write(Path(path), self._content(), model or self.model_)
+
+    def document(self, *, model: ModelIdentity | None = None) -> Json:
+        """What `save` would write."""
+        return calibration_file.sealed(self._content(), model or self.model_)
+
+    def _content(self) -> Json:
         self._require_fitted()
-        content: Json = {
+        return {
             "method": self.method,
             "options": self._options(),
             "params": self.parameters(),
@@ -126,7 +133,6 @@ class Calibrator(ABC):
             "activation": self.activation,
             "fit": None if self.diagnostics_ is None else self.diagnostics_.as_json(),
         }
-        calibration_file.write(Path(path), content, model or self.model_)
 
     @classmethod
     def load(cls, path: str | Path, *, expect_model: ModelIdentity | None = None, strict: bool = True) -> Self:
@@ -136,12 +142,19 @@ class Calibrator(ABC):
         CalibrationMismatchError on another model, unknown version or broken digest (strict=False: CalibrationWarning),
         ValueError on what is not a calibration file or one of another kind than `cls`.
         """
-        content, model = calibration_file.read(Path(path), expect_model=expect_model, strict=strict)
+        return cls.of_document(calibration_file.parsed(Path(path)), str(path), expect_model=expect_model, strict=strict)
+
+    @classmethod
+    def of_document(
+        cls, document: object, where: str, *, expect_model: ModelIdentity | None = None, strict: bool = True
+    ) -> Self:
+        """`load` of a file's content; `where` names it in errors."""
+        content, model = calibration_file.opened(document, where, expect_model=expect_model, strict=strict)
         kinds = {kind.method: kind for kind in _kinds(Calibrator)}
         kind = kinds.get(str(content.get("method")))
         if kind is None or not issubclass(kind, cls):
             raise ValueError(
-                f"{path}: method {content.get('method')!r}, expected "
+                f"{where}: method {content.get('method')!r}, expected "
                 f"{' or '.join(sorted(name for name, known in kinds.items() if issubclass(known, cls)))}"
             )
         try:
@@ -149,7 +162,7 @@ class Calibrator(ABC):
             calibrator._restore(content["params"])
             calibrator.diagnostics_ = None if content["fit"] is None else FitReport.from_json(content["fit"])
         except (KeyError, TypeError) as error:
-            raise CalibrationMismatchError(f"{path}: fields that this rlalign does not know ({error!r})") from error
+            raise CalibrationMismatchError(f"{where}: fields that this rlalign does not know ({error!r})") from error
         calibrator.model_ = model
         return calibrator
 

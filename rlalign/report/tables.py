@@ -1,4 +1,4 @@
-"""Rows of the run page's tables: numbers side by side, heads, publishes, phases, quantiles, events, configurations."""
+"""Rows of the run page's tables: numbers, heads, publishes, phases, quantiles, events, configurations, attribution."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ def _in_context(table: pyarrow.Table, row: dict) -> WorstToken:
 
 
 __all__ = [
-    "cause_rows", "config_differences", "events", "flatten", "head_table", "number_rows", "phase_rows", "publish_rows",
-    "quantile_rows",
+    "TokenView", "WorstToken", "cause_rows", "config_differences", "events", "flatten", "head_table", "number_rows",
+    "phase_rows", "positions", "publish_rows", "quantile_rows", "read_attribution", "view_tokens",
 ]  # fmt: skip
 
 HEAD_COLUMNS = 8  # groups of ranks shown; a healthy run has one

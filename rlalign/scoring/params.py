@@ -1,7 +1,7 @@
-"""What a scoring request asks for. `verify` resolves it against a model and lists every invalid field at once.
+"""What a scoring request asks for, what a scorer says of its model, and how the one is resolved against the other.
 
-Raw logits are the default: reinforcement learning wants them. vLLM differs, its use_activation defaults to True and squashes
-a reward through a sigmoid. Embeddings have unit length by default, as in vLLM.
+`verify` lists every invalid field at once. Raw logits are the default: reinforcement learning wants them. vLLM differs, its
+use_activation defaults to True and squashes a reward through a sigmoid. Embeddings have unit length by default, as in vLLM.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What a scorer answers: one entry an item, in the order of the items; an item that failed has a reason and no number."""
+"""What a scorer answers: one entry an item, in the order of the items; an item that failed has a reason and no number.
+
+Every backend ends in `score_result`. T tokens or steps, K labels, D hidden size.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract of every scoring backend: prepare (checks and tokens), run (one batch), and what follows from them."""
+"""The contract of every scoring backend, and what follows from it: scores now, later, of conversations, as a trainer's reward."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
     app = create_app(HFScorer("my/reward-model"), ServerSettings())      # or: rlalign serve my/reward-model
 
-A request passes `guard` (key, size, deadline), a dialect (`sglang`, `vllm`, `openrlhf`: pydantic models and conversion),
+A request passes `guard` (key, size, deadline), a dialect (`sglang` with OpenRLHF's path, `vllm`: pydantic models and conversion),
 `service` (limits, calibration, post-processing) and `batcher` (one queue, one worker thread, one `scorer.run` at a time).
-`calibrations` holds the one calibration in force and watches its drift; `errors` is the only shape that errors have.
+`calibrations` holds the one calibration in force and watches its drift; `bodies` has the only shape that errors have.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Dynamic batching: requests wait in one queue, and one worker thread runs as many at a time as fit the token budget.
+"""Dynamic batching: one queue, one worker thread, as many requests at a time as fit the token budget; and the server's counters.
 
 While a batch runs the next one collects, so nothing waits for a timer. First come, first served: nothing overtakes, so nothing
 starves. A request that is cancelled (deadline, client gone) leaves the queue, and if it runs already its result is dropped.

@@ -1,4 +1,4 @@
-"""What the dialects share: strict pydantic models, token ids that are not booleans, and results as JSON values."""
+"""What the dialects share: strict pydantic models, results as JSON values, and the one shape of every error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""POST /v1/score: SGLang's request and response, with calibration, raw logits and a reason for every item that failed.
+"""POST /v1/score, SGLang's request and response with calibration and reasons, and POST /get_reward, OpenRLHF's.
 
 As in SGLang: a classifier's scores are raw logits, a causal LM's are the labels' probabilities (over the whole vocabulary, or
 with apply_softmax among the labels), label_token_ids on a classifier have no effect, and `model` is not looked at; the answer

@@ -1,4 +1,4 @@
-"""GET /v1/models, /health and /metrics."""
+"""GET /v1/models, /health and /metrics; GET and PUT /v1/calibration, POST /v1/labels, GET /v1/calibration/drift."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run shows beside its directory: wandb, TensorBoard, trackio, a Prometheus endpoint. Each has one file of its own."""
+"""Where a run shows beside its directory: TensorBoard and trackio here, wandb and the Prometheus endpoint in their own files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading a run back: what `Run` wrote, as one frozen record, whether the run finished, failed or was killed."""
+"""Reading a run back: what `Run` wrote as one frozen record, whether it finished, failed or was killed, and its summary."""
 
 from __future__ import annotations
 

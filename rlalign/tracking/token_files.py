@@ -1,4 +1,4 @@
-"""Per-token files: one parquet per sampled step, one row per token, the rows behind every mismatch number."""
+"""Per-token files and what a replay needs: one parquet per sampled step, one row per token; weights and batches of saved steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The heads that read a temperature off the last hidden state: linear, MLP, one decoder layer; or a constant.
+"""The heads that read a temperature off the last hidden state: linear, MLP, one decoder layer, a constant; the official ones too.
 
 Each takes hidden states [..., D] (the decoder layer: [B, L, D], right padded) and gives one raw number per position, 0
 at initialisation, so T = 1. Parameter names and arithmetic are those of the official ATS code, so its checkpoints load.

@@ -1,4 +1,4 @@
-"""Sums over the vocabulary behind calibration, tile by tile: [tokens, vocabulary] never exists.
+"""Sums over the vocabulary, tile by tile ([tokens, vocabulary] never exists), and the losses of a temperature on them.
 
 One pass finds what does not move with the temperature (Facts); one pass per training step gives the log-sum-exp of
 the scaled logits and, in the same tiles, its derivative by the scale, so the backward pass forms no logits at all.

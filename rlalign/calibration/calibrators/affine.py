@@ -1,4 +1,4 @@
-"""Calibrators that are an activation of an affine map of the logit: Platt and temperature scaling.
+"""The calibrators: Platt and temperature scaling (an activation of an affine map of the logit), beta and isotonic curves.
 
 N rows, K classes.
 """

@@ -1,4 +1,4 @@
-"""How good a calibration method is on rows it was not fitted on: every row is judged by a fit on the other folds.
+"""Labelled scores from a file, and how good a calibration method is on rows that it was not fitted on.
 
 N rows, K classes.
 """
@@ -31,7 +31,7 @@ from rlalign.calibration.metrics import (
 if TYPE_CHECKING:
     from rlalign.calibration.arrays import Floats
 
-__all__ = ["Quality", "cross_fitted", "fit_on", "predicted", "quality"]
+__all__ = ["Quality", "ScoreRows", "cross_fitted", "fit_on", "predicted", "quality", "read_score_rows"]
 
 RESAMPLES = 200
 

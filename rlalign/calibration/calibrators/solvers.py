@@ -1,4 +1,4 @@
-"""The optimisation behind the calibrators: convex, bounded, the same answer from any start.
+"""Labelled rows, checked, and the optimisation behind the calibrators: convex, bounded, the same answer from any start.
 
 Losses are weighted means of the logistic loss of f = feature . slope + intercept, targets anywhere in [0, 1].
 

@@ -1,4 +1,4 @@
-"""Binned calibration error, with every convention that differs between packages as an argument.
+"""Calibration error, binned with every convention as an argument, or smooth; the bins that all metrics share.
 
 N rows, K classes, M non-empty bins.
 """

@@ -1,4 +1,4 @@
-"""What the points are called, and what usually is wrong with each."""
+"""What the points are called, what usually is wrong with each, and the table on the console."""
 
 from __future__ import annotations
 

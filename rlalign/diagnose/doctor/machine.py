@@ -1,4 +1,4 @@
-"""The machine: room on disk and in shared memory, clocks that agree, memory for a float32 head."""
+"""The machine and what is installed on it: versions, disk and shared memory, clocks that agree, memory for a float32 head."""
 
 from __future__ import annotations
 

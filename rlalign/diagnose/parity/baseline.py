@@ -1,4 +1,4 @@
-"""Is it worse than before? A stored result of parity as the bar for a new one, for the CI of users who upgrade an engine."""
+"""Parity as a Markdown table, and a stored result as the bar for a new one, for the CI of users who upgrade an engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All experiments, and their causes in order."""
+"""All experiments, the layer at fault, and the causes in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimisation of a reward model: rows to batches, one loss, AdamW; on one device, or on many through accelerate.
+"""The optimisation of a reward model: network, rows to batches, one loss, AdamW; on one device, or many through accelerate.
 
 N rows or pairs of a micro-batch.
 """

@@ -5,8 +5,8 @@
     result.rewards()
 
 `model_loading` makes a checkpoint something that scores, `describe` its ModelInfo, `sequences` its tokens, `forward_pass` its
-logits; `readout` takes each item's answer from a row. Items that share a query share its computation where that is exact
-(`packing`).
+logits and answers. Items that share a query share its computation where that is exact
+(`item_packing`).
 """
 
 from rlalign.scoring.hf.hf_scorer import HFRequest, HFScorer

@@ -1,4 +1,4 @@
-"""One forward pass over rows, and the projections behind it.
+"""One forward pass over rows, the projections behind it, and each item's answer taken from its row.
 
 B rows, L tokens, N states, D hidden, K labels, V vocabulary, X = D where backbone and head are apart, else K.
 """

@@ -1,4 +1,4 @@
-"""A transformers checkpoint as something that scores: its kind, its backbone and its head.
+"""A transformers checkpoint as something that scores: its kind, backbone and head, and what its folder states beside them.
 
 A model whose head is a module of its own (`score` of the decoders, a causal LM's lm_head) is run as backbone and head, so that
 states before the head are there to return and to pack; any other (BERT, XLM-R, ModernBERT) is run whole.

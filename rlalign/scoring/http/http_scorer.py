@@ -1,4 +1,4 @@
-"""HTTPScorer: reward models behind somebody's HTTP server, with the contract of `rlalign.scoring.scorer`."""
+"""HTTPScorer: reward models behind somebody's HTTP server; dialect="auto" goes by what the server says of itself."""
 
 from __future__ import annotations
 

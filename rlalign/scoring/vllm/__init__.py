@@ -4,7 +4,7 @@
     result = scorer.score("What is 2 + 2? ", ["4", "5"], ScoringParams(return_pooled_hidden_states=True))
 
 Requests are checked and tokenised here (`vllm_scorer`), states before the head come from a hook on the workers
-(`pooling_worker`), and what the engine says of its model becomes a ModelInfo (`engine_info`).
+(`pooling_worker`).
 """
 
 from rlalign.scoring.vllm.vllm_scorer import PreparedVLLM, VLLMScorer

@@ -1,4 +1,4 @@
-"""VLLMScorer: reward models in vLLM's offline engine, behind the contract of `rlalign.scoring.scorer`."""
+"""VLLMScorer: reward models in vLLM's offline engine, described as the engine describes them."""
 
 from __future__ import annotations
 

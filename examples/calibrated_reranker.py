@@ -14,7 +14,7 @@ import addition
 import numpy as np
 
 from rlalign.calibration.calibrators import PlattCalibrator
-from rlalign.calibration.metrics import expected_calibration_error
+from rlalign.calibration.metrics import ece_noise_floor, expected_calibration_error
 from rlalign.scoring import HFScorer, VLLMScorer, with_calibration
 
 
@@ -60,7 +60,8 @@ def main() -> Outcome:
     best = asked[0][order[1][0][-1]]
     print(f"{best.question} {best.text}   right with probability {found[:4].max():.2f}")
     print(
-        f"calibration error: sigmoid of the raw score {outcome.ece_plain:.3f}, served by vLLM {outcome.ece_served:.3f}"
+        f"calibration error: sigmoid of the raw score {outcome.ece_plain:.3f}, served by vLLM {outcome.ece_served:.3f}, "
+        f"by chance up to {ece_noise_floor(found).p95:.3f}"
     )
     print(
         f"questions whose order changed: {outcome.reordered} of {len(asked)}; engine against client {outcome.difference:.1e}"

@@ -207,7 +207,8 @@ The policy is the tiny two-digit addition policy after 120 steps of GRPO on 512 
 {families}. Each gives {fit} problems to fit on, {validation} to validate on and {test} to judge on; baselines are fitted
 on the first two together. ECE has 15 equal-width bins; intervals resample prompts and are basic ones (the
 percentiles reflected about the value: resamples of a binned ECE lie above it), so that one can end below its number.
-Confidence is the probability of the most likely token, right when that is the reference's. ATS rows with our loss average three seeds of the head where a range is given.
+Confidence is the probability of the most likely token, right when that is the reference's.
+ATS rows with our loss average three seeds of the head where a range is given.
 
 ## Where miscalibration depends on context: {problems} problems of all families, {tokens} tokens
 

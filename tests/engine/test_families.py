@@ -7,6 +7,7 @@ import torch
 
 from rlalign.diagnose.families import building, recipes
 from rlalign.rollout.engine import own_process
+from rlalign.rollout.engine.arguments import require_dtype
 from rlalign.rollout.worker import readback
 from rlalign.trainer.checkpoint_names import as_checkpoint
 from rlalign.weights import publish
@@ -100,3 +101,19 @@ def test_an_engine_over_transformers_classes_gets_a_process_of_its_own(tmp_path)
     for architecture in ("Olmo2ForCausalLM", "SmolLM3ForCausalLM", "GPTNeoXForCausalLM"):
         assert f"vLLM serves {architecture} through transformers' classes" in reason(architecture)
     assert "no model of its own for NobodysForCausalLM" in reason("NobodysForCausalLM")
+
+
+def test_a_dtype_that_vllm_has_no_layers_for_on_this_device_is_refused_before_anything_runs(tmp_path):
+    for about in (
+        {"model_type": "deepseek_v3", "kv_lora_rank": 32},
+        {"model_type": "qwen3_next", "linear_key_head_dim": 32},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(about))
+        if torch.cuda.is_available():
+            require_dtype(tmp_path, "float32")
+        else:
+            with pytest.raises(ValueError, match=r"model.dtype=float32: vLLM on CPU computes .* in bfloat16 only"):
+                require_dtype(tmp_path, "float32")
+        require_dtype(tmp_path, "bfloat16")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "minicpm3", "kv_lora_rank": 32}))
+    require_dtype(tmp_path, "float32")  # served with ordinary attention

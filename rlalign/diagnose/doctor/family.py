@@ -29,9 +29,11 @@ def judged_family(model_type: str, table: dict[str, dict[str, cell.Cell]]) -> Ch
             f"{model_type}: no tiny model of it was measured; `rlalign doctor` and `rlalign parity` measure this one"
         )
         return Check("family", "unknown", found)
-    ((name, cells),) = rows.items()
-    unsound = [f"{column}: {c.state}, {c.found}" for column, c in cells.items() if c.state != cell.OK]
-    sound = ", ".join(f"{column} {c.found.split(';')[0]}".strip() for column, c in cells.items() if c.state == cell.OK)
+    every = [(name, column, c) for name, cells in rows.items() for column, c in cells.items()]
+    unsound = [f"{name}, {column}: {c.state}, {c.found}" for name, column, c in every if c.state != cell.OK]
     if unsound:
-        return Check("family", "unknown", f"{name} on a tiny model: {'; '.join(unsound)}", f"rlalign families {name}")
-    return Check("family", "ok", f"{name} on a tiny model: {sound}")
+        return Check(
+            "family", "unknown", f"on a tiny model: {'; '.join(unsound)}", f"rlalign families {' '.join(rows)}"
+        )
+    sound = ", ".join(f"{column} {c.found.split(';')[0]}".strip() for _, column, c in every)
+    return Check("family", "ok", f"{', '.join(rows)} on a tiny model: {sound}")

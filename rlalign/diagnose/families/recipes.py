@@ -62,7 +62,8 @@ RECIPES: dict[str, Recipe] = {
     "olmo2": Recipe("olmo2", {}, without=("head_dim",)),
     "olmo3": Recipe("olmo3", {"sliding_window": 16, "layer_types": BOTH_WINDOWS}, without=("head_dim",)),
     "smollm3": Recipe("smollm3", {"pad_token_id": 0, "no_rope_layers": [1, 0]}, without=("head_dim",)),
-    "cohere2": Recipe("cohere2", {"logit_scale": 0.25, "sliding_window": 16, "layer_types": BOTH_WINDOWS}),
+    "cohere2": Recipe("cohere2", {"logit_scale": 0.25, "sliding_window": CONTEXT, "layer_types": BOTH_WINDOWS}),
+    "cohere2-beyond-window": Recipe("cohere2", {"logit_scale": 0.25, "sliding_window": 16, "layer_types": BOTH_WINDOWS}),
     "granite": Recipe(
         "granite",
         {

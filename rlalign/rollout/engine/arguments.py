@@ -64,6 +64,24 @@ def caches_prefixes(model: Path, config: RolloutConfig) -> bool:
     return config.prefix_caching and not (_must_not_chunk(config) and _keeps_state(model))
 
 
+def require_dtype(model: Path, dtype: str) -> None:
+    """Raise ValueError for a float32 body whose layers vLLM 0.32 computes on CPU in bfloat16 only; a worker would say it late."""
+    import torch
+
+    file = model / "config.json"
+    if dtype != "float32" or torch.cuda.is_available() or not file.is_file():
+        return
+    about = json.loads(file.read_text())
+    fields = about.get("text_config", about)
+    kind = str(fields.get("model_type", ""))
+    delta = "linear_key_head_dim" in fields
+    if delta or (kind.startswith("deepseek") and fields.get("kv_lora_rank")):
+        layers = "gated delta nets" if delta else "latent attention"
+        raise ValueError(
+            f"model.dtype=float32: vLLM on CPU computes {layers} ({kind}) in bfloat16 only; use model.dtype=bfloat16, or a GPU"
+        )
+
+
 def _keeps_state(model: Path) -> bool:
     file = model / "config.json"
     about = json.loads(file.read_text()) if file.is_file() else {}

@@ -1,0 +1,51 @@
+"""The matrix as data: what ships, what doctor says of it, how it is shown."""
+
+import pytest
+
+from rlalign.commands import families as command
+from rlalign.diagnose.doctor import family
+from rlalign.diagnose.families import cell, recipes
+from rlalign.diagnose.families.cell import FAILED, OK, Cell
+
+
+def test_the_table_that_ships_is_about_the_recipes():
+    table = cell.read(family.TABLE)
+    assert table and table.keys() <= recipes.RECIPES.keys()
+    assert all(set(cells) <= set(command.ALL) and "load" in cells for cells in table.values())
+
+
+def test_doctor_shows_the_row_of_the_model_and_calls_nothing_sound_that_was_not():
+    table = {
+        "qwen3-moe": {"load": Cell(OK), "publish": Cell(OK, "6e-06; 4 packed")},
+        "gpt2": {"train": Cell(FAILED, "why")},
+    }
+    sound = family.judged_family("qwen3_moe", table)
+    assert sound.state == "ok" and "qwen3-moe on a tiny model: load, publish 6e-06" in sound.found
+    unsound = family.judged_family("gpt2", table)
+    assert (
+        unsound.state == "unknown"
+        and "train: failed, why" in unsound.found
+        and unsound.remedy == "rlalign families gpt2"
+    )
+    unknown = family.judged_family("llama", table)
+    assert unknown.state == "unknown" and "no tiny model of it was measured" in unknown.found
+
+
+def test_a_reason_is_given_once_below_the_table():
+    shown = cell.as_markdown(
+        {"a": {"load": Cell(FAILED, "no")}, "b": {"load": Cell(FAILED, "no"), "score": Cell(OK, "1e-06")}}
+    )
+    assert shown.splitlines() == [
+        "| family | load | score |", "|---|---|---|", "| a | **failed** (1) | - |", "| b | **failed** (1) | 1e-06 |", "", "1. no",
+    ]  # fmt: skip
+
+
+def test_a_table_survives_its_file(tmp_path):
+    table = {"a": {"load": Cell(OK, "x"), "score": Cell(FAILED, "y")}}
+    cell.write(table, tmp_path / "table.json")
+    assert cell.read(tmp_path / "table.json") == table and cell.read(tmp_path / "none.json") == {}
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="no family is called lama; there are llama"):
+        recipes.named(["lama"])

@@ -111,7 +111,7 @@ class AttachedEngine:
         """The convention of logprobs sampled with these parameters: vLLM's SamplingParams, or a mapping as sent over HTTP.
 
         Without any, the engine's own defaults (the model's generation_config.json, unless started with generation_config=vllm).
-        Raises ValueError for settings under which no trainer could repeat the number.
+        Raises ValueError for greedy sampling, and for an engine that returns logits.
         """
         said = self._identity[0]
         return spec_of_sampling(

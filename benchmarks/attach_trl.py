@@ -30,12 +30,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
         worker(json.loads(given.worker))
         return
-    found = {(arm, precision): [] for precision in PRECISIONS for arm in ARMS}
+    found = {(arm, precision): [] for precision in given.precisions for arm in ARMS}
     for _ in range(given.rounds):
         for arm, precision in found:
             found[arm, precision].append(run(arm, precision, given.steps))

@@ -184,3 +184,16 @@ def test_samples_take_turns_until_every_tensor_had_its_own(tmp_path, monkeypatch
         handle.verify(weights, sample=0)
     with pytest.raises(ValueError, match="offered no weights"):
         handle.verify([])
+
+
+@pytest.mark.parametrize(
+    "name, tensor, said",
+    [
+        ("layers.0._flat_param", torch.zeros(3), "an FSDP flat parameter, many tensors in one"),
+        ("lm_head.weight", torch.zeros(0), "empty; under ZeRO-3 it is partitioned"),
+    ],
+)
+def test_shards_are_never_taken_for_tensors(tmp_path, name, tensor, said):
+    handle = rlalign.attach(FakeLLM(), shared=tmp_path)
+    with pytest.raises(ValueError, match=f"{name} is {said}.*named_weights"):
+        handle.verify([(name, tensor)])

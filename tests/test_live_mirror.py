@@ -166,6 +166,23 @@ def test_every_head_that_it_cannot_be_is_refused_by_name():
         rlalign.mirror(odd)
 
 
+def test_adapters_are_merged_for_the_engine_and_stay_apart_in_the_model():
+    import peft
+
+    model = lora(qwen())
+    weights = dict(rlalign.mirror(model).named_weights())
+    assert weights.keys() == dict(qwen().named_parameters()).keys()
+    exact = copy.deepcopy(model).double().merge_and_unload()
+    changed = 0
+    for (name, found), base in zip(weights.items(), qwen().parameters(), strict=True):
+        assert torch.equal(found, exact.get_parameter(name).bfloat16()), name  # rounded once
+        changed += not torch.equal(found, base)
+    assert changed == 4
+    odd = peft.get_peft_model(qwen(), peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(ValueError, match=r"q_proj is a Linear: only plain LoRA adapters are merged"):
+        list(rlalign.mirror(odd).named_weights())
+
+
 def test_an_adapter_on_the_head_is_refused():
     import peft
 
@@ -228,7 +245,10 @@ def test_sharded_models_score_and_learn_as_the_whole_one(name, one_rank):
     wanted = logits[:, :-1].log_softmax(-1).gather(-1, IDS[:, 1:, None])[..., 0] * MASK[:, 1:]
     wanted.sum().backward()
     model = SHARDING[name](qwen(torch.float32))
-    found, _ = rlalign.mirror(model).token_logprobs(INPUTS, MASK)
+    mirrored = rlalign.mirror(model)
+    for (mine, tensor), (theirs, expected) in zip(mirrored.named_weights(), whole.named_parameters(), strict=True):
+        assert mine == theirs and torch.equal(tensor, expected)
+    found, _ = mirrored.token_logprobs(INPUTS, MASK)
     torch.testing.assert_close(found[:, 1:], wanted.detach(), rtol=1e-5, atol=1e-5)
     found.sum().backward()
     total = sum(float(p.grad.double().square().sum()) for p in whole.parameters())

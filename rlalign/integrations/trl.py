@@ -269,10 +269,9 @@ def sampling_of(trainer: GRPOTrainer) -> dict[str, object]:
     """What TRL asks vLLM to sample with, under vLLM's names."""
     generation = trainer.vllm_generation
     found = {
-        name: getattr(generation, name)
-        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "structured_outputs_regex")
+        name: getattr(generation, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     }
-    return found | generation.generation_kwargs
+    return found | {"structured_outputs": generation.structured_outputs_regex} | generation.generation_kwargs
 
 
 def _require_settings(trainer: GRPOTrainer) -> None:

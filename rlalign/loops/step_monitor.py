@@ -60,8 +60,8 @@ class Monitor:
 
         temperature: what the trainer divides its logits by. log: a wandb or trackio run or module, TensorBoard's writer, or a
         function of (metrics, step). say: told each alert. stop: raise where a rule asks to stop; otherwise it is said only.
-        Raises RuntimeError for a head on one side only, ValueError for logprobs that are not the sampler's or belong to another
-        temperature than the trainer's: before a step was compared.
+        Raises RuntimeError for a head on one side only, ValueError for logprobs that are not the sampler's, belong to another
+        temperature than the trainer's, or to settings that no trainer repeats: before a step was compared.
         """
         if engine is not None:
             require_same_head(engine, mirror)
@@ -137,6 +137,7 @@ def write(log: Logger, metrics: dict[str, float], step: int) -> None:
 
 
 def _require_comparable(spec: LogprobSpec, temperature: float | None) -> None:
+    spec.require_repeatable(what="Monitor")
     if not spec.processed and (spec.temperature, spec.top_p, spec.top_k, spec.min_p) != (1.0, 1.0, 0, 0.0):
         raise ValueError(
             f"raw against processed logprobs: the engine returns raw ones, without the temperature {spec.temperature:g} and the "

@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from rlalign.trainer import head_mirror
+from rlalign.trainer import foreign_weights, head_mirror
 from rlalign.trainer.head_mirror import Asked, HeadStatus, Tokens
 
 __all__ = ["Mirror", "causal_model", "mirror"]
@@ -91,6 +91,10 @@ class Mirror:
         # zeros; through them the gradient enters the wrappers at their outputs, where FSDP and DDP wait for it
         through = next(t for t in _tensors(output) if t.is_floating_point()).float().sum() * 0.0
         return asked.logprobs_BL + through, asked.entropy_BL
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Hugging Face names and whole tensors, for `publish` and `verify`: shards gathered, LoRA merged; all ranks iterate."""
+        return foreign_weights.named_weights(self.model, self.inner)
 
     def require_in_place(self) -> None:
         """Raise RuntimeError when the head is not the mirror's any more."""

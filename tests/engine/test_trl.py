@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
@@ -106,6 +106,9 @@ def test_our_logprobs_are_those_of_trls_own_head_in_float32(trained):
     stock = type(trained)._get_per_token_logps_and_entropies
     with torch.no_grad(), torch.autocast("cpu", enabled=False), pytest.MonkeyPatch.context() as patch:
         patch.setattr(trained.accelerator, "autocast", lambda: torch.autocast("cpu", enabled=False))
+        patch.setattr(
+            model, "forward", getattr(model, "_original_forward", model.forward)
+        )  # accelerate's is under autocast
         mine, entropy, _ = aligned.score(model, ids, attention, 6, compute_entropy=True)
         for each in aligned.mirrors:
             each.restore()
@@ -167,15 +170,35 @@ def test_other_faults_are_named_before_a_step(trl, trained):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"use_vllm": False}, "no second engine"),
-        ({"cast_lm_head_to_fp32": True, "use_vllm": False}, "no second engine"),
+        ({"vllm_generation": None}, "use_vllm=False: there is no second engine"),
+        ({"vllm_generation": SimpleNamespace(mode="server", tensor_parallel_size=1)}, 'vllm_mode="server"'),
+        (
+            {"vllm_generation": SimpleNamespace(mode="colocate", tensor_parallel_size=2)},
+            "vllm_tensor_parallel_size > 1",
+        ),
+        ({"vllm_importance_sampling_correction": False}, "nothing recomputes the logprobs to compare; leave it True"),
+        ({"_is_vlm": True}, "a model with images"),
+        (
+            {"args": SimpleNamespace(cast_lm_head_to_fp32=True)},
+            "TRL's own float32 head, on one side only; leave it False",
+        ),
     ],
 )
-def test_settings_that_leave_the_sides_apart_are_refused(trl, tmp_path, changes, said):
-    from rlalign.tiny_policy import cached_policy
-
+def test_settings_that_leave_the_sides_apart_are_refused(trl, changes, said):
+    _, adapter = trl
+    plain = {
+        "args": SimpleNamespace(cast_lm_head_to_fp32=False), "vllm_importance_sampling_correction": True, "_is_vlm": False,
+        "vllm_generation": SimpleNamespace(mode="colocate", tensor_parallel_size=1),
+    }  # fmt: skip
+    adapter._require_settings(SimpleNamespace(**plain))
     with pytest.raises(ValueError, match=said):
-        make(trl, cached_policy("untied"), tmp_path, **changes)
+        adapter._require_settings(SimpleNamespace(**(plain | changes)))
+
+
+def test_what_trl_sets_itself_cannot_be_set_twice(trl):
+    _, adapter = trl
+    with adapter.building_with({"seed": 3}), pytest.raises(ValueError, match="TRL sets seed of vllm.LLM itself"):
+        adapter.vllm_generation.LLM(model="x", seed=0)
 
 
 def test_an_untested_version_is_refused_with_a_way_round(trl, monkeypatch):

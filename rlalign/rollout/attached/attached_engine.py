@@ -111,7 +111,7 @@ class AttachedEngine:
         """The convention of logprobs sampled with these parameters: vLLM's SamplingParams, or a mapping as sent over HTTP.
 
         Without any, the engine's own defaults (the model's generation_config.json, unless started with generation_config=vllm).
-        Raises ValueError for settings under which no trainer could repeat the number.
+        Raises ValueError for greedy sampling, and for an engine that returns logits.
         """
         said = self._identity[0]
         return spec_of_sampling(
@@ -157,7 +157,8 @@ class AttachedEngine:
         one. In mode "master" a 32-bit lm_head travels unrounded, too. Raises RuntimeError when a tensor did not land; the
         engine then refuses to generate until a publish of all weights succeeds.
         """
-        weights = self._with_master(named_weights) if self.head_dtype == "master" else named_weights
+        whole = _whole(named_weights)
+        weights = self._with_master(whole) if self.head_dtype == "master" else whole
         return publish_weights(weights, version, receiver=self, shared=self.shared, transport=transport)
 
     def verify(
@@ -284,7 +285,7 @@ class AttachedEngine:
 
     def _chosen(self, named_weights: Iterable[tuple[str, Tensor]], sample: int | None) -> tuple[dict[str, Tensor], int]:
         """The tensors of this turn, in copies, and how many were offered. All are looked at: shards may have to be gathered."""
-        weights = ((n, t) for n, t in named_weights if n != MASTER_WEIGHT)
+        weights = ((n, t) for n, t in _whole(named_weights) if n != MASTER_WEIGHT)
         if sample is None:
             kept = {name: _copy(tensor) for name, tensor in weights}
             offered = len(kept)
@@ -325,6 +326,23 @@ class AttachedEngine:
         for line in self._lines:
             line.close()
         self._lines = []
+
+
+def _whole(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The same weights. Raises ValueError for a shard: published, it would be taken for the tensor."""
+    for name, tensor in weights:
+        remedy = None
+        if name.rpartition(".")[2] == "_flat_param":
+            remedy = "an FSDP flat parameter, many tensors in one"
+        elif hasattr(tensor, "placements"):
+            remedy = f"a DTensor, this rank's shard ({tensor.placements})"
+        elif not tensor.numel():
+            remedy = "empty; under ZeRO-3 it is partitioned"
+        if remedy is not None:
+            raise ValueError(
+                f"{name} is {remedy}. Give whole tensors, such as those of rlalign.mirror(model).named_weights()"
+            )
+        yield name, tensor
 
 
 def _copy(tensor: Tensor) -> Tensor:

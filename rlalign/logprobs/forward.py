@@ -108,7 +108,7 @@ class Problem:
     @property
     def one_pass(self) -> bool:
         """Whether kernels of rlalign/head/triton sum a tile and differentiate it, each in one pass over its products."""
-        return self.kept_NK is None and gpu_head.sums_on(self.hidden_ND.device)
+        return self.kept is None and gpu_head.sums_on(self.hidden_ND.device)
 
     def products(self, rows: slice, weight_SD: Tensor, out_TS: Tensor) -> Tensor:
         """Logits of a tile before bias and transform, written into `out_TS`."""

@@ -18,7 +18,7 @@ from rlalign.rollout.head.decode import decode_logits
 from rlalign.rollout.head.head_settings import HeadMode, HeadSettings
 
 WIDTH = gpu_head.PLANS[64].columns
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter's numpy, for rows that are meant to overflow
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # rows that are meant to overflow
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -201,6 +201,29 @@ def measured(what: str, shape: tuple[int, int, int], device: torch.device, laws:
     return made
 
 
+def launches(shape: tuple[int, int, int]) -> list[str]:
+    """Of the Triton head for one shape, by calculation: tiles of a block of the vocabulary, waves on 132 multiprocessors, MiB."""
+    from rlalign.head.triton import softmax_plan
+    from rlalign.logprobs.blocks import Tile, columns_of
+
+    (n, d, v), plan, tile = shape, softmax_plan(), Tile.of(torch.device("meta"), None)
+    blocks = columns_of(v, tile.vocab)
+    width, rows = blocks[0].stop, min(n, tile.tokens)
+    tiles = -(-rows // plan.rows) * -(-width // plan.columns)
+    waves = tiles / 132
+    sums = 12 * n * sum(-(-(block.stop - block.start) // plan.columns) for block in blocks)
+    backward = 2 * rows * width + 4 * width * d + 4 * n * d
+    calls = len(blocks) * -(-n // tile.tokens)
+    cells = [
+        " x ".join(map(str, shape)),
+        f"{calls}",
+        f"{tiles}",
+        f"{waves:.1f}",
+        f"{100 * waves / -(-tiles // 132):.0f} %",
+    ]
+    return [*cells, f"{sums / 2**20:.0f}", f"{backward / 2**20:.0f}"]
+
+
 def markdown(results: dict) -> str:
     """The table of results, or of predictions where there are none."""
     where = results["machine"]
@@ -244,6 +267,12 @@ def markdown(results: dict) -> str:
                 for key, form in (("peak_mib", ".0f"), ("max_error", ".1e"), ("mean_error", ".1e"))
             ]
             lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Launches of the Triton head on a GPU of 132 multiprocessors, by calculation:", ""]
+    lines += [
+        "| N x D x V | calls of the kernel a pass | tiles a call | waves | filled | sums, MiB | backward buffers, MiB |"
+    ]
+    lines += ["|---|--:|--:|--:|--:|--:|--:|"]
+    lines += [f"| {' | '.join(launches(shape))} |" for shape in SHAPES]
     return "\n".join(lines) + "\n"
 
 

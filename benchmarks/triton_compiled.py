@@ -167,8 +167,8 @@ def table(targets: tuple[int, ...]) -> str:
         "# Triton kernels as compiled",
         "",
         f"triton {triton.__version__}, torch {torch.__version__}; compiled, not run, by `python -m benchmarks.triton_compiled`.",
-        f"Sources {fingerprint()}. A thread has 255 registers at most; shared memory of a block at most 163 KiB (sm_80) or 227 KiB "
-        "(sm_90, sm_100).",
+        f"Sources {fingerprint()}. A thread has 255 registers at most; a block has",
+        "163 KiB of shared memory at most (sm_80), or 227 KiB (sm_90, sm_100).",
         "",
         "| target | kernel | warps | registers | spilled, bytes a thread | shared, KiB | loads | tensor-core instructions |",
         "|---|---|--:|--:|--:|--:|---|---|",

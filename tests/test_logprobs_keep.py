@@ -189,6 +189,7 @@ def test_the_operators_obey_torchs_own_rules():
         ids[0, 1:10],
         None,
         None,
+        None,
     )
     options = (None, 1.0, V, None, True, False)
     torch.library.opcheck(torch.ops.rlalign.token_logprobs, (*operands, *options, 0))

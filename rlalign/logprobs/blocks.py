@@ -23,8 +23,8 @@ class Tile:
 
     @staticmethod
     def of(device: torch.device, chunk: int | None) -> Tile:
-        """16 MiB of logits on CPU, 256 MiB elsewhere; `chunk` overrides the number of tokens."""
-        tokens, vocab = (2048, 2048) if device.type == "cpu" else (4096, 16384)
+        """16 MiB of logits on CPU, 128 MiB elsewhere; `chunk` overrides the number of tokens."""
+        tokens, vocab = (2048, 2048) if device.type == "cpu" else (4096, 8192)
         return Tile(chunk or tokens, vocab)
 
 

@@ -120,10 +120,14 @@ class Passes:
         if not self.config.pack_tokens:
             inputs = padded_inputs(batch, self.device)
             mask_BL = batch.loss_mask_BL.to(self.device)
-            tokens = Tokens(inputs["input_ids"], mask_BL, self.temperature, batch.kept, truncation)
+            tokens = Tokens(
+                inputs["input_ids"], mask_BL, self.temperature, batch.kept, truncation, batch.spec.vocab_size
+            )
             return module(inputs, tokens, exact=exact)
         row = pack(batch, self.device)
-        tokens = Tokens(row.token_ids_1T, row.loss_mask_1T, self.temperature, row.kept, truncation)
+        tokens = Tokens(
+            row.token_ids_1T, row.loss_mask_1T, self.temperature, row.kept, truncation, batch.spec.vocab_size
+        )
         given = module(packed_attention.inputs(row, self.attention), tokens, exact=exact)
         if truncation is None:
             return tuple(row.unpack(value_1T) for value_1T in given)

@@ -29,6 +29,7 @@ from rlalign.diagnose.both_sides import (
     task_prompts,
     trainer_network,
 )
+from rlalign.diagnose.parity import trainer_floor
 from rlalign.diagnose.parity.grid import COLUMNS, ERRORS, HEAD_OF_MODE, Grid, Setting, rollout_modes, stage_count
 from rlalign.diagnose.prompt_file import read_prompts
 from rlalign.rollout.engine import noise_floor
@@ -159,7 +160,9 @@ def _one_engine(
             say(f"{body} body: noise floor, source by source")
             engine.set_head(engine.mode)
             batch = sides.tokens_of(Setting(), engine.mode)
-            result["noise_floor"][body] = noise_floor.measure(engine, model, config, batch, body=body)
+            of_engine = noise_floor.measure(engine, model, config, batch, body=body)
+            of_trainer = trainer_floor.measure(sides.score_again, batch)
+            result["noise_floor"][body] = trainer_floor.together(of_engine, of_trainer)
     finally:
         engine.close()
         gc.collect()  # two engines follow each other in one process
@@ -266,6 +269,12 @@ class _Sides:
         half = self._sampled(self.prompts[: max(1, len(self.prompts) // 2)], 0)
         again = collate(half, pad_token_id=self.pad, spec=self.engine.spec)
         return noise_floor.of_repeated_sampling(again, batch)
+
+    def score_again(self, batch: RolloutBatch, *, rows: int = 0, chunk: int = 0, exact: bool = True) -> Tensor:
+        """The trainer's logprobs with the float32 head, gone through in another way; see `trainer_floor.measure`."""
+        hidden_BLD = hidden_states(self.network, batch, rows=rows)
+        options = {"temperature": 1.0, "chunk": chunk, "exact": exact}
+        return head_logprobs(self.network, hidden_BLD, batch, "float32", **options)
 
     def _hidden(self, batch: RolloutBatch) -> Tensor:
         return hidden_states(self.network, batch, rows=self.config.trainer.micro_batch_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rlalign.config.checks import positive, require
 
@@ -87,6 +87,10 @@ class RolloutConfig(ServersConfig):
     enforce_eager: bool = False
     prefix_caching: bool = True
     head_mode: str = "auto"  # auto | native | cached: how vLLM reaches float32 logits
+
+    def over_all_ids(self) -> RolloutConfig:
+        """The same without truncation and barred ids: what a diagnosis compares that forces given tokens."""
+        return replace(self, top_p=1.0, top_k=0, min_p=0.0, bar_unknown_ids=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -111,7 +111,8 @@ def head_logprobs(
     device = hidden_BLD.device
     cut = Truncation.of(batch.spec) if batch.spec.truncated else None
     ids_BL, mask_BL = batch.token_ids_BL.to(device), batch.loss_mask_BL.to(device)
-    tokens = Tokens(ids_BL, mask_BL, temperature, batch.kept, cut, batch.spec.vocab_size)
+    kept = batch.kept if batch.spec.truncated else None
+    tokens = Tokens(ids_BL, mask_BL, temperature, kept, cut, batch.spec.vocab_size)
     logprobs_BL, *_ = network.get_output_embeddings()(hidden_BLD, tokens, exact=exact)
     return logprobs_BL.cpu()
 

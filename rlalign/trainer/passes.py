@@ -7,7 +7,7 @@ B sequences of a step, b of one micro-batch, L padded length, T tokens of a pack
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,8 @@ class Passes:
                 "would run over the whole vocabulary and bias every ratio. Let `Policy.score_truncated` find them, or say "
                 "spec.untruncated()"
             )
+        if not batch.spec.truncated:
+            batch = replace(batch, kept=None)
         if not self.config.pack_tokens:
             inputs = padded_inputs(batch, self.device)
             mask_BL = batch.loss_mask_BL.to(self.device)

@@ -101,7 +101,12 @@ def measure(config: RunConfig, grid: Grid, *, prompt_file: Path | None = None) -
         prompts = read_prompts(prompt_file, tokenizer, chat=chat, limit=grid.prompts)
     needed = max(grid.longest, *(len(p) for p in prompts)) + config.rollout.max_tokens + 1  # scoring samples one more
     _require_room(model, needed)
-    room = replace(config.rollout, temperature=1.0, max_model_len=max(config.rollout.max_model_len, needed))
+    plain = config.rollout.over_all_ids()
+    if plain != config.rollout:
+        result["notes"].append(
+            "sampled and compared over the whole vocabulary: top_p, top_k, min_p and barred ids are left out"
+        )
+    room = replace(plain, temperature=1.0, max_model_len=max(config.rollout.max_model_len, needed))
     with Stages("parity", stage_count(config.exact, grid)) as stages:
         for size, body in product(grid.tensor_parallel, grid.bodies):
             sized = replace(config, rollout=replace(room, tensor_parallel_size=size))

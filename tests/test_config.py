@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rlalign.config import Dtype, HeadDtype, load, to_plain
+from rlalign.config import PRESETS, CorrectionConfig, Dtype, HeadDtype, load, to_plain
 from rlalign.config.compose import compose
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -111,3 +111,16 @@ def test_bad_values_give_one_readable_line(override, message):
 def test_missing_values_are_named():
     with pytest.raises(ValueError, match=r"missing mandatory value: path"):
         load(compose("train", []))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_loss_and_a_correction_can_both_be_said(name):
+    config = load(compose("demo", ["algo=gspo", f"correction={name}"]))
+    assert (config.algo.loss, config.algo.correction) == ("gspo", CorrectionConfig(preset=name))
+    text = (Path(__file__).parents[1] / "docs" / "losses.md").read_text()
+    assert f"| `{name}` |" in text  # every preset has its row
+
+
+def test_no_correction_leaves_what_the_algorithm_says():
+    assert load(compose("demo", ["algo=tis"])).algo.correction == CorrectionConfig(preset="tis")
+    assert load(compose("demo", ["algo=tis", "correction=kpop"])).algo.correction.preset == "kpop"

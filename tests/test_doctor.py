@@ -240,3 +240,21 @@ def test_a_group_that_fails_ends_alone_and_keeps_what_it_found():
     text = check.report([*found, check.judged("third", False, "y", "do this")])
     assert "-> do this" in text and text.endswith("1 ok, 2 problem, 0 unknown")
     assert json.loads(check.as_json(found))[1]["found"] == "no such device"
+
+
+def test_rows_without_a_token_are_counted_and_barred_only_behind_the_last():
+    from rlalign.rollout.engine.known_ids import UnknownIds
+
+    class Words:
+        def __init__(self, ids):
+            self.ids = ids
+
+        def get_vocab(self):
+            return {str(i): i for i in self.ids}
+
+    behind = UnknownIds.of(Words([0, 1, 2, 9]), 8)  # id 9 is a placeholder behind the model's last row
+    assert (behind.first, behind.behind, behind.between) == (3, 5, 0) and behind.bar() == 3
+    assert behind.describe(8).startswith("5 of the model's 8 rows are ids that no text has")
+    assert UnknownIds.of(Words(range(8)), 8).bar() == 0
+    with pytest.raises(ValueError, match="1 ids below the tokenizer's last one"):
+        UnknownIds.of(Words([0, 2]), 8).bar()

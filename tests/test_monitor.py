@@ -137,3 +137,14 @@ def test_a_monitor_remembers_the_drift_it_saw():
     monitor = Monitor([rule(window=1)])
     alerts = [a for i in range(40) for a in monitor.observe(i, {K3: 3e-4 * (i + 1)})]
     assert alerts[0].causes[0].name == "stale weights"
+
+
+def test_truncation_is_a_cause_until_the_sets_are_shared_and_then_only_where_they_differ():
+    biased = {"mismatch/lag0/k1": 0.2, "mismatch/lag0/k3": 0.02, "mismatch/lag0/log_ratio_max": 0.0}
+    first = likely_causes(biased, Evidence(truncated=True, processed=True))[0]
+    assert first.name == "truncation" and "k1 0.2 is what a kept mass of 0.819 costs" in first.why
+    shared = Evidence(truncated=True, replayed=True, processed=True)
+    assert "truncation" not in [c.name for c in likely_causes(biased, shared)]
+    apart = biased | {"support/outside": 0.03, "support/differ": 0.2}
+    (found,) = [c for c in likely_causes(apart, shared) if c.name == "kept sets differ"]
+    assert "3.00% of tokens" in found.why and "20.00% of captured sets" in found.why

@@ -212,3 +212,30 @@ def test_a_float32_checkpoint_brings_its_own_master(tmp_path):
     save_file({"lm_head.weight": weight * 2}, tmp_path / "model.safetensors")
     with pytest.raises(RuntimeError, match="does not round to the network's weight"):
         measuring.unrounded(Network(weight), tmp_path)
+
+
+def test_the_trainers_floor_is_what_its_own_ways_differ_by():
+    """A trainer that is off by 0.1 nats alone, by 0.2 with padding and by 0.3 in its update has these in its floor."""
+    from rlalign.diagnose.parity import trainer_floor
+    from rlalign.types import LogprobSpec, Rollout, collate
+
+    rollouts = [
+        Rollout(
+            token_ids=[1, 2, *range(length)], loss_mask=[False, False] + [True] * length, prompt_id=0, group_id=0,
+            rollout_logprobs=[0.0] * (length + 2), finish_reason="stop", version_spans=[(2, length + 2, 0)],
+        )
+        for length in (4, 9)
+    ]  # fmt: skip
+    batch = collate(rollouts, pad_token_id=0, spec=LogprobSpec())
+    width = batch.token_ids_BL.shape[1]
+
+    def score(part, *, rows=0, chunk=0, exact=True):
+        off = 0.1 * (len(part) == 1) + 0.2 * (part.token_ids_BL.shape[1] > width) + 0.3 * (not exact)
+        return torch.where(part.loss_mask_BL, -2.0 + off, 0.0)
+
+    found = trainer_floor.measure(score, batch)
+    assert {name: pytest.approx(of["abs_max"], abs=1e-6) for name, of in found.items()} == {
+        "trainer_batch_of_one": 0.1, "trainer_padding": 0.2, "trainer_tiles": 0.0, "trainer_update": 0.3,
+    }  # fmt: skip
+    engine = {"repeat": dict.fromkeys(trainer_floor.KEPT, 0.5), "floor": dict.fromkeys(trainer_floor.KEPT, 0.5)}
+    assert trainer_floor.together(engine, found)["floor"]["abs_max"] == pytest.approx(0.8, abs=1e-6)

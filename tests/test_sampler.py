@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+from array import array
 from dataclasses import replace
 
 import pytest
@@ -201,3 +202,21 @@ def test_rules_on_the_mismatch_judge_probes_where_only_these_measure_it():
     assert alerts == []
     (absent,) = [a for step in range(20, 40) for a in monitor.observe(step, {})]
     assert absent.unjudged and "not been reported for 6 steps" in absent.message()
+
+
+def test_captured_sets_come_through_a_checkpoint(tmp_path):
+    run = config("one_step_off", steps=3)
+    _, engine, p, sampler = start(tmp_path, run)
+    plain = engine.generate
+
+    def with_sets(*asked, **named):
+        kept = {"kept_ids": array("i", [4, 5, 6, 7]), "kept_counts": array("q", [2, 1, 1])}
+        return [replace(rollout, **kept) for rollout in plain(*asked, **named)]
+
+    engine.generate = with_sets
+    rows(p, run, sampler, range(1))
+    sampler.settle()
+    sampler.save_state(tmp_path)
+    _, _, _, again = start(tmp_path, run, version=1)
+    again.load_state(tmp_path)
+    assert again.take(1).rollouts == sampler.take(1).rollouts

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from rlalign.config import GateAction, load
+from rlalign.logprobs.truncation import Found
 from rlalign.run.parties import MismatchLimitError
 from rlalign.run.step import train_step
 from rlalign.run.step_metrics import staleness_metrics
-from rlalign.types import LogprobSpec, RolloutBatch
+from rlalign.types import KeptSets, LogprobSpec, RolloutBatch
 from tests.fakes import FakeEngine, FakeTask, FakeTrainer, parties
 
 
@@ -144,3 +145,44 @@ def test_the_phases_and_the_rest_add_up_to_the_step(tmp_path, events):
     whole = times.pop("time/step_s")
     assert sum(times.values()) == pytest.approx(whole) and 0 <= times["time/other_s"] < whole
     assert {"time/rollout_s", "time/reward_s", "time/score_s", "time/train_s", "time/publish_s"} <= times.keys()
+
+
+def test_settings_that_no_trainer_repeats_stop_the_step(tmp_path, events):
+    engine = FakeEngine(events, spec=LogprobSpec(repetition_penalty=1.1))
+    with pytest.raises(ValueError, match="repetition_penalty=1.1, which change the engine's logprobs"):
+        train_step(0, parties(tmp_path, engine=engine, trainer=FakeTrainer(events)), config())
+    assert names(events) == ["generate"]
+
+
+def test_tokens_whose_set_is_too_large_leave_the_loss_and_are_counted(tmp_path, events):
+    class Trainer(FakeTrainer):
+        too_large = 1
+
+        def score_truncated(self, batch):
+            mask_BL = batch.loss_mask_BL
+            large_BL = torch.zeros_like(mask_BL)
+            large_BL[: self.too_large] = mask_BL[: self.too_large]
+            count_BL = (mask_BL & ~large_BL).long() * 2
+            ids_E = torch.zeros(int(count_BL.sum()), dtype=torch.int32)
+            none_BL, zero_BL = torch.zeros_like(mask_BL), torch.zeros(mask_BL.shape)
+            found = Found(
+                kept=KeptSets(ids_E=ids_E, count_BL=count_BL), log_mass_BL=zero_BL - 0.25, outside_BL=none_BL,
+                compared_BL=none_BL, differ_BL=none_BL, differ_mass_BL=zero_BL, too_large_BL=large_BL,
+            )  # fmt: skip
+            return *self.score(batch), found
+
+    spec = LogprobSpec(top_p=0.9)
+    trainer = Trainer(events)
+    result = train_step(0, parties(tmp_path, engine=FakeEngine(events, spec=spec), trainer=trainer), config())
+    assert int(result.batch.loss_mask_BL.sum()) == 45 and not result.batch.loss_mask_BL[0].any()
+    assert ("forward_backward", 45) in events
+    m = {k: v for k, v in result.metrics.items() if k.startswith("support/")}
+    assert m == {
+        "support/size_mean": 2.0, "support/size_max": 2.0, "support/log_mass": -0.25, "support/outside": 0.0,
+        "support/captured": 0.0, "support/too_large": 3 / 48,
+    }  # fmt: skip
+    trainer.too_large = 16
+    with pytest.raises(RuntimeError, match="every token's kept set has more than 4096 ids"):
+        train_step(
+            0, parties(tmp_path, engine=FakeEngine(events, spec=spec, policy_version=1), trainer=trainer), config()
+        )

@@ -32,9 +32,16 @@ def _readable(error: Exception) -> str:
 
 
 def register_schema() -> None:
-    """Give Hydra the dataclasses, so that unknown keys and wrong types are refused while composing."""
+    """Give Hydra the dataclasses, so that unknown keys and wrong types are refused while composing, and `correction=PRESET`.
+
+    It stands beside `algo=NAME`, so that a loss and a correction can both be said.
+    """
     from hydra.core.config_store import ConfigStore
 
-    from rlalign.config import RunConfig
+    from rlalign.config import PRESETS, RunConfig
 
-    ConfigStore.instance().store(name="schema", node=RunConfig)
+    store = ConfigStore.instance()
+    store.store(name="schema", node=RunConfig)
+    for name in ("none", *PRESETS):  # none: what `algo` says stays
+        chosen = {} if name == "none" else {"preset": name}
+        store.store(group="correction", name=name, node=chosen, package="algo.correction")

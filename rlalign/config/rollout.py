@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rlalign.config.checks import positive, require
 
@@ -73,9 +73,8 @@ class RolloutConfig(ServersConfig):
     top_p: float = 1.0
     top_k: int = 0  # 0: off
     min_p: float = 0.0
-    capture_ids: int = (
-        128  # with top_p, top_k or min_p: largest kept set the embedded engine reports; 0: the trainer computes all
-    )
+    bar_unknown_ids: bool = False  # never sample ids behind the tokenizer's last one (embedded engine)
+    capture_ids: int = 128  # largest kept set the embedded engine reports; 0: the trainer computes them all
     max_tokens: int = 512  # sampled tokens of one completion
     max_model_len: int = 2048  # prompt + completion, tokens
     max_num_seqs: int = 128  # sequences the engine decodes at once
@@ -88,6 +87,10 @@ class RolloutConfig(ServersConfig):
     enforce_eager: bool = False
     prefix_caching: bool = True
     head_mode: str = "auto"  # auto | native | cached: how vLLM reaches float32 logits
+
+    def over_all_ids(self) -> RolloutConfig:
+        """The same without truncation and barred ids: what a diagnosis compares that forces given tokens."""
+        return replace(self, top_p=1.0, top_k=0, min_p=0.0, bar_unknown_ids=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,6 +112,10 @@ class RolloutConfig(ServersConfig):
             0.0 < self.top_p <= 1.0 and self.top_k >= 0 and 0.0 <= self.min_p < 1.0,
             f"rollout.top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p}: top_p must lie in (0, 1], top_k be 0 (off) or "
             "more, min_p lie in [0, 1)",
+        )
+        require(
+            not (self.bar_unknown_ids and self.backend == "server"),
+            "rollout.bar_unknown_ids with rollout.backend=server: each request would carry the vocabulary; use embedded",
         )
         require(
             0 <= self.capture_ids < 4096,

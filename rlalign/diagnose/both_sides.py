@@ -105,18 +105,23 @@ def head_logprobs(
     *,
     temperature: float,
     master_VD: Tensor | None = None,
+    chunk: int = 0,
+    exact: bool = True,
 ) -> Tensor:
     """[B, L] float32 on CPU: the trainer's logprobs of the sampled tokens from given hidden states, with this head.
 
     head_dtype: "model", "float32" or "master", which needs master_VD. The head stays mirrored like this afterwards.
+    chunk: as in `mirror`. exact: as old_logprobs are computed; otherwise as in the pass with a gradient.
     """
     from rlalign.trainer.head_mirror import Tokens, mirror
 
-    mirror(network, head_dtype=head_dtype, chunk=0).master_VD = master_VD if head_dtype == "master" else None
+    mirror(network, head_dtype=head_dtype, chunk=chunk).master_VD = master_VD if head_dtype == "master" else None
     device = hidden_BLD.device
     cut = Truncation.of(batch.spec) if batch.spec.truncated else None
-    tokens = Tokens(batch.token_ids_BL.to(device), batch.loss_mask_BL.to(device), temperature, batch.kept, cut)
-    logprobs_BL, *_ = network.get_output_embeddings()(hidden_BLD, tokens, exact=True)
+    ids_BL, mask_BL = batch.token_ids_BL.to(device), batch.loss_mask_BL.to(device)
+    kept = batch.kept if batch.spec.truncated else None
+    tokens = Tokens(ids_BL, mask_BL, temperature, kept, cut, batch.spec.vocab_size)
+    logprobs_BL, *_ = network.get_output_embeddings()(hidden_BLD, tokens, exact=exact)
     return logprobs_BL.cpu()
 
 

@@ -7,7 +7,7 @@ weight stays, so that tied embeddings keep their dtype and their tie.
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING
@@ -73,7 +73,7 @@ class Tokens:
     """What the head is asked about: ids_BL int64; mask_BL bool, the tokens to score; temperature divides the logits.
 
     kept: the sets to renormalise over, for tokens sampled from a truncated distribution. truncation: find those sets first;
-    `kept` is then what the engine captured.
+    `kept` is then what the engine captured. vocab_size: ids from here on have no probability; 0: all rows have some.
     """
 
     ids_BL: Tensor
@@ -81,6 +81,7 @@ class Tokens:
     temperature: float
     kept: KeptSets | None = None
     truncation: Truncation | None = None
+    vocab_size: int = 0
 
 
 @dataclass(slots=True)
@@ -165,21 +166,31 @@ def mirror(model: nn.Module, *, head_dtype: str, chunk: int, keep_mib: int = 0) 
             tokens, exact = asked.tokens, asked.exact
         given = scored(self, hidden, tokens, exact)
         if status.calls <= LOOKS and status.multiplied is None and (tokens.kept is None or len(given) == 3):
-            over_all = given[0] if len(given) == 2 else given[0] + given[2].log_mass_BL.to(hidden.device)
-            _look(status, weight_of(self, hidden), self.bias, transform, hidden, tokens, over_all)
+            real = slice(tokens.vocab_size or None)
+            bias = None if self.bias is None else self.bias[real]
+            _look(status, weight_of(self, hidden)[real], bias, transform, hidden, *over_all_ids(tokens, given))
         if asked is None:
             return given
         asked.logprobs_BL, asked.entropy_BL = given[:2]
         return given[0][..., None] * 0.0  # in the place of logits: whatever the model does to them
 
+    def over_all_ids(tokens: Tokens, given: tuple) -> tuple[Tokens, Tensor]:
+        """The tokens that have one, and their logprobs before any truncation."""
+        if len(given) == 2:
+            return tokens, given[0]
+        found, device = given[2], given[0].device
+        left = replace(tokens, mask_BL=tokens.mask_BL & ~found.too_large_BL.to(device))
+        return left, given[0] + found.log_mass_BL.to(device)
+
     def scored(self: nn.Linear, hidden: Tensor, tokens: Tokens, exact: bool) -> tuple[Tensor, ...]:
         scale = {"temperature": tokens.temperature}
         if own:
-            logits_BLV = transform.apply(plain(hidden))
+            logits_BLV = transform.apply(plain(hidden))[..., : tokens.vocab_size or None]
             mask, kept, found = sets(tokens, partial(truncation.of_logits, logits_BLV, **scale))
             return *logprobs.from_logits(logits_BLV, tokens.ids_BL, mask=mask, kept=kept, **scale), *found
         operands = (hidden, weight_of(self, hidden))
         scale |= {"bias": self.bias, "soft_cap": transform.soft_cap, "logit_scale": transform.logit_scale}
+        scale["vocab_size"] = tokens.vocab_size or None
         mask, kept, found = sets(tokens, partial(truncation.kept_sets, *operands, **scale))
         return *logprobs.token_logprobs(
             *operands,

@@ -7,7 +7,7 @@ B sequences of a step, b of one micro-batch, L padded length, T tokens of a pack
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -117,13 +117,19 @@ class Passes:
                 "would run over the whole vocabulary and bias every ratio. Let `Policy.score_truncated` find them, or say "
                 "spec.untruncated()"
             )
+        if not batch.spec.truncated:
+            batch = replace(batch, kept=None)
         if not self.config.pack_tokens:
             inputs = padded_inputs(batch, self.device)
             mask_BL = batch.loss_mask_BL.to(self.device)
-            tokens = Tokens(inputs["input_ids"], mask_BL, self.temperature, batch.kept, truncation)
+            tokens = Tokens(
+                inputs["input_ids"], mask_BL, self.temperature, batch.kept, truncation, batch.spec.vocab_size
+            )
             return module(inputs, tokens, exact=exact)
         row = pack(batch, self.device)
-        tokens = Tokens(row.token_ids_1T, row.loss_mask_1T, self.temperature, row.kept, truncation)
+        tokens = Tokens(
+            row.token_ids_1T, row.loss_mask_1T, self.temperature, row.kept, truncation, batch.spec.vocab_size
+        )
         given = module(packed_attention.inputs(row, self.attention), tokens, exact=exact)
         if truncation is None:
             return tuple(row.unpack(value_1T) for value_1T in given)

@@ -54,7 +54,13 @@ def test_in_isolation_float32_on_both_sides_is_exact_and_on_one_side_is_not(meas
 def test_the_noise_floor_covers_every_source_and_reads_back(measured):
     _, result, file = measured
     for body, sources in result["noise_floor"].items():
-        assert set(sources) == {"repeat", "batch_of_one", "decode", "prefix_cache", "chunked_prefill", "floor"}
+        trainers = {"trainer_batch_of_one", "trainer_padding", "trainer_tiles", "trainer_update"}
+        engines = {"repeat", "batch_of_one", "decode", "prefix_cache", "chunked_prefill"}
+        assert set(sources) == engines | trainers | {"floor"}
+        worst = [
+            max(abs(sources[n]["abs_max"]) for n in names if sources[n] is not None) for names in (engines, trainers)
+        ]
+        assert sources["floor"]["abs_max"] == sum(worst)
         assert sources["repeat"]["abs_max"] == 0.0, "the same batch twice gave other numbers"
         assert noise_floor.read(file, body) == sources["floor"]
     with pytest.raises(ValueError, match="holds no noise floor for a float16 body"):

@@ -13,8 +13,10 @@ from rlalign.config import AlgoConfig, RolloutConfig, TrainerConfig
 from rlalign.logprobs.truncation import Truncation, kept_mask
 from rlalign.mismatch.causes import Evidence, likely_causes
 from rlalign.objective import choice, corrections
+from rlalign.rollout.engine.known_ids import UnknownIds
 from rlalign.rollout.engine.surface import spec_of
 from rlalign.run.scoring_step import scored
+from rlalign.tiny_policy.tokenizer import byte_tokenizer
 from rlalign.types import TrainBatch, collate
 from tests.engine.conftest import ROLLOUT, sample, start
 from tests.engine.updates import start_policy
@@ -27,22 +29,24 @@ CASES = {
     "min_p top_k": {"min_p": 0.02, "top_k": 20},
     "all": {"top_p": 0.8, "top_k": 30, "min_p": 0.01},
 }
+UNKNOWN = UnknownIds.of(byte_tokenizer(256), 288)
 FLOOR = 1e-9  # k3 of float32 bodies with float32 heads on both sides
 
 
 @pytest.fixture(scope="module")
 def sides(untied):
     """A float32 engine whose sampling each test sets, and the trainer in DeepSpeed, packed."""
-    engine = start(untied, dtype="float32", rollout=replace(ROLLOUT, temperature=0.7, top_p=0.9))
+    engine = start(untied, dtype="float32", rollout=replace(ROLLOUT, temperature=0.7, top_p=0.9, bar_unknown_ids=True))
+    assert engine.spec.vocab_size == UNKNOWN.first
     policy = start_policy(untied, TrainerConfig(pack_tokens=300), dtype="float32", temperature=0.7)
     yield engine, policy
     policy.close()
     engine.close()
 
 
-def batch_of(engine, **shape):
-    engine.config = RolloutConfig(**{**vars(ROLLOUT), "temperature": 0.7, "top_p": 1.0, **shape})
-    engine.spec = spec_of(engine.config, "float32")
+def batch_of(engine, *, barred_from=0, **settings):
+    engine.config = RolloutConfig(**{**vars(ROLLOUT), "temperature": 0.7, "top_p": 1.0, **settings})
+    engine.spec = spec_of(engine.config, "float32", vocab_size=barred_from)
     return collate(sample(engine), pad_token_id=0, spec=engine.spec)
 
 
@@ -102,6 +106,20 @@ def test_the_update_is_over_the_sets_too(sides):
     )  # fmt: skip
     policy.forward_backward(whole, loss)
     assert seen["apart"] < 1e-4
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}], ids=["plain", "top_p"])
+def test_ids_that_no_text_has_are_barred_on_both_sides(sides, settings):
+    engine, policy = sides
+    free, barred = batch_of(engine, **settings), batch_of(engine, barred_from=UNKNOWN.first, **settings)
+    strange = [int((b.token_ids_BL[b.loss_mask_BL] >= UNKNOWN.first).sum()) for b in (free, barred)]
+    assert strange[0] > 0 and strange[1] == 0
+    with pytest.raises(ValueError, match="vocab_size: 0 against"):
+        free.spec.require_equal(barred.spec, what="comparing")
+    barred, old_BL, *_ = scored(policy, barred)
+    assert measured(old_BL, barred)["mismatch/lag0/k3"] < FLOOR
+    plain = replace(barred, spec=replace(barred.spec, vocab_size=0).untruncated(), kept=None)
+    assert measured(policy.score(plain)[0], plain)["mismatch/lag0/k1"] > 1e-3
 
 
 @pytest.mark.parametrize("name", CASES)

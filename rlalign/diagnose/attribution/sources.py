@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -47,7 +47,9 @@ def of_run(directory: Path, step: int | None, tokens: int) -> Source:
     saved = saved_steps(directory)
     if saved and (step is None or step in saved):
         found = read_step(directory, saved[-1] if step is None else step)
-        return Source(config, found.model, budget(found.batch, tokens), (f"step {found.step}, its own weights",))
+        spec = LogprobSpec(temperature=found.batch.spec.temperature, head_dtype=found.batch.spec.head_dtype)
+        batch = budget(replace(found.batch, spec=spec, kept=None), tokens)
+        return Source(_over_all_ids(config), found.model, batch, (f"step {found.step}, its own weights",))
     files = {int(file.stem.removeprefix("step-")): file for file in record.token_files}
     if not files or (step is not None and step not in files):
         have = f"steps with tokens: {sorted(files)}, with weights too: {saved}" if files else "the run saved no tokens"
@@ -58,7 +60,7 @@ def of_run(directory: Path, step: int | None, tokens: int) -> Source:
     model = resolve_model(config.model.path)
     batch = budget(_from_tokens(files[chosen], config, model), tokens)
     return Source(
-        config,
+        _over_all_ids(config),
         model,
         batch,
         (f"tokens of step {chosen}, but the weights are {config.model.path}: the run did not save the step's",),
@@ -67,7 +69,12 @@ def of_run(directory: Path, step: int | None, tokens: int) -> Source:
 
 def of_config(config: RunConfig) -> Source:
     """Completions of the task's or the user's prompts, sampled by the engine once it runs."""
-    return Source(config, resolve_model(config.model.path), None)
+    return Source(_over_all_ids(config), resolve_model(config.model.path), None)
+
+
+def _over_all_ids(config: RunConfig) -> RunConfig:
+    """Both sides are forced through given tokens, so nothing is truncated."""
+    return replace(config, rollout=config.rollout.over_all_ids())
 
 
 def sampled(

@@ -45,6 +45,7 @@ def engine_and_trainer(config: RunConfig, say: Callable[[str], None] = lambda _:
         say("sampling")
         batch, rollouts = sample(engine, tokenizer, config, prompts=tokens.PROMPTS, samples=2)
         yield tokens.round_trip(rollouts, tokenizer)
+        yield tokens.unknown_sampled(rollouts, tokenizer)
         say("prefix cache")
         yield prefix_cache(engine, batch)
         say("the same tokens through both sides")
@@ -73,12 +74,12 @@ def settings(engine: VLLMEngine, config: RunConfig) -> Iterator[Check]:
         cache,
         "decoding reads keys and values that were rounded; run with kv_cache_dtype=auto",
     )
-    wanted_spec = spec_of(config.rollout, config.head_dtype.value)
+    wanted_spec = spec_of(config.rollout, config.head_dtype.value, vocab_size=engine.spec.vocab_size)
     shaped = f"temperature {engine.spec.temperature:g}, top_p {engine.spec.top_p:g}, top_k {engine.spec.top_k}"
     yield judged(
         "sampling is comparable",
         engine.spec == wanted_spec and not engine.spec.unrepeatable,
-        f"{shaped}, min_p {engine.spec.min_p:g}, {'processed' if engine.spec.processed else 'raw'}",
+        f"{shaped}, min_p {engine.spec.min_p:g}, over {engine.spec.support}, {'processed' if engine.spec.processed else 'raw'}",
         f"sample with processed logprobs as the configuration says: {wanted_spec}",
     )
 

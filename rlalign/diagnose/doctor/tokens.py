@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rlalign.config import RunConfig
 from rlalign.diagnose.doctor.check import Check, judged
+from rlalign.rollout.engine.known_ids import UnknownIds
 from rlalign.run import fitting_prompts
 from rlalign.run.assembly import encode, load_task_of, load_tokenizer, resolve_model
 from rlalign.tasks.prefix_law import check_prefix_law
@@ -35,6 +36,7 @@ def tokenizer(config: RunConfig) -> Iterator[Check]:
     ours = load_tokenizer(model)
     yield Check("tokenizer", "ok", f"{len(ours)} tokens, vocabulary, special tokens and chat template {identity(ours)}")
     yield special_tokens(model, ours)
+    yield unknown_ids(model, ours, barred=config.rollout.bar_unknown_ids)
     if config.task.chat_template:
         yield judged(
             "chat template",
@@ -45,6 +47,28 @@ def tokenizer(config: RunConfig) -> Iterator[Check]:
         if ours.chat_template:
             yield turns(ours)
     yield prompts_fit(config, model, ours)
+
+
+def unknown_ids(model: Path, tokenizer: PreTrainedTokenizerBase, *, barred: bool) -> Check:
+    """Rows of the model that are no id of the tokenizer: a sampled one is in the loss, yet in no text that a reward reads."""
+    about = json.loads((model / "config.json").read_text())
+    rows = int(about.get("text_config", about)["vocab_size"])
+    unknown = UnknownIds.of(tokenizer, rows)
+    if barred:
+        return judged(
+            "ids without text", not unknown.between, unknown.describe(rows) + "; barred", "bar_unknown_ids=false"
+        )
+    note = "rollout.bar_unknown_ids=true bars those behind the last one, on both sides" if unknown.behind else ""
+    return Check("ids without text", "ok", unknown.describe(rows), note)
+
+
+def unknown_sampled(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase) -> Check:
+    """Of the tokens sampled just now, those that no text has."""
+    known = set(tokenizer.get_vocab().values())
+    sampled = [t for rollout in rollouts for t in rollout.token_ids[rollout.prompt_length :]]
+    strange = sum(t not in known for t in sampled)
+    note = "masks count them, rewards read a text without them; rollout.bar_unknown_ids=true" if strange else ""
+    return Check("ids without text, sampled", "ok", f"{strange} of {len(sampled)} sampled tokens", note)
 
 
 def turns(tokenizer: PreTrainedTokenizerBase) -> Check:

@@ -29,6 +29,7 @@ from rlalign.diagnose.both_sides import (
     task_prompts,
     trainer_network,
 )
+from rlalign.diagnose.parity import trainer_floor
 from rlalign.diagnose.parity.grid import COLUMNS, ERRORS, HEAD_OF_MODE, Grid, Setting, rollout_modes, stage_count
 from rlalign.diagnose.prompt_file import read_prompts
 from rlalign.rollout.engine import noise_floor
@@ -101,7 +102,12 @@ def measure(config: RunConfig, grid: Grid, *, prompt_file: Path | None = None) -
         prompts = read_prompts(prompt_file, tokenizer, chat=chat, limit=grid.prompts)
     needed = max(grid.longest, *(len(p) for p in prompts)) + config.rollout.max_tokens + 1  # scoring samples one more
     _require_room(model, needed)
-    room = replace(config.rollout, temperature=1.0, max_model_len=max(config.rollout.max_model_len, needed))
+    plain = config.rollout.over_all_ids()
+    if plain != config.rollout:
+        result["notes"].append(
+            "sampled and compared over the whole vocabulary: top_p, top_k, min_p and barred ids are left out"
+        )
+    room = replace(plain, temperature=1.0, max_model_len=max(config.rollout.max_model_len, needed))
     with Stages("parity", stage_count(config.exact, grid)) as stages:
         for size, body in product(grid.tensor_parallel, grid.bodies):
             sized = replace(config, rollout=replace(room, tensor_parallel_size=size))
@@ -161,7 +167,9 @@ def _one_engine(
             say(f"{body} body: noise floor, source by source")
             engine.set_head(engine.mode)
             batch = sides.tokens_of(Setting(), engine.mode)
-            result["noise_floor"][body] = noise_floor.measure(engine, model, config, batch, body=body)
+            of_engine = noise_floor.measure(engine, model, config, batch, body=body)
+            of_trainer = trainer_floor.measure(sides.score_again, batch)
+            result["noise_floor"][body] = trainer_floor.together(of_engine, of_trainer)
     finally:
         engine.close()
         gc.collect()  # two engines follow each other in one process
@@ -268,6 +276,12 @@ class _Sides:
         half = self._sampled(self.prompts[: max(1, len(self.prompts) // 2)], 0)
         again = collate(half, pad_token_id=self.pad, spec=self.engine.spec)
         return noise_floor.of_repeated_sampling(again, batch)
+
+    def score_again(self, batch: RolloutBatch, *, rows: int = 0, chunk: int = 0, exact: bool = True) -> Tensor:
+        """The trainer's logprobs with the float32 head, gone through in another way; see `trainer_floor.measure`."""
+        hidden_BLD = hidden_states(self.network, batch, rows=rows)
+        options = {"temperature": 1.0, "chunk": chunk, "exact": exact}
+        return head_logprobs(self.network, hidden_BLD, batch, "float32", **options)
 
     def _hidden(self, batch: RolloutBatch) -> Tensor:
         return hidden_states(self.network, batch, rows=self.config.trainer.micro_batch_size)

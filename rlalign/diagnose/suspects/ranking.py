@@ -62,6 +62,7 @@ def _evidence(case: Case) -> Evidence:
         rollout_temperature=spec.temperature,
         trainer_temperature=spec.temperature,
         truncated=spec.truncated,
+        replayed=case.batch.spec.truncated and case.batch.kept is not None,
         prefix_cache_reset=True,
         publish_verified=True,
         retokenized=0,

@@ -12,6 +12,7 @@ from rlalign.config import RolloutConfig
 from rlalign.rollout.engine import handshake, own_process
 from rlalign.rollout.engine.arguments import ENVIRONMENT, Arguments, engine_arguments, engine_environment, require_dtype
 from rlalign.rollout.engine.kept_report import kept_sets
+from rlalign.rollout.engine.known_ids import UnknownIds
 from rlalign.rollout.engine.surface import EMBEDDED, captured_ids, group_seed, kv_spans, labelled, require_room, spec_of
 from rlalign.rollout.engine.texts import core_of, said, texts
 from rlalign.rollout.exact.switch import building
@@ -60,7 +61,6 @@ class VLLMEngine:
         handshake.preflight()
         self.config = config
         self.engines = [EMBEDDED]
-        self.spec = spec_of(config, head_dtype)
         arguments = engine_arguments(model, config, dtype=dtype, head_dtype=head_dtype, seed=seed, exact=exact)
         self._processes = own_process.EngineProcesses()
         # A process has one process group: the trainer's is larger than vLLM's, which inside it would wait for ranks that
@@ -72,6 +72,9 @@ class VLLMEngine:
         with self._processes.starting(apart):
             self._llm = _start(arguments, engine_environment(config), exact=exact, steady=steady)
         self._core = core_of(self._llm.get_tokenizer())
+        rows = self._llm.llm_engine.vllm_config.model_config.get_vocab_size()
+        barred_from = UnknownIds.of(self._llm.get_tokenizer(), rows).bar() if config.bar_unknown_ids else 0
+        self.spec = spec_of(config, head_dtype, vocab_size=barred_from)
         self._reports_spans = has_output_spans(self.version)
         self._refusal: str | None = None
         self._proven_live = False
@@ -246,6 +249,7 @@ class VLLMEngine:
             top_p=c.top_p,
             top_k=c.top_k,
             min_p=c.min_p,
+            allowed_token_ids=list(range(self.spec.vocab_size)) or None,
             max_tokens=c.max_tokens,
             logprobs=captured_ids(c),
             flat_logprobs=True,

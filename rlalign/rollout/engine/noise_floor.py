@@ -132,7 +132,10 @@ def _chunked(model: Path, config: RunConfig, batch: RolloutBatch, body: str) -> 
 
 def markdown(floors: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """One table over all bodies, ready to paste."""
-    lines = ["**noise floor: the rollout engine against itself** (nats per token)", ""]
+    lines = [
+        "**noise floor: each side against itself; `floor`: the worst of the engine plus the worst of the trainer** (nats)",
+        "",
+    ]
     lines += ["| body | source | " + " | ".join(KEPT) + " |", "|---" * (2 + len(KEPT)) + "|"]
     for body, sources in floors.items():
         for name, source in sources.items():

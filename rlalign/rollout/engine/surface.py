@@ -10,8 +10,8 @@ from rlalign.types import LogprobSpec
 EMBEDDED = "embedded"  # the name of the one engine inside this process; a server's is its url
 
 
-def spec_of(config: RolloutConfig, head_dtype: str) -> LogprobSpec:
-    """What the logprobs of a run's rollouts mean."""
+def spec_of(config: RolloutConfig, head_dtype: str, *, vocab_size: int = 0) -> LogprobSpec:
+    """What the logprobs of a run's rollouts mean. vocab_size: ids from here on are barred; 0: none."""
     return LogprobSpec(
         temperature=config.temperature,
         top_p=config.top_p,
@@ -19,6 +19,7 @@ def spec_of(config: RolloutConfig, head_dtype: str) -> LogprobSpec:
         min_p=config.min_p,
         processed=True,
         head_dtype=head_dtype,
+        vocab_size=vocab_size,
     )
 
 

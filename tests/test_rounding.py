@@ -1,5 +1,7 @@
 """A mirrored body computes the same function, rounded elsewhere: values against float32, gradients against float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -43,6 +45,9 @@ def reference_kernel(query, key, value, lengths, *, scale, window, soft_cap):
         hidden = (at[None] > at[:, None]) | (at[:, None] - at[None] >= (window or len(q)))
         found.append(torch.einsum("hts,she->the", scores.masked_fill(hidden, -torch.inf).softmax(-1), v))
     return torch.cat(found).to(query.dtype)
+
+
+REFERENCE = SimpleNamespace(attend=reference_kernel, multiply=functional.linear)
 
 
 def relative(a, b) -> float:
@@ -136,7 +141,7 @@ def test_a_mirrored_body_is_as_near_to_float32_as_the_model_and_is_not_the_model
     own = network(name).base_model(ids, use_cache=False).last_hidden_state
     mirrored = network(name)
     kinds = Choices(add_and_norm=SUM_ROUNDED_LATE, rope=ROUNDED_ONCE, attention=ENGINE_KERNEL)
-    done = mirror_body(mirrored, kinds, kernel=reference_kernel)
+    done = mirror_body(mirrored, kinds, kernels=REFERENCE)
     found = mirrored.base_model(ids, use_cache=False).last_hidden_state
     assert done.applied == {"add_and_norm": SUM_ROUNDED_LATE, "rope": ROUNDED_ONCE, "attention": ENGINE_KERNEL}
     assert found.dtype == torch.bfloat16
@@ -160,7 +165,7 @@ def test_gradients_are_those_of_the_model_with_and_without_checkpointing(name):
 
     wide, own, mirrored, again = (network(name) for _ in range(4))
     for built in (mirrored, again):
-        mirror_body(built, Choices(SUM_ROUNDED_LATE, ROUNDED_ONCE, attention=ENGINE_KERNEL), kernel=reference_kernel)
+        mirror_body(built, Choices(SUM_ROUNDED_LATE, ROUNDED_ONCE, attention=ENGINE_KERNEL), kernels=REFERENCE)
     wide_D, own_D, mirrored_D = gradient(wide.float()), gradient(own), gradient(mirrored)
     assert relative(mirrored_D, wide_D) < 1.3 * relative(own_D, wide_D) < 0.1
     assert relative(gradient(again, checkpointing=True), mirrored_D) < 1e-6
@@ -168,7 +173,7 @@ def test_gradients_are_those_of_the_model_with_and_without_checkpointing(name):
 
 def test_packed_sequences_are_those_alone():
     mirrored = network("Qwen3ForCausalLM")
-    mirror_body(mirrored, Choices(attention=ENGINE_KERNEL), kernel=reference_kernel)
+    mirror_body(mirrored, Choices(attention=ENGINE_KERNEL), kernels=REFERENCE)
     parts = [torch.arange(2, 12), torch.arange(30, 47)]
     positions = torch.cat([torch.arange(len(p)) for p in parts])[None]
     ids = torch.cat(parts)[None]
@@ -185,7 +190,7 @@ def test_what_cannot_be_mirrored_is_refused_or_listed():
         Choices(rope="twice")
     with pytest.raises(ValueError, match=r"rounds to bfloat16; this one is torch.float32"):
         mirror_body(network("LlamaForCausalLM", torch.float32), LATE)
-    with pytest.raises(ValueError, match="needs the engine's kernel"):
+    with pytest.raises(ValueError, match="needs the engine's kernels"):
         mirror_body(network("LlamaForCausalLM"), Choices(attention=ENGINE_KERNEL))
     unknown = network("OlmoForCausalLM")
     done = mirror_body(unknown, Choices(SUM_ROUNDED_LATE, ROUNDED_ONCE))
@@ -196,7 +201,7 @@ def test_what_cannot_be_mirrored_is_refused_or_listed():
 
 def test_left_padding_and_reentrant_checkpointing_are_refused():
     mirrored = network("LlamaForCausalLM")
-    mirror_body(mirrored, Choices(SUM_ROUNDED_LATE, attention=ENGINE_KERNEL), kernel=reference_kernel)
+    mirror_body(mirrored, Choices(SUM_ROUNDED_LATE, attention=ENGINE_KERNEL), kernels=REFERENCE)
     ids, mask = torch.arange(2, 22).view(2, 10), torch.ones(2, 10, dtype=torch.int64)
     mask[0, :3] = 0
     with pytest.raises(ValueError, match="padded on the right"):

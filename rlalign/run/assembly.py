@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rlalign.tasks import Task
     from rlalign.trainer.critic import Critic
     from rlalign.trainer.policy import Policy
-    from rlalign.trainer.rounding.mirrored_attention import Kernel
+    from rlalign.trainer.rounding.mirrored_attention import EngineKernels
     from rlalign.weights import Transport
 
 
@@ -185,17 +185,17 @@ def start_policy(model: Path, config: RunConfig) -> Policy:
         temperature=config.rollout.temperature,
         seed=config.seed,
         exact=config.exact,
-        mirrored=engine_attention(config),
+        mirrored=engine_kernels(config),
     )
 
 
-def engine_attention(config: RunConfig) -> Kernel | None:
-    """The attention kernel that a mirrored body calls; None where the body is not mirrored."""
+def engine_kernels(config: RunConfig) -> EngineKernels | None:
+    """The kernels that a mirrored body calls; None where the body is not mirrored."""
     if not config.mirrored:
         return None
-    from rlalign.rollout.worker.cpu_attention import attend
+    from rlalign.rollout.worker import cpu_kernels
 
-    return attend
+    return cpu_kernels
 
 
 def require_steady(statuses: Sequence[dict]) -> None:

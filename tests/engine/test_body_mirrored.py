@@ -13,7 +13,8 @@ from rlalign.head import steady
 from rlalign.rollout.engine import teacher_forcing
 from rlalign.rollout.engine.embedded import VLLMEngine
 from rlalign.rollout.engine.teacher_forcing import Route
-from rlalign.rollout.worker.cpu_attention import attend
+from rlalign.rollout.worker import cpu_kernels
+from rlalign.rollout.worker.cpu_kernels import attend
 from rlalign.run.assembly import require_steady
 from rlalign.trainer.rounding.mirroring import VLLM_CPU
 from rlalign.types import collate
@@ -56,7 +57,7 @@ def test_the_probe_chooses_what_is_built_in_and_finds_nothing_left(engine, untie
     network = trainer_network(untied, "bfloat16")
     mapping = match(teacher_forcing.modules(engine), module_names(network))
     forced = teacher_forcing.record(engine, batch, mapping.rollout_taps, tmp_path / "r", route=route)
-    rows = op_probe.probe(network, forced.recording, mapping, decoded=route is Route.decode, kernel=attend)
+    rows = op_probe.probe(network, forced.recording, mapping, decoded=route is Route.decode, kernels=cpu_kernels)
     found = op_probe.chosen(rows)
     assert (found.add_and_norm, found.rope) == (VLLM_CPU.add_and_norm, VLLM_CPU.rope)
     left = {(r.op, r.part): r.differ for r in rows if r.variant == getattr(VLLM_CPU, r.op)}

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rlalign.head import steady
 from rlalign.trainer.rounding import blocks, mirrored_attention, variants
-from rlalign.trainer.rounding.mirrored_attention import Kernel
+from rlalign.trainer.rounding.mirrored_attention import EngineKernels
 from rlalign.trainer.rounding.variants import ACTIVATION, ADD_AND_NORM, ATTENTION, MODEL, PRODUCTS, ROPE
 
 KNOWN = (
@@ -60,20 +60,20 @@ class MirroredBody:
         ]
 
 
-def mirror_body(model: PreTrainedModel, choices: Choices, *, kernel: Kernel | None = None) -> MirroredBody:
+def mirror_body(model: PreTrainedModel, choices: Choices, *, kernels: EngineKernels | None = None) -> MirroredBody:
     """Let this model's body round as `choices` say, from now on; returns what was done and what was left.
 
-    kernel: the engine's attention, for the variant `engine_kernel`. A class that is not KNOWN gets what holds for any model
-    (products, attention, rope) and keeps its layers and norms. The head is not touched. Raises ValueError for a body that is not
-    bf16, for a variant that this host cannot compute, and for `engine_kernel` without a kernel.
+    kernels: the engine's own, for the variant `engine_kernel`, and for products where they are faster. A class that is not KNOWN
+    gets what holds for any model (products, attention, rope) and keeps its layers and norms. The head is not touched. Raises
+    ValueError for a body that is not bf16, for a variant that this host cannot compute, and for `engine_kernel` without kernels.
     """
     if model.dtype != torch.bfloat16:
         raise ValueError(
             f"a mirrored body rounds to bfloat16; this one is {model.dtype}, whose two sides differ by the order of float32 "
             "additions alone: use trainer.body=model, or exact=true"
         )
-    if choices.attention == variants.ENGINE_KERNEL and kernel is None:
-        raise ValueError("attention=engine_kernel needs the engine's kernel; pass kernel=, or choose attention=model")
+    if choices.attention == variants.ENGINE_KERNEL and kernels is None:
+        raise ValueError("attention=engine_kernel needs the engine's kernels; pass kernels=, or choose attention=model")
     if choices.products == variants.ONE_ORDER and (why := steady.missing(model.dtype)):
         raise ValueError(f"products=one_order: {why}; choose products=model")
     left: dict[str, str] = {}
@@ -82,8 +82,8 @@ def mirror_body(model: PreTrainedModel, choices: Choices, *, kernel: Kernel | No
         (ADD_AND_NORM, lambda: _mirror_stream(model, choices.add_and_norm)),
         (ROPE, lambda: _mirror_rope(model, choices)),
         (ACTIVATION, lambda: _mirror_activation(model, choices.activation)),
-        (PRODUCTS, lambda: _mirror_products(model, choices.products)),
-        (ATTENTION, lambda: _mirror_attention(model, choices, kernel)),
+        (PRODUCTS, lambda: _mirror_products(model, kernels)),
+        (ATTENTION, lambda: _mirror_attention(model, choices, kernels)),
     )
     for op, step in steps:
         if (name := getattr(choices, op)) == MODEL and not (op == ATTENTION and choices.rope != MODEL):
@@ -147,27 +147,27 @@ def _activated_once(self: nn.Module, x: Tensor) -> Tensor:
     return self.down_proj(variants.activated_once(self.gate_proj(x), self.up_proj(x), self.act_fn))
 
 
-def _mirror_products(model: PreTrainedModel, name: str) -> str:
-    others = set()
+def _mirror_products(model: PreTrainedModel, kernels: EngineKernels | None) -> str:
+    others, rest = set(), None if kernels is None else kernels.multiply
+
+    def steady_linear(self: nn.Linear, x: Tensor) -> Tensor:
+        return steady.linear(x, self.weight, self.bias, rest=rest)
+
     for module in _in_layers(model):
         if type(module) is nn.Linear:
-            module.forward = MethodType(_steady_linear, module)
+            module.forward = MethodType(steady_linear, module)
         elif module.__class__.__name__.endswith("Linear") or any(p.ndim == 3 for p in module.parameters(recurse=False)):
             others.add(type(module).__name__)
     return f"modules that are no plain nn.Linear: {', '.join(sorted(others))}" if others else ""
 
 
-def _steady_linear(self: nn.Linear, x: Tensor) -> Tensor:
-    return steady.linear(x, self.weight, self.bias)
-
-
-def _mirror_attention(model: PreTrainedModel, choices: Choices, kernel: Kernel | None) -> str:
+def _mirror_attention(model: PreTrainedModel, choices: Choices, kernels: EngineKernels | None) -> str:
     if not model._supports_attention_backend:
         return f"{type(model).__name__} computes attention in its own way"
     attentions = [m for m in _in_layers(model) if hasattr(m, "is_causal") and hasattr(m, "scaling")]
     if not attentions:
         return f"{type(model).__name__}: no attention modules found in its layers"
-    chosen = kernel if choices.attention == variants.ENGINE_KERNEL else None
+    chosen = kernels if choices.attention == variants.ENGINE_KERNEL else None
     mirrored_attention.install(model, attentions, chosen)
     return ""
 

@@ -235,12 +235,14 @@ def main() -> None:
     options = parser.parse_args()
     set_environment()
     torch.set_num_threads(1)
-    every = [measure(*(lambda n, f: (n, Path(f)))(*text.split("=", 1)), options) for text in options.models]
-    text = page(every, options)
-    print(text)
-    if options.out:
-        options.out.write_text(text)
-        options.out.with_suffix(".json").write_text(json.dumps([[f.name, f.seconds, f.ops] for f in every]))
+    every: list[Found] = []
+    for text in options.models:
+        name, folder = text.split("=", 1)
+        every.append(measure(name, Path(folder), options))
+        if options.out:
+            options.out.write_text(page(every, options))
+            options.out.with_suffix(".json").write_text(json.dumps([[f.name, f.seconds, f.ops] for f in every]))
+    print(page(every, options))
 
 
 if __name__ == "__main__":

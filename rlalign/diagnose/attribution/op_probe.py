@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rlalign.diagnose.attribution.mapping import EMBED, FINAL_NORM, ModelMap
 from rlalign.head import steady
 from rlalign.rollout.worker.recording import DECODED, POSITION, SEQUENCE, Recording
-from rlalign.trainer.rounding import blocks, variants
+from rlalign.trainer.rounding import residual_stream, variants
 from rlalign.trainer.rounding.mirrored_attention import EngineKernels
 from rlalign.trainer.rounding.mirroring import Choices
 from rlalign.trainer.rounding.variants import ACTIVATION, ADD_AND_NORM, ATTENTION, MODEL, PRODUCTS, ROPE
@@ -103,7 +103,9 @@ def _layer(
     network: nn.Module, at: int, layers: int, given: _Recorded, kernels: EngineKernels | None
 ) -> Iterator[Compared]:
     layer, point = network.base_model.layers[at], given.points
-    if {name for name, _ in layer.named_children()} != blocks.PRE_NORM or not hasattr(layer.self_attn, "q_proj"):
+    if {name for name, _ in layer.named_children()} != residual_stream.PRE_NORM or not hasattr(
+        layer.self_attn, "q_proj"
+    ):
         raise ValueError(f"{type(layer).__name__}: the probe of single ops knows layers of Llama's shape only so far")
     before = point(EMBED) if at == 0 else point("residual", at - 1)
     if at:
@@ -123,7 +125,7 @@ def _layer(
 
 def _norms(norm: nn.Module, residual: Tensor, branch: Tensor, part: str, given: _Recorded) -> Iterator[Compared]:
     rounded, wide = variants.added(residual, branch)
-    epsilon, expected = blocks.epsilon_of(norm), given.points(part)
+    epsilon, expected = residual_stream.epsilon_of(norm), given.points(part)
     for name, of, weight_wide in (
         (MODEL, rounded.float(), False),
         (variants.WEIGHT_WIDE, rounded.float(), True),

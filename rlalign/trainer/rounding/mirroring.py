@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlalign.head import steady
-from rlalign.trainer.rounding import blocks, mirrored_attention, variants
+from rlalign.trainer.rounding import mirrored_attention, residual_stream, variants
 from rlalign.trainer.rounding.mirrored_attention import EngineKernels
 from rlalign.trainer.rounding.variants import ACTIVATION, ADD_AND_NORM, ATTENTION, MODEL, PRODUCTS, ROPE
 
@@ -113,10 +113,10 @@ def _mirror_stream(model: PreTrainedModel, name: str) -> str:
     late = name in (variants.SUM_ROUNDED_LATE, variants.SUM_ROUNDED_LATE_WEIGHT_WIDE)
     wide = name in (variants.WEIGHT_WIDE, variants.SUM_ROUNDED_LATE_WEIGHT_WIDE)
     for layer in layers_of(model):
-        blocks.mirror_layer(layer)
-        for norm in blocks.rms_norms(layer):
-            blocks.mirror_norm(norm, late=late, weight_wide=wide)
-    blocks.mirror_norm(_decoder(model).norm, late=late, weight_wide=wide)
+        residual_stream.mirror_layer(layer)
+        for norm in residual_stream.rms_norms(layer):
+            residual_stream.mirror_norm(norm, late=late, weight_wide=wide)
+    residual_stream.mirror_norm(_decoder(model).norm, late=late, weight_wide=wide)
     return ""
 
 

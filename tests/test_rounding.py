@@ -8,7 +8,8 @@ import transformers
 from torch.nn import functional
 
 from rlalign.head import steady
-from rlalign.trainer.rounding import variants
+from rlalign.trainer.network import load
+from rlalign.trainer.rounding import mirroring, variants
 from rlalign.trainer.rounding.mirroring import KNOWN, Choices, mirror_body
 from rlalign.trainer.rounding.variants import ENGINE_KERNEL, MODEL, ONE_ORDER, ROUNDED_ONCE, SUM_ROUNDED_LATE
 
@@ -196,7 +197,16 @@ def test_what_cannot_be_mirrored_is_refused_or_listed():
     done = mirror_body(unknown, Choices(SUM_ROUNDED_LATE, ROUNDED_ONCE))
     assert set(done.left) == {"add_and_norm"} and "OlmoForCausalLM are not known" in done.left["add_and_norm"]
     assert done.applied == {"rope": ROUNDED_ONCE}
+    assert mirroring.body_of(unknown) is done and "body: add_and_norm as the model has it" in done.describe()[1]
     assert mirror_body(network("LlamaForCausalLM"), Choices()).applied == {}
+
+
+def test_a_trainer_is_not_given_a_body_that_is_mirrored_in_parts(tmp_path):
+    network("OlmoForCausalLM").save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"OlmoForCausalLM would be mirrored in parts only \(add_and_norm: the layers of Olmo"
+    ):
+        load(tmp_path, "bfloat16", {"zero_optimization": {"stage": 0}}, checkpointing=False, mirrored=REFERENCE)
 
 
 def test_left_padding_and_reentrant_checkpointing_are_refused():

@@ -30,6 +30,7 @@ from rlalign.trainer.head_mirror import HeadStatus, mirror
 from rlalign.trainer.network import ScoringNetwork, full_weights, load, padded_inputs
 from rlalign.trainer.passes import LossFunction, Passes
 from rlalign.trainer.rounding.mirrored_attention import EngineKernels
+from rlalign.trainer.rounding.mirroring import MirroredBody, body_of
 from rlalign.types import RolloutBatch, TrainBatch
 from rlalign.weights import MASTER_WEIGHT
 
@@ -99,6 +100,11 @@ class Policy:
     def attention(self) -> str:
         """The body's attention implementation, by transformers' name for it or ours."""
         return self._passes.attention
+
+    @property
+    def body(self) -> MirroredBody | None:
+        """How the body follows the engine's roundings; None where it rounds as transformers does."""
+        return body_of(self.network)
 
     @property
     def network(self) -> torch.nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MethodType
@@ -51,6 +52,10 @@ class MirroredBody:
     applied: Mapping[str, str]
     left: Mapping[str, str]
 
+    def as_dict(self) -> dict[str, dict[str, str]]:
+        """For a run's summary."""
+        return {"mirrored": dict(self.applied), "left": dict(self.left)}
+
     def describe(self) -> list[str]:
         """Lines for people: what is mirrored, then what is not."""
         done = ", ".join(f"{op} {name}" for op, name in self.applied.items()) or "nothing"
@@ -58,6 +63,14 @@ class MirroredBody:
             f"body: mirrored are {done}",
             *(f"body: {op} as the model has it: {why}" for op, why in self.left.items()),
         ]
+
+
+_BODIES: weakref.WeakKeyDictionary[nn.Module, MirroredBody] = weakref.WeakKeyDictionary()
+
+
+def body_of(model: nn.Module) -> MirroredBody | None:
+    """What `mirror_body` did to this model; None for a body as transformers has it."""
+    return _BODIES.get(model)
 
 
 def mirror_body(model: PreTrainedModel, choices: Choices, *, kernels: EngineKernels | None = None) -> MirroredBody:
@@ -92,7 +105,8 @@ def mirror_body(model: PreTrainedModel, choices: Choices, *, kernels: EngineKern
             left[op] = why
         elif name != MODEL:
             applied[op] = name
-    return MirroredBody(applied, left)
+    done = _BODIES[model] = MirroredBody(applied, left)
+    return done
 
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:

@@ -81,6 +81,15 @@ def test_a_norm_of_the_unrounded_sum_has_the_gradient_of_the_float64_op(offset, 
         assert relative(got, expected) < 2**-7
 
 
+def test_the_two_forms_of_a_sum_leave_what_was_added_as_it_was():
+    for dtype in (torch.bfloat16, torch.float32):
+        residual, branch = normal(9, 64, dtype=dtype), normal(9, 64, seed=1, dtype=dtype)
+        rounded, wide = variants.added(residual, branch)
+        assert torch.equal(residual, normal(9, 64, dtype=dtype)) and wide.dtype == torch.float32
+        assert torch.equal(rounded, residual + branch), "rounding the float32 sum is adding in the dtype"
+        assert torch.equal(wide.double(), (residual.double() + branch.double()).float().double())
+
+
 def test_rope_rounded_once_is_float64_rounded_once_and_rounding_thrice_is_not():
     states, angle = normal(2, 3, 50, 16, dtype=torch.bfloat16), normal(50, 16, seed=1)
     cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()

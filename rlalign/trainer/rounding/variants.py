@@ -79,7 +79,7 @@ def added(residual: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
 class _Added(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, residual: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-        wide = residual.float().add_(branch)
+        wide = residual.to(torch.float32, copy=True).add_(branch)  # a float32 residual must stay as it is
         return wide.to(residual.dtype), wide
 
     @staticmethod

@@ -81,6 +81,14 @@ def test_a_norm_of_the_unrounded_sum_has_the_gradient_of_the_float64_op(offset, 
         assert relative(got, expected) < 2**-7
 
 
+def test_a_norm_has_the_same_bits_a_few_rows_at_a_time(monkeypatch):
+    wide, weight = normal(3, 50, 64), normal(64, seed=1, dtype=torch.bfloat16)
+    whole, gradient = variants.norm(wide, weight, 1e-5), gradients(lambda x: variants.norm(x, weight, 1e-5), wide)
+    monkeypatch.setattr(variants, "ELEMENTS", 7 * 64)
+    assert torch.equal(variants.norm(wide, weight, 1e-5), whole)
+    assert torch.equal(gradients(lambda x: variants.norm(x, weight, 1e-5), wide)[0], gradient[0])
+
+
 def test_the_two_forms_of_a_sum_leave_what_was_added_as_it_was():
     for dtype in (torch.bfloat16, torch.float32):
         residual, branch = normal(9, 64, dtype=dtype), normal(9, 64, seed=1, dtype=dtype)

@@ -9,7 +9,7 @@ Read from vLLM 0.32: `ir/ops/layernorm.py` (a fused add-and-norm normalises the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 MODEL = "model"
+ELEMENTS = 2**17  # of a norm's temporaries on CPU: 512 KiB
 ADD_AND_NORM, ROPE, ACTIVATION, PRODUCTS, ATTENTION = "add_and_norm", "rope", "activation", "products", "attention"
 OPS = (ADD_AND_NORM, ROPE, ACTIVATION, PRODUCTS, ATTENTION)
 
@@ -41,34 +42,49 @@ def norm(wide: Tensor, weight_D: Tensor, epsilon: float, *, offset: bool = False
 
 
 class _Norm(torch.autograd.Function):
-    """Written out, because autograd's own chain of a norm passes over the states three times as often."""
+    """Written out and a few rows at a time: autograd's own chain of a norm passes over the states three times as often, and its
+    float32 temporaries leave the cache."""
 
     @staticmethod
     def forward(
         ctx: FunctionCtx, wide: Tensor, weight_D: Tensor, epsilon: float, offset: bool, weight_wide: bool
     ) -> Tensor:
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-        ctx.save_for_backward(wide, weight_D, scale)
         ctx.offset = offset
-        scaled = wide * scale
-        if offset:
-            return scaled.mul_(1.0 + weight_D.float()).to(weight_D.dtype)
-        if weight_wide:
-            return scaled.mul_(weight_D.float()).to(weight_D.dtype)
-        return weight_D * scaled.to(weight_D.dtype)
+        rows_ND, times_D = wide.reshape(-1, wide.shape[-1]), _wide_weight(weight_D, offset)
+        out_ND = torch.empty(rows_ND.shape, dtype=weight_D.dtype, device=wide.device)
+        scale_N1 = rows_ND.new_empty(len(rows_ND), 1)
+        for part in _parts(rows_ND):
+            scale_N1[part] = torch.rsqrt(rows_ND[part].pow(2).mean(-1, keepdim=True) + epsilon)
+            scaled = rows_ND[part] * scale_N1[part]
+            if offset or weight_wide:
+                out_ND[part] = scaled.mul_(times_D)
+            else:
+                out_ND[part] = weight_D * scaled.to(weight_D.dtype)
+        ctx.save_for_backward(wide, weight_D, scale_N1)
+        return out_ND.view(wide.shape)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wide, weight_D, scale = ctx.saved_tensors
-        grad, to_wide, to_weight = grad.float(), None, None
-        if ctx.needs_input_grad[1]:
-            to_weight = (grad * wide).mul_(scale).flatten(0, -2).sum(0).to(weight_D.dtype)
-        if ctx.needs_input_grad[0]:
-            weight_wide = weight_D.float() + 1.0 if ctx.offset else weight_D.float()
-            along = grad * weight_wide
-            slope = (along * wide).mean(-1, keepdim=True).mul_(scale.pow(3))
-            to_wide = along.mul_(scale).addcmul_(wide, slope, value=-1)
-        return to_wide, to_weight, None, None, None
+        wide, weight_D, scale_N1 = ctx.saved_tensors
+        rows_ND, grad_ND = (x.reshape(-1, x.shape[-1]) for x in (wide, grad))
+        times_D = _wide_weight(weight_D, ctx.offset)
+        to_wide_ND, to_weight_D = torch.empty_like(rows_ND), torch.zeros_like(times_D)
+        for part in _parts(rows_ND):
+            along, scale = grad_ND[part].float(), scale_N1[part]
+            to_weight_D += (along * rows_ND[part]).mul_(scale).sum(0)
+            along *= times_D
+            slope = (along * rows_ND[part]).mean(-1, keepdim=True).mul_(scale.pow(3))
+            to_wide_ND[part] = along.mul_(scale).addcmul_(rows_ND[part], slope, value=-1)
+        return to_wide_ND.view(wide.shape), to_weight_D.to(weight_D.dtype), None, None, None
+
+
+def _wide_weight(weight_D: Tensor, offset: bool) -> Tensor:
+    return weight_D.float() + 1.0 if offset else weight_D.float()
+
+
+def _parts(rows_ND: Tensor) -> Iterator[slice]:
+    step = max(1, ELEMENTS // rows_ND.shape[1]) if rows_ND.device.type == "cpu" else max(1, len(rows_ND))
+    yield from (slice(start, start + step) for start in range(0, len(rows_ND), step))
 
 
 def added(residual: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlalign.head import steady
-from rlalign.trainer.rounding import mirrored_attention, residual_stream, variants
+from rlalign.trainer.rounding import mirrored_attention, residual_stream, rotated_attention, variants
 from rlalign.trainer.rounding.mirrored_attention import EngineKernels
 from rlalign.trainer.rounding.variants import ACTIVATION, ADD_AND_NORM, ATTENTION, MODEL, PRODUCTS, ROPE
 
@@ -135,7 +135,8 @@ def _mirror_stream(model: PreTrainedModel, name: str) -> str:
 
 
 def _mirror_rope(model: PreTrainedModel, choices: Choices) -> str:
-    """Cosine and sine are handed on in float32, so that transformers' formula computes in it; attention rounds what it is given."""
+    """Known attention modules turn by `variants.rotated`. Others are handed cosine and sine in float32, so that transformers' own
+    formula computes in it and attention rounds what it is given: the same bits, slower."""
     rotary = getattr(_decoder(model), "rotary_emb", None)
     if rotary is None:
         return f"{type(model).__name__} has no rotary_emb"
@@ -143,8 +144,10 @@ def _mirror_rope(model: PreTrainedModel, choices: Choices) -> str:
 
     def forward(self: nn.Module, x: Tensor, *args: object, **given: object) -> tuple[Tensor, Tensor]:
         cos, sin = own(x.float() if wide else x, *args, **given)
-        return cos.float(), sin.float()
+        return (cos, sin) if turned else (cos.float(), sin.float())
 
+    known = [rotated_attention.mirror_rotation(module) for module in _attentions(model)]
+    turned = all(known)
     rotary.forward = MethodType(forward, rotary)
     return ""
 
@@ -178,12 +181,16 @@ def _mirror_products(model: PreTrainedModel, kernels: EngineKernels | None) -> s
 def _mirror_attention(model: PreTrainedModel, choices: Choices, kernels: EngineKernels | None) -> str:
     if not model._supports_attention_backend:
         return f"{type(model).__name__} computes attention in its own way"
-    attentions = [m for m in _in_layers(model) if hasattr(m, "is_causal") and hasattr(m, "scaling")]
+    attentions = _attentions(model)
     if not attentions:
         return f"{type(model).__name__}: no attention modules found in its layers"
     chosen = kernels if choices.attention == variants.ENGINE_KERNEL else None
     mirrored_attention.install(model, attentions, chosen)
     return ""
+
+
+def _attentions(model: PreTrainedModel) -> list[nn.Module]:
+    return [m for m in _in_layers(model) if hasattr(m, "is_causal") and hasattr(m, "scaling")]
 
 
 def _in_layers(model: PreTrainedModel) -> Iterator[nn.Module]:

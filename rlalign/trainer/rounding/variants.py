@@ -105,10 +105,32 @@ class _Added(torch.autograd.Function):
 
 
 def rotated(states_HLE: Tensor, cos_LE: Tensor, sin_LE: Tensor) -> Tensor:
-    """Rope in float32: both products and the sum, rounded once to the dtype of the states."""
-    half, wide = states_HLE.shape[-1] // 2, states_HLE.float()
-    turned = torch.cat((-wide[..., half:], wide[..., :half]), dim=-1)
-    return (wide * cos_LE.float() + turned * sin_LE.float()).to(states_HLE.dtype)
+    """Rope in float32: both products and the sum, rounded once. States [..., H, L, E], cosines [..., L, E]."""
+    return _Rotated.apply(states_HLE, cos_LE, sin_LE)
+
+
+class _Rotated(torch.autograd.Function):
+    """Head by head, so that the float32 of one is all there is of it. The result lies as [..., L, H, E], which attention wants."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, states_HLE: Tensor, cos_LE: Tensor, sin_LE: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_LE, sin_LE)
+        (cos_1, cos_2), (sin_1, sin_2) = (x.float().chunk(2, dim=-1) for x in (cos_LE, sin_LE))
+        return _by_head(states_HLE, lambda x, y: (x * cos_1 - y * sin_1, y * cos_2 + x * sin_2))
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (cos_1, cos_2), (sin_1, sin_2) = (x.float().chunk(2, dim=-1) for x in ctx.saved_tensors)
+        return _by_head(grad, lambda x, y: (x * cos_1 + y * sin_2, y * cos_2 - x * sin_1)), None, None
+
+
+def _by_head(states_HLE: Tensor, turn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+    half = states_HLE.shape[-1] // 2
+    out_HLE = torch.empty_like(states_HLE.transpose(-3, -2), memory_format=torch.contiguous_format).transpose(-3, -2)
+    for head in range(states_HLE.shape[-3]):
+        x, y = states_HLE[..., head, :, :].float().split(half, dim=-1)
+        out_HLE[..., head, :, :half], out_HLE[..., head, :, half:] = turn(x, y)
+    return out_HLE
 
 
 def rotated_model(states_HLE: Tensor, cos_LE: Tensor, sin_LE: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ def probed(engine: object, model: Path, batch: RolloutBatch, found: Found) -> No
     from rlalign.diagnose.attribution.trainer_side import module_names
     from rlalign.diagnose.both_sides import trainer_network
     from rlalign.rollout.engine import teacher_forcing
-    from rlalign.rollout.worker.cpu_attention import attend
+    from rlalign.rollout.worker import cpu_kernels
 
     network = trainer_network(model, "bfloat16")
     try:
@@ -123,7 +123,7 @@ def probed(engine: object, model: Path, batch: RolloutBatch, found: Found) -> No
         with tempfile.TemporaryDirectory() as folder:
             forced = teacher_forcing.record(engine, few, mapping.rollout_taps, Path(folder) / "r", route=route)
             decoded = route is teacher_forcing.Route.decode
-            rows = op_probe.probe(network, forced.recording, mapping, decoded=decoded, kernel=attend)
+            rows = op_probe.probe(network, forced.recording, mapping, decoded=decoded, kernels=cpu_kernels)
         found.ops[route.value], every = [row.as_dict() for row in rows], [*every, *rows]
     found.chosen = str(op_probe.chosen(every))
 
@@ -235,12 +235,14 @@ def main() -> None:
     options = parser.parse_args()
     set_environment()
     torch.set_num_threads(1)
-    every = [measure(*(lambda n, f: (n, Path(f)))(*text.split("=", 1)), options) for text in options.models]
-    text = page(every, options)
-    print(text)
-    if options.out:
-        options.out.write_text(text)
-        options.out.with_suffix(".json").write_text(json.dumps([[f.name, f.seconds, f.ops] for f in every]))
+    every: list[Found] = []
+    for text in options.models:
+        name, folder = text.split("=", 1)
+        every.append(measure(name, Path(folder), options))
+        if options.out:
+            options.out.write_text(page(every, options))
+            options.out.with_suffix(".json").write_text(json.dumps([[f.name, f.seconds, f.ops] for f in every]))
+    print(page(every, options))
 
 
 if __name__ == "__main__":

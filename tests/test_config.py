@@ -52,6 +52,7 @@ BAD = {
     "trainer.body=mirrored & trainer.lora.rank=4": "adapters are merged in the engine, not in the trainer",
     "trainer.body=mirrored & rollout.tensor_parallel_size=2": "the all-reduce adds and rounds partial products",
     "trainer.body=mirrored & trainer.attention=eager": "a mirrored body attends through the engine's kernel",
+    "trainer.body=mirrored & head_dtype=model": "16-bit heads alone differ by more than the bodies",
     "trainer.body=mirrored & exact=true": "choose one; exact computes both sides anew",
     "exact=true & trainer.pack_tokens=64": "an attention of its own, over padded rows",
     "trainer.lora.rank=-1": "trainer.lora.rank=-1: cannot be negative",

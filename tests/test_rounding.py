@@ -1,12 +1,15 @@
 """A mirrored body computes the same function, rounded elsewhere: values against float32, gradients against float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
 from torch.nn import functional
 
 from rlalign.head import steady
-from rlalign.trainer.rounding import variants
+from rlalign.trainer.network import load
+from rlalign.trainer.rounding import mirroring, variants
 from rlalign.trainer.rounding.mirroring import KNOWN, Choices, mirror_body
 from rlalign.trainer.rounding.variants import ENGINE_KERNEL, MODEL, ONE_ORDER, ROUNDED_ONCE, SUM_ROUNDED_LATE
 
@@ -45,6 +48,9 @@ def reference_kernel(query, key, value, lengths, *, scale, window, soft_cap):
     return torch.cat(found).to(query.dtype)
 
 
+REFERENCE = SimpleNamespace(attend=reference_kernel, multiply=functional.linear)
+
+
 def relative(a, b) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
@@ -73,6 +79,23 @@ def test_a_norm_of_the_unrounded_sum_has_the_gradient_of_the_float64_op(offset, 
     assert relative(mirrored(residual, branch, weight), exact(*wide)) < 2**-8
     for got, expected in zip(gradients(mirrored, residual, branch, weight), gradients(exact, *wide), strict=True):
         assert relative(got, expected) < 2**-7
+
+
+def test_a_norm_has_the_same_bits_a_few_rows_at_a_time(monkeypatch):
+    wide, weight = normal(3, 50, 64), normal(64, seed=1, dtype=torch.bfloat16)
+    whole, gradient = variants.norm(wide, weight, 1e-5), gradients(lambda x: variants.norm(x, weight, 1e-5), wide)
+    monkeypatch.setattr(variants, "ELEMENTS", 7 * 64)
+    assert torch.equal(variants.norm(wide, weight, 1e-5), whole)
+    assert torch.equal(gradients(lambda x: variants.norm(x, weight, 1e-5), wide)[0], gradient[0])
+
+
+def test_the_two_forms_of_a_sum_leave_what_was_added_as_it_was():
+    for dtype in (torch.bfloat16, torch.float32):
+        residual, branch = normal(9, 64, dtype=dtype), normal(9, 64, seed=1, dtype=dtype)
+        rounded, wide = variants.added(residual, branch)
+        assert torch.equal(residual, normal(9, 64, dtype=dtype)) and wide.dtype == torch.float32
+        assert torch.equal(rounded, residual + branch), "rounding the float32 sum is adding in the dtype"
+        assert torch.equal(wide.double(), (residual.double() + branch.double()).float().double())
 
 
 def test_rope_rounded_once_is_float64_rounded_once_and_rounding_thrice_is_not():
@@ -136,7 +159,7 @@ def test_a_mirrored_body_is_as_near_to_float32_as_the_model_and_is_not_the_model
     own = network(name).base_model(ids, use_cache=False).last_hidden_state
     mirrored = network(name)
     kinds = Choices(add_and_norm=SUM_ROUNDED_LATE, rope=ROUNDED_ONCE, attention=ENGINE_KERNEL)
-    done = mirror_body(mirrored, kinds, kernel=reference_kernel)
+    done = mirror_body(mirrored, kinds, kernels=REFERENCE)
     found = mirrored.base_model(ids, use_cache=False).last_hidden_state
     assert done.applied == {"add_and_norm": SUM_ROUNDED_LATE, "rope": ROUNDED_ONCE, "attention": ENGINE_KERNEL}
     assert found.dtype == torch.bfloat16
@@ -160,7 +183,7 @@ def test_gradients_are_those_of_the_model_with_and_without_checkpointing(name):
 
     wide, own, mirrored, again = (network(name) for _ in range(4))
     for built in (mirrored, again):
-        mirror_body(built, Choices(SUM_ROUNDED_LATE, ROUNDED_ONCE, attention=ENGINE_KERNEL), kernel=reference_kernel)
+        mirror_body(built, Choices(SUM_ROUNDED_LATE, ROUNDED_ONCE, attention=ENGINE_KERNEL), kernels=REFERENCE)
     wide_D, own_D, mirrored_D = gradient(wide.float()), gradient(own), gradient(mirrored)
     assert relative(mirrored_D, wide_D) < 1.3 * relative(own_D, wide_D) < 0.1
     assert relative(gradient(again, checkpointing=True), mirrored_D) < 1e-6
@@ -168,7 +191,7 @@ def test_gradients_are_those_of_the_model_with_and_without_checkpointing(name):
 
 def test_packed_sequences_are_those_alone():
     mirrored = network("Qwen3ForCausalLM")
-    mirror_body(mirrored, Choices(attention=ENGINE_KERNEL), kernel=reference_kernel)
+    mirror_body(mirrored, Choices(attention=ENGINE_KERNEL), kernels=REFERENCE)
     parts = [torch.arange(2, 12), torch.arange(30, 47)]
     positions = torch.cat([torch.arange(len(p)) for p in parts])[None]
     ids = torch.cat(parts)[None]
@@ -185,18 +208,27 @@ def test_what_cannot_be_mirrored_is_refused_or_listed():
         Choices(rope="twice")
     with pytest.raises(ValueError, match=r"rounds to bfloat16; this one is torch.float32"):
         mirror_body(network("LlamaForCausalLM", torch.float32), LATE)
-    with pytest.raises(ValueError, match="needs the engine's kernel"):
+    with pytest.raises(ValueError, match="needs the engine's kernels"):
         mirror_body(network("LlamaForCausalLM"), Choices(attention=ENGINE_KERNEL))
     unknown = network("OlmoForCausalLM")
     done = mirror_body(unknown, Choices(SUM_ROUNDED_LATE, ROUNDED_ONCE))
     assert set(done.left) == {"add_and_norm"} and "OlmoForCausalLM are not known" in done.left["add_and_norm"]
     assert done.applied == {"rope": ROUNDED_ONCE}
+    assert mirroring.body_of(unknown) is done and "body: add_and_norm as the model has it" in done.describe()[1]
     assert mirror_body(network("LlamaForCausalLM"), Choices()).applied == {}
+
+
+def test_a_trainer_is_not_given_a_body_that_is_mirrored_in_parts(tmp_path):
+    network("OlmoForCausalLM").save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"OlmoForCausalLM would be mirrored in parts only \(add_and_norm: the layers of Olmo"
+    ):
+        load(tmp_path, "bfloat16", {"zero_optimization": {"stage": 0}}, checkpointing=False, mirrored=REFERENCE)
 
 
 def test_left_padding_and_reentrant_checkpointing_are_refused():
     mirrored = network("LlamaForCausalLM")
-    mirror_body(mirrored, Choices(SUM_ROUNDED_LATE, attention=ENGINE_KERNEL), kernel=reference_kernel)
+    mirror_body(mirrored, Choices(SUM_ROUNDED_LATE, attention=ENGINE_KERNEL), kernels=REFERENCE)
     ids, mask = torch.arange(2, 22).view(2, 10), torch.ones(2, 10, dtype=torch.int64)
     mask[0, :3] = 0
     with pytest.raises(ValueError, match="padded on the right"):

@@ -48,8 +48,14 @@ def require_exact_possible(head_dtype: HeadDtype, rollout: RolloutConfig, traine
     )
 
 
-def require_mirrored_possible(model: ModelConfig, rollout: RolloutConfig, trainer: TrainerConfig) -> None:
+def require_mirrored_possible(
+    head_dtype: HeadDtype, model: ModelConfig, rollout: RolloutConfig, trainer: TrainerConfig
+) -> None:
     """Raise ValueError naming what stands against `trainer.body=mirrored`."""
+    require(
+        head_dtype is not HeadDtype.model,
+        "trainer.body=mirrored with head_dtype=model: 16-bit heads alone differ by more than the bodies; use head_dtype=float32",
+    )
     require(
         model.dtype is Dtype.bfloat16,
         f"trainer.body=mirrored with model.dtype={model.dtype.value}: it is about where 16 bits are rounded; use body=model",
@@ -180,7 +186,7 @@ class RunConfig:
         if self.exact:
             require_exact_possible(self.head_dtype, self.rollout, self.trainer)
         if self.mirrored:
-            require_mirrored_possible(self.model, self.rollout, self.trainer)
+            require_mirrored_possible(self.head_dtype, self.model, self.rollout, self.trainer)
 
     @property
     def mirrored(self) -> bool:

@@ -76,10 +76,10 @@ def trainer_network(model: Path, body: str, *, exact: bool = False, mirrored: bo
         return make_exact(network)
     widened.decide_for(network)
     if mirrored:
-        from rlalign.rollout.worker.cpu_attention import attend
+        from rlalign.rollout.worker import cpu_kernels
         from rlalign.trainer.rounding.mirroring import VLLM_CPU, mirror_body
 
-        mirror_body(network, VLLM_CPU, kernel=attend)
+        mirror_body(network, VLLM_CPU, kernels=cpu_kernels)
     return network
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from rlalign import mismatch
 from rlalign.config import HeadDtype, RunConfig
 from rlalign.rollout.engine import noise_floor
-from rlalign.run.assembly import engine_attention, load_tokenizer, resolve_model, start_embedded
+from rlalign.run.assembly import engine_kernels, load_tokenizer, resolve_model, start_embedded
 from rlalign.run.sampler import step_seed
 from rlalign.tracking import environment
 from rlalign.tracking.record import RunRecord, config_of, read_run
@@ -226,7 +226,7 @@ class _Trainer:
             "exact": config.exact,
             "attention": t.attention,
             "packed": t.pack_tokens > 0,
-            "mirrored": engine_attention(config),
+            "mirrored": engine_kernels(config),
         }
         network = load(folder, config.model.dtype.value, whole, checkpointing=False, **form)
         if t.lora.rank:

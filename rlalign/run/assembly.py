@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rlalign import ranks
 from rlalign.config import RewardConfig, RunConfig, ScheduleMode
 from rlalign.reward.mixture import RewardMixture, Rewards, Sample
+from rlalign.types import collate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from rlalign.tasks import Task
     from rlalign.trainer.critic import Critic
     from rlalign.trainer.policy import Policy
-    from rlalign.trainer.rounding.mirrored_attention import Kernel
+    from rlalign.trainer.rounding.mirrored_attention import EngineKernels
     from rlalign.weights import Transport
 
 
@@ -185,17 +186,21 @@ def start_policy(model: Path, config: RunConfig) -> Policy:
         temperature=config.rollout.temperature,
         seed=config.seed,
         exact=config.exact,
-        mirrored=engine_attention(config),
+        mirrored=engine_kernels(config),
     )
 
 
-def engine_attention(config: RunConfig) -> Kernel | None:
-    """The attention kernel that a mirrored body calls; None where the body is not mirrored."""
+PROOF_PROMPTS = 8  # of a mirrored body, at the start of a run
+PROOF_LIMIT = 1e-4  # nats: float32 heads and normalisers measure up to 2e-6, bodies that round apart 1e-3 to 5e-2
+
+
+def engine_kernels(config: RunConfig) -> EngineKernels | None:
+    """The kernels that a mirrored body calls; None where the body is not mirrored."""
     if not config.mirrored:
         return None
-    from rlalign.rollout.worker.cpu_attention import attend
+    from rlalign.rollout.worker import cpu_kernels
 
-    return attend
+    return cpu_kernels
 
 
 def require_steady(statuses: Sequence[dict]) -> None:
@@ -207,6 +212,30 @@ def require_steady(statuses: Sequence[dict]) -> None:
                 f"({', '.join(unsteady[:3])}{', ...' if len(unsteady) > 3 else ''}); start it with RLALIGN_STEADY=1, as those that "
                 "a run starts itself are"
             )
+
+
+def prove_mirrored(
+    engine: SharedEngine, policy: Policy, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """Sample a few prompts and compare: what a mirrored body gives for them, in one line. Every rank must call it.
+
+    Raises RuntimeError where its logprobs are further from the engine's than float32 heads and normalisers are.
+    """
+    chosen = task.train_prompts(0, min(PROOF_PROMPTS, len(task.train)))
+    prompts = [encode(tokenizer, p.text, chat=config.task.chat_template) for p in chosen]
+    rollouts = engine.generate(prompts, prompt_ids=range(len(prompts)), samples=2, seed=config.seed)
+    batch = collate(rollouts, pad_token_id=tokenizer.pad_token_id, spec=engine.spec)
+    apart = (policy.score(batch)[0] - batch.rollout_logprobs_BL)[batch.loss_mask_BL].abs()
+    found = (
+        f"{int((apart == 0).sum())} of {len(apart)} sampled tokens have the engine's logprob in every bit, mean |log_ratio| "
+        f"{float(apart.mean()):.2g}, largest {float(apart.max()):.2g} nats"
+    )
+    if not float(apart.mean()) < PROOF_LIMIT:
+        raise RuntimeError(
+            f"trainer.body=mirrored, and the bodies round apart: {found} (limit {PROOF_LIMIT:g}). An op of this model or host "
+            "rounds elsewhere than vLLM's CPU kernels were found to; rlalign attribute names it. Use trainer.body=model"
+        )
+    return f"mirrored: {found}"
 
 
 def require_same_head(policy: Policy, statuses: Sequence[dict]) -> None:

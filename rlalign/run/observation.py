@@ -127,6 +127,7 @@ def participants(config: RunConfig, engine: SharedEngine, statuses: list[dict], 
                 "bits": policy.head.bits,
             },
         },
+        "body": None if policy.body is None else policy.body.as_dict(),
         "products": widened.state(),
         "policy_version": policy.version,
     }

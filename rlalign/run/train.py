@@ -98,6 +98,8 @@ def _run(
         critic = None
         try:
             assembly.require_same_head(policy, statuses)
+            if config.mirrored:
+                run.event("body", assembly.prove_mirrored(engine, policy, config, task, tokenizer))
             critic = assembly.start_critic(critic_from, config)
             parties = assembly.parties(
                 config, engine, policy, critic, task, reward, tokenizer, transport, progress.phase

@@ -15,7 +15,7 @@ from rlalign.head import widened
 from rlalign.trainer import attention_choice, packed_attention, sdpa
 from rlalign.trainer.exact_network import make_exact
 from rlalign.trainer.head_mirror import Tokens
-from rlalign.trainer.rounding.mirrored_attention import Kernel
+from rlalign.trainer.rounding.mirrored_attention import EngineKernels
 from rlalign.trainer.rounding.mirroring import VLLM_CPU, mirror_body
 from rlalign.types import RolloutBatch
 
@@ -55,14 +55,15 @@ def load(
     attention: str = "auto",
     packed: bool = False,
     head: bool = True,
-    mirrored: Kernel | None = None,
+    mirrored: EngineKernels | None = None,
 ) -> nn.Module:
     """A Hugging Face causal language model; under ZeRO-3 already partitioned over the ranks as it is read.
 
     head: with its lm_head; without, the body alone. exact: see `make_exact`. attention: a name of transformers, or auto, which
     passes over those that would leave out what this model asks for (`rlalign.trainer.attention_choice`).
     checkpointing: recompute each block's activations in the backward pass instead of keeping them.
-    mirrored: the engine's attention kernel, for a body that rounds as vLLM's does on CPU (`mirror_body`).
+    mirrored: the engine's kernels, for a body that rounds as vLLM's does on CPU (`mirror_body`); raises
+    ValueError for a model that can be mirrored in parts only.
     packed: prepare it for packed rows; raises ValueError where that cannot be.
     """
     zero_3 = deepspeed_config["zero_optimization"]["stage"] == 3
@@ -79,7 +80,7 @@ def load(
     if exact:
         make_exact(network)
     elif mirrored is not None:
-        mirror_body(network, VLLM_CPU, kernel=mirrored)
+        _mirror(network, mirrored)
     else:
         sdpa.install(network)
     if packed:
@@ -87,6 +88,17 @@ def load(
     if checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     return network
+
+
+def _mirror(network: nn.Module, kernels: EngineKernels) -> None:
+    """All or nothing: one op that rounds elsewhere leaves the whole body as far from the engine as before."""
+    done = mirror_body(network, VLLM_CPU, kernels=kernels)
+    if done.left:
+        why = "; ".join(f"{op}: {reason}" for op, reason in done.left.items())
+        kind = type(network).__name__
+        raise ValueError(
+            f"trainer.body=mirrored: {kind} would be mirrored in parts only ({why}); use trainer.body=model"
+        )
 
 
 def _restore_buffers(network: nn.Module) -> None:

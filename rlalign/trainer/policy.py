@@ -30,7 +30,8 @@ from rlalign.trainer.deepspeed_setup import (
 from rlalign.trainer.head_mirror import HeadStatus, mirror
 from rlalign.trainer.network import ScoringNetwork, full_weights, load, padded_inputs
 from rlalign.trainer.passes import LossFunction, Passes
-from rlalign.trainer.rounding.mirrored_attention import Kernel
+from rlalign.trainer.rounding.mirrored_attention import EngineKernels
+from rlalign.trainer.rounding.mirroring import MirroredBody, body_of
 from rlalign.types import RolloutBatch, TrainBatch
 from rlalign.weights import MASTER_WEIGHT
 
@@ -53,12 +54,12 @@ class Policy:
         temperature: float,
         seed: int,
         exact: bool = False,
-        mirrored: Kernel | None = None,
+        mirrored: EngineKernels | None = None,
     ) -> None:
         """Load a Hugging Face folder and hand it to DeepSpeed.
 
         dtype: the body's; bfloat16 trains with an fp32 master copy. temperature: divides the logits, as in the rollouts. exact: as
-        `rlalign.head.exact` computes, bit for bit what an exact engine does. mirrored: the attention kernel of a steady engine,
+        `rlalign.head.exact` computes, bit for bit what an exact engine does. mirrored: the kernels of a steady engine,
         whose roundings the body then follows (`rlalign.trainer.rounding`).
         """
         torch.manual_seed(seed)
@@ -101,6 +102,11 @@ class Policy:
     def attention(self) -> str:
         """The body's attention implementation, by transformers' name for it or ours."""
         return self._passes.attention
+
+    @property
+    def body(self) -> MirroredBody | None:
+        """How the body follows the engine's roundings; None where it rounds as transformers does."""
+        return body_of(self.network)
 
     @property
     def network(self) -> torch.nn.Module:
@@ -236,7 +242,13 @@ class _Reference:
     """The initial policy, frozen, for the KL penalty: partitioned like the policy under ZeRO-3, whole on every rank otherwise."""
 
     def __init__(
-        self, model: Path, config: TrainerConfig, dtype: str, head_dtype: str, exact: bool, mirrored: Kernel | None
+        self,
+        model: Path,
+        config: TrainerConfig,
+        dtype: str,
+        head_dtype: str,
+        exact: bool,
+        mirrored: EngineKernels | None,
     ) -> None:
         settings = deepspeed_settings(config, dtype)
         form = {"exact": exact, "attention": config.attention, "packed": config.pack_tokens > 0, "mirrored": mirrored}

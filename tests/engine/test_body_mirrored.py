@@ -13,12 +13,16 @@ from rlalign.head import steady
 from rlalign.rollout.engine import teacher_forcing
 from rlalign.rollout.engine.embedded import VLLMEngine
 from rlalign.rollout.engine.teacher_forcing import Route
-from rlalign.rollout.worker.cpu_attention import attend
+from rlalign.rollout.worker import cpu_kernels
+from rlalign.rollout.worker.cpu_kernels import attend
 from rlalign.run.assembly import require_steady
 from rlalign.trainer.rounding.mirroring import VLLM_CPU
 from rlalign.types import collate
 from tests.engine.conftest import ROLLOUT, perturbed, worker_of
+from tests.engine.test_train import lively, rows_of, small_run
 from tests.test_rounding import reference_kernel
+
+__all__ = ["lively"]  # a fixture
 
 LONG = [[5 + (7 * i + 3 * j) % 250 for j in range(12 + 9 * i)] for i in range(9)]
 
@@ -56,7 +60,7 @@ def test_the_probe_chooses_what_is_built_in_and_finds_nothing_left(engine, untie
     network = trainer_network(untied, "bfloat16")
     mapping = match(teacher_forcing.modules(engine), module_names(network))
     forced = teacher_forcing.record(engine, batch, mapping.rollout_taps, tmp_path / "r", route=route)
-    rows = op_probe.probe(network, forced.recording, mapping, decoded=route is Route.decode, kernel=attend)
+    rows = op_probe.probe(network, forced.recording, mapping, decoded=route is Route.decode, kernels=cpu_kernels)
     found = op_probe.chosen(rows)
     assert (found.add_and_norm, found.rope) == (VLLM_CPU.add_and_norm, VLLM_CPU.rope)
     left = {(r.op, r.part): r.differ for r in rows if r.variant == getattr(VLLM_CPU, r.op)}
@@ -89,3 +93,13 @@ def test_a_published_weight_is_packed_again_in_the_same_order(engine, untied, tm
     found = {n: layer.mlp.down_proj(x[:n])[0] for n in (1, 3, 4, 5, 64, 300)}
     expected = steady.linear(x, moved.model.layers[1].mlp.down_proj.weight)
     assert all(torch.equal(rows, expected[:n]) for n, rows in found.items())
+
+
+def test_a_run_keeps_both_sides_equal_while_its_weights_move(untied, tmp_path, lively):
+    options = ["trainer.zero_stage=3", "trainer.gradient_checkpointing=true", "algo.kl_coef=0.1", "algo.lr=1e-3"]
+    small_run(untied, tmp_path / "run", "trainer.body=mirrored", "model.dtype=bfloat16", *options, steps=2)
+    rows = rows_of(tmp_path / "run")
+    assert all(row["mismatch/lag0/k3"] < 1e-9 for row in rows)
+    assert all(row["train/grad_norm"] > 0 for row in rows), "the weights move between the steps"
+    events = (tmp_path / "run" / "events.jsonl").read_text()
+    assert "sampled tokens have the engine's logprob in every bit" in events

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from rlalign.diagnose.attribution.mapping import EMBED, FINAL_NORM, ModelMap
 from rlalign.head import steady
 from rlalign.rollout.worker.recording import DECODED, POSITION, SEQUENCE, Recording
-from rlalign.trainer.rounding import blocks, variants
-from rlalign.trainer.rounding.mirrored_attention import Kernel
+from rlalign.trainer.rounding import residual_stream, variants
+from rlalign.trainer.rounding.mirrored_attention import EngineKernels
 from rlalign.trainer.rounding.mirroring import Choices
 from rlalign.trainer.rounding.variants import ACTIVATION, ADD_AND_NORM, ATTENTION, MODEL, PRODUCTS, ROPE
 
@@ -52,11 +52,11 @@ class _Recorded:
 
 @torch.no_grad()
 def probe(
-    network: nn.Module, recording: Recording, mapping: ModelMap, *, decoded: bool, kernel: Kernel | None
+    network: nn.Module, recording: Recording, mapping: ModelMap, *, decoded: bool, kernels: EngineKernels | None
 ) -> list[OpDifference]:
     """Every variant of every op against one recording of the engine, made with `mapping.rollout_taps`.
 
-    decoded: only tokens that the engine decoded count. kernel: the engine's attention; without it that variant is left out.
+    decoded: only tokens that the engine decoded count. kernels: the engine's own; without them their variant is left out.
     Raises ValueError for a recording that lacks tokens, and for a model whose layers have another shape than Llama's.
     """
     table_T3 = recording.table(EMBED)
@@ -73,7 +73,7 @@ def probe(
             return recording.read(full, rows, width=recording.width(full))
 
         given = _Recorded(point, counted_T, table_T3[:, POSITION], tuple(lengths.tolist()))
-        for op, part, variant, found, expected in _layer(network, layer, mapping.layers, given, kernel):
+        for op, part, variant, found, expected in _layer(network, layer, mapping.layers, given, kernels):
             apart = int((found[counted_T] != expected[counted_T]).sum())
             counts.setdefault((op, part, variant), []).append((apart, expected[counted_T].numel()))
     return [_row(key, found) for key, found in counts.items()]
@@ -99,9 +99,13 @@ def _row(key: tuple[str, str, str], found: list[tuple[int, int]]) -> OpDifferenc
 Compared = tuple[str, str, str, Tensor, Tensor]  # op, part, variant, what it gives, what the engine gave
 
 
-def _layer(network: nn.Module, at: int, layers: int, given: _Recorded, kernel: Kernel | None) -> Iterator[Compared]:
+def _layer(
+    network: nn.Module, at: int, layers: int, given: _Recorded, kernels: EngineKernels | None
+) -> Iterator[Compared]:
     layer, point = network.base_model.layers[at], given.points
-    if {name for name, _ in layer.named_children()} != blocks.PRE_NORM or not hasattr(layer.self_attn, "q_proj"):
+    if {name for name, _ in layer.named_children()} != residual_stream.PRE_NORM or not hasattr(
+        layer.self_attn, "q_proj"
+    ):
         raise ValueError(f"{type(layer).__name__}: the probe of single ops knows layers of Llama's shape only so far")
     before = point(EMBED) if at == 0 else point("residual", at - 1)
     if at:
@@ -116,12 +120,12 @@ def _layer(network: nn.Module, at: int, layers: int, given: _Recorded, kernel: K
     gate, up, act = point("gate"), point("up"), layer.mlp.act_fn
     yield ACTIVATION, "activation", MODEL, variants.activated_model(gate, up, act), point("activation")
     yield ACTIVATION, "activation", variants.ROUNDED_ONCE, variants.activated_once(gate, up, act), point("activation")
-    yield from _attentions(layer.self_attn, given, kernel)
+    yield from _attentions(layer.self_attn, given, kernels)
 
 
 def _norms(norm: nn.Module, residual: Tensor, branch: Tensor, part: str, given: _Recorded) -> Iterator[Compared]:
     rounded, wide = variants.added(residual, branch)
-    epsilon, expected = blocks.epsilon_of(norm), given.points(part)
+    epsilon, expected = residual_stream.epsilon_of(norm), given.points(part)
     for name, of, weight_wide in (
         (MODEL, rounded.float(), False),
         (variants.WEIGHT_WIDE, rounded.float(), True),
@@ -166,7 +170,7 @@ def _ropes(network: nn.Module, attention: nn.Module, given: _Recorded) -> Iterat
             yield ROPE, part, name, function(by_head, *turn).transpose(0, 1).flatten(1), expected
 
 
-def _attentions(attention: nn.Module, given: _Recorded, kernel: Kernel | None) -> Iterator[Compared]:
+def _attentions(attention: nn.Module, given: _Recorded, kernels: EngineKernels | None) -> Iterator[Compared]:
     size, scale = attention.head_dim, attention.scaling
     query, key, value = (given.points(p).unflatten(1, (-1, size)) for p in ("q_rope", "k_rope", "v"))
     expected, parts = given.points("attention"), []
@@ -175,6 +179,6 @@ def _attentions(attention: nn.Module, given: _Recorded, kernel: Kernel | None) -
         found = nn.functional.scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=True)
         parts.append(found[0].transpose(0, 1).flatten(1))
     yield ATTENTION, "attention", MODEL, torch.cat(parts), expected
-    if kernel is not None:
-        found = kernel(query, key, value, given.lengths, scale=scale, window=None, soft_cap=0.0).flatten(1)
+    if kernels is not None:
+        found = kernels.attend(query, key, value, given.lengths, scale=scale, window=None, soft_cap=0.0).flatten(1)
         yield ATTENTION, "attention", variants.ENGINE_KERNEL, found, expected

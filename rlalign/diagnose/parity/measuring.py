@@ -37,6 +37,7 @@ from rlalign.run.assembly import load_tokenizer, resolve_model
 from rlalign.tracking.stages import Stages
 from rlalign.trainer import head_isolation
 from rlalign.trainer.checkpoint_names import as_checkpoint
+from rlalign.trainer.rounding.mirroring import body_of
 from rlalign.types import Rollout, RolloutBatch, collate
 
 if TYPE_CHECKING:
@@ -157,6 +158,8 @@ def _one_engine(
     try:
         say(f"{body} body: loading the trainer's model")
         network = trainer_network(model, body, exact=config.exact, mirrored=mirrored)
+        if mirrored:
+            result["notes"] += body_of(network).describe()
         sides = _Sides(engine, network, config, grid, body, prompts, pad, say)
         sides.prepare_master(model, result)
         sides.every_pair(result)
@@ -200,7 +203,7 @@ class _Sides:
         if "master" not in self.modes:
             return
         self.master_VD, source = unrounded(self.network, model)
-        result["notes"] = [f"master head: {source}"]
+        result["notes"] = [*result["notes"], f"master head: {source}"]
         weights = [*as_checkpoint(self.network, self.network.named_parameters()), (MASTER_WEIGHT, self.master_VD)]
         publish(weights, 0, receiver=self.engine, shared=Path(self.config.weights.shared))
 

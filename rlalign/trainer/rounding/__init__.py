@@ -1,5 +1,6 @@
 """The trainer's body, rounding where the rollout engine rounds.
 
 variants is the table: for each op the ways in which engines round it, each named after what it rounds. mirroring puts one choice
-per op into a transformers model (`mirror_body`): blocks its layers and norms, mirrored_attention the engine's kernel.
+per op into a transformers model (`mirror_body`): residual_stream its layers and norms, rotated_attention rope, mirrored_attention
+the engine's kernel.
 """

@@ -20,10 +20,10 @@ from rlalign.trainer import sdpa
 NAME = "rlalign_mirrored"  # of our function in transformers' registries of attention and masks
 
 
-class Kernel(Protocol):
-    """Causal attention of sequences one behind the other, as the engine computes it; no gradient."""
+class EngineKernels(Protocol):
+    """The engine's own kernels on plain tensors, without a gradient. A module with these functions is one."""
 
-    def __call__(
+    def attend(
         self,
         query_THE: Tensor,
         key_TGE: Tensor,
@@ -33,16 +33,20 @@ class Kernel(Protocol):
         scale: float,
         window: int | None,
         soft_cap: float,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Causal attention of sequences that lie one behind the other: [T, H, E]."""
+
+    def multiply(self, x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+        """A linear product in bf16: [M, N]."""
 
 
-_KERNELS: weakref.WeakKeyDictionary[nn.Module, Kernel | None] = weakref.WeakKeyDictionary()
+_KERNELS: weakref.WeakKeyDictionary[nn.Module, EngineKernels | None] = weakref.WeakKeyDictionary()
 
 
-def install(network: PreTrainedModel, attentions: Sequence[nn.Module], kernel: Kernel | None) -> None:
-    """Let these modules of a network attend through `kernel`; with None as torch's sdpa does, queries and keys rounded first."""
+def install(network: PreTrainedModel, attentions: Sequence[nn.Module], kernels: EngineKernels | None) -> None:
+    """Let these modules attend through the engine's kernel; with None as torch's sdpa does, queries and keys rounded first."""
     for module in attentions:
-        _KERNELS[module] = kernel
+        _KERNELS[module] = kernels
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     network.set_attn_implementation(NAME)
@@ -64,14 +68,19 @@ def attention(
 ) -> tuple[Tensor, None]:
     """[B, L, H, E] in the values' dtype, to which queries and keys that rope left in float32 are rounded here, once.
 
-    runs: (sequences, their length) in a packed row. Raises ValueError for rows that are not padded on the right, dropout, sinks.
+    runs: (sequences, their length) in a packed row. Raises ValueError for rows that are not padded on the right, dropout, sinks,
+    RuntimeError for a model that only shares the config of a mirrored one.
     """
     if dropout or options.get("s_aux") is not None:
         raise ValueError(f"{type(module).__name__}: a mirrored body knows no dropout in attention and no sinks")
     query, key = query_BHLE.to(value_BGLE.dtype), key_BGLE.to(value_BGLE.dtype)
-    kernel = _KERNELS[module]
+    if module not in _KERNELS:
+        raise RuntimeError(
+            f"{type(module).__name__} was not mirrored: its model shares the config of one that was; copy it first"
+        )
+    kernels = _KERNELS[module]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if kernel is None:
+    if kernels is None:
         return sdpa.attention(
             module, query, key, value_BGLE, mask, runs=runs, scaling=scale, softcap=softcap, **options
         )
@@ -80,7 +89,7 @@ def attention(
         raise ValueError(f"a packed row lies alone; got {len(query)}")
     lengths = [query.shape[2]] * len(query) if runs is None else [n for count, n in runs for _ in range(count)]
     arguments = {"scale": scale, "window": sliding_window, "soft_cap": softcap or 0.0}
-    return _Mirrored.apply(query, key, value_BGLE, module, mask, runs, lengths, kernel, arguments), None
+    return _Mirrored.apply(query, key, value_BGLE, module, mask, runs, lengths, kernels, arguments), None
 
 
 class _Mirrored(torch.autograd.Function):
@@ -96,22 +105,25 @@ class _Mirrored(torch.autograd.Function):
         mask: Tensor | None,
         runs: tuple[tuple[int, int], ...] | None,
         lengths: list[int],
-        kernel: Kernel,
+        kernels: EngineKernels,
         arguments: dict[str, object],
     ) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.rest = module, mask, runs, arguments
         flat = [x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (query, key, value)]
-        found_THE = kernel(*flat, lengths, **arguments)
+        found_THE = kernels.attend(*flat, lengths, **arguments)
         return found_THE.view(query.shape[0], query.shape[2], *found_THE.shape[1:])
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         module, mask, runs, arguments = ctx.rest
-        given = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        given = [x.detach() for x in ctx.saved_tensors]
+        if given[0].device.type == "cpu" and given[0].shape[2] <= sdpa.SHORT:  # where 16-bit gradients are slow
+            given = [x.float() for x in given]
         with torch.enable_grad():
-            again = _differentiable(module, given, mask, runs, arguments)
-        return *torch.autograd.grad(again, given, grad), None, None, None, None, None, None
+            again = _differentiable(module, [x.requires_grad_() for x in given], mask, runs, arguments)
+        found = torch.autograd.grad(again, given, grad.to(again.dtype))
+        return *(x.to(grad.dtype) for x in found), None, None, None, None, None, None
 
 
 def _differentiable(

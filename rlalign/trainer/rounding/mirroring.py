@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MethodType
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlalign.head import steady
-from rlalign.trainer.rounding import blocks, mirrored_attention, variants
-from rlalign.trainer.rounding.mirrored_attention import Kernel
+from rlalign.trainer.rounding import mirrored_attention, residual_stream, rotated_attention, variants
+from rlalign.trainer.rounding.mirrored_attention import EngineKernels
 from rlalign.trainer.rounding.variants import ACTIVATION, ADD_AND_NORM, ATTENTION, MODEL, PRODUCTS, ROPE
 
 KNOWN = (
@@ -51,6 +52,10 @@ class MirroredBody:
     applied: Mapping[str, str]
     left: Mapping[str, str]
 
+    def as_dict(self) -> dict[str, dict[str, str]]:
+        """For a run's summary."""
+        return {"mirrored": dict(self.applied), "left": dict(self.left)}
+
     def describe(self) -> list[str]:
         """Lines for people: what is mirrored, then what is not."""
         done = ", ".join(f"{op} {name}" for op, name in self.applied.items()) or "nothing"
@@ -60,20 +65,28 @@ class MirroredBody:
         ]
 
 
-def mirror_body(model: PreTrainedModel, choices: Choices, *, kernel: Kernel | None = None) -> MirroredBody:
+_BODIES: weakref.WeakKeyDictionary[nn.Module, MirroredBody] = weakref.WeakKeyDictionary()
+
+
+def body_of(model: nn.Module) -> MirroredBody | None:
+    """What `mirror_body` did to this model; None for a body as transformers has it."""
+    return _BODIES.get(model)
+
+
+def mirror_body(model: PreTrainedModel, choices: Choices, *, kernels: EngineKernels | None = None) -> MirroredBody:
     """Let this model's body round as `choices` say, from now on; returns what was done and what was left.
 
-    kernel: the engine's attention, for the variant `engine_kernel`. A class that is not KNOWN gets what holds for any model
-    (products, attention, rope) and keeps its layers and norms. The head is not touched. Raises ValueError for a body that is not
-    bf16, for a variant that this host cannot compute, and for `engine_kernel` without a kernel.
+    kernels: the engine's own, for the variant `engine_kernel`, and for products where they are faster. A class that is not KNOWN
+    gets what holds for any model (products, attention, rope) and keeps its layers and norms. The head is not touched. Raises
+    ValueError for a body that is not bf16, for a variant that this host cannot compute, and for `engine_kernel` without kernels.
     """
     if model.dtype != torch.bfloat16:
         raise ValueError(
             f"a mirrored body rounds to bfloat16; this one is {model.dtype}, whose two sides differ by the order of float32 "
             "additions alone: use trainer.body=model, or exact=true"
         )
-    if choices.attention == variants.ENGINE_KERNEL and kernel is None:
-        raise ValueError("attention=engine_kernel needs the engine's kernel; pass kernel=, or choose attention=model")
+    if choices.attention == variants.ENGINE_KERNEL and kernels is None:
+        raise ValueError("attention=engine_kernel needs the engine's kernels; pass kernels=, or choose attention=model")
     if choices.products == variants.ONE_ORDER and (why := steady.missing(model.dtype)):
         raise ValueError(f"products=one_order: {why}; choose products=model")
     left: dict[str, str] = {}
@@ -82,8 +95,8 @@ def mirror_body(model: PreTrainedModel, choices: Choices, *, kernel: Kernel | No
         (ADD_AND_NORM, lambda: _mirror_stream(model, choices.add_and_norm)),
         (ROPE, lambda: _mirror_rope(model, choices)),
         (ACTIVATION, lambda: _mirror_activation(model, choices.activation)),
-        (PRODUCTS, lambda: _mirror_products(model, choices.products)),
-        (ATTENTION, lambda: _mirror_attention(model, choices, kernel)),
+        (PRODUCTS, lambda: _mirror_products(model, kernels)),
+        (ATTENTION, lambda: _mirror_attention(model, choices, kernels)),
     )
     for op, step in steps:
         if (name := getattr(choices, op)) == MODEL and not (op == ATTENTION and choices.rope != MODEL):
@@ -92,7 +105,8 @@ def mirror_body(model: PreTrainedModel, choices: Choices, *, kernel: Kernel | No
             left[op] = why
         elif name != MODEL:
             applied[op] = name
-    return MirroredBody(applied, left)
+    done = _BODIES[model] = MirroredBody(applied, left)
+    return done
 
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
@@ -113,15 +127,16 @@ def _mirror_stream(model: PreTrainedModel, name: str) -> str:
     late = name in (variants.SUM_ROUNDED_LATE, variants.SUM_ROUNDED_LATE_WEIGHT_WIDE)
     wide = name in (variants.WEIGHT_WIDE, variants.SUM_ROUNDED_LATE_WEIGHT_WIDE)
     for layer in layers_of(model):
-        blocks.mirror_layer(layer)
-        for norm in blocks.rms_norms(layer):
-            blocks.mirror_norm(norm, late=late, weight_wide=wide)
-    blocks.mirror_norm(_decoder(model).norm, late=late, weight_wide=wide)
+        residual_stream.mirror_layer(layer)
+        for norm in residual_stream.rms_norms(layer):
+            residual_stream.mirror_norm(norm, late=late, weight_wide=wide)
+    residual_stream.mirror_norm(_decoder(model).norm, late=late, weight_wide=wide)
     return ""
 
 
 def _mirror_rope(model: PreTrainedModel, choices: Choices) -> str:
-    """Cosine and sine are handed on in float32, so that transformers' formula computes in it; attention rounds what it is given."""
+    """Known attention modules turn by `variants.rotated`. Others are handed cosine and sine in float32, so that transformers' own
+    formula computes in it and attention rounds what it is given: the same bits, slower."""
     rotary = getattr(_decoder(model), "rotary_emb", None)
     if rotary is None:
         return f"{type(model).__name__} has no rotary_emb"
@@ -129,8 +144,10 @@ def _mirror_rope(model: PreTrainedModel, choices: Choices) -> str:
 
     def forward(self: nn.Module, x: Tensor, *args: object, **given: object) -> tuple[Tensor, Tensor]:
         cos, sin = own(x.float() if wide else x, *args, **given)
-        return cos.float(), sin.float()
+        return (cos, sin) if turned else (cos.float(), sin.float())
 
+    known = [rotated_attention.mirror_rotation(module) for module in _attentions(model)]
+    turned = all(known)
     rotary.forward = MethodType(forward, rotary)
     return ""
 
@@ -147,29 +164,33 @@ def _activated_once(self: nn.Module, x: Tensor) -> Tensor:
     return self.down_proj(variants.activated_once(self.gate_proj(x), self.up_proj(x), self.act_fn))
 
 
-def _mirror_products(model: PreTrainedModel, name: str) -> str:
-    others = set()
+def _mirror_products(model: PreTrainedModel, kernels: EngineKernels | None) -> str:
+    others, rest = set(), None if kernels is None else kernels.multiply
+
+    def steady_linear(self: nn.Linear, x: Tensor) -> Tensor:
+        return steady.linear(x, self.weight, self.bias, rest=rest)
+
     for module in _in_layers(model):
         if type(module) is nn.Linear:
-            module.forward = MethodType(_steady_linear, module)
+            module.forward = MethodType(steady_linear, module)
         elif module.__class__.__name__.endswith("Linear") or any(p.ndim == 3 for p in module.parameters(recurse=False)):
             others.add(type(module).__name__)
     return f"modules that are no plain nn.Linear: {', '.join(sorted(others))}" if others else ""
 
 
-def _steady_linear(self: nn.Linear, x: Tensor) -> Tensor:
-    return steady.linear(x, self.weight, self.bias)
-
-
-def _mirror_attention(model: PreTrainedModel, choices: Choices, kernel: Kernel | None) -> str:
+def _mirror_attention(model: PreTrainedModel, choices: Choices, kernels: EngineKernels | None) -> str:
     if not model._supports_attention_backend:
         return f"{type(model).__name__} computes attention in its own way"
-    attentions = [m for m in _in_layers(model) if hasattr(m, "is_causal") and hasattr(m, "scaling")]
+    attentions = _attentions(model)
     if not attentions:
         return f"{type(model).__name__}: no attention modules found in its layers"
-    chosen = kernel if choices.attention == variants.ENGINE_KERNEL else None
+    chosen = kernels if choices.attention == variants.ENGINE_KERNEL else None
     mirrored_attention.install(model, attentions, chosen)
     return ""
+
+
+def _attentions(model: PreTrainedModel) -> list[nn.Module]:
+    return [m for m in _in_layers(model) if hasattr(m, "is_causal") and hasattr(m, "scaling")]
 
 
 def _in_layers(model: PreTrainedModel) -> Iterator[nn.Module]:

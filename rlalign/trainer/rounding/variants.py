@@ -9,13 +9,15 @@ Read from vLLM 0.32: `ir/ops/layernorm.py` (a fused add-and-norm normalises the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 MODEL = "model"
+ELEMENTS = 2**17  # of a norm's temporaries on CPU: 512 KiB
 ADD_AND_NORM, ROPE, ACTIVATION, PRODUCTS, ATTENTION = "add_and_norm", "rope", "activation", "products", "attention"
 OPS = (ADD_AND_NORM, ROPE, ACTIVATION, PRODUCTS, ATTENTION)
 
@@ -36,25 +38,99 @@ def norm(wide: Tensor, weight_D: Tensor, epsilon: float, *, offset: bool = False
     offset: Gemma's, which multiplies by 1 + weight in float32 and rounds once. weight_wide: rounds once after the weight, else
     before it and after it.
     """
-    scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-    if offset:
-        return (scaled * (1.0 + weight_D.float())).to(weight_D.dtype)
-    if weight_wide:
-        return (scaled * weight_D.float()).to(weight_D.dtype)
-    return weight_D * scaled.to(weight_D.dtype)
+    return _Norm.apply(wide, weight_D, epsilon, offset, weight_wide)
+
+
+class _Norm(torch.autograd.Function):
+    """Written out and a few rows at a time: autograd's own chain of a norm passes over the states three times as often, and its
+    float32 temporaries leave the cache."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, wide: Tensor, weight_D: Tensor, epsilon: float, offset: bool, weight_wide: bool
+    ) -> Tensor:
+        ctx.offset = offset
+        rows_ND, times_D = wide.reshape(-1, wide.shape[-1]), _wide_weight(weight_D, offset)
+        out_ND = torch.empty(rows_ND.shape, dtype=weight_D.dtype, device=wide.device)
+        scale_N1 = rows_ND.new_empty(len(rows_ND), 1)
+        for part in _parts(rows_ND):
+            scale_N1[part] = torch.rsqrt(rows_ND[part].pow(2).mean(-1, keepdim=True) + epsilon)
+            scaled = rows_ND[part] * scale_N1[part]
+            if offset or weight_wide:
+                out_ND[part] = scaled.mul_(times_D)
+            else:
+                out_ND[part] = weight_D * scaled.to(weight_D.dtype)
+        ctx.save_for_backward(wide, weight_D, scale_N1)
+        return out_ND.view(wide.shape)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wide, weight_D, scale_N1 = ctx.saved_tensors
+        rows_ND, grad_ND = (x.reshape(-1, x.shape[-1]) for x in (wide, grad))
+        times_D = _wide_weight(weight_D, ctx.offset)
+        to_wide_ND, to_weight_D = torch.empty_like(rows_ND), torch.zeros_like(times_D)
+        for part in _parts(rows_ND):
+            along, scale = grad_ND[part].float(), scale_N1[part]
+            to_weight_D += (along * rows_ND[part]).mul_(scale).sum(0)
+            along *= times_D
+            slope = (along * rows_ND[part]).mean(-1, keepdim=True).mul_(scale.pow(3))
+            to_wide_ND[part] = along.mul_(scale).addcmul_(rows_ND[part], slope, value=-1)
+        return to_wide_ND.view(wide.shape), to_weight_D.to(weight_D.dtype), None, None, None
+
+
+def _wide_weight(weight_D: Tensor, offset: bool) -> Tensor:
+    return weight_D.float() + 1.0 if offset else weight_D.float()
+
+
+def _parts(rows_ND: Tensor) -> Iterator[slice]:
+    step = max(1, ELEMENTS // rows_ND.shape[1]) if rows_ND.device.type == "cpu" else max(1, len(rows_ND))
+    yield from (slice(start, start + step) for start in range(0, len(rows_ND), step))
 
 
 def added(residual: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
     """(the sum rounded to the residual's dtype, the sum in float32)."""
-    wide = residual.float() + branch.float()
-    return wide.to(residual.dtype), wide
+    return _Added.apply(residual, branch)
+
+
+class _Added(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, residual: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        wide = residual.to(torch.float32, copy=True).add_(branch)  # a float32 residual must stay as it is
+        return wide.to(residual.dtype), wide
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, to_rounded: Tensor, to_wide: Tensor) -> tuple[Tensor, Tensor]:
+        grad = (to_wide + to_rounded).to(to_rounded.dtype)
+        return grad, grad
 
 
 def rotated(states_HLE: Tensor, cos_LE: Tensor, sin_LE: Tensor) -> Tensor:
-    """Rope in float32: both products and the sum, rounded once to the dtype of the states."""
-    half, wide = states_HLE.shape[-1] // 2, states_HLE.float()
-    turned = torch.cat((-wide[..., half:], wide[..., :half]), dim=-1)
-    return (wide * cos_LE.float() + turned * sin_LE.float()).to(states_HLE.dtype)
+    """Rope in float32: both products and the sum, rounded once. States [..., H, L, E], cosines [..., L, E]."""
+    return _Rotated.apply(states_HLE, cos_LE, sin_LE)
+
+
+class _Rotated(torch.autograd.Function):
+    """Head by head, so that the float32 of one is all there is of it. The result lies as [..., L, H, E], which attention wants."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, states_HLE: Tensor, cos_LE: Tensor, sin_LE: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_LE, sin_LE)
+        (cos_1, cos_2), (sin_1, sin_2) = (x.float().chunk(2, dim=-1) for x in (cos_LE, sin_LE))
+        return _by_head(states_HLE, lambda x, y: (x * cos_1 - y * sin_1, y * cos_2 + x * sin_2))
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (cos_1, cos_2), (sin_1, sin_2) = (x.float().chunk(2, dim=-1) for x in ctx.saved_tensors)
+        return _by_head(grad, lambda x, y: (x * cos_1 + y * sin_2, y * cos_2 - x * sin_1)), None, None
+
+
+def _by_head(states_HLE: Tensor, turn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+    half = states_HLE.shape[-1] // 2
+    out_HLE = torch.empty_like(states_HLE.transpose(-3, -2), memory_format=torch.contiguous_format).transpose(-3, -2)
+    for head in range(states_HLE.shape[-3]):
+        x, y = states_HLE[..., head, :, :].float().split(half, dim=-1)
+        out_HLE[..., head, :, :half], out_HLE[..., head, :, half:] = turn(x, y)
+    return out_HLE
 
 
 def rotated_model(states_HLE: Tensor, cos_LE: Tensor, sin_LE: Tensor) -> Tensor:

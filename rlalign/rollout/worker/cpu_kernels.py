@@ -1,6 +1,6 @@
-"""vLLM's CPU attention on plain tensors: the kernel of the engine, for the other side of a run to call.
+"""vLLM's CPU kernels on plain tensors: what the engine computes with, for the other side of a run to call.
 
-T tokens in all, H heads, G key/value heads, E head size.
+M rows, K inputs, N outputs, T tokens in all, H heads, G key/value heads, E head size.
 """
 
 from __future__ import annotations
@@ -69,3 +69,15 @@ def attend(
         None,
     )
     return out_THE
+
+
+def multiply(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    """[M, N] bf16: x @ weight.T + bias by vLLM's packed product, the one of a steady engine.
+
+    The weight is packed at every call: a copy kept would not see an optimizer's step. Needs AMX, K a multiple of 32, N of 16, and
+    5 rows or more, below which the kernel adds in another order (`rlalign.head.steady` proves it before it is used).
+    """
+    from vllm import _custom_ops as ops
+
+    packed = torch.ops._C.convert_weight_packed(weight_NK.detach())
+    return ops.weight_packed_linear_cpu(x_MK, packed, len(weight_NK), None if bias_N is None else bias_N.float())

@@ -1,0 +1,45 @@
+"""Attention modules whose queries and keys are turned in float32 and rounded once: vLLM's rope in transformers' models."""
+
+from __future__ import annotations
+
+from types import MethodType
+
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from rlalign.trainer.rounding import variants
+
+KNOWN = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention", "GraniteAttention")
+
+
+def mirror_rotation(attention: nn.Module) -> bool:
+    """Replace the forward of an attention module of a KNOWN class; False for any other, which is left as it is."""
+    if type(attention).__name__ not in KNOWN:
+        return False
+    attention.forward = MethodType(_forward, attention)
+    return True
+
+
+def _forward(
+    self: nn.Module,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None = None,
+    past_key_values: object = None,
+    **given: object,
+) -> tuple[Tensor, Tensor | None]:
+    """Projections, norms of queries and keys where there are any, rope, attention, projection."""
+    shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+    query, key, value = (p(hidden_states).view(shape) for p in (self.q_proj, self.k_proj, self.v_proj))
+    if hasattr(self, "q_norm"):
+        query, key = self.q_norm(query), self.k_norm(key)
+    query, key = (variants.rotated(x.transpose(1, 2), *position_embeddings) for x in (query, key))
+    value = value.transpose(1, 2)
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value, self.layer_idx)
+    if type(self).__name__ not in ("LlamaAttention", "GraniteAttention"):
+        given["sliding_window"] = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
+    attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+    dropout = self.attention_dropout if self.training else 0.0
+    found, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **given)
+    return self.o_proj(found.reshape(*hidden_states.shape[:-1], -1)), weights

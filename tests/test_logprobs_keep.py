@@ -188,14 +188,15 @@ def test_the_operators_obey_torchs_own_rules():
         None,
         ids[0, 1:10],
         None,
-        None,
-        None,
     )
+    everything, pairs = (None, None), torch.stack([ids[0, 1:10], (ids[0, 1:10] + 1) % V], 1)
+    sets = (pairs.flatten().int(), torch.arange(0, 19, 2))
     options = (None, 1.0, V, None, True, False)
-    torch.library.opcheck(torch.ops.rlalign.token_logprobs, (*operands, *options, 0))
+    for kept in (everything, sets):
+        torch.library.opcheck(torch.ops.rlalign.token_logprobs, (*operands, *kept, *options, 0))
     # what a stash has no use for is uninitialised, so its values cannot be compared
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.rlalign.token_logprobs, (*operands, *options, 1), test_utils=utils)
+    torch.library.opcheck(torch.ops.rlalign.token_logprobs, (*operands, *everything, *options, 1), test_utils=utils)
 
 
 def test_a_runs_budget_reaches_the_trainers_head(products):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from rlalign.diagnose.attribution import layouts, trainer_side
+from rlalign.diagnose.attribution import trainer_side
 from rlalign.diagnose.attribution.difference import Spread, compared
 from rlalign.diagnose.attribution.findings import Attribution, engine_against_itself
 from rlalign.diagnose.attribution.mapping import BUILT_IN, Pairs, match
@@ -52,8 +52,7 @@ def measure(
             "attribution compares float32 or model heads; start both sides with head_dtype=float32, not master"
         )
     require_same_architecture(engine, network)
-    theirs, ours = teacher_forcing.modules(engine), module_names(network)
-    mapping = match(theirs, ours, layouts.fitting(theirs, ours) if pairs is BUILT_IN else pairs)
+    mapping = match(teacher_forcing.modules(engine), module_names(network), pairs)
     mirror(network, head_dtype=engine.spec.head_dtype, chunk=0)
     folder = Path(tempfile.mkdtemp(prefix="rlalign-attribution-", dir=scratch))
     try:

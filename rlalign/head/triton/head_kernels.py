@@ -62,16 +62,15 @@ def read_quarters(made, row, column, rows, columns, made_n, QUARTER: tl.constexp
 
 @triton.jit
 def sum_part(
-    x, bias, heat, wanted, target_logit, kept, row, start, rows, columns, kept_n, soft_cap, logit_scale,
+    x, bias, heat, wanted, target_logit, kept, row, column, rows, columns, kept_n, soft_cap, logit_scale,
     CAPPED: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
     """The three sums of a part of a tile; its products into `kept`, unless that is None, and the logit of the wanted column."""
-    column = start + tl.arange(0, x.shape[1])
     if kept is not None:
         put_logits(x, None, kept, row, column, rows, columns, kept_n)
     x, _ = transformed(x, bias, heat, column, columns, soft_cap, logit_scale, CAPPED)
     hit = column[None, :] == wanted[:, None]
-    inside = (wanted >= start) & (wanted < start + x.shape[1]) & (wanted < columns) & (row < rows)
+    inside = (wanted >= tl.min(column, 0)) & (wanted <= tl.max(column, 0)) & (wanted < columns) & (row < rows)
     tl.store(target_logit + row, tl.sum(tl.where(hit, x, 0.0), 1), mask=inside)
     return part_sums(tl.where((column < columns)[None, :], x, float("-inf")), MEAN)
 
@@ -107,21 +106,21 @@ def sums_kernel(
         if temperature is not None:
             heat = tl.load(temperature + row, mask=row < rows, other=1.0)
         p, t, w = sum_part(
-            first, bias, heat, wanted, target_logit, kept, row, first_column, rows, columns, kept_n, soft_cap, logit_scale,
+            first, bias, heat, wanted, target_logit, kept, row, column, rows, columns, kept_n, soft_cap, logit_scale,
             CAPPED, MEAN,
         )  # fmt: skip
         p2, t2, w2 = sum_part(
-            second, bias, heat, wanted, target_logit, kept, row, first_column + QUARTER, rows, columns, kept_n, soft_cap,
+            second, bias, heat, wanted, target_logit, kept, row, column + QUARTER, rows, columns, kept_n, soft_cap,
             logit_scale, CAPPED, MEAN,
         )  # fmt: skip
         p, t, w = joined(p, t, w, p2, t2, w2, MEAN)
         p2, t2, w2 = sum_part(
-            third, bias, heat, wanted, target_logit, kept, row, first_column + 2 * QUARTER, rows, columns, kept_n, soft_cap,
+            third, bias, heat, wanted, target_logit, kept, row, column + 2 * QUARTER, rows, columns, kept_n, soft_cap,
             logit_scale, CAPPED, MEAN,
         )  # fmt: skip
         p, t, w = joined(p, t, w, p2, t2, w2, MEAN)
         p2, t2, w2 = sum_part(
-            fourth, bias, heat, wanted, target_logit, kept, row, first_column + 3 * QUARTER, rows, columns, kept_n, soft_cap,
+            fourth, bias, heat, wanted, target_logit, kept, row, column + 3 * QUARTER, rows, columns, kept_n, soft_cap,
             logit_scale, CAPPED, MEAN,
         )  # fmt: skip
         p, t, w = joined(p, t, w, p2, t2, w2, MEAN)

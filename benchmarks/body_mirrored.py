@@ -181,7 +181,7 @@ def page(every: list[Found], options: argparse.Namespace) -> str:
     versions = ", ".join(f"{n} {about['versions'][n]}" for n in ("vllm", "torch", "transformers"))
     lines = [
         "# A mirrored body", "",
-        f"`python -m benchmarks.body_mirrored`, {about['device']}, {versions}; bf16 bodies, float32 heads, one thread. "
+        f"`python -m benchmarks.body_mirrored`, {about['cpu']}, {versions}; bf16 bodies, float32 heads, one thread. "
         f"{options.prompts} prompts, {options.samples} completions each of up to {options.tokens} tokens, temperature 1. "
         "Intervals: 95 %, bootstrap over completions.", "",
         "| model | engine | route | trainer's body | tokens | k3 | mean abs log_ratio, nats | equal in every bit |",

@@ -4,6 +4,12 @@ from collections import defaultdict
 
 import pytest
 
+with (
+    pytest.MonkeyPatch.context() as patch
+):  # Triton's own functions are interpreted only if they are defined under this
+    patch.setenv("TRITON_INTERPRET", "1")
+    import triton.language  # noqa: F401
+
 from tests import routes_run
 
 routes_run.watch()

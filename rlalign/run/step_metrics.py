@@ -141,5 +141,7 @@ def correction_metrics(correction: Correction, old_BL: Tensor, batch: RolloutBat
 
 
 def publish_metrics(report: PublishReport) -> dict[str, float]:
-    """What was moved, and what had to be repaired on the way."""
-    return {f"publish/{name}": float(value) for name, value in asdict(report).items() if name != "ranks"}
+    """What was moved, what had to be repaired on the way, and how many tensors were proved in which way."""
+    fields = asdict(report)
+    proofs = {f"publish/proofs/{kind}": float(count) for kind, count in fields.pop("proofs").items()}
+    return {f"publish/{name}": float(value) for name, value in fields.items() if name != "ranks"} | proofs

@@ -7,6 +7,7 @@ L rows, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from types import MethodType
 from typing import TYPE_CHECKING
@@ -71,17 +72,20 @@ def observed(model: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     body.forward, head.forward = MethodType(stand_in, body), MethodType(answer, head)
     try:
         ids_1L = torch.zeros(1, ROWS, dtype=torch.int64, device=device)
-        extra = {"output_router_logits": False} if "output_router_logits" in config.to_dict() else {}
+        accepted = inspect.signature(model.forward).parameters
+        extra = {"use_cache": False} if "use_cache" in accepted else {}
+        extra |= {"output_router_logits": False} if "output_router_logits" in config.to_dict() else {}
+        extra |= {"attention_mask": torch.ones_like(ids_1L)} if "attention_mask" in accepted else {}
         with torch.no_grad():
-            logits_1LV = model(ids_1L, use_cache=False, **extra).logits
+            found = model(ids_1L, **extra)
     finally:
         for module, forward in forwards.items():
             del module.forward
             if forward is not None:
                 module.forward = forward
     if len(given) != 1:
-        raise ValueError(f"{type(model).__name__} calls its lm_head {len(given)} times in one forward; expected once")
-    return hidden_1LD[0], given[0][0], raw_1LV[0], logits_1LV[0]
+        raise ValueError(f"the forward of {type(model).__name__} called its lm_head {len(given)} times; expected once")
+    return hidden_1LD[0], given[0][0], raw_1LV[0], found.logits[0]
 
 
 class _Output:

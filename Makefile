@@ -1,7 +1,7 @@
 .PHONY: demo test quick nightly coverage docs test-vllm-matrix install install-test lint clean
 PY = .venv/bin/python
-# A file stays on one worker, files that share servers too; in the order of collection, so that the engines come first.
-TWO = $(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+# In the order of collection, so that the engines come first; tests/conftest.py says which files stay on one worker.
+TWO = $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # Two busy cores: one thread each is faster than two that spin, and the results do not depend on the core count.
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE

@@ -217,8 +217,8 @@ class Rollout:
     kv_spans: list[tuple[int, int, int]] = field(default_factory=list)
     kv_recomputed: bool = False
     text: str = ""
-    kept_ids: Sequence[int] = ()
-    kept_counts: Sequence[int] = ()
+    kept_ids: Sequence[int] = field(default_factory=lambda: array("i"))
+    kept_counts: Sequence[int] = field(default_factory=lambda: array("q"))
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)

@@ -19,11 +19,20 @@ _everywhere: defaultdict[str, set[str]] = defaultdict(set)  # what the workers o
 SHARED_SERVERS = {"test_servers.py", "test_asynchronous.py", "test_wire.py"}  # both servers start once for the three
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """The tests of a file stay on one worker, and files that share servers do."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "two servers" if file.rpartition("/")[2] in SHARED_SERVERS else file
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items):
-    """`--dist loadgroup`: the tests of a file stay together, and files that share servers do."""
-    for item in items:
-        group = "two servers" if item.path.name in SHARED_SERVERS else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: item.path.name not in SHARED_SERVERS)  # stable: the longest group first
 
 

@@ -15,7 +15,8 @@ def doctor(tmp_path, *overrides):
 
 def test_a_good_set_up_passes_every_check(tmp_path, tied, capsys):
     code, checks = doctor(tmp_path, f"model.path={tied}", "model.dtype=float32")
-    assert code == 0 and {c["state"] for c in checks.values()} == {"ok"}
+    states = {c["state"] for name, c in checks.items() if name != "family"}  # unknown where the table has no row of it
+    assert code == 0 and states == {"ok"} and checks["family"]["state"] != "problem"
     assert "24 tensors verified on 1 rank(s)" in checks["weights"]["found"]
     assert checks["body dtype"]["found"] == "float32" and checks["tied embeddings"]["found"] == "True"
     assert checks["tokenizer of both sides"]["found"].startswith("the same: ")

@@ -56,7 +56,7 @@ def _bump_on_lookup(lookup: Callable) -> Callable:
     def bumping(wrapper: object, name: str) -> object:
         found = lookup(wrapper, name)
         if name == "sample_tokens":
-            wrapper.worker.rlalign_sampled_steps += 1
+            wrapper.worker.rlalign_sampled_steps = getattr(wrapper.worker, "rlalign_sampled_steps", 0) + 1
         if name == "model_runner":
             Epoch.bump(CALLABLE)
         if name in QUIET_RPCS or name.startswith("_") or not callable(found):

@@ -21,16 +21,19 @@ if TYPE_CHECKING:
 
 
 def install() -> None:
-    """Patch the place where vLLM makes a worker. Called once per process by the plugin, before any worker is made."""
-    WorkerWrapperBase.init_worker = _appending(WorkerWrapperBase.init_worker)
+    """Patch the call between a worker's making and its model's. Called once per process by the plugin.
+
+    Not `init_worker`: a worker in a process of its own loads the plugins inside it.
+    """
+    WorkerWrapperBase.init_device = _after_appending(WorkerWrapperBase.init_device)
 
 
-def _appending(init_worker: Callable[..., None]) -> Callable[..., None]:
-    @wraps(init_worker)
+def _after_appending(init_device: Callable[..., None]) -> Callable[..., None]:
+    @wraps(init_device)
     def appending(self: WorkerWrapperBase, *args: object, **kwargs: object) -> None:
-        init_worker(self, *args, **kwargs)
         append(type(self.worker))
         self.worker.load_model = _checked(self.worker, self.worker.load_model)
+        init_device(self, *args, **kwargs)
 
     return appending
 

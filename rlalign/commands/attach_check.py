@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlalign.config.weights import MEMORY_OF_ONE_BOX
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -25,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", type=Path, help="compare its weights with those of this Hugging Face folder")
     parser.add_argument(
-        "--shared", type=Path, default=Path("/dev/shm"), help="a folder that both can read (default %(default)s)"
+        "--shared", type=Path, default=Path(MEMORY_OF_ONE_BOX), help="a folder that both can read (default %(default)s)"
     )
 
 

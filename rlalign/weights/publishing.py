@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlalign import ranks
+from rlalign.config.weights import MEMORY_OF_ONE_BOX
 from rlalign.weights.bucket import filled
 from rlalign.weights.file_transport import FileTransport
 from rlalign.weights.receiver import Receiver, Transport
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from rlalign.weights.bucket import Bucket
 
 MASTER_WEIGHT = "rlalign.master_lm_head"  # the unrounded fp32 lm_head, beside the 16-bit weights it belongs to
-SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY = Path(MEMORY_OF_ONE_BOX)
 PROBLEMS_TOLD = 5
 
 

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
 from rlalign.calibration.drift.judgement import Labels, Shift, distance_from_zero
 from rlalign.calibration.drift.memory import Counts
 from rlalign.calibration.metrics import Interval
-
-if TYPE_CHECKING:
-    pass
 
 
 class DriftState(StrEnum):

@@ -21,6 +21,7 @@ from rlalign.diagnose.both_sides import head_logprobs, head_put_back, hidden_sta
 from rlalign.mismatch.causes import Cause
 from rlalign.trainer.checkpoint_names import as_checkpoint
 from rlalign.types import RolloutBatch
+from rlalign.weights import SHARED_MEMORY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +46,7 @@ class Case:
     score: Callable[[RolloutBatch], Tensor]
     tokenizer: PreTrainedTokenizerBase | None = None
     master_VD: Tensor | None = None
-    shared: Path = Path("/dev/shm")
+    shared: Path = SHARED_MEMORY
     weights: Callable[[], Iterable[tuple[str, Tensor]]] | None = None
 
     @cached_property

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
+from torch import Tensor
 from torch.nn import Parameter
+from torch.nn import functional as F
 
 from rlalign import ranks
 from rlalign.config import TrainerConfig
@@ -27,6 +30,23 @@ def deepspeed_settings(config: TrainerConfig, dtype: str) -> dict[str, object]:
         "bf16": {"enabled": dtype == "bfloat16"},
         "steps_per_print": 2**31 - 1,
     }
+
+
+def round_biased_layers_once() -> None:
+    """Give ZeRO-3's linear layers the values of torch's: a 16-bit product with a bias is rounded once.
+
+    `deepspeed.zero.Init` replaces `torch.nn.functional.linear`, for the whole process and for good, by one that keeps no
+    gathered weight for the backward pass. For inputs of three dimensions that one rounds the product, adds the bias and rounds
+    again (0.19.8); for two it is fused, so rows are flattened before it. See docs/upstream.md.
+    """
+    if F.linear is zero3_linear_wrap:
+        F.linear = _linear_of_rows
+
+
+def _linear_of_rows(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if bias is None or input.dim() <= 2:
+        return zero3_linear_wrap(input, weight, bias)
+    return zero3_linear_wrap(input.flatten(0, -2), weight, bias).unflatten(0, input.shape[:-1])
 
 
 def adamw(parameters: Iterable[Parameter], config: TrainerConfig, *, lr: float) -> torch.optim.AdamW:

@@ -13,6 +13,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from rlalign.head import widened
 from rlalign.trainer import attention_choice, packed_attention, sdpa
+from rlalign.trainer.deepspeed_setup import round_biased_layers_once
 from rlalign.trainer.exact_network import make_exact
 from rlalign.trainer.head_mirror import Tokens
 from rlalign.trainer.rounding.mirrored_attention import EngineKernels
@@ -77,6 +78,7 @@ def load(
     network.config.use_cache = False
     if zero_3:
         _restore_buffers(network)
+        round_biased_layers_once()
     if exact:
         make_exact(network)
     elif mirrored is not None:

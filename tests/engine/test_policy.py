@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from rlalign.config import TrainerConfig
 from tests.engine.updates import LR, flat, plain_loop, start_policy, train
@@ -59,11 +59,32 @@ def test_a_learning_rate_that_was_changed_counts_after_a_resume(untied, tmp_path
     assert moved[1] == pytest.approx(moved[0] / 10, rel=0.3)
 
 
-def test_zero_3_keeps_the_rotary_frequencies_in_float32(untied):
-    """DeepSpeed's zero.Init rounds them to bf16, and every position is then slightly wrong: k3 to vLLM rises with length."""
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory):
+    """The projections to query, key and value have biases, as Qwen2's."""
+    folder = tmp_path_factory.mktemp("biased")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=288, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=256, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model.bfloat16().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("folder", ["untied", "biased"])
+def test_zero_3_scores_with_the_bits_of_zero_1(folder, request, monkeypatch):
+    """zero.Init rounds rotary frequencies to bf16, and DeepSpeed's linear rounds a layer with a bias twice: k3 to vLLM rises."""
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)  # as in a process that never saw zero.Init
     logprobs = []
     for stage in (1, 3):
-        policy = start_policy(untied, TrainerConfig(zero_stage=stage, micro_batch_size=12), dtype="bfloat16")
+        policy = start_policy(
+            request.getfixturevalue(folder), TrainerConfig(zero_stage=stage, micro_batch_size=12), dtype="bfloat16"
+        )
         kept = [b for n, b in policy.network.named_buffers() if n.endswith("inv_freq")]
         assert kept and all(b.dtype == torch.float32 for b in kept)
         logprobs.append(train(policy)["logprobs"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,35 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if Path(item.fspath).parent == Path(__file__).parent:
             item.add_marker(pytest.mark.engine)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_starts():
+    """Start a tiny engine in this process in a quarter of the time, without changing what it computes.
+
+    vLLM collects garbage seven times while an engine starts and ends, through everything that was ever imported: here what is
+    alive is frozen when an engine starts, and thawed when the next one does, so that the last one's garbage goes then. It looks
+    for kernels to replace in every module at each start: here at the first. It fills a GiB of KV cache with zeros: here 512 blocks.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.core import EngineCore
+
+    own_start, own_thaw = EngineCore.__init__, gc.unfreeze
+
+    def start(self, vllm_config, *args, **kwargs):
+        own_thaw()
+        gc.collect()
+        gc.freeze()
+        if vllm_config.cache_config.num_gpu_blocks_override is None:
+            vllm_config.cache_config.num_gpu_blocks_override = 512
+        own_start(self, vllm_config, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EngineCore, "__init__", start)
+        patch.setattr(gc, "unfreeze", lambda: None)
+        replace_kernels = cache(type(current_platform).register_triton_kernel_overrides)
+        patch.setattr(type(current_platform), "register_triton_kernel_overrides", lambda *_: replace_kernels())
+        yield
 
 
 def build_model(folder: Path, *, tied: bool, seed: int = 0, logit_scale: float = 6.0) -> Path:

@@ -6,8 +6,10 @@ Without torch.distributed, or with one rank, everything here is a plain call.
 from __future__ import annotations
 
 import os
+import random
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
@@ -17,6 +19,9 @@ from rlalign.exits import Lost
 
 T = TypeVar("T")
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+UNASSIGNED_PORTS = range(
+    15_000, 32_000
+)  # Linux gives 32,768 and above to outgoing connections (net.ipv4.ip_local_port_range)
 
 
 def environment_without_launcher() -> dict[str, str]:
@@ -25,10 +30,19 @@ def environment_without_launcher() -> dict[str, str]:
 
 
 def free_port(host: str = "") -> int:
-    """A TCP port that nobody listens on now, at this address of the machine (empty: all of them)."""
+    """A TCP port that nobody listens on now, at this address of the machine (empty: all of them).
+
+    Below those that Linux gives to outgoing connections, one of which could take it before its server has started. Raises OSError
+    where none of 100 is free.
+    """
+    *some, last = random.SystemRandom().sample(UNASSIGNED_PORTS, 100)
+    for port in some:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((host, port))
+            return port
     with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
+        probe.bind((host, last))
+    return last
 
 
 def rank() -> int:

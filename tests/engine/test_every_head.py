@@ -145,6 +145,7 @@ print("RESULT", worst_error(llm, perturbed(folder, seed=0, size=0.0, dtype=torch
 """
 
 
+@pytest.mark.nightly  # numba compiles the proposer for a minute
 def test_drafts_without_a_network_share_the_head(untied):
     """In a process of its own: after the n-gram proposer has run, vLLM 0.32 cannot start another engine in the process."""
     root = Path(__file__).parents[2]

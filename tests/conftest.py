@@ -1,8 +1,10 @@
 """Shared by all tests."""
 
+import os
 from collections import defaultdict
 
 import pytest
+import torch
 
 with (
     pytest.MonkeyPatch.context() as patch
@@ -34,6 +36,17 @@ def pytest_xdist_make_scheduler(config, log):
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in SHARED_SERVERS)  # stable: the longest group first
+
+
+@pytest.fixture(autouse=True, scope="module")
+def as_it_was():
+    """What a file's tests leave in their process counts for no other file: our variables, and the linear function of zero.Init."""
+    before, linear = {n: v for n, v in os.environ.items() if n.startswith("RLALIGN_")}, torch.nn.functional.linear
+    yield
+    for name in [n for n in os.environ if n.startswith("RLALIGN_") and n not in before]:
+        del os.environ[name]
+    os.environ.update(before)
+    torch.nn.functional.linear = linear
 
 
 def _add(found: dict[str, list[str]]) -> None:

@@ -203,6 +203,7 @@ def test_a_loop_of_ones_own(tmp_path, monkeypatch):
     example = Path(__file__).parents[2] / "examples" / "own_loop.py"
     assert len(example.read_text().splitlines()) <= 80
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("RLALIGN_HEAD", "float32")  # the example sets it, and it ends with this test
     history = runpy.run_path(str(example))["main"](cached_policy("untied"), tmp_path)
     assert len(history) == 3 and all(m["mismatch/lag0/k3"] < 1e-3 and m["mismatch/nonfinite"] == 0 for m in history)
     assert len({m["mismatch/nll_rollout"] for m in history}) == 3  # it moved

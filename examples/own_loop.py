@@ -58,16 +58,17 @@ def main(folder: Path, out: Path) -> list[dict[str, float]]:
         old = logprobs.detach()
         history.append(monitor.step(step, old, rollout, mask, lag=step - engine.policy_version))
         scored = {"rollout_logprobs_BL": rollout, "old_logprobs_BL": old, "mask_BL": mask, "entropy_BL": entropy}
-        rlalign.write_tokens(out, step, token_ids_BL=ids, **scored, policy_version=step, trainer_version=step)
+        whole = (
+            {"monitor": monitor, "tokenizer": tokenizer, "attention_mask_BL": attention} if step == STEPS - 1 else {}
+        )
+        rlalign.write_tokens(out, step, token_ids_BL=ids, **scored, policy_version=step, trainer_version=step, **whole)
         correction = rlalign.correct(old, rollout, mask, level="token", mode="truncate", high=2.0)
         ratio = (logprobs - old).exp()
         loss = -(ratio * advantage * correction.weights)[mask].sum() / mask.sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        engine.publish(
-            model.named_parameters(), step + 1
-        )  # rounded to the engine's bf16, and read back out of its kernels
+        engine.publish(model.named_parameters(), step + 1)  # rounded to the engine's bf16, read back out of its kernels
         print(f"step {step}: reward {reward.mean():.2f}, lag-0 k3 {history[-1]['mismatch/lag0/k3']:.1e}")
     return history
 

@@ -18,7 +18,12 @@ routes_run.watch()
 _everywhere: defaultdict[str, set[str]] = defaultdict(set)  # what the workers of this session report
 
 
-SHARED_SERVERS = {"test_servers.py", "test_asynchronous.py", "test_wire.py"}  # both servers start once for the three
+SHARED_SERVERS = {
+    "test_servers.py",
+    "test_asynchronous.py",
+    "test_wire.py",
+    "test_attach_servers.py",
+}  # both start once
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import rlalign
+from rlalign.rollout.attached import lines
 from rlalign.rollout.attached.lines import LLMLine
 from rlalign.rollout.engine import handshake
 
@@ -83,6 +84,12 @@ class FakeAsyncLLM:
     async def resume_generation(self):
         self.calls.append("resume")
 
+    async def generate(self, prompt, params, request_id):
+        """Prompt logprobs come with every output; each token's is minus its id."""
+        ids = prompt["prompt_token_ids"]
+        for _ in range(2):
+            yield SimpleNamespace(prompt_logprobs=[None, *({t: SimpleNamespace(logprob=-float(t))} for t in ids[1:])])
+
 
 def actor(worker, **without):
     """As a Ray actor's handle looks: methods with `remote`."""
@@ -95,7 +102,9 @@ def actor(worker, **without):
     return made
 
 
-def test_an_async_engine_is_asked_on_its_own_loop():
+def test_an_async_engine_is_asked_on_its_own_loop(monkeypatch):
+    monkeypatch.setattr(lines, "_forcing", lambda: None)
+
     async def life():
         engine, loop = FakeAsyncLLM(), asyncio.get_running_loop()
         with pytest.raises(
@@ -106,6 +115,7 @@ def test_an_async_engine_is_asked_on_its_own_loop():
             rlalign.attach(engine, loop=loop)
         handle = await asyncio.to_thread(rlalign.attach, engine, loop=loop)
         assert engine.threads == {threading.get_ident()}
+        assert await asyncio.to_thread(handle.score, [[5, 6, 7], [8, 9]]) == [[0.0, -6.0, -7.0], [0.0, -9.0]]
         await asyncio.to_thread(handle.suspend, "testing")
         await asyncio.to_thread(handle.acknowledge, 7)
         assert engine.calls == [("pause", "keep", True), ("version", "7"), "resume"] and engine.worker.version == 7

@@ -141,3 +141,52 @@ def test_tokens_are_read_back_by_the_mismatch_report(tmp_path):
     assert math.isclose(found["k3"], expected["k3"], rel_tol=1e-6)
     with pytest.raises(ValueError, match=r"old_logprobs_BL is \(4, 31\), token_ids_BL \(4, 32\)"):
         rlalign.write_tokens(tmp_path, 9, token_ids_BL=ids, **(numbers | {"old_logprobs_BL": old[:4, 1:]}))
+
+
+class Tokenizer:
+    def save_pretrained(self, folder):
+        (folder / "tokenizer.json").write_text("{}")
+
+
+def test_a_step_kept_whole_is_read_back_bit_for_bit(tmp_path):
+    """Tokens, both sides' logprobs, convention and weights, the latter as the engine holds them."""
+    from rlalign.diagnose.attribution.sources import of_run
+    from rlalign.diagnose.replay import replay
+    from rlalign.tracking.token_files import read_step
+    from tests.test_live_mirror import qwen
+
+    ids = torch.arange(4 * 32).view(4, 32) % 96
+    old, rollout, mask = batch(0.1)
+    mask[:, :3] = False
+    numbers = {"token_ids_BL": ids, "rollout_logprobs_BL": rollout, "old_logprobs_BL": old, "mask_BL": mask}
+    numbers |= {"policy_version": 5, "trainer_version": 5, "group_B": [0, 0, 1, 1]}
+    rlalign.write_tokens(tmp_path, 4, **numbers)
+    for read, missing in (
+        (
+            lambda: of_run(tmp_path, 4, 2048),
+            "not the prompts before them and not the weights.*monitor, tokenizer and att",
+        ),
+        (lambda: replay(tmp_path, 4), "written by rlalign.write_tokens .* neither that loop's seeds nor its forward"),
+    ):
+        with pytest.raises(ValueError, match=missing):
+            read()
+    model = qwen(torch.float32)
+    side = SimpleNamespace(head_dtype="float32", mode="cached", require_sound=lambda: None, body_dtype=torch.bfloat16)
+    with rlalign.mirror(model) as mirrored:
+        spec = rlalign.LogprobSpec(temperature=0.7, head_dtype="float32")
+        monitor = rlalign.Monitor(side, mirrored, spec=spec)
+        whole = {"monitor": monitor, "tokenizer": Tokenizer(), "attention_mask_BL": torch.ones(4, 32)}
+        rlalign.write_tokens(tmp_path, 5, **numbers, **whole)
+        with pytest.raises(ValueError, match="missing: tokenizer, attention_mask_BL"):
+            rlalign.write_tokens(tmp_path, 6, **numbers, monitor=monitor)
+        with pytest.raises(ValueError, match="missing: the monitor's engine, the monitor's mirror, the monitor's spec"):
+            rlalign.write_tokens(tmp_path, 6, **numbers, **(whole | {"monitor": rlalign.Monitor()}))
+    saved = read_step(tmp_path, 5)
+    assert torch.equal(saved.old_logprobs_BL, old) and torch.equal(saved.batch.token_ids_BL, ids)
+    assert torch.equal(saved.batch.rollout_logprobs_BL[mask], rollout[mask]) and saved.batch.spec == spec
+    assert set(saved.batch.policy_version_BL[mask].tolist()) == {5} and saved.version == 5
+    source = of_run(tmp_path, None, 2048)
+    assert source.config.rollout.temperature == 0.7 and source.config.model.dtype.value == "bfloat16"
+    loaded = type(model).from_pretrained(source.model)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor.bfloat16()), name

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rlalign import mismatch
+from rlalign.integrations.trl_settings import correction_of
 from rlalign.objective import corrections, losses, presets
 from tests.peers import statement, without_transport
 
@@ -46,6 +47,7 @@ def importance_ratio(trainer_class, old, rollout, mask, mode, high, low=None):
 _WEIGHTS = 1  # the first such statement decides whether to score at all
 
 
+@pytest.mark.proves("TRL vllm_importance_sampling_mode", "its four modes equal rlalign.correct")
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
 @pytest.mark.parametrize("two_sided", [False, True])
@@ -54,12 +56,19 @@ def test_the_four_vllm_modes(trainer_class, seed, mode, two_sided):
     low, high = (0.8, 1.3) if mode.startswith("token") else (0.35, 1.5)
     low = low if two_sided else None
     theirs = importance_ratio(trainer_class, old, rollout, mask, mode, high, low).expand_as(old)
-    level, kind = mode.split("_")
-    ours_mode = "mask" if kind == "mask" else "truncate" if low is None else "clip"
-    ours = corrections.correct(old, rollout, mask, level=level, mode=ours_mode, low=low, high=high)
+    settings = {"correction": True, "mode": mode, "clip_min": low, "clip_max": high}
+    args = SimpleNamespace(**{f"vllm_importance_sampling_{name}": value for name, value in settings.items()})
+    ours = corrections.correct(old, rollout, mask, **correction_of(args))
     torch.testing.assert_close(ours.weights[mask], theirs[mask], rtol=1e-5, atol=1e-7)
-    if kind == "mask":  # a zero ratio there is a rejection here
+    if mode.endswith("mask"):  # a zero ratio there is a rejection here
         assert torch.equal(ours.keep, mask & (theirs > 0)) and 0 < ours.keep.sum() < mask.sum()
+
+
+def test_a_correction_that_is_off_or_unknown():
+    assert correction_of(SimpleNamespace(vllm_importance_sampling_correction=False)) is None
+    unknown = {"correction": True, "mode": "token_drop", "clip_min": None, "clip_max": 2.0}
+    with pytest.raises(ValueError, match="vllm_importance_sampling_mode='token_drop'; known are token_truncate"):
+        correction_of(SimpleNamespace(**{f"vllm_importance_sampling_{name}": value for name, value in unknown.items()}))
 
 
 def test_a_missing_sampling_logprob_differs(trainer_class):

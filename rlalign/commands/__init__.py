@@ -49,7 +49,12 @@ def _parity(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from rlalign.diagnose import doctor
 
-    checks = doctor.examine(_config(arguments))
+    if arguments.engine and not arguments.model:
+        raise ValueError(f"--engine {arguments.engine}: say with --model DIR which folder it should be serving")
+    if arguments.model:
+        arguments.overrides = [*arguments.overrides, f"model.path={arguments.model}"]
+    config = _config(arguments)
+    checks = doctor.examine_engine(config, arguments.engine) if arguments.engine else doctor.examine(config)
     print(doctor.report(checks))
     if arguments.json:
         arguments.json.write_text(doctor.as_json(checks))
@@ -182,6 +187,12 @@ def parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="is this run set up right? Checks the configuration and a live engine")
     _takes_config(doctor, default="demo")
     doctor.add_argument("--json", type=Path, metavar="FILE", help="write the checks as JSON")
+    doctor.add_argument(
+        "--engine",
+        metavar="URL|MODULE:OBJECT",
+        help="look at this engine, which another stack has started: a `vllm serve`, or a vllm.LLM or what returns one",
+    )
+    doctor.add_argument("--model", type=Path, metavar="DIR", help="as model.path=DIR")
     doctor.set_defaults(run=_doctor)
 
     attribute = commands.add_parser(

@@ -21,7 +21,7 @@ from rlalign.run.assembly import engine_kernels, load_tokenizer, resolve_model, 
 from rlalign.run.sampler import step_seed
 from rlalign.tracking import environment
 from rlalign.tracking.record import RunRecord, config_of, read_run
-from rlalign.tracking.token_files import SavedStep, read_step
+from rlalign.tracking.token_files import SavedStep, read_loop, read_step
 from rlalign.types import RolloutBatch, collate
 
 if TYPE_CHECKING:
@@ -81,6 +81,12 @@ def replay(run: Path, step: int, *, any_version: bool = False) -> Replay:
 
     any_version: go on with other libraries, and say so in the notes.
     """
+    if read_loop(Path(run)) is not None:
+        raise ValueError(
+            f"{run} was written by rlalign.write_tokens in a loop of one's own: a replay samples and scores once more as the run "
+            "did, and neither that loop's seeds nor its forward are known here. `rlalign mismatch` reads its tokens, `rlalign "
+            "attribute --run` whole steps; or train with `rlalign train tracking.replay_every=N`"
+        )
     record = read_run(run)
     row = _logged(record, step)
     saved = read_step(Path(run), step)

@@ -1,81 +1,91 @@
-"""TRL's GRPOTrainer with vLLM in its process: one head on both sides, proved weights, and a named cause where they disagree.
+"""TRL's GRPOTrainer and RLOOTrainer with vLLM: one head on both sides, proved weights, and a named cause where they disagree.
 
-Two ways in: `AlignedGRPOTrainer` in GRPOTrainer's place, or `align(trainer)` on a trainer (a subclass of one's own, say) that was
-built with RLALIGN_HEAD=float32 in its environment. What changes, and what it cannot see: docs/trl.md.
+Two ways in: `AlignedGRPOTrainer` (`AlignedRLOOTrainer`) in the trainer's place, or `align(trainer)` on a trainer (a subclass of
+one's own, say) whose vLLM runs under RLALIGN_HEAD=float32. What changes, and what it cannot see: docs/trl.md.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Literal
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from trl import GRPOTrainer
+from trl import GRPOTrainer, RLOOTrainer
 from trl.generation import vllm_generation
 
+from rlalign.integrations.trl_settings import correction_of, require_settings, require_version, sampling_of
 from rlalign.loops import Monitor
 from rlalign.mismatch.monitor import DEFAULT_RULES, Rule
 from rlalign.rollout.attached import AttachedEngine, attach
 from rlalign.rollout.head.head_settings import VARIABLES
 from rlalign.trainer.live_mirror import Mirror, causal_model, mirror
+from rlalign.weights import SHARED_MEMORY
 
-__all__ = ["AlignedGRPOTrainer", "Alignment", "align"]
+__all__ = ["AlignedGRPOTrainer", "AlignedRLOOTrainer", "Alignment", "align", "correction_of"]
 
-TESTED = ("1.16",)
-ALLOW_UNTESTED = "RLALIGN_ALLOW_UNTESTED_TRL"
 # Into TRL's own log, beside its sampling/sampling_logp_difference.
 LOGGED = ("lag0/k3", "lag0/abs_mean", "lag0/p99", "lag0/ess", "lag0/pearson_prob", "nonfinite")
 Scored = tuple[Tensor, Tensor | None, Tensor | None]
+_ABSENT = object()
 
 
 def align(
-    trainer: GRPOTrainer,
+    trainer: GRPOTrainer | RLOOTrainer,
     *,
     head_dtype: str = "float32",
     weights: Literal["publish", "verify"] = "publish",
     rules: tuple[Rule, ...] = DEFAULT_RULES,
     stop: bool = False,
+    shared: Path = SHARED_MEMORY,
+    key: str | None = None,
 ) -> Alignment:
     """Put the rollout engine's head into the trainer's model, prove both, and take over how weights reach the engine.
 
-    trainer: before its `train()`, with use_vllm=True, vllm_mode="colocate" and vLLM built under RLALIGN_HEAD=float32.
-    head_dtype: "float32" or "master" (the trainer's float32 lm_head, unrounded, on both sides). weights: "publish" replaces TRL's
-    push by one that is read back; "verify" leaves it and compares every tensor afterwards. rules, stop: as in `rlalign.Monitor`.
+    trainer: before its `train()`, with use_vllm=True, and vLLM started under RLALIGN_HEAD=float32, in this process (colocate) or
+    as a server. head_dtype: "float32" or "master" (the trainer's float32 lm_head, unrounded, on both sides). weights: "publish"
+    replaces TRL's push by one that is read back; "verify" leaves it and compares every tensor afterwards. rules, stop: as in
+    `rlalign.Monitor`. shared, key: a folder that trainer and engine both see, and the server's API key.
     Raises ValueError for settings of TRL that would leave the two sides apart, RuntimeError where the engine or the model has
     another head than asked for, or an untested version of TRL.
     """
     require_version(version("trl"))
-    _require_settings(trainer)
-    engine = attach(trainer.vllm_generation.llm, head_dtype=head_dtype)
+    require_settings(trainer, weights=weights)
+    generation = trainer.vllm_generation
+    where = generation.llm if generation.mode == "colocate" else generation.vllm_client.base_url
+    engine = attach(where, head_dtype=head_dtype, shared=shared, key=key)
+    models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
     mirrors: list[Mirror] = []
+    own_heads = []
     try:
-        for model in (trainer.model, getattr(trainer, "ref_model", None)):
-            if model is not None:
-                mirrors.append(mirror(model, head_dtype=head_dtype))
+        if getattr(
+            trainer.args, "cast_lm_head_to_fp32", False
+        ):  # the same float32 weight, through the engine's product
+            own_heads = [_take_head_out(model) for model in models]
+        for model in models:
+            mirrors.append(mirror(model, head_dtype=head_dtype))
         monitor = Monitor(
             engine, mirrors[0], spec=engine.spec(sampling_of(trainer)), temperature=trainer.temperature, rules=rules, stop=stop
         )  # fmt: skip
     except BaseException:
-        for each in mirrors:
-            each.restore()
+        for put_back in [each.restore for each in mirrors] + own_heads:
+            put_back()
         engine.detach()
         raise
-    found = Alignment(trainer, engine, mirrors, monitor, weights)
+    found = Alignment(trainer, engine, mirrors, monitor, weights, own_heads)
     trainer.add_callback(found)
     return found
 
 
-class AlignedGRPOTrainer(GRPOTrainer):
-    """GRPOTrainer whose vLLM and whose model have one head. Takes GRPOTrainer's arguments, and `align`'s as `rlalign_...`.
-
-    rlalign_vllm: further arguments of vllm.LLM, which TRL has no way for (enforce_eager, dtype).
-    """
+class _Aligned:
+    """Before a trainer of TRL in the bases: builds it with our head asked for, then aligns it."""
 
     def __init__(
         self,
@@ -86,9 +96,23 @@ class AlignedGRPOTrainer(GRPOTrainer):
         rlalign_vllm: Mapping[str, object] | None = None,
         **kwargs: object,
     ) -> None:
-        with asking_for_head(rlalign_head_dtype), building_with(rlalign_vllm or {}):
+        with asking_for_head(rlalign_head_dtype), building_with(rlalign_vllm or {}), pushing(rlalign_weights):
             super().__init__(*args, **kwargs)
         self.alignment = align(self, head_dtype=rlalign_head_dtype, weights=rlalign_weights, stop=rlalign_stop)
+
+
+class AlignedGRPOTrainer(_Aligned, GRPOTrainer):
+    """GRPOTrainer whose vLLM and whose model have one head. Takes GRPOTrainer's arguments, and `align`'s as `rlalign_...`.
+
+    rlalign_vllm: further arguments of vllm.LLM, which TRL has no way for (enforce_eager, dtype).
+    """
+
+
+class AlignedRLOOTrainer(_Aligned, RLOOTrainer):
+    """RLOOTrainer whose vLLM and whose model have one head; arguments as AlignedGRPOTrainer's.
+
+    TRL asks vLLM for no logprobs there; they are asked for, and compared with the ones its loss divides by.
+    """
 
 
 @contextmanager
@@ -124,35 +148,64 @@ def building_with(arguments: Mapping[str, object]) -> Iterator[None]:
         vllm_generation.LLM = stock
 
 
+@contextmanager
+def pushing(weights: str) -> Iterator[None]:
+    """A server's client built inside opens no NCCL group where publish moves the weights: TRL's needs CUDA on both sides."""
+    client = vllm_generation.VLLMClient
+    stock = client.init_communicator
+    if weights == "publish":
+        client.init_communicator = lambda self, device=0: None
+    try:
+        yield
+    finally:
+        client.init_communicator = stock
+
+
+def _take_head_out(model: nn.Module) -> Callable[[], None]:
+    """Remove the forward that cast_lm_head_to_fp32 put on the lm_head (its weight stays float32); returns what undoes it."""
+    lm_head = causal_model(model).get_output_embeddings()
+    forward = vars(lm_head).pop("forward")
+    return lambda: vars(lm_head).update(forward=forward)
+
+
 class Alignment(TrainerCallback):
     """What `align` put into a trainer: `engine`, `mirrors` (policy, and reference where there is one), `monitor`; `undo`."""
 
     def __init__(
         self,
-        trainer: GRPOTrainer,
+        trainer: GRPOTrainer | RLOOTrainer,
         engine: AttachedEngine,
         mirrors: list[Mirror],
         monitor: Monitor,
         weights: Literal["publish", "verify"],
+        own_heads: Sequence[Callable[[], None]] = (),
     ) -> None:
         self.trainer, self.engine, self.mirrors, self.monitor = trainer, engine, mirrors, monitor
         self.publish_seconds: list[float] = []
         self.metrics: list[dict[str, float]] = []  # of every generation, newest last
-        self._stock_sync, self._proven = trainer.vllm_generation.sync_weights, False
+        generation, self._own_heads = trainer.vllm_generation, own_heads
+        self._stock_sync, self._proven = generation.sync_weights, False
         self._sync = self._publish if weights == "publish" else self._verify
-        self._replaced: list[tuple[object, str]] = []
-        self._put(trainer.vllm_generation, "sync_weights", self.sync_weights)
+        self._replaced: list[tuple[object, str, object]] = []
+        self._old: Tensor | None = None  # of the policy, in the generation that is being scored
+        self._sampled: list | None = None
+        self._put(generation, "sync_weights", self.sync_weights)
+        self._put(generation, "generate", self._listened(generation.generate))
+        if generation.logprobs is None:  # RLOO
+            self._put(generation, "logprobs", 0)
         self._put(trainer, "_get_per_token_logps_and_entropies", self.score)
         self._put(trainer, "_generate_and_score_completions", self._watched(trainer._generate_and_score_completions))
 
     def undo(self) -> None:
-        """Give trainer, model and engine back as they were; the engine keeps the head that it was started with."""
-        for owner, name in self._replaced:
-            vars(owner).pop(name, None)
-        for each in self.mirrors:
-            each.restore()
+        """Give trainer, model and engine back as they were; the engine keeps its head. Safe to call twice."""
+        for owner, name, before in self._replaced:
+            vars(owner).pop(name, None) if before is _ABSENT else setattr(owner, name, before)
+        self._replaced.clear()
+        for put_back in [each.restore for each in self.mirrors] + list(self._own_heads):
+            put_back()
         self.engine.detach()
-        self.trainer.remove_callback(self)
+        if self in self.trainer.callback_handler.callbacks:
+            self.trainer.remove_callback(self)
 
     def sync_weights(self) -> None:
         """In VLLMGeneration's place: the trainer's weights into the engine, and back out of its kernels."""
@@ -171,7 +224,7 @@ class Alignment(TrainerCallback):
         compute_aux_loss: bool = False,
         **others: object,
     ) -> Scored:
-        """In GRPOTrainer's place: logprobs [B, logits_to_keep] (nats, at the trainer's temperature) by the mirrored head.
+        """In the trainer's place: logprobs [B, logits_to_keep] (nats, at the trainer's temperature) by the mirrored head.
 
         Raises ValueError for images, which this adapter was not tried with.
         """
@@ -200,20 +253,25 @@ class Alignment(TrainerCallback):
                 )  # fmt: skip
             logprobs.append(found[0][:, -logits_to_keep:])
             entropies.append(found[1][:, -logits_to_keep:])
-        return torch.cat(logprobs), torch.cat(entropies) if compute_entropy else None, None
+        scored = torch.cat(logprobs)
+        if self._old is None and not torch.is_grad_enabled() and mine is self.mirrors[0]:
+            self._old = scored  # the reference is scored later, with PEFT through the same model
+        return scored, torch.cat(entropies) if compute_entropy else None, None
 
     # --- inside ---
 
-    def _put(self, owner: object, name: str, value: Callable) -> None:
+    def _put(self, owner: object, name: str, value: object) -> None:
+        self._replaced.append((owner, name, vars(owner).get(name, _ABSENT)))
         setattr(owner, name, value)
-        self._replaced.append((owner, name))
 
     def _publish(self) -> None:
         generation = self.trainer.vllm_generation
-        if generation.enable_sleep_mode:
+        if generation.mode == "colocate" and generation.enable_sleep_mode:
             generation.llm.wake_up(tags=["weights"])
             generation._llm_weights_sleeping = False
-        self.engine.publish(generation._iter_named_params(), self.trainer.state.global_step)
+        peft = is_peft_model(self.trainer.model)  # TRL would merge in place, and take out again, in 16 bits
+        weights = self.mirrors[0].named_weights() if peft else generation._iter_named_params()
+        self.engine.publish(weights, self.trainer.state.global_step)
 
     def _verify(self) -> None:
         self._stock_sync()
@@ -229,9 +287,18 @@ class Alignment(TrainerCallback):
             "model has been set"
         )
 
+    def _listened(self, generate: Callable) -> Callable:
+        def listened(*args: object, **kwargs: object) -> tuple:
+            answer = generate(*args, **kwargs)
+            self._sampled = answer[2]
+            return answer
+
+        return listened
+
     def _watched(self, generate_and_score: Callable) -> Callable:
         def watched(inputs: object) -> dict[str, object]:
             self.engine.require_sound()
+            self._old = None
             output = generate_and_score(inputs)
             if not self._proven:
                 self.engine.prove()
@@ -240,9 +307,8 @@ class Alignment(TrainerCallback):
             mask = mask * output["tool_mask"] if "tool_mask" in output else mask
             step = self.trainer.state.global_step
             found = self.monitor.step(
-                step, output["old_per_token_logps"], output["sampling_per_token_logps"], mask,
-                lag=step - self.engine.policy_version,
-            )  # fmt: skip
+                step, self._old, self._rollout_logprobs(output), mask, lag=step - self.engine.policy_version
+            )
             self.metrics.append(found)
             log = self.trainer._metrics["train" if self.trainer.model.training else "eval"]
             for name in LOGGED:
@@ -253,45 +319,11 @@ class Alignment(TrainerCallback):
 
         return watched
 
-
-def require_version(found: str) -> None:
-    """Raise RuntimeError for a TRL that this adapter was not tried on, unless RLALIGN_ALLOW_UNTESTED_TRL=1."""
-    if ".".join(found.split(".")[:2]) in TESTED or os.environ.get(ALLOW_UNTESTED) == "1":
-        return
-    raise RuntimeError(
-        f"TRL {found} was not tried with this adapter ({', '.join(TESTED)} were), which replaces methods of GRPOTrainer and "
-        f"VLLMGeneration by name. Install a tested one; or set {ALLOW_UNTESTED}=1 and read the first step's mismatch/lag0/k3; or "
-        "use rlalign.attach and rlalign.mirror in your own subclass"
-    )
-
-
-def sampling_of(trainer: GRPOTrainer) -> dict[str, object]:
-    """What TRL asks vLLM to sample with, under vLLM's names."""
-    generation = trainer.vllm_generation
-    found = {
-        name: getattr(generation, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    }
-    return found | {"structured_outputs": generation.structured_outputs_regex} | generation.generation_kwargs
-
-
-def _require_settings(trainer: GRPOTrainer) -> None:
-    args, generation = trainer.args, getattr(trainer, "vllm_generation", None)
-    wrong = None
-    if generation is None:
-        wrong = "use_vllm=False: there is no second engine to align with"
-    elif generation.mode != "colocate":
-        wrong = (
-            'vllm_mode="server": its engine is in another process; attach to the server\'s address with rlalign.attach'
-        )
-    elif generation.tensor_parallel_size > 1:
-        wrong = "vllm_tensor_parallel_size > 1: each process sees its own worker only; use 1 (one engine a process)"
-    elif not trainer.vllm_importance_sampling_correction:
-        wrong = (
-            "vllm_importance_sampling_correction=False: then nothing recomputes the logprobs to compare; leave it True"
-        )
-    elif getattr(trainer, "_is_vlm", False):
-        wrong = "a model with images: this adapter scores text only"
-    elif args.cast_lm_head_to_fp32:
-        wrong = "cast_lm_head_to_fp32=True: TRL's own float32 head, on one side only; leave it False"
-    if wrong is not None:
-        raise ValueError(f"rlalign.integrations.trl: {wrong}")
+    def _rollout_logprobs(self, output: dict[str, object]) -> Tensor:
+        """[B, T] as sampled: what GRPOTrainer hands on, or what RLOOTrainer's engine said, which it leaves lying."""
+        if "sampling_per_token_logps" in output:
+            return output["sampling_per_token_logps"]
+        rollout_BT = torch.zeros(output["completion_ids"].shape)
+        for row_T, said in zip(rollout_BT, self._sampled, strict=True):
+            row_T[: len(said)] = torch.tensor([float("nan") if each[0] is None else each[0] for each in said])
+        return rollout_BT

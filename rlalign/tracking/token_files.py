@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+import rlalign
+from rlalign.tracking.files import RUN, TOKENS, read_json, write_json
 from rlalign.types import KeptSets, LogprobSpec, RolloutBatch
 
 if TYPE_CHECKING:
@@ -119,6 +121,21 @@ def read_tokens(path: Path, columns: Sequence[str] | None = None) -> pyarrow.Tab
         return pyarrow.parquet.read_table(path, columns=columns)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} is no readable token file: {error}") from None
+
+
+LOOP = "loop.json"  # in the directory of a loop of one's own: there is no run.json then
+
+
+def write_loop(directory: Path, sides: Mapping[str, str]) -> None:
+    """Say that these are files of a loop that is not ours, and what both sides computed in: head_dtype, dtype."""
+    write_json(directory / LOOP, {"rlalign": rlalign.__version__, **sides})
+
+
+def read_loop(directory: Path) -> dict[str, str] | None:
+    """What `write_loop` wrote; None where nothing is of a foreign loop, {} where it wrote tokens alone."""
+    if (directory / LOOP).is_file():
+        return read_json(directory / LOOP)
+    return {} if not (directory / RUN).exists() and any((directory / TOKENS).glob("step-*.parquet")) else None
 
 
 FOLDER, MODEL, BATCH, MASTER = "replay", "model", "batch.safetensors", "master_lm_head.safetensors"

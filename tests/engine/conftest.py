@@ -99,12 +99,13 @@ def perturbed(folder: Path, *, seed: int, dtype: torch.dtype = torch.bfloat16, s
     return model
 
 
-def on_two_ranks(module: str, model: Path, folder: Path) -> Path:
+def on_two_ranks(module: str, model: Path, folder: Path, *more: str) -> Path:
     """`module` by torchrun, which leaves its results in the folder."""
     from rlalign.ranks import environment_without_launcher
 
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", module, model, folder],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", module, model, folder,
+         *more],
         cwd=Path(__file__).parents[2], env=environment_without_launcher() | {"OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=1200,
     )  # fmt: skip

@@ -1,6 +1,9 @@
 """rlalign.attach on engines that rlalign did not start: the head asked for by the environment, proof, publishing, verification."""
 
+import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 
 import rlalign
-from tests.engine.conftest import PROMPTS, perturbed
+from rlalign import cli
+from tests.engine.conftest import PROMPTS, perturbed, worker_of
 
 RAW = {
     "max_model_len": 256,
@@ -62,6 +66,7 @@ def masters(folder, seed):
     return perturbed(folder, seed=seed, dtype=torch.float32)
 
 
+@pytest.mark.proves("vLLM LLM", "RLALIGN_HEAD beside a stack's own worker extension")
 def test_the_variable_is_enough_beside_a_stacks_own_extension(llm, engine):
     assert llm.collective_rpc("stacks_own_rpc") == ["rank 0 of the stack"]
     (status,) = engine.status()
@@ -77,6 +82,7 @@ def test_nothing_is_proved_before_a_token_was_made(llm, engine):
     assert status["calls"] > 0 and status["multiplied"]["sampled"]["dtype"] == "float32"
 
 
+@pytest.mark.proves("vLLM LLM", "float32 weights into a bf16 engine, read back")
 def test_float32_weights_are_published_as_the_engine_should_hold_them(llm, engine, tied):
     model = masters(tied, 1)
     assert not torch.equal(model.lm_head.weight.bfloat16().float(), model.lm_head.weight)
@@ -98,6 +104,7 @@ def test_float32_weights_are_published_as_the_engine_should_hold_them(llm, engin
             assert abs(float(logprobs[start + i - 1, token]) - sampled.logprobs[i][token].logprob) < 0.1
 
 
+@pytest.mark.proves("vLLM LLM", "weights that a stack pushed are verified, stale ones named")
 def test_weights_that_the_stack_pushed_are_verified_and_stale_ones_named(llm, engine, tied):
     model, newer = masters(tied, 4), masters(tied, 5)
     engine.publish(model.named_parameters(), 4)
@@ -168,10 +175,28 @@ def test_an_engine_that_asked_for_no_head_is_told_how(tied, monkeypatch):
     other.llm_engine.engine_core.shutdown()
 
 
+def doctored(llm, handle, folder, monkeypatch):
+    """`rlalign doctor --engine module:object` on an object that some stack holds."""
+    from rlalign.diagnose.doctor import foreign
+
+    stack = SimpleNamespace(engines=SimpleNamespace(first=llm, make=lambda: llm))
+    monkeypatch.setitem(sys.modules, "a_stack", stack)
+    assert foreign.reached("a_stack:engines.first") is foreign.reached("a_stack:engines.make") is llm
+    arguments = ["doctor", "--engine", "a_stack:engines.make", "--model", str(folder)]
+    assert cli.main(arguments) == 1  # attached to the handle of the caller
+    handle.detach()
+    assert cli.main(arguments) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker_of(llm).vllm_config.model_config, "logprobs_mode", "raw_logprobs")
+        assert cli.main(arguments) == 1
+    return rlalign.attach(llm, after_generation=True)
+
+
+@pytest.mark.proves("vLLM LLM", "mirror_check: lag-0 k3 below 1e-9 in float32")
 def test_both_sides_at_equal_weights_in_one_call(tied, monkeypatch, tmp_path):
     """On an engine and a model in float32 everything but the heads agrees too; a stale one is far off, and told apart."""
     monkeypatch.setenv("RLALIGN_HEAD", "float32")
-    other = build(tied, monkeypatch, dtype="float32")
+    other = build(tied, monkeypatch, dtype="float32", logprobs_mode="processed_logprobs")
     handle = rlalign.attach(other)
     model = AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32)
     with pytest.raises(ValueError, match="got a Qwen3ForCausalLM where a mirror belongs"):
@@ -181,6 +206,7 @@ def test_both_sides_at_equal_weights_in_one_call(tied, monkeypatch, tmp_path):
     found = rlalign.mirror_check(handle, mirrored, tokens)
     assert found.whole["k3"] < 1e-9 and found.tokens == sum(len(t) - 1 for t in tokens)
     assert found.heads["k3"] < 1e-12 and "heads alone" in str(found)
+    handle = doctored(other, handle, tied, monkeypatch)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.05)
@@ -193,6 +219,7 @@ def test_both_sides_at_equal_weights_in_one_call(tied, monkeypatch, tmp_path):
     other.llm_engine.engine_core.shutdown()
 
 
+@pytest.mark.proves("transformers loop of one's own", "examples/own_loop.py, three steps at lag 0")
 def test_a_loop_of_ones_own(tmp_path, monkeypatch):
     """examples/own_loop.py as it is: at most 80 lines, both sides together at every step."""
     import runpy
@@ -209,3 +236,12 @@ def test_a_loop_of_ones_own(tmp_path, monkeypatch):
     assert len({m["mismatch/nll_rollout"] for m in history}) == 3  # it moved
     report = analyse(tmp_path / "tokens")
     assert report.overall["tokens"] == sum(m["mismatch/tokens"] for m in history)
+    # its last step, which it kept whole, through both sides once more
+    out = tmp_path / "attribution.json"
+    arguments = ["--no-chunked", "--no-patch", "--route", "decode", "--tokens", "200", "--json", str(out)]
+    assert cli.main(["attribute", "--run", str(tmp_path), *arguments]) in (0, 1)  # 1: a step over its noise floor
+    found = json.loads(out.read_text())
+    assert "step 2 of a loop of one's own, its weights rounded to bfloat16" in found["notes"]
+    assert (found["body_dtype"], found["head_dtype"]) == ("bfloat16", "float32") and found["scored_tokens"] > 50
+    assert cli.main(["attribute", "--run", str(tmp_path), "--step", "1", *arguments]) == 2
+    assert cli.main(["replay", str(tmp_path), "--step", "2"]) == 2

@@ -13,13 +13,13 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
 
-from rlalign.config import RunConfig
+from rlalign.config import Dtype, HeadDtype, ModelConfig, RolloutConfig, RunConfig
 from rlalign.diagnose.both_sides import task_prompts
 from rlalign.diagnose.prompt_file import read_prompts
 from rlalign.rollout.engine.embedded import VLLMEngine
 from rlalign.run.assembly import encode, load_task_of, load_tokenizer, resolve_model
 from rlalign.tracking.record import config_of, read_run
-from rlalign.tracking.token_files import read_step, read_tokens, saved_steps
+from rlalign.tracking.token_files import read_loop, read_step, read_tokens, saved_steps
 from rlalign.trainer.checkpoint_names import as_checkpoint
 from rlalign.types import LogprobSpec, Rollout, RolloutBatch, collate
 
@@ -40,8 +40,10 @@ def of_run(directory: Path, step: int | None, tokens: int) -> Source:
     """A step of a run: with the weights that sampled it where the run saved them, else with its initial weights.
 
     step: None for the last one saved. Raises ValueError for a directory of another version, a step without tokens, and
-    prompts that are no longer those of the run.
+    prompts that are no longer those of the run. The directory may also be one that `rlalign.write_tokens` kept whole steps in.
     """
+    if (loop := read_loop(directory)) is not None:
+        return _of_loop(directory, loop, step, tokens)
     record = read_run(directory)
     config = config_of(record)
     saved = saved_steps(directory)
@@ -65,6 +67,29 @@ def of_run(directory: Path, step: int | None, tokens: int) -> Source:
         batch,
         (f"tokens of step {chosen}, but the weights are {config.model.path}: the run did not save the step's",),
     )
+
+
+def _of_loop(directory: Path, loop: dict[str, str], step: int | None, tokens: int) -> Source:
+    """A step of somebody else's loop, with the weights that it wrote beside the tokens."""
+    saved = saved_steps(directory)
+    if not saved:
+        raise ValueError(
+            f"{directory}: a loop of one's own wrote its sampled tokens here, not the prompts before them and not the weights. "
+            "Give rlalign.write_tokens also monitor, tokenizer and attention_mask_BL, at the steps to attribute; "
+            f"`rlalign mismatch {directory}/tokens` reads what there is"
+        )
+    found = read_step(directory, saved[-1] if step is None else step)
+    about = found.batch.spec
+    batch = replace(
+        found.batch, spec=LogprobSpec(temperature=about.temperature, head_dtype=about.head_dtype), kept=None
+    )
+    length = batch.token_ids_BL.shape[1] + 16
+    config = RunConfig(
+        head_dtype=HeadDtype(loop["head_dtype"]), model=ModelConfig(path=str(found.model), dtype=Dtype(loop["dtype"])),
+        rollout=RolloutConfig(temperature=about.temperature, max_model_len=length, max_tokens=length - 1, enforce_eager=True),
+    )  # fmt: skip
+    notes = (f"step {found.step} of a loop of one's own, its weights rounded to {loop['dtype']}",)
+    return Source(_over_all_ids(config), found.model, budget(batch, tokens), notes)
 
 
 def of_config(config: RunConfig) -> Source:

@@ -9,9 +9,11 @@ look at what they really do. A check that fails never hides the ones after it.
     claims        what the checkpoint asks of head and attention
     tokens        tokenizer, chat template, special tokens, prompt lengths
     live          the engine and the trainer's model: settings, heads, weights, agreement
+    foreign       the same of an engine that another stack started, from outside
 """
 
 from rlalign.diagnose.doctor.check import Check, as_json, report
 from rlalign.diagnose.doctor.examine import examine
+from rlalign.diagnose.doctor.foreign import examine_engine
 
-__all__ = ["Check", "as_json", "examine", "report"]
+__all__ = ["Check", "as_json", "examine", "examine_engine", "report"]

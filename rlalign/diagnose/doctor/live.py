@@ -23,6 +23,7 @@ from rlalign.types import RolloutBatch
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from rlalign.rollout.attached import AttachedEngine
     from rlalign.rollout.engine.embedded import VLLMEngine
 
 ISOLATED_TOKENS = 64  # of the head alone
@@ -50,7 +51,7 @@ def engine_and_trainer(config: RunConfig, say: Callable[[str], None] = lambda _:
         yield prefix_cache(engine, batch)
         say("the same tokens through both sides")
         yield from _agreement(engine, network, batch, config)
-        yield from _ranks(engine)
+        yield from heads(engine)
     finally:
         engine.close()
 
@@ -159,7 +160,7 @@ def _agreement(engine: VLLMEngine, network: nn.Module, batch: RolloutBatch, conf
 
 
 def head_alone(
-    engine: VLLMEngine,
+    engine: VLLMEngine | AttachedEngine,
     network: nn.Module,
     hidden_BLD: Tensor,
     batch: RolloutBatch,
@@ -209,7 +210,8 @@ def _multiplied(name: str, promise: str, found: dict[str, object]) -> Check:
     return judged(name, fine, multiplied.said(found), remedy)
 
 
-def _ranks(engine: VLLMEngine) -> Iterator[Check]:
+def heads(engine: VLLMEngine | AttachedEngine) -> Iterator[Check]:
+    """The head of every rank: its mode, and the dtype in which its logits turned out to be computed."""
     from rlalign.rollout.head.head_settings import promised
 
     for status in engine.status():

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlalign.rollout.attached.lines import Line, LLMLine, lines_to
+from rlalign.rollout.attached.lines import ActorLine, Line, lines_to
 from rlalign.rollout.attached.sampling_convention import spec_of_sampling
 from rlalign.rollout.engine import handshake
 from rlalign.rollout.head.head_settings import HeadSettings
@@ -119,6 +119,10 @@ class AttachedEngine:
             defaults=said["sampling_defaults"],
         )  # fmt: skip
 
+    def identity(self) -> dict[str, object]:
+        """What the first rank said of itself: model, dtype, logprobs_mode, kv_cache_dtype, sampling_defaults, host and more."""
+        return dict(self._identity[0])
+
     @property
     def body_dtype(self) -> torch.dtype:
         """What the engine's layers below the head compute in."""
@@ -127,13 +131,13 @@ class AttachedEngine:
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Teacher-forced logprobs of given tokens, entry t about token t, entry 0 is 0.0 (nats, temperature 1).
 
-        Raises ValueError for an engine behind actors or an event loop, which has no call that gives them.
+        Raises ValueError for Ray actors, which have no call that gives them, and where several engines are held.
         """
         self.require_sound()
-        if len(self._lines) != 1 or not isinstance(self._lines[0], LLMLine):
+        if len(self._lines) != 1 or isinstance(self._lines[0], ActorLine):
             raise ValueError(
-                f"score: {', '.join(self.engines)} cannot be asked for prompt logprobs from here; attach a vllm.LLM, or sample "
-                "with logprobs and give both sides' numbers to rlalign.compare"
+                f"score: {', '.join(self.engines)} cannot be asked for prompt logprobs from here; attach a vllm.LLM, an AsyncLLM "
+                "or one server, or sample with logprobs and give both sides' numbers to rlalign.compare"
             )
         return self._lines[0].score(sequences)
 

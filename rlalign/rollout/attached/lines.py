@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import uuid
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from rlalign.rollout.engine.surface import EMBEDDED, labelled
 from rlalign.rollout.server.client import Client
 from rlalign.rollout.server.pool import LoopThread
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
 
 PATIENCE = 600.0  # seconds for an answer: a worker may be compiling, or taking a large bucket
 MISSING = (
@@ -52,15 +56,9 @@ class LLMLine:
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Logprobs of given tokens in one prefill each, entry 0 is 0.0; vLLM applies no temperature to them."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
         prompts = [{"prompt_token_ids": list(each)} for each in sequences]
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        return [
-            [0.0] + [entry[token].logprob for entry, token in zip(o.prompt_logprobs[1:], each[1:], strict=True)]
-            for o, each in zip(outputs, sequences, strict=True)
-        ]
+        outputs = self._llm.generate(prompts, _forcing(), use_tqdm=False)
+        return [_of_prompt(o, each) for o, each in zip(outputs, sequences, strict=True)]
 
     def hold(self, reason: str) -> None:
         """See Line. The object's own methods refuse meanwhile."""
@@ -119,6 +117,18 @@ class AsyncLine:
     def close(self) -> None:
         """See Line."""
 
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """As of an LLM."""
+
+        async def one(ids: Sequence[int]) -> object:
+            prompt, name = {"prompt_token_ids": list(ids)}, f"rlalign-{uuid.uuid4().hex}"
+            return [output async for output in self._engine.generate(prompt, _forcing(), name)][-1]
+
+        async def every() -> list:
+            return await asyncio.gather(*map(one, sequences))
+
+        return [_of_prompt(o, each) for o, each in zip(self._run(every()), sequences, strict=True)]
+
     def _run(self, coroutine: object) -> object:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(PATIENCE)
 
@@ -143,6 +153,10 @@ class UrlLine:
         """See Line."""
         self._loop.call(self._client.stamp(str(version), PATIENCE))
         self._loop.call(self._client.resume(PATIENCE))
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """As of an LLM."""
+        return self._loop.call(self._client.prompt_logprobs(sequences, PATIENCE))
 
     def close(self) -> None:
         """See Line."""
@@ -203,6 +217,17 @@ def lines_to(engine: object, *, loop: asyncio.AbstractEventLoop | None, key: str
         f"attach: {type(engine).__name__} is no engine that is known here; give a vllm.LLM, an AsyncLLM, the address of a "
         "`vllm serve`, a Ray actor that has collective_rpc, or a list of them"
     )
+
+
+def _forcing() -> SamplingParams:
+    from vllm import SamplingParams
+
+    return SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
+
+
+def _of_prompt(output: object, ids: Sequence[int]) -> list[float]:
+    entries = zip(output.prompt_logprobs[1:], ids[1:], strict=True)
+    return [0.0] + [entry[token].logprob for entry, token in entries]
 
 
 async def _client(url: str, key: str | None) -> Client:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rlalign.rollout.engine.surface import labelled
@@ -98,6 +99,19 @@ class Client:
         if not isinstance(answers, list):
             raise Refused(f"{self.url}: {method} answered {answers!r}, expected one answer a rank", 200)
         return [labelled(answer, rank, self.url, method) for rank, answer in enumerate(answers)]
+
+    async def prompt_logprobs(self, sequences: Sequence[Sequence[int]], timeout: float) -> list[list[float]]:
+        """Logprobs of given tokens in one prefill each, entry 0 is 0.0, by the OpenAI route that every `vllm serve` has."""
+        models = await self._send("GET", "/v1/models", None, timeout)
+        _require_ok(models, self.url)
+        body = {"model": _field(models.content, "data", self.url)[0]["id"], "prompt": [list(ids) for ids in sequences]}
+        body |= {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
+        raw = await self._post("/v1/completions", json.dumps(body).encode(), timeout)
+        choices = sorted(_field(raw, "choices", self.url), key=lambda c: c["index"])
+        return [
+            [0.0] + [e[str(t)]["logprob"] for e, t in zip(choice["prompt_logprobs"][1:], ids[1:], strict=True)]
+            for choice, ids in zip(choices, sequences, strict=True)
+        ]
 
     async def require_generate(self, timeout: float) -> None:
         """Raise Refused where /inference/v1/generate is switched off. Samples nothing: the body is refused."""

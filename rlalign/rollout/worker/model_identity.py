@@ -38,6 +38,7 @@ class IdentityExtension:
             "dtype": str(model.dtype).removeprefix("torch."),
             "max_model_len": model.max_model_len,
             "logprobs_mode": str(model.logprobs_mode),
+            "kv_cache_dtype": str(self.vllm_config.cache_config.cache_dtype),
             "device": self.vllm_config.device_config.device_type,
             "ranks": parallel.world_size,  # of this engine
             "sampling_defaults": dict(model.get_diff_sampling_param()),  # where a request leaves settings out

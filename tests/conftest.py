@@ -1,6 +1,7 @@
 """Shared by all tests."""
 
 import os
+import sys
 from collections import defaultdict
 
 import pytest
@@ -45,13 +46,18 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="module")
 def as_it_was():
-    """What a file's tests leave in their process counts for no other file: our variables, and the linear function of zero.Init."""
+    """What a file's tests leave in their process counts for no other file.
+
+    Variables of ours, the linear function of `deepspeed.zero.Init`, the precision of the one accelerator that a process can have.
+    """
     before, linear = {n: v for n, v in os.environ.items() if n.startswith("RLALIGN_")}, torch.nn.functional.linear
     yield
     for name in [n for n in os.environ if n.startswith("RLALIGN_") and n not in before]:
         del os.environ[name]
     os.environ.update(before)
     torch.nn.functional.linear = linear
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def _add(found: dict[str, list[str]]) -> None:

@@ -87,6 +87,8 @@ def _linears(layer: nn.Module) -> Iterator[nn.Linear]:
 
 
 def _require_linear(layer: nn.Module) -> None:
+    if any(hasattr(weight, "placements") for weight in layer.parameters()):
+        raise ValueError("fake quantisation needs whole weights, and these are DTensors: quantise before fully_shard")
     known = {id(linear.weight) for linear in _linears(layer)}
     other = [name for name, weight in layer.named_parameters() if weight.ndim > 1 and id(weight) not in known]
     if other:

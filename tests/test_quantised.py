@@ -56,6 +56,15 @@ def test_rounding_is_to_the_nearest_code_and_ties_go_to_even(rounded, codes):
     assert torch.equal(rounded(x).double(), nearest(x, codes))
 
 
+def test_towards_zero_is_the_largest_code_that_is_not_larger():
+    codes = e4m3_codes()
+    x = torch.cat([codes, (codes[1:] + codes[:-1]) / 2, values().flatten().double(), torch.tensor([1e4])]).float()
+    at = torch.searchsorted(codes, x.double().abs(), right=True) - 1
+    found = formats.e4m3_towards_zero(torch.cat([x, -x])).double()
+    assert torch.equal(found, torch.cat([codes[at] * x.sign(), -codes[at] * x.sign()]))
+    assert formats.e4m3_towards_zero(torch.tensor([float("nan")])).isnan().all()
+
+
 def compressed(x: torch.Tensor, **how: object) -> torch.Tensor:
     """compressed-tensors' fake quantisation with the scales of its own observers."""
     from compressed_tensors.quantization import QuantizationArgs
@@ -217,7 +226,7 @@ def test_gradients_go_straight_through_and_the_head_stays_plain():
 def test_what_cannot_be_faked_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="quantised weights: unknown format 'int3'; choose one of fp8_tensor"):
         Recipe(weights="int3")
-    with pytest.raises(ValueError, match="quantised kv: unknown format 'mxfp8'; choose one of fp8, fp8_per"):
+    with pytest.raises(ValueError, match="quantised kv: unknown format 'mxfp8'; choose one of fp8, fp8_towards"):
         Recipe(kv="mxfp8")
     experts = Qwen3MoeForCausalLM(
         Qwen3MoeConfig(

@@ -24,6 +24,14 @@ def e4m3(x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(x.dtype) * scale
 
 
+def e4m3_towards_zero(x: Tensor) -> Tensor:
+    """The float8_e4m3fn next to x on the side of zero."""
+    size = x.abs().clamp(max=E4M3_MAX)
+    codes = size.to(torch.float8_e4m3fn)
+    over = codes.to(x.dtype) > size  # codes of positive numbers are in their order
+    return (codes.view(torch.uint8) - over.to(torch.uint8)).view(torch.float8_e4m3fn).to(x.dtype) * x.sign()
+
+
 def e2m1(x: Tensor) -> Tensor:
     """Round to 0, 0.5, 1, 1.5, 2, 3, 4 or 6 and a sign: to nearest, ties to the even code; larger values to 6."""
     size = x.abs().clamp(max=E2M1_MAX)
@@ -115,5 +123,8 @@ FORMATS = {  # of linear layers
 }
 KV_FORMATS = {  # of keys and values [..., E], as the engine caches them
     "fp8": partial(_widened, e4m3),  # scale 1.0, vLLM's where no checkpoint brings one
+    "fp8_towards_zero": partial(
+        _widened, e4m3_towards_zero
+    ),  # what vLLM's CPU kernels store for "fp8" (docs/upstream.md)
     "fp8_per_token_head": partial(_widened, of_rows),
 }

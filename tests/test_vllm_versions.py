@@ -15,7 +15,7 @@ from rlalign.rollout.versions import Hook
         ("0.25.1", Hook.GET_LOGITS),
         ("0.26.0", Hook.APPLY_HEAD),
         ("0.32.0+cpu", Hook.APPLY_HEAD),
-        ("0.33.0rc1", Hook.APPLY_HEAD),
+        ("0.34.0rc1", Hook.APPLY_HEAD),
         ("1.0", Hook.APPLY_HEAD),
     ],
 )
@@ -38,16 +38,16 @@ def test_what_a_version_offers_grows_in_order():
 
 def test_outside_the_tested_range_is_refused_and_only_the_newer_side_can_be_opened(monkeypatch):
     monkeypatch.delenv(versions.ALLOW_UNTESTED, raising=False)
-    for version in ("0.24.0", "0.28.0", "0.32.0"):
+    for version in ("0.24.0", "0.28.0", "0.33.0"):
         versions.require_supported(version)
     with pytest.raises(
-        RuntimeError, match=r"vLLM 0.33.0 is newer than .*\(0.24 to 0.32\).*RLALIGN_ALLOW_UNTESTED_VLLM=1"
+        RuntimeError, match=r"vLLM 0.34.0 is newer than .*\(0.24 to 0.33\).*RLALIGN_ALLOW_UNTESTED_VLLM=1"
     ):
-        versions.require_supported("0.33.0")
+        versions.require_supported("0.34.0")
     with pytest.raises(RuntimeError, match=r"vLLM 0.23.1 is older .*install vllm>=0.24"):
         versions.require_supported("0.23.1")
     monkeypatch.setenv(versions.ALLOW_UNTESTED, "1")
-    versions.require_supported("0.33.0")
+    versions.require_supported("0.34.0")
     with pytest.raises(RuntimeError, match="is older"):
         versions.require_supported("0.23.1")
 

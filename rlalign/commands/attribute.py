@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rlalign.diagnose.attribution.sources import Source
     from rlalign.rollout.engine.embedded import VLLMEngine
     from rlalign.rollout.engine.teacher_forcing import Route
+    from rlalign.types import RolloutBatch
 
 ROUTES = ("prefill", "decode")
 CHUNK = 16  # tokens prefilled at once by the engine that measures the floor of chunking
@@ -60,6 +61,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=f"write every number as JSON; with --run also RUN/{ATTRIBUTION}, for its report",
     )
+    add(
+        "--budget",
+        action="append",
+        metavar="FORMAT",
+        help="instead: k3 that a body in this format costs (fp8_tensor, fp8_channel, fp8_block, mxfp8, nvfp4); repeatable",
+    )
+    add("--kv-cache", default="", metavar="FORMAT", help="with --budget: of keys and values, fp8 or fp8_per_token_head")
     add("--scratch", type=Path, metavar="DIR", help="where activations lie meanwhile (default: the temporary folder)")
 
 
@@ -75,6 +83,12 @@ def run(config: Callable[[], RunConfig], arguments: argparse.Namespace) -> int:
         raise ValueError("--step names a step of a run; give the run with --run DIR")
     else:
         source = sources.of_config(config())
+    if arguments.budget:
+        return _budget(source, arguments)
+    if arguments.kv_cache:
+        raise ValueError(
+            f"--kv-cache {arguments.kv_cache} is of a budget; name the body's format too, with --budget FORMAT"
+        )
     found, notes = _measured(source, arguments)
     print(words.text(found, every=arguments.all_points))
     for note in notes:
@@ -85,6 +99,50 @@ def run(config: Callable[[], RunConfig], arguments: argparse.Namespace) -> int:
     for file in filter(None, (arguments.json, in_run)):
         write_json(file, found.as_json() | {"notes": list(notes)})
     return 1 if found.first_over_floor else 0
+
+
+def _budget(source: Source, arguments: argparse.Namespace) -> int:
+    """Print and write what each format costs. A live engine only samples, and only where the source brings no tokens."""
+    from rlalign.diagnose.attribution import budget
+    from rlalign.diagnose.both_sides import trainer_network
+    from rlalign.run.assembly import start_embedded
+    from rlalign.tracking.stages import Stages
+    from rlalign.trainer.fake_quantised import Recipe
+
+    for name in arguments.budget:
+        Recipe(weights=name, kv=arguments.kv_cache)  # unknown names before anything is loaded
+    with Stages("budget") as stages:
+        batch = source.batch
+        if batch is None:
+            stages.stage("starting vLLM, for tokens")
+            engine = start_embedded(source.model, source.config)
+            try:
+                batch = _sampled(engine, source, arguments)
+            finally:
+                engine.close()
+        stages.stage("loading the trainer's model")
+        network = trainer_network(source.model, source.config.model.dtype.value)
+        found = [
+            budget.measure(
+                network, batch, format=name, kv=arguments.kv_cache, by_layer=not arguments.no_patch, say=stages.stage
+            )
+            for name in dict.fromkeys(arguments.budget)
+        ]
+    print("\n\n".join(budget.text(one) for one in found))
+    for note in source.notes:
+        print(f"note: {note}")
+    if arguments.json:
+        write_json(arguments.json, {"budgets": [one.as_json() for one in found], "notes": list(source.notes)})
+    return 0
+
+
+def _sampled(engine: VLLMEngine, source: Source, arguments: argparse.Namespace) -> RolloutBatch:
+    from rlalign.diagnose.attribution import sources
+
+    return sources.sampled(
+        engine, source, prompt_file=arguments.prompt_file, prompts=arguments.prompts,
+        samples=arguments.samples, tokens=arguments.tokens,
+    )  # fmt: skip
 
 
 def _measured(source: Source, arguments: argparse.Namespace) -> tuple[Attribution, list[str]]:
@@ -112,7 +170,6 @@ def _both_sides(
     """Start what is needed, sample where the source brings no tokens, prove the weights equal, measure."""
     from dataclasses import replace
 
-    from rlalign.diagnose.attribution import sources
     from rlalign.diagnose.attribution.measure import measure
     from rlalign.diagnose.attribution.sources import require_same_weights
     from rlalign.diagnose.both_sides import trainer_network
@@ -127,10 +184,7 @@ def _both_sides(
         say("tokens, and whether both sides hold the same weights")
         batch = source.batch
         if batch is None:
-            batch = sources.sampled(
-                engines[0], source, prompt_file=arguments.prompt_file, prompts=arguments.prompts,
-                samples=arguments.samples, tokens=arguments.tokens,
-            )  # fmt: skip
+            batch = _sampled(engines[0], source, arguments)
         notes = require_same_weights(engines[0], network, Path(config.weights.shared), anyway=arguments.any_weights)
         if not arguments.no_chunked:
             say("starting a second vLLM with another chunking")

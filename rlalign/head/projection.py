@@ -47,8 +47,8 @@ def project(
     weight_is_bf16_valued: a float32 weight that copies a bf16 one; the logits carry the bits of the bf16 weight's.
     Differentiable: gradients come back in each operand's dtype after float32 accumulation. For 16-bit operands the
     gradient of the logits enters the two products in the operands' dtype (float16: in float32), never the logits.
-    No tokens give an empty result. Raises ValueError on wrong shapes, dtypes, devices, or a weight without data (meta,
-    or partitioned by ZeRO-3).
+    No tokens give an empty result. Raises ValueError on wrong shapes, dtypes, devices, DTensors, or a weight without
+    data (meta, or partitioned by ZeRO-3).
     """
     check_operands(hidden_ND, weight_VD, bias_V)
     flat_ND = hidden_ND.reshape(-1, hidden_ND.shape[-1])
@@ -79,6 +79,11 @@ def check_operands(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) 
             continue
         if tensor.dtype not in FLOATS:
             raise ValueError(f"head: {name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+        if hasattr(tensor, "placements"):
+            raise ValueError(
+                f"head: {name} is a DTensor, spread over ranks {tensor.placements}; call this inside the forward of the module "
+                "that FSDP gathers, or give a tensor-parallel head's to_local() with shard=VocabShard.of(weight)"
+            )
         if tensor.device != hidden_ND.device:
             raise ValueError(f"head: {name} is on {tensor.device}, the hidden states are on {hidden_ND.device}")
 

@@ -24,6 +24,7 @@ from rlalign.logprobs.stash import Stash, stash_size
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,25 @@ class VocabShard:
     start: int
     total: int
     group: ProcessGroup | None = None
+
+    @classmethod
+    def of(cls, weight_VD: DTensor) -> VocabShard:
+        """Read off the slice of a tensor-parallel lm_head; its `weight.to_local()` is what this rank multiplies by.
+
+        Not for FSDP's shards: its ranks have other tokens each, and gather the weight. Raises ValueError unless rows are split
+        over a mesh of one dimension, in DTensor's own even slices.
+        """
+        from torch.distributed.tensor import Shard
+
+        mesh, local = weight_VD.device_mesh, weight_VD.to_local()
+        rows = -(-weight_VD.shape[0] // mesh.size())
+        start = min(rows * mesh.get_local_rank(), weight_VD.shape[0]) if mesh.ndim == 1 else 0
+        if weight_VD.placements != (Shard(0),) or local.shape[0] != min(rows, weight_VD.shape[0] - start):
+            raise ValueError(
+                f"VocabShard.of: expected rows split over a mesh of one dimension, (Shard(0),), got {weight_VD.placements} on a "
+                f"mesh of {tuple(mesh.shape)}; redistribute the weight, or name its slice with VocabShard(start, total, group)"
+            )
+        return cls(start, weight_VD.shape[0], mesh.get_group())
 
 
 def sharded_logprobs(

@@ -6,7 +6,7 @@ import enum
 import os
 
 OLDEST = (0, 24)  # oldest minor release whose sources the hooks were checked against
-NEWEST = (0, 32)  # newest minor release the engine tests ran on
+NEWEST = (0, 33)  # newest minor release the engine tests ran on
 ALLOW_UNTESTED = "RLALIGN_ALLOW_UNTESTED_VLLM"
 
 

@@ -6,7 +6,6 @@ Suffixes: B sequences, L padded length, D features.
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlalign.diagnose.attribution.mapping import LOGITS, ROUTER, ModelMap, Pair
 from rlalign.head.transform import HeadTransform
 from rlalign.rollout.worker.recording import LOGITS as LOGIT_ROWS
 from rlalign.rollout.worker.recording import TOKENS, Recorder, Recording, Tap
+from rlalign.trainer.attention_heads import Change, heads_changed
 from rlalign.types import RolloutBatch
 
 # Given a point and its value [B, L, D], returns what the model shall go on with, or None for the value itself.
@@ -43,7 +42,7 @@ def visited(network: nn.Module, pairs: Sequence[Pair], shape: tuple[int, int], v
             else:
                 stack.callback(_hook(module, tap, shape, visitor).remove)
         if attention:
-            stack.enter_context(_attention_visited(network, attention, shape, visitor))
+            stack.enter_context(heads_changed(network, _heads_visited(attention, shape, visitor)))
         yield
 
 
@@ -72,36 +71,14 @@ def _visit(visitor: Visitor, point: str, value: Tensor, shape: tuple[int, int]) 
     return value if changed is None else changed.to(value.dtype).reshape(value.shape)
 
 
-@contextmanager
-def _attention_visited(
-    network: nn.Module, points: dict[nn.Module, dict[int, str]], shape: tuple[int, int], visitor: Visitor
-) -> Iterator[None]:
-    """Put a function of ours in the place of the model's attention function: queries and keys after rope have no module."""
-    name = network.config._attn_implementation
-    if name not in ("sdpa", "eager") and name not in ALL_ATTENTION_FUNCTIONS:
-        raise ValueError(
-            f"the trainer's attention implementation {name!r} cannot be seen; load the model with sdpa or eager"
-        )
-    known = ALL_ATTENTION_FUNCTIONS.get(name)
-
-    def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: object
-    ) -> tuple:
-        own = known or sys.modules[type(module).__module__].eager_attention_forward
-        heads = [query, key, value]
+def _heads_visited(points: dict[nn.Module, dict[int, str]], shape: tuple[int, int], visitor: Visitor) -> Change:
+    def change(module: nn.Module, heads: list[Tensor]) -> list[Tensor]:
         for index, point in points.get(module, {}).items():
             by_token = heads[index].transpose(1, 2)  # [B, L, heads, D]
             heads[index] = _visit(visitor, point, by_token, shape).transpose(1, 2)
-        return own(module, *heads, mask, **options)
+        return heads
 
-    ALL_ATTENTION_FUNCTIONS[name] = attend
-    try:
-        yield
-    finally:
-        if known is None:
-            del ALL_ATTENTION_FUNCTIONS[name]
-        else:
-            ALL_ATTENTION_FUNCTIONS[name] = known
+    return change
 
 
 def module_names(network: nn.Module) -> dict[str, str]:

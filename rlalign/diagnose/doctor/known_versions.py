@@ -15,7 +15,7 @@ from rlalign.trainer.attention_choice import flex_fault
 
 # What the tests of this release ran on: major.minor, both ends included.
 TESTED = {
-    "vllm": ("0.28", "0.32"),
+    "vllm": ("0.28", "0.33"),
     "torch": ("2.11", "2.13"),
     "transformers": ("5.16", "5.19"),
     "deepspeed": ("0.19", "0.19"),

@@ -11,7 +11,6 @@ import torch
 
 from rlalign.logprobs.truncation import Truncation, kept_mask
 from tests.engine.conftest import perturbed
-from tests.engine.v2_runner import TRUNCATED
 
 pytestmark = pytest.mark.nightly
 
@@ -60,7 +59,7 @@ def test_given_sequences_are_scored(found, untied):
 
 
 def test_its_sampling_masks_are_the_sets_that_we_read_off_its_logprobs_and_that_we_compute(found, untied):
-    model, cut = perturbed(untied, seed=0, size=0.0).float().eval(), Truncation(**TRUNCATED)
+    model, cut = perturbed(untied, seed=0, size=0.0).float().eval(), Truncation(**found["truncated"])
     for prompt, output in zip(([1, 40, 41, 42], [1, 60], [1, 70, 71]), found["masks"], strict=True):
         ids = [*prompt, *output["token_ids"]]
         kept = kept_mask(logprobs(model, ids, 0.7)[len(prompt) - 1 :], cut)

@@ -46,6 +46,7 @@ def main(model: Path, out: Path) -> None:
         publish(changed.float().named_parameters(), version, receiver=engine, shared=out.parent)
     after = sample(engine, samples=2)
     found |= {"before": [vars_of(r) for r in before], "after": [vars_of(r) for r in after]}
+    found["truncated"] = TRUNCATED
     found["changed"] = logprobs_of(before) != logprobs_of(after)
     found["status"] = engine.ask("rlalign_status")[0]
     engine.config = replace(config, temperature=1.0)

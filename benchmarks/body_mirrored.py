@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,7 +25,12 @@ from benchmarks.exact import score
 from rlalign.cli import set_environment
 from rlalign.config import RolloutConfig
 from rlalign.tracking import environment
+from rlalign.trainer.rounding.mirroring import BodyPlan
 from rlalign.types import RolloutBatch, collate
+from rlalign.weights import SHARED_MEMORY
+
+if TYPE_CHECKING:
+    from rlalign.rollout.engine.embedded import VLLMEngine
 
 TOPICS = (
     "rainbows", "volcanoes", "bread", "chess", "bees", "glaciers", "the moon", "steam engines", "democracy", "coffee", "whales",
@@ -34,6 +38,7 @@ TOPICS = (
     "jazz", "tides", "the printing press", "honey", "satellites", "earthquakes", "silk", "photosynthesis", "clocks", "rice",
 )  # fmt: skip
 QUESTIONS = ("Explain {} to a child.", "Write a short story about {}.", "List five facts about {}, with reasons.")
+OWN, STEADY = "vLLM's own", "steady"
 DRAWS, ROUNDS, STEP_SEQUENCES = 1000, 7, 8
 
 
@@ -44,8 +49,9 @@ class Found:
     name: str
     gaps: dict[tuple[str, str, str], dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
-    ops: dict[str, list[dict[str, object]]] = field(default_factory=dict)
-    chosen: str = ""
+    ops: list[str] = field(default_factory=list)
+    probed_tokens: int = 0
+    plan: BodyPlan | None = None
 
 
 def gap(own_BL: Tensor, rollout_BL: Tensor, batch: RolloutBatch) -> dict[str, float]:
@@ -66,12 +72,14 @@ def gap(own_BL: Tensor, rollout_BL: Tensor, batch: RolloutBatch) -> dict[str, fl
 
 
 def prompts_of(tokenizer: object, count: int) -> list[list[int]]:
-    """Token ids of so many prompts: questions through the chat template, sums where there is none."""
-    if tokenizer.chat_template is None:
+    """Token ids of so many prompts: questions through the chat template or without one; sums for a vocabulary of bytes."""
+    if len(tokenizer) < 1000:
         return [tokenizer(f"{a}+{b}=")["input_ids"] for a in range(11, 99) for b in range(11, 99)][:: 7744 // count][
             :count
         ]
     said = [q.format(t) for q in QUESTIONS for t in TOPICS][:count]
+    if tokenizer.chat_template is None:
+        return [tokenizer(f"Question: {text}\nAnswer:")["input_ids"] for text in said]
     turns = [[{"role": "user", "content": text}] for text in said]
     return [list(tokenizer.apply_chat_template(t, add_generation_prompt=True, return_dict=False)) for t in turns]
 
@@ -85,7 +93,7 @@ def sampled(model: Path, options: argparse.Namespace, *, steady: bool, found: Fo
     prompts = prompts_of(tokenizer, options.prompts)
     rollout = RolloutConfig(
         max_tokens=options.tokens, max_model_len=512 if options.tokens > 32 else 128, max_num_seqs=64, enforce_eager=True,
-        prefix_caching=False,
+        prefix_caching=False, max_num_batched_tokens=1024,
     )  # fmt: skip
     engine = VLLMEngine(model, rollout, dtype="bfloat16", head_dtype="float32", seed=0, steady=steady)
     try:
@@ -96,36 +104,28 @@ def sampled(model: Path, options: argparse.Namespace, *, steady: bool, found: Fo
         for i, row in enumerate(engine.score(tokens)):
             prefilled_BL[i, : len(row)] = torch.tensor(row)
         if steady:
-            probed(engine, model, batch, found)
+            found.plan = probed(engine, model, prompts, found)
         return batch, prefilled_BL
     finally:
         engine.close()
         gc.collect()
 
 
-def probed(engine: object, model: Path, batch: RolloutBatch, found: Found) -> None:
-    """The table of single ops, on a few sequences, prefilled and decoded."""
-    from rlalign.diagnose.attribution import op_probe
-    from rlalign.diagnose.attribution.mapping import match
-    from rlalign.diagnose.attribution.trainer_side import module_names
+def probed(engine: VLLMEngine, model: Path, prompts: list[list[int]], found: Found) -> BodyPlan:
+    """The table of single ops, prefilled and decoded, on a few sequences."""
     from rlalign.diagnose.both_sides import trainer_network
-    from rlalign.rollout.engine import teacher_forcing
-    from rlalign.rollout.worker import cpu_kernels
+    from rlalign.loops.body import examine, recorded, settle
 
-    network = trainer_network(model, "bfloat16")
-    try:
-        mapping = match(teacher_forcing.modules(engine), module_names(network))
-    except ValueError as error:
-        found.chosen = f"not probed: {str(error).splitlines()[0]}"
-        return
-    few, every = batch.rows(slice(0, 12)), []
-    for route in teacher_forcing.Route:
-        with tempfile.TemporaryDirectory() as folder:
-            forced = teacher_forcing.record(engine, few, mapping.rollout_taps, Path(folder) / "r", route=route)
-            decoded = route is teacher_forcing.Route.decode
-            rows = op_probe.probe(network, forced.recording, mapping, decoded=decoded, kernels=cpu_kernels)
-        found.ops[route.value], every = [row.as_dict() for row in rows], [*every, *rows]
-    found.chosen = str(op_probe.chosen(every))
+    network, few = trainer_network(model, "bfloat16"), prompts[:12]
+    one, _ = recorded(
+        engine,
+        lambda: engine.generate(few, prompt_ids=range(len(few)), samples=1, seed=2),
+        SHARED_MEMORY,
+        lambda answer: examine(network, answer),
+    )
+    settled = settle(one, network)
+    found.ops, found.probed_tokens = settled.describe(), one.tokens
+    return settled.plan
 
 
 def trainer_logprobs(network: nn.Module, batch: RolloutBatch, rows: int = 16) -> Tensor:
@@ -138,21 +138,24 @@ def measure(name: str, model: Path, options: argparse.Namespace) -> Found:
     from rlalign.diagnose.both_sides import trainer_network
 
     found, batches = Found(name), {}
-    for engine in ("vLLM's own", "steady"):
+    for engine in options.engines:
         began = time.time()
-        batch, prefilled_BL = batches[engine] = sampled(model, options, steady=engine == "steady", found=found)
+        batch, prefilled_BL = batches[engine] = sampled(model, options, steady=engine == STEADY, found=found)
         found.gaps[engine, "decode - prefill", "the engine with itself"] = gap(
             prefilled_BL, batch.rollout_logprobs_BL, batch
         )
         print(f"{name}: {engine}, {time.time() - began:.0f} s", flush=True)
-    networks = {body: trainer_network(model, "bfloat16", mirrored=body == "mirrored") for body in ("model", "mirrored")}
+    plans = {"model": None, "mirrored": found.plan}
+    networks = {body: trainer_network(model, "bfloat16", mirrored=plan) for body, plan in plans.items()}
     for engine, (batch, prefilled_BL) in batches.items():
         for body, network in networks.items():
             own_BL = trainer_logprobs(network, batch)
             for route, theirs_BL in (("decode", batch.rollout_logprobs_BL), ("prefill", prefilled_BL)):
                 row = found.gaps[engine, route, body] = gap(own_BL, theirs_BL, batch)
                 print(name, engine, route, body, row, flush=True)
-    few = batches["steady"][0].rows(slice(0, STEP_SEQUENCES))
+    if options.no_cost:
+        return found
+    few = batches[STEADY][0].rows(slice(0, STEP_SEQUENCES))
     parts: dict[str, Callable[[str], object]] = {
         "trainer forward": lambda body: score(networks[body], few, grad=False),
         "trainer forward + backward": lambda body: score(networks[body], few, grad=True),
@@ -212,15 +215,14 @@ def page(every: list[Found], options: argparse.Namespace) -> str:
                 f"| {found.name} | {part} | {min(plain):.2f} | {min(mirrored):.2f} | {ratio:.2f} | {middle:.2f} |"
             )
     for found in every:
-        lines += ["", f"## {found.name}, op by op", "", f"Chosen: {found.chosen}.", ""]
-        if found.ops:
-            lines += [
-                "| op | part | variant | differ, prefill | differ, decode | worst layer |",
-                "|---|---|---|--:|--:|--:|",
-            ]
-            for one, other in zip(*found.ops.values(), strict=True):
-                cells = [one["op"], one["part"], one["variant"], *(f"{x['differ']:.3%}" for x in (one, other))]
-                lines.append(f"| {' | '.join(cells)} | {max(one['worst'], other['worst']):.3%} |")
+        lines += [
+            "",
+            f"## {found.name}, op by op",
+            "",
+            f"Share of differing elements, {found.probed_tokens} tokens.",
+            "",
+            *found.ops,
+        ]
     return "\n".join([*lines, ""])
 
 
@@ -231,6 +233,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--engines", nargs="+", choices=(OWN, STEADY), default=[OWN, STEADY])
+    parser.add_argument("--no-cost", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     set_environment()
@@ -241,7 +245,6 @@ def main() -> None:
         every.append(measure(name, Path(folder), options))
         if options.out:
             options.out.write_text(page(every, options))
-            options.out.with_suffix(".json").write_text(json.dumps([[f.name, f.seconds, f.ops] for f in every]))
     print(page(every, options))
 
 

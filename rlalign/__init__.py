@@ -12,12 +12,11 @@ if TYPE_CHECKING:
     from rlalign import mismatch
     from rlalign.head.projection import project
     from rlalign.logprobs import token_logprobs
-    from rlalign.loops import Monitor, mirror_check, write_tokens
+    from rlalign.loops import Monitor, mirror, mirror_check, write_tokens
     from rlalign.mismatch import compare
     from rlalign.objective import corrections, losses, presets
     from rlalign.objective.corrections import correct
     from rlalign.rollout.attached import attach
-    from rlalign.trainer.live_mirror import mirror
     from rlalign.types import LogprobSpec
 
 __version__ = "0.1.0"
@@ -47,7 +46,7 @@ _HOMES = {  # public name: where it is; a module of its own name, or a name insi
     "correct": "rlalign.objective.corrections",
     "corrections": "rlalign.objective.corrections",
     "losses": "rlalign.objective.losses",
-    "mirror": "rlalign.trainer.live_mirror",
+    "mirror": "rlalign.loops",
     "mirror_check": "rlalign.loops",
     "mismatch": "rlalign.mismatch",
     "presets": "rlalign.objective.presets",

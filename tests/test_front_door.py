@@ -19,7 +19,7 @@ PUBLIC = {
     "correct": "rlalign.objective.corrections",
     "corrections": "rlalign.objective.corrections",
     "losses": "rlalign.objective.losses",
-    "mirror": "rlalign.trainer.live_mirror",
+    "mirror": "rlalign.loops",
     "mirror_check": "rlalign.loops",
     "mismatch": "rlalign.mismatch",
     "presets": "rlalign.objective.presets",

@@ -10,7 +10,7 @@ from torch.nn import functional
 from rlalign.head import steady
 from rlalign.trainer.network import load
 from rlalign.trainer.rounding import mirroring, variants
-from rlalign.trainer.rounding.mirroring import KNOWN, Choices, mirror_body
+from rlalign.trainer.rounding.mirroring import KNOWN, BodyPlan, Choices, mirror_body, unmirror_body
 from rlalign.trainer.rounding.variants import ENGINE_KERNEL, MODEL, ONE_ORDER, ROUNDED_ONCE, SUM_ROUNDED_LATE
 
 SIZES = {
@@ -167,6 +167,18 @@ def test_a_mirrored_body_is_as_near_to_float32_as_the_model_and_is_not_the_model
     assert float((found != own).double().mean()) > 0.1
 
 
+@torch.no_grad()
+def test_a_body_given_back_computes_as_its_class_does():
+    ids = torch.arange(2, 62)[None] % 90
+    built = network("Gemma3ForCausalLM")
+    own, kind = built.base_model(ids, use_cache=False).last_hidden_state, built.config._attn_implementation
+    mirror_body(built, Choices(SUM_ROUNDED_LATE, ROUNDED_ONCE, attention=ENGINE_KERNEL), kernels=REFERENCE)
+    assert not torch.equal(built.base_model(ids, use_cache=False).last_hidden_state, own)
+    unmirror_body(built)
+    assert torch.equal(built.base_model(ids, use_cache=False).last_hidden_state, own)
+    assert built.config._attn_implementation == kind and mirroring.body_of(built) is None
+
+
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma2ForCausalLM"])
 def test_gradients_are_those_of_the_model_with_and_without_checkpointing(name):
     ids = torch.arange(2, 42).view(2, 20)
@@ -223,7 +235,9 @@ def test_a_trainer_is_not_given_a_body_that_is_mirrored_in_parts(tmp_path):
     with pytest.raises(
         ValueError, match=r"OlmoForCausalLM would be mirrored in parts only \(add_and_norm: the layers of Olmo"
     ):
-        load(tmp_path, "bfloat16", {"zero_optimization": {"stage": 0}}, checkpointing=False, mirrored=REFERENCE)
+        load(
+            tmp_path, "bfloat16", {"zero_optimization": {"stage": 0}}, checkpointing=False, mirrored=BodyPlan(REFERENCE)
+        )
 
 
 def test_left_padding_and_reentrant_checkpointing_are_refused():

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from rlalign.config import RunConfig
 from rlalign.head import widened
 from rlalign.logprobs.truncation import Truncation
-from rlalign.run.assembly import encode, fitted_task, load_task_of, resolve_model
+from rlalign.loops.body import Settled, recorded
+from rlalign.run.assembly import PROOF_PROMPTS, encode, fitted_task, load_task_of, resolve_model, settle_body
 from rlalign.types import Rollout, RolloutBatch, collate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rlalign.rollout.engine.embedded import VLLMEngine
+    from rlalign.trainer.rounding.mirroring import BodyPlan
 
 
 def task_prompts(tokenizer: PreTrainedTokenizerBase, config: RunConfig, *, count: int) -> list[list[int]]:
@@ -56,10 +58,22 @@ def at_temperature(engine: VLLMEngine, temperature: float) -> Iterator[None]:
         engine.config, engine.spec = config, spec
 
 
-def trainer_network(model: Path, body: str, *, exact: bool = False, mirrored: bool = False) -> nn.Module:
+def probed_body(engine: VLLMEngine, model: Path, config: RunConfig, prompts: Sequence[Sequence[int]]) -> Settled:
+    """What the live engine's ops were found to round like, while it sampled a few of these prompts."""
+    few = list(prompts[:PROOF_PROMPTS])
+    settled, _ = recorded(
+        engine,
+        lambda: engine.generate(few, prompt_ids=range(len(few)), samples=2, seed=config.seed),
+        Path(config.weights.shared),
+        lambda answer: settle_body(model, config, answer),
+    )
+    return settled
+
+
+def trainer_network(model: Path, body: str, *, exact: bool = False, mirrored: BodyPlan | None = None) -> nn.Module:
     """The transformers model in evaluation mode, with a body of this dtype, where a trainer has it.
 
-    exact: see `make_exact`. mirrored: it rounds as vLLM's CPU engine does (`mirror_body`).
+    exact: see `make_exact`. mirrored: where it rounds instead (`mirror_body`).
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -75,11 +89,10 @@ def trainer_network(model: Path, body: str, *, exact: bool = False, mirrored: bo
     if exact:
         return make_exact(network)
     widened.decide_for(network)
-    if mirrored:
-        from rlalign.rollout.worker import cpu_kernels
-        from rlalign.trainer.rounding.mirroring import VLLM_CPU, mirror_body
+    if mirrored is not None:
+        from rlalign.trainer.rounding.mirroring import mirror_body
 
-        mirror_body(network, VLLM_CPU, kernels=cpu_kernels)
+        mirror_body(network, mirrored.choices, kernels=mirrored.kernels)
     return network
 
 

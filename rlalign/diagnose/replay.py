@@ -17,7 +17,7 @@ from torch import Tensor
 from rlalign import mismatch
 from rlalign.config import HeadDtype, RunConfig
 from rlalign.rollout.engine import noise_floor
-from rlalign.run.assembly import engine_kernels, load_tokenizer, resolve_model, start_embedded
+from rlalign.run.assembly import load_tokenizer, resolve_model, start_embedded
 from rlalign.run.sampler import step_seed
 from rlalign.tracking import environment
 from rlalign.tracking.record import RunRecord, config_of, read_run
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rlalign.rollout.engine.embedded import VLLMEngine
     from rlalign.trainer.network import ScoringNetwork
     from rlalign.trainer.passes import Passes
+    from rlalign.trainer.rounding.mirroring import BodyPlan
 
 DECIDING = ("rlalign", "torch", "vllm", "transformers")  # packages that can change a number of the replay
 SHOWN = ("k1", "k3", "abs_mean", "p99", "abs_max", "pearson_prob", "ess")
@@ -232,7 +233,7 @@ class _Trainer:
             "exact": config.exact,
             "attention": t.attention,
             "packed": t.pack_tokens > 0,
-            "mirrored": engine_kernels(config),
+            "mirrored": _kept_body(folder, config),
         }
         network = load(folder, config.model.dtype.value, whole, checkpointing=False, **form)
         if t.lora.rank:
@@ -256,6 +257,17 @@ class _Trainer:
             for rank in range(trainer_ranks)
         ]
         return torch.stack(shares).sum(0)
+
+
+def _kept_body(folder: Path, config: RunConfig) -> BodyPlan | None:
+    """The roundings that the run's probe chose on this host; None for a body that was not mirrored."""
+    if not config.mirrored:
+        return None
+    from transformers import AutoConfig
+
+    from rlalign.loops.body import kept_plan
+
+    return kept_plan(AutoConfig.from_pretrained(folder), getattr(torch, config.model.dtype.value))
 
 
 def _scored_again(trainer: _Trainer, saved: SavedStep) -> tuple[Tensor, Answer]:

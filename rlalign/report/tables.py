@@ -99,7 +99,7 @@ def _in_context(table: pyarrow.Table, row: dict) -> WorstToken:
 
 
 __all__ = [
-    "TokenView", "WorstToken", "cause_rows", "config_differences", "events", "flatten", "head_table", "number_rows",
+    "TokenView", "WorstToken", "body_rows", "cause_rows", "config_differences", "events", "flatten", "head_table", "number_rows",
     "phase_rows", "positions", "publish_rows", "quantile_rows", "read_attribution", "view_tokens",
 ]  # fmt: skip
 
@@ -222,6 +222,13 @@ def _ranges(ranks: Iterable[object]) -> str:
         else:
             spans.append([r, r])
     return ", ".join(f"{a}" if a == b else f"{a}\u2013{b}" for a, b in spans)
+
+
+def body_rows(run: RunRecord) -> list[list[Markup]]:
+    """What the probe of a mirrored body found, op by op; nothing for one that is not mirrored."""
+    ops = (run.summary.get("body") or {}).get("ops", [])
+    names = ("prefill before", "prefill after", "decode before", "decode after")
+    return [[*(num(row[n]) for n in ("op", "part", "variant")), *(num(row[n], ".3%") for n in names)] for row in ops]
 
 
 PUBLISHED = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,10 +13,11 @@ from rlalign.reward.mixture import RewardMixture, Rewards, Sample
 from rlalign.types import collate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
+    from rlalign.loops.body import Settled
     from rlalign.reward.drift_watch import DriftWatch, EventLog
     from rlalign.rollout.engine.embedded import VLLMEngine
     from rlalign.rollout.server.pool import ServerPool
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from rlalign.tasks import Task
     from rlalign.trainer.critic import Critic
     from rlalign.trainer.policy import Policy
-    from rlalign.trainer.rounding.mirrored_attention import EngineKernels
+    from rlalign.types import LogprobSpec, Rollout
     from rlalign.weights import Transport
 
 
@@ -170,8 +172,8 @@ def start_embedded(model: Path, config: RunConfig, *, beside_training: bool = Fa
     )
 
 
-def start_policy(model: Path, config: RunConfig) -> Policy:
-    """The model in DeepSpeed, with the mirrored head."""
+def start_policy(model: Path, config: RunConfig, probed: ProbedBody | None = None) -> Policy:
+    """The model in DeepSpeed, with the mirrored head, and body where it was probed."""
     from transformers.utils.logging import disable_progress_bar
 
     from rlalign.trainer.policy import Policy
@@ -186,21 +188,12 @@ def start_policy(model: Path, config: RunConfig) -> Policy:
         temperature=config.rollout.temperature,
         seed=config.seed,
         exact=config.exact,
-        mirrored=engine_kernels(config),
+        mirrored=None if probed is None else probed.settled.plan,
     )
 
 
 PROOF_PROMPTS = 8  # of a mirrored body, at the start of a run
 PROOF_LIMIT = 1e-4  # nats: float32 heads and normalisers measure up to 2e-6, bodies that round apart 1e-3 to 5e-2
-
-
-def engine_kernels(config: RunConfig) -> EngineKernels | None:
-    """The kernels that a mirrored body calls; None where the body is not mirrored."""
-    if not config.mirrored:
-        return None
-    from rlalign.rollout.worker import cpu_kernels
-
-    return cpu_kernels
 
 
 def require_steady(statuses: Sequence[dict]) -> None:
@@ -214,28 +207,71 @@ def require_steady(statuses: Sequence[dict]) -> None:
             )
 
 
-def prove_mirrored(
-    engine: SharedEngine, policy: Policy, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase
-) -> str:
-    """Sample a few prompts and compare: what a mirrored body gives for them, in one line. Every rank must call it.
+@dataclass(frozen=True, slots=True)
+class ProbedBody:
+    """What a mirrored run found at its start. rollouts: what the engine sampled meanwhile, to be scored by the mirrored trainer."""
 
-    Raises RuntimeError where its logprobs are further from the engine's than float32 heads and normalisers are.
-    """
-    chosen = task.train_prompts(0, min(PROOF_PROMPTS, len(task.train)))
-    prompts = [encode(tokenizer, p.text, chat=config.task.chat_template) for p in chosen]
-    rollouts = engine.generate(prompts, prompt_ids=range(len(prompts)), samples=2, seed=config.seed)
-    batch = collate(rollouts, pad_token_id=tokenizer.pad_token_id, spec=engine.spec)
-    apart = (policy.score(batch)[0] - batch.rollout_logprobs_BL)[batch.loss_mask_BL].abs()
-    found = (
-        f"{int((apart == 0).sum())} of {len(apart)} sampled tokens have the engine's logprob in every bit, mean |log_ratio| "
-        f"{float(apart.mean()):.2g}, largest {float(apart.max()):.2g} nats"
-    )
-    if not float(apart.mean()) < PROOF_LIMIT:
-        raise RuntimeError(
-            f"trainer.body=mirrored, and the bodies round apart: {found} (limit {PROOF_LIMIT:g}). An op of this model or host "
-            "rounds elsewhere than vLLM's CPU kernels were found to; rlalign attribute names it. Use trainer.body=model"
+    settled: Settled
+    rollouts: Sequence[Rollout]
+
+    def prove(self, policy: Policy, spec: LogprobSpec, pad: int) -> str:
+        """Compare both sides' logprobs of what was sampled, in one line. Every rank must call it.
+
+        Raises RuntimeError where the trainer's are further from the engine's than float32 heads and normalisers are.
+        """
+        batch = collate(self.rollouts, pad_token_id=pad, spec=spec)
+        apart = (policy.score(batch)[0] - batch.rollout_logprobs_BL)[batch.loss_mask_BL].abs()
+        found = (
+            f"{int((apart == 0).sum())} of {len(apart)} sampled tokens have the engine's logprob in every bit, mean |log_ratio| "
+            f"{float(apart.mean()):.2g}, largest {float(apart.max()):.2g} nats"
         )
-    return f"mirrored: {found}"
+        if not float(apart.mean()) < PROOF_LIMIT:
+            table = "\n".join(self.settled.describe())
+            raise RuntimeError(
+                f"trainer.body=mirrored, and the bodies round apart: {found} (limit {PROOF_LIMIT:g}). Use trainer.body=model. The "
+                f"probe of single ops found:\n{table}"
+            )
+        return f"mirrored: {found}"
+
+
+def probe_body(
+    engine: SharedEngine, model: Path, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase
+) -> ProbedBody | None:
+    """Sample a few prompts while the engine's ops are recorded, and choose a variant for each; None for trainer.body=model.
+
+    Every rank must call it; all get the first one's answer. Raises RuntimeError for an engine that cannot be probed or is not
+    steady, and for ops whose probe gave another answer at an earlier start.
+    """
+    if not config.mirrored:
+        return None
+    from rlalign.loops.body import recorded
+
+    require_steady(engine.status())
+    prompts = [p.text for p in task.train_prompts(0, min(PROOF_PROMPTS, len(task.train)))]
+    ids = [encode(tokenizer, text, chat=config.task.chat_template) for text in prompts]
+
+    def sample() -> list[Rollout]:
+        return engine.generate(ids, prompt_ids=range(len(ids)), samples=2, seed=config.seed)
+
+    def read(answer: dict) -> Settled:
+        return ranks.on_first(lambda: settle_body(model, config, answer))
+
+    settled, rollouts = recorded(engine, sample, Path(config.weights.shared), read)
+    settled.require_settled()
+    return ProbedBody(settled, rollouts)
+
+
+def settle_body(model: Path, config: RunConfig, answer: Mapping[str, object]) -> Settled:
+    """The choices for this folder's model and a recording of its engine. The model is loaded for it, and let go."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from rlalign.head import widened
+    from rlalign.loops.body import examine, settle
+
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, config.model.dtype.value)).eval()
+    widened.decide_for(network)
+    return settle(examine(network, answer), network)
 
 
 def require_same_head(policy: Policy, statuses: Sequence[dict]) -> None:

@@ -91,15 +91,14 @@ def _run(
     try:
         statuses = engine.status()
         run.log_head_status(statuses)
-        if config.mirrored:
-            assembly.require_steady(statuses)
+        probed = assembly.probe_body(engine, model, config, task, tokenizer)
         progress.stage("starting DeepSpeed")
-        policy = assembly.start_policy(model, config)
+        policy = assembly.start_policy(model, config, probed)
         critic = None
         try:
             assembly.require_same_head(policy, statuses)
-            if config.mirrored:
-                run.event("body", assembly.prove_mirrored(engine, policy, config, task, tokenizer))
+            if probed is not None:
+                run.event("body", probed.prove(policy, engine.spec, tokenizer.pad_token_id))
             critic = assembly.start_critic(critic_from, config)
             parties = assembly.parties(
                 config, engine, policy, critic, task, reward, tokenizer, transport, progress.phase

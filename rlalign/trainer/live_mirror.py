@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rlalign.trainer import foreign_weights, head_mirror
 from rlalign.trainer.head_mirror import Asked, HeadStatus, Tokens
+from rlalign.trainer.rounding.mirroring import MirroredBody, unmirror_body
 
 __all__ = ["Mirror", "causal_model", "mirror"]
 
@@ -49,6 +50,7 @@ class Mirror:
 
     def __init__(self, model: nn.Module, inner: nn.Module, lm_head: nn.Linear, status: HeadStatus) -> None:
         self.model, self.inner, self.status = model, inner, status
+        self.body: MirroredBody | None = None  # what of the layers is mirrored, too
         self._lm_head = lm_head
         self._mirrored = True
 
@@ -110,7 +112,10 @@ class Mirror:
             )
 
     def restore(self) -> None:
-        """Give the lm_head its own forward back. Safe to call twice."""
+        """Give the lm_head, and layers that were mirrored with it, their own forwards back. Safe to call twice."""
+        if self.body is not None:
+            unmirror_body(self.inner)
+            self.body = None
         if self._mirrored:
             vars(self._lm_head).pop("forward", None)
             self._mirrored = False

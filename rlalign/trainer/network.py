@@ -16,8 +16,7 @@ from rlalign.trainer import attention_choice, packed_attention, sdpa
 from rlalign.trainer.deepspeed_setup import round_biased_layers_once
 from rlalign.trainer.exact_network import make_exact
 from rlalign.trainer.head_mirror import Tokens
-from rlalign.trainer.rounding.mirrored_attention import EngineKernels
-from rlalign.trainer.rounding.mirroring import VLLM_CPU, mirror_body
+from rlalign.trainer.rounding.mirroring import BodyPlan, mirror_body
 from rlalign.types import RolloutBatch
 
 
@@ -56,15 +55,14 @@ def load(
     attention: str = "auto",
     packed: bool = False,
     head: bool = True,
-    mirrored: EngineKernels | None = None,
+    mirrored: BodyPlan | None = None,
 ) -> nn.Module:
     """A Hugging Face causal language model; under ZeRO-3 already partitioned over the ranks as it is read.
 
     head: with its lm_head; without, the body alone. exact: see `make_exact`. attention: a name of transformers, or auto, which
     passes over those that would leave out what this model asks for (`rlalign.trainer.attention_choice`).
     checkpointing: recompute each block's activations in the backward pass instead of keeping them.
-    mirrored: the engine's kernels, for a body that rounds as vLLM's does on CPU (`mirror_body`); raises
-    ValueError for a model that can be mirrored in parts only.
+    mirrored: where the body rounds (`mirror_body`); raises ValueError for a model that can be mirrored in parts only.
     packed: prepare it for packed rows; raises ValueError where that cannot be.
     """
     zero_3 = deepspeed_config["zero_optimization"]["stage"] == 3
@@ -92,9 +90,9 @@ def load(
     return network
 
 
-def _mirror(network: nn.Module, kernels: EngineKernels) -> None:
+def _mirror(network: nn.Module, plan: BodyPlan) -> None:
     """All or nothing: one op that rounds elsewhere leaves the whole body as far from the engine as before."""
-    done = mirror_body(network, VLLM_CPU, kernels=kernels)
+    done = mirror_body(network, plan.choices, kernels=plan.kernels, probed=plan.probed)
     if done.left:
         why = "; ".join(f"{op}: {reason}" for op, reason in done.left.items())
         kind = type(network).__name__

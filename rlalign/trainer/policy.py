@@ -30,8 +30,7 @@ from rlalign.trainer.deepspeed_setup import (
 from rlalign.trainer.head_mirror import HeadStatus, mirror
 from rlalign.trainer.network import ScoringNetwork, full_weights, load, padded_inputs
 from rlalign.trainer.passes import LossFunction, Passes
-from rlalign.trainer.rounding.mirrored_attention import EngineKernels
-from rlalign.trainer.rounding.mirroring import MirroredBody, body_of
+from rlalign.trainer.rounding.mirroring import BodyPlan, MirroredBody, body_of
 from rlalign.types import RolloutBatch, TrainBatch
 from rlalign.weights import MASTER_WEIGHT
 
@@ -54,13 +53,13 @@ class Policy:
         temperature: float,
         seed: int,
         exact: bool = False,
-        mirrored: EngineKernels | None = None,
+        mirrored: BodyPlan | None = None,
     ) -> None:
         """Load a Hugging Face folder and hand it to DeepSpeed.
 
         dtype: the body's; bfloat16 trains with an fp32 master copy. temperature: divides the logits, as in the rollouts. exact: as
-        `rlalign.head.exact` computes, bit for bit what an exact engine does. mirrored: the kernels of a steady engine,
-        whose roundings the body then follows (`rlalign.trainer.rounding`).
+        `rlalign.head.exact` computes, bit for bit what an exact engine does. mirrored: the roundings of a steady engine,
+        which the body then follows (`rlalign.trainer.rounding`).
         """
         torch.manual_seed(seed)
         if config.threads:
@@ -248,7 +247,7 @@ class _Reference:
         dtype: str,
         head_dtype: str,
         exact: bool,
-        mirrored: EngineKernels | None,
+        mirrored: BodyPlan | None,
     ) -> None:
         settings = deepspeed_settings(config, dtype)
         form = {"exact": exact, "attention": config.attention, "packed": config.pack_tokens > 0, "mirrored": mirrored}

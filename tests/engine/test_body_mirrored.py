@@ -5,17 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlalign.diagnose.attribution import op_probe
-from rlalign.diagnose.attribution.mapping import match
-from rlalign.diagnose.attribution.trainer_side import module_names
-from rlalign.diagnose.both_sides import trainer_network, trainer_scores
+from rlalign.diagnose.both_sides import probed_body, trainer_network, trainer_scores
 from rlalign.head import steady
-from rlalign.rollout.engine import teacher_forcing
+from rlalign.loops.body import settle
 from rlalign.rollout.engine.embedded import VLLMEngine
-from rlalign.rollout.engine.teacher_forcing import Route
-from rlalign.rollout.worker import cpu_kernels
 from rlalign.rollout.worker.cpu_kernels import attend
 from rlalign.run.assembly import require_steady
+from rlalign.trainer.rounding import variants
 from rlalign.trainer.rounding.mirroring import VLLM_CPU
 from rlalign.types import collate
 from tests.engine.conftest import ROLLOUT, perturbed, worker_of
@@ -24,49 +20,68 @@ from tests.test_rounding import reference_kernel
 
 __all__ = ["lively"]  # a fixture
 
-LONG = [[5 + (7 * i + 3 * j) % 250 for j in range(12 + 9 * i)] for i in range(9)]
+PROMPTS = [[5 + (7 * i + 3 * j) % 250 for j in range(12 + 9 * i)] for i in range(9)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """What a probe keeps for the next start stays here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLALIGN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
 def engine(untied):
-    started = VLLMEngine(
-        untied, replace(ROLLOUT, prefix_caching=False), dtype="bfloat16", head_dtype="float32", seed=0, steady=True
-    )
+    rollout = replace(ROLLOUT, prefix_caching=False)
+    started = VLLMEngine(untied, rollout, dtype="bfloat16", head_dtype="float32", seed=0, steady=True)
     yield started
     started.close()
 
 
 @pytest.fixture(scope="module")
-def batch(engine):
-    rollouts = engine.generate(LONG, prompt_ids=range(len(LONG)), samples=3, seed=3)
-    return collate(rollouts, pad_token_id=0, spec=engine.spec)
+def settled(engine, untied, own_cache):
+    from rlalign.config import load
+    from rlalign.config.compose import compose
+
+    return probed_body(engine, untied, load(compose("demo", ["model.dtype=bfloat16"])), PROMPTS)
 
 
-def test_every_sampled_token_has_the_trainers_logprob_bit_for_bit(engine, untied, batch):
+def test_every_sampled_token_has_the_trainers_logprob_bit_for_bit(engine, untied, settled):
     require_steady(engine.status())
-    mask_BL = batch.loss_mask_BL
-    mirrored_BL, _ = trainer_scores(
-        trainer_network(untied, "bfloat16", mirrored=True), batch, "float32", temperature=1.0
-    )
-    plain_BL, _ = trainer_scores(trainer_network(untied, "bfloat16"), batch, "float32", temperature=1.0)
-    apart = (mirrored_BL - batch.rollout_logprobs_BL)[mask_BL].abs()
-    plain = (plain_BL - batch.rollout_logprobs_BL)[mask_BL].abs()
+    rollouts = engine.generate(PROMPTS, prompt_ids=range(len(PROMPTS)), samples=3, seed=3)
+    batch = collate(rollouts, pad_token_id=0, spec=engine.spec)
+    networks = [trainer_network(untied, "bfloat16", mirrored=plan) for plan in (settled.plan, None)]
+    mirrored_BL, plain_BL = (trainer_scores(n, batch, "float32", temperature=1.0)[0] for n in networks)
+    apart, plain = ((x - batch.rollout_logprobs_BL)[batch.loss_mask_BL].abs() for x in (mirrored_BL, plain_BL))
     assert float(plain.mean()) > 1e-3
     assert float(apart.mean()) < 1e-6, "what is left is the order in which float32 heads and normalisers add"
 
 
-@pytest.mark.parametrize("route", list(Route))
-def test_the_probe_chooses_what_is_built_in_and_finds_nothing_left(engine, untied, batch, tmp_path, route):
+def test_the_probe_chooses_what_vllm_does_and_finds_nothing_left(settled):
+    probed = settled.probed
+    assert settled.choices == VLLM_CPU and not probed.left and not settled.changed
+    assert all(probed.apart(op, getattr(VLLM_CPU, op)) == 0 for op in variants.OPS), "\n".join(settled.describe())
+    own = {(r.op, r.part): (r.prefill, r.decode) for r in probed.rows if r.variant == variants.MODEL}
+    parts = {"input_layernorm", "post_attention_layernorm", "self_attn.qkv_proj", "self_attn.attn", "mlp.act_fn"}
+    assert parts <= {part for _, part in own}
+    for op in ("add_and_norm", "rope"):
+        shares = [
+            both for (of, part), both in own.items() if of == op and "q_norm" not in part and "k_norm" not in part
+        ]
+        assert max(min(both) for both in shares) > 0.05, "prefilled and decoded tokens are both counted"
+
+
+def test_a_choice_stands_until_it_is_beaten_and_is_then_named_and_not_taken(settled, untied, monkeypatch):
     network = trainer_network(untied, "bfloat16")
-    mapping = match(teacher_forcing.modules(engine), module_names(network))
-    forced = teacher_forcing.record(engine, batch, mapping.rollout_taps, tmp_path / "r", route=route)
-    rows = op_probe.probe(network, forced.recording, mapping, decoded=route is Route.decode, kernels=cpu_kernels)
-    found = op_probe.chosen(rows)
-    assert (found.add_and_norm, found.rope) == (VLLM_CPU.add_and_norm, VLLM_CPU.rope)
-    left = {(r.op, r.part): r.differ for r in rows if r.variant == getattr(VLLM_CPU, r.op)}
-    assert max(left.values()) == 0.0, left
-    model = {r.op: r.differ for r in rows if r.variant == "model"}
-    assert model["rope"] > 0.05 and model["add_and_norm"] > 0.05
+    assert settle(settled.probed, network).choices == VLLM_CPU
+    rows = tuple(replace(r, apart=r.apart + (r.variant == VLLM_CPU.rope) * 10**9) for r in settled.probed.rows)
+    again = settle(replace(settled.probed, rows=rows), network)
+    assert again.choices == replace(VLLM_CPU, rope=variants.MODEL) and set(again.changed) == {"rope"}
+    with pytest.raises(
+        RuntimeError, match=r"rope: rounded_once at an earlier start, \w+ now; its kernel is not determin"
+    ):
+        again.require_settled()
 
 
 @pytest.mark.parametrize(("window", "soft_cap"), [(None, 0.0), (16, 0.0), (None, 5.0)])
@@ -89,14 +104,19 @@ def test_a_published_weight_is_packed_again_in_the_same_order(engine, untied, tm
     publish(moved.named_parameters(), 1, receiver=engine, shared=tmp_path)
     require_steady(engine.status())
     layer = worker_of(engine._llm).get_model().model.layers[1]
-    x = torch.randn(300, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
-    found = {n: layer.mlp.down_proj(x[:n])[0] for n in (1, 3, 4, 5, 64, 300)}
-    expected = steady.linear(x, moved.model.layers[1].mlp.down_proj.weight)
+    x = torch.randn(300, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = {n: layer.mlp.gate_up_proj(x[:n])[0] for n in (1, 3, 4, 5, 64, 300)}
+    parts = (moved.model.layers[1].mlp.gate_proj.weight, moved.model.layers[1].mlp.up_proj.weight)
+    expected = torch.cat([steady.linear(x, weight) for weight in parts], dim=1)
     assert all(torch.equal(rows, expected[:n]) for n, rows in found.items())
 
 
-def test_a_run_keeps_both_sides_equal_while_its_weights_move(untied, tmp_path, lively):
-    options = ["trainer.zero_stage=3", "trainer.gradient_checkpointing=true", "algo.kl_coef=0.1", "algo.lr=1e-3"]
+PARTITIONED = ["trainer.zero_stage=3", "trainer.gradient_checkpointing=true", "algo.kl_coef=0.1"]
+
+
+@pytest.mark.parametrize("options", [(), pytest.param(PARTITIONED, marks=pytest.mark.nightly)])
+def test_a_run_keeps_both_sides_equal_while_its_weights_move(untied, tmp_path, lively, options):
+    options = [*options, "algo.lr=1e-3", "rollout.max_tokens=8", "rollout.prompts_per_step=2", "task.eval_size=2"]
     small_run(untied, tmp_path / "run", "trainer.body=mirrored", "model.dtype=bfloat16", *options, steps=2)
     rows = rows_of(tmp_path / "run")
     assert all(row["mismatch/lag0/k3"] < 1e-9 for row in rows)

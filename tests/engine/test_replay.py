@@ -72,8 +72,8 @@ def test_the_step_that_stopped_a_run_can_be_replayed_and_the_run_says_why(untied
     """A trainer that scores at another temperature than the engine samples at: stopped, explained, and there again later."""
     real = assembly.start_policy
 
-    def at_one(model, config):
-        return real(model, replace(config, rollout=replace(config.rollout, temperature=1.0)))
+    def at_one(model, config, probed):
+        return real(model, replace(config, rollout=replace(config.rollout, temperature=1.0)), probed)
 
     monkeypatch.setattr(assembly, "start_policy", at_one)
     with pytest.raises(MismatchLimitError):

@@ -9,20 +9,22 @@ from typing import TYPE_CHECKING
 from rlalign import mismatch
 from rlalign.config import GateAction, HeadDtype, RunConfig
 from rlalign.diagnose import body_rounding
-from rlalign.diagnose.both_sides import sample, trainer_network, trainer_scores
+from rlalign.diagnose.both_sides import probed_body, sample, task_prompts, trainer_network, trainer_scores
 from rlalign.diagnose.doctor import tokens
 from rlalign.diagnose.doctor.check import Check, judged
 from rlalign.head import multiplied
 from rlalign.rollout.engine.arguments import caches_prefixes
 from rlalign.rollout.engine.surface import spec_of
-from rlalign.run.assembly import load_tokenizer, resolve_model, start_embedded
+from rlalign.run.assembly import PROOF_PROMPTS, load_tokenizer, resolve_model, start_embedded
 from rlalign.trainer import head_isolation
 from rlalign.trainer.checkpoint_names import as_checkpoint
+from rlalign.trainer.rounding.variants import MODEL
 from rlalign.types import RolloutBatch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from rlalign.loops.body import Settled
     from rlalign.rollout.attached import AttachedEngine
     from rlalign.rollout.engine.embedded import VLLMEngine
 
@@ -36,8 +38,15 @@ def engine_and_trainer(config: RunConfig, say: Callable[[str], None] = lambda _:
     engine = start_embedded(model, config)  # proves the head on every rank, or raises
     try:
         yield from settings(engine, config)
+        settled = None
+        if config.mirrored:
+            say("probing the engine's ops")
+            prompts = task_prompts(load_tokenizer(model), config, count=PROOF_PROMPTS)
+            settled = probed_body(engine, model, config, prompts)
+            yield mirrored_body(settled)
         say("loading the trainer's model")
-        network = trainer_network(model, config.model.dtype.value, exact=config.exact, mirrored=config.mirrored)
+        plan = None if settled is None else settled.plan
+        network = trainer_network(model, config.model.dtype.value, exact=config.exact, mirrored=plan)
         yield tied(engine, network)
         say("publishing the weights, every tensor verified")
         yield _published(engine, network, config)
@@ -54,6 +63,20 @@ def engine_and_trainer(config: RunConfig, say: Callable[[str], None] = lambda _:
         yield from heads(engine)
     finally:
         engine.close()
+
+
+def mirrored_body(settled: Settled) -> Check:
+    """Do the chosen variants give the bits of the engine's ops?"""
+    probed, chosen = settled.probed, settled.as_dict()["choices"]
+    apart = {op: probed.apart(op, name) for op, name in chosen.items()}
+    ops = ", ".join(
+        f"{op} {name} ({probed.apart(op, MODEL)} elements before, {apart[op]} after)" for op, name in chosen.items()
+    )
+    wrong = "; ".join(settled.unsettled()) or ", ".join(f"{op}: {n} elements differ" for op, n in apart.items() if n)
+    found = f"{probed.tokens} tokens: {ops}" + "".join(
+        f"; {part} not probed: {why}" for part, why in probed.left.items()
+    )
+    return judged("mirrored body", not wrong, f"{wrong}; {found}" if wrong else found, "use trainer.body=model")
 
 
 def settings(engine: VLLMEngine, config: RunConfig) -> Iterator[Check]:

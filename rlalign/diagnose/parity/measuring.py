@@ -26,6 +26,7 @@ from rlalign.diagnose.both_sides import (
     head_logprobs,
     hidden_states,
     lengthened,
+    probed_body,
     task_prompts,
     trainer_network,
 )
@@ -157,9 +158,12 @@ def _one_engine(
     engine = VLLMEngine(model, config.rollout, steady=mirrored, **kinds)
     try:
         say(f"{body} body: loading the trainer's model")
-        network = trainer_network(model, body, exact=config.exact, mirrored=mirrored)
-        if mirrored:
-            result["notes"] += body_of(network).describe()
+        settled = probed_body(engine, model, config, prompts) if mirrored else None
+        plan = None if settled is None else settled.plan
+        network = trainer_network(model, body, exact=config.exact, mirrored=plan)
+        if settled is not None:
+            result["notes"] += [*body_of(network).describe(), *settled.describe()]
+            result["body"] = settled.as_dict()
         sides = _Sides(engine, network, config, grid, body, prompts, pad, say)
         sides.prepare_master(model, result)
         sides.every_pair(result)

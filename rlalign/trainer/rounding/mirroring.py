@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MethodType
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,11 @@ from transformers import PreTrainedModel
 from rlalign.head import steady
 from rlalign.trainer.rounding import mirrored_attention, residual_stream, rotated_attention, variants
 from rlalign.trainer.rounding.mirrored_attention import EngineKernels
-from rlalign.trainer.rounding.variants import ACTIVATION, ADD_AND_NORM, ATTENTION, MODEL, PRODUCTS, ROPE
+from rlalign.trainer.rounding.variants import ACTIVATION, ADD_AND_NORM, ATTENTION, MODEL, PRODUCTS, RESIDUAL, ROPE
 
 KNOWN = (
     "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM", "GraniteForCausalLM",
-    "Gemma2ForCausalLM", "Gemma3ForCausalLM",
+    "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Qwen3MoeForCausalLM", "Olmo2ForCausalLM", "CohereForCausalLM",
 )  # fmt: skip
 
 
@@ -31,10 +32,21 @@ class Choices:
     activation: str = MODEL
     products: str = MODEL
     attention: str = MODEL
+    residual: str = MODEL
 
     def __post_init__(self) -> None:
         for op in variants.OPS:
             variants.require_known(op, getattr(self, op))
+
+
+class Probe(Protocol):
+    """What a probe of an engine's ops has found (`rlalign.trainer.rounding.probing`)."""
+
+    def table(self) -> list[str]:
+        """Markdown lines."""
+
+    def shares(self) -> list[dict[str, object]]:
+        """Each part of each op: the variant chosen, and the shares of differing elements before and after."""
 
 
 VLLM_CPU = Choices(
@@ -46,26 +58,41 @@ VLLM_CPU = Choices(
 
 
 @dataclass(frozen=True, slots=True)
+class BodyPlan:
+    """How a body is to round, the engine's own kernels for what only they can compute, and the probe that found it."""
+
+    kernels: EngineKernels
+    choices: Choices = VLLM_CPU
+    probed: Probe | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class MirroredBody:
-    """What was put in place. applied: {op: variant}; left: {op or module class: why it computes as the model does}."""
+    """What was put in place. applied: {op: variant}; left: {op or module: why it computes as the model does}.
+
+    probed: the measurement behind it, where there was one."""
 
     applied: Mapping[str, str]
     left: Mapping[str, str]
+    probed: Probe | None = None
 
-    def as_dict(self) -> dict[str, dict[str, str]]:
+    def as_dict(self) -> dict[str, object]:
         """For a run's summary."""
-        return {"mirrored": dict(self.applied), "left": dict(self.left)}
+        ops = [] if self.probed is None else self.probed.shares()
+        return {"mirrored": dict(self.applied), "left": dict(self.left), "ops": ops}
 
     def describe(self) -> list[str]:
-        """Lines for people: what is mirrored, then what is not."""
+        """Lines for people: what is mirrored, what is not, and the table of the probe."""
         done = ", ".join(f"{op} {name}" for op, name in self.applied.items()) or "nothing"
         return [
             f"body: mirrored are {done}",
             *(f"body: {op} as the model has it: {why}" for op, why in self.left.items()),
+            *([] if self.probed is None else self.probed.table()),
         ]
 
 
 _BODIES: weakref.WeakKeyDictionary[nn.Module, MirroredBody] = weakref.WeakKeyDictionary()
+_ATTENTION: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()  # the implementation before
 
 
 def body_of(model: nn.Module) -> MirroredBody | None:
@@ -73,18 +100,16 @@ def body_of(model: nn.Module) -> MirroredBody | None:
     return _BODIES.get(model)
 
 
-def mirror_body(model: PreTrainedModel, choices: Choices, *, kernels: EngineKernels | None = None) -> MirroredBody:
+def mirror_body(
+    model: PreTrainedModel, choices: Choices, *, kernels: EngineKernels | None = None, probed: Probe | None = None
+) -> MirroredBody:
     """Let this model's body round as `choices` say, from now on; returns what was done and what was left.
 
     kernels: the engine's own, for the variant `engine_kernel`, and for products where they are faster. A class that is not KNOWN
     gets what holds for any model (products, attention, rope) and keeps its layers and norms. The head is not touched. Raises
     ValueError for a body that is not bf16, for a variant that this host cannot compute, and for `engine_kernel` without kernels.
     """
-    if model.dtype != torch.bfloat16:
-        raise ValueError(
-            f"a mirrored body rounds to bfloat16; this one is {model.dtype}, whose two sides differ by the order of float32 "
-            "additions alone: use trainer.body=model, or exact=true"
-        )
+    require_bf16_on_cpu(model)
     if choices.attention == variants.ENGINE_KERNEL and kernels is None:
         raise ValueError("attention=engine_kernel needs the engine's kernels; pass kernels=, or choose attention=model")
     if choices.products == variants.ONE_ORDER and (why := steady.missing(model.dtype)):
@@ -97,6 +122,7 @@ def mirror_body(model: PreTrainedModel, choices: Choices, *, kernels: EngineKern
         (ACTIVATION, lambda: _mirror_activation(model, choices.activation)),
         (PRODUCTS, lambda: _mirror_products(model, kernels)),
         (ATTENTION, lambda: _mirror_attention(model, choices, kernels)),
+        (RESIDUAL, lambda: _mirror_parallel(model)),
     )
     for op, step in steps:
         if (name := getattr(choices, op)) == MODEL and not (op == ATTENTION and choices.rope != MODEL):
@@ -105,8 +131,30 @@ def mirror_body(model: PreTrainedModel, choices: Choices, *, kernels: EngineKern
             left[op] = why
         elif name != MODEL:
             applied[op] = name
-    done = _BODIES[model] = MirroredBody(applied, left)
+    done = _BODIES[model] = MirroredBody(applied, left, probed)
     return done
+
+
+def require_bf16_on_cpu(model: nn.Module) -> None:
+    """Raise ValueError for a body that is not mirrored: of another dtype, or on another device."""
+    if model.dtype != torch.bfloat16:
+        raise ValueError(
+            f"a mirrored body rounds to bfloat16; this one is {model.dtype}, whose two sides differ by the order of float32 "
+            "additions alone: use trainer.body=model, or exact=true"
+        )
+    if model.device.type not in ("cpu", "meta"):
+        raise ValueError(f"a mirrored body is for CPUs so far; this one is on {model.device}: use trainer.body=model")
+
+
+def unmirror_body(model: PreTrainedModel) -> None:
+    """Let a model's body compute as its class does again; nothing for one that was not mirrored."""
+    if _BODIES.pop(model, None) is None:
+        return
+    for module in model.modules():
+        if getattr(vars(module).get("forward"), "__module__", "").startswith("rlalign.trainer.rounding"):
+            del module.forward
+    if before := _ATTENTION.pop(model, None):
+        model.set_attn_implementation(before)
 
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
@@ -128,9 +176,17 @@ def _mirror_stream(model: PreTrainedModel, name: str) -> str:
     wide = name in (variants.WEIGHT_WIDE, variants.SUM_ROUNDED_LATE_WEIGHT_WIDE)
     for layer in layers_of(model):
         residual_stream.mirror_layer(layer)
-        for norm in residual_stream.rms_norms(layer):
-            residual_stream.mirror_norm(norm, late=late, weight_wide=wide)
-    residual_stream.mirror_norm(_decoder(model).norm, late=late, weight_wide=wide)
+    norms = [module for layer in layers_of(model) for module in layer.modules()] + [_decoder(model).norm]
+    for norm in filter(residual_stream.is_rms, norms):
+        residual_stream.mirror_norm(norm, late=late, weight_wide=wide)
+    return ""
+
+
+def _mirror_parallel(model: PreTrainedModel) -> str:
+    if not all(residual_stream.is_parallel(layer) for layer in layers_of(model)):
+        return f"the layers of {type(model).__name__} do not run attention and MLP side by side"
+    for layer in layers_of(model):
+        residual_stream.mirror_parallel(layer)
     return ""
 
 
@@ -185,6 +241,7 @@ def _mirror_attention(model: PreTrainedModel, choices: Choices, kernels: EngineK
     if not attentions:
         return f"{type(model).__name__}: no attention modules found in its layers"
     chosen = kernels if choices.attention == variants.ENGINE_KERNEL else None
+    _ATTENTION[model] = model.config._attn_implementation
     mirrored_attention.install(model, attentions, chosen)
     return ""
 

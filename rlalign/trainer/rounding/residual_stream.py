@@ -15,13 +15,14 @@ from rlalign.trainer.rounding import variants
 
 Stream = Tensor | tuple[Tensor, Tensor]  # of embeddings: one tensor; between layers: (rounded, the float32 sum)
 PRE_NORM = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+PARALLEL = {"self_attn", "mlp", "input_layernorm"}
+AFTER = {"self_attn", "mlp", "post_attention_layernorm", "post_feedforward_layernorm"}  # norms of branches alone
 SANDWICH = PRE_NORM | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
 
 
 def mirror_norm(norm: nn.Module, *, late: bool, weight_wide: bool) -> None:
     """Replace the forward of an RMS norm. late: it normalises the unrounded sum where it is given one."""
-    offset = "Gemma" in type(norm).__name__
-    epsilon = epsilon_of(norm)
+    offset, epsilon = has_offset(norm), epsilon_of(norm)
 
     def forward(self: nn.Module, hidden: Stream, unrounded: Tensor | None = None) -> Tensor:
         if isinstance(hidden, tuple):
@@ -32,14 +33,26 @@ def mirror_norm(norm: nn.Module, *, late: bool, weight_wide: bool) -> None:
     norm.forward = MethodType(forward, norm)
 
 
+def is_rms(norm: nn.Module) -> bool:
+    """Whether a norm is one of root mean squares, with a weight."""
+    return "RMSNorm" in type(norm).__name__ and hasattr(norm, "weight")
+
+
+def has_offset(norm: nn.Module) -> bool:
+    """Whether a norm multiplies by 1 + weight, in float32."""
+    return "Gemma" in type(norm).__name__
+
+
 def epsilon_of(norm: nn.Module) -> float:
     """Of an RMS norm, by either of transformers' names."""
     return norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
 
 
 def mirror_layer(layer: nn.Module) -> None:
-    """Replace the forward of a decoder layer whose norms are mirrored. Raises ValueError for one of another shape."""
-    children = {name for name, child in layer.named_children() if not isinstance(child, nn.Dropout)}
+    """Replace the forward of a decoder layer that adds before it normalises. Raises ValueError for one of an unknown shape."""
+    children = _children(layer)
+    if children in (PARALLEL, AFTER):
+        return  # no norm of a sum that its engine could make from the unrounded one
     if children == PRE_NORM:
         layer.forward = MethodType(_pre_norm, layer)
     elif children == SANDWICH:
@@ -48,9 +61,18 @@ def mirror_layer(layer: nn.Module) -> None:
         raise ValueError(f"{type(layer).__name__} consists of {sorted(children)}, not of {sorted(PRE_NORM)}")
 
 
-def rms_norms(layer: nn.Module) -> list[nn.Module]:
-    """The norms of a layer's residual stream."""
-    return [child for name, child in layer.named_children() if name.endswith("layernorm")]
+def is_parallel(layer: nn.Module) -> bool:
+    """Whether attention and MLP of a layer are given the same norm."""
+    return _children(layer) == PARALLEL
+
+
+def mirror_parallel(layer: nn.Module) -> None:
+    """Let a parallel layer add its branches before the residual stream."""
+    layer.forward = MethodType(_branches_first, layer)
+
+
+def _children(layer: nn.Module) -> set[str]:
+    return {name for name, child in layer.named_children() if not isinstance(child, nn.Dropout)}
 
 
 def _split(layer: nn.Module, stream: Stream) -> tuple[Tensor, Tensor | None]:
@@ -83,3 +105,10 @@ def _sandwich(self: nn.Module, hidden_states: Stream, **given: object) -> tuple[
     residual, unrounded = variants.added(residual, self.post_attention_layernorm(attended))
     fed = self.mlp(self.pre_feedforward_layernorm(residual, unrounded))
     return variants.added(residual, self.post_feedforward_layernorm(fed))
+
+
+def _branches_first(self: nn.Module, hidden_states: Tensor, **given: object) -> Tensor:
+    """Cohere: attention and MLP of one norm."""
+    normed = self.input_layernorm(hidden_states)
+    attended, _ = self.self_attn(hidden_states=normed, **given)
+    return hidden_states + (attended + self.mlp(normed))

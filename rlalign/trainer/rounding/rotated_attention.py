@@ -9,7 +9,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlalign.trainer.rounding import variants
 
-KNOWN = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention", "GraniteAttention")
+KNOWN = (
+    "LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention", "Qwen3MoeAttention", "GraniteAttention",
+    "Gemma2Attention", "Gemma3Attention",
+)  # fmt: skip
+WITHOUT_WINDOW = ("LlamaAttention", "GraniteAttention")  # whatever their config says
 
 
 def mirror_rotation(attention: nn.Module) -> bool:
@@ -18,6 +22,13 @@ def mirror_rotation(attention: nn.Module) -> bool:
         return False
     attention.forward = MethodType(_forward, attention)
     return True
+
+
+def window_of(attention: nn.Module) -> int | None:
+    """Tokens that a token of this module sees, itself included; None for all before it."""
+    if type(attention).__name__ in WITHOUT_WINDOW:
+        return None
+    return getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
 
 
 def _forward(
@@ -37,8 +48,9 @@ def _forward(
     value = value.transpose(1, 2)
     if past_key_values is not None:
         key, value = past_key_values.update(key, value, self.layer_idx)
-    if type(self).__name__ not in ("LlamaAttention", "GraniteAttention"):
-        given["sliding_window"] = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
+    given["sliding_window"] = window_of(self)
+    if hasattr(self, "attn_logit_softcapping"):
+        given["softcap"] = self.attn_logit_softcapping
     attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
     dropout = self.attention_dropout if self.training else 0.0
     found, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **given)

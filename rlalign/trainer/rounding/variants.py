@@ -19,7 +19,8 @@ from torch.autograd.function import FunctionCtx
 MODEL = "model"
 ELEMENTS = 2**17  # of a norm's temporaries on CPU: 512 KiB
 ADD_AND_NORM, ROPE, ACTIVATION, PRODUCTS, ATTENTION = "add_and_norm", "rope", "activation", "products", "attention"
-OPS = (ADD_AND_NORM, ROPE, ACTIVATION, PRODUCTS, ATTENTION)
+RESIDUAL = "residual"  # of layers whose attention and MLP run side by side
+OPS = (ADD_AND_NORM, ROPE, ACTIVATION, PRODUCTS, ATTENTION, RESIDUAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +155,7 @@ SUM_ROUNDED_LATE, SUM_ROUNDED_LATE_WEIGHT_WIDE = "sum_rounded_after_norm", "sum_
 WEIGHT_WIDE = "weight_in_float32"
 ROUNDED_ONCE, ROUNDED_ONCE_WIDE_COS = "rounded_once", "rounded_once_cos_in_float32"
 ONE_ORDER, ENGINE_KERNEL = "one_order", "engine_kernel"
+BRANCHES_FIRST = "branches_first"
 
 TABLE: tuple[Variant, ...] = (
     Variant(ADD_AND_NORM, MODEL, 0, "the sum, the normalised sum, its product with the weight"),
@@ -175,6 +177,8 @@ TABLE: tuple[Variant, ...] = (
     Variant(PRODUCTS, ONE_ORDER, 1, "the result; additions in one order for any number of rows (rlalign.head.steady)"),
     Variant(ATTENTION, MODEL, 0, "as torch's sdpa: weights before they are normalised, by a fast exponential"),
     Variant(ATTENTION, ENGINE_KERNEL, 1, "as the engine: its own kernel on the trainer's queries, keys and values"),
+    Variant(RESIDUAL, MODEL, 0, "the stream with attention, that with the MLP"),
+    Variant(RESIDUAL, BRANCHES_FIRST, 1, "attention with the MLP, the stream with both"),
 )
 
 

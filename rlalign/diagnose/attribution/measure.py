@@ -10,9 +10,10 @@ from pathlib import Path
 from torch import nn
 
 from rlalign.diagnose.attribution import trainer_side
+from rlalign.diagnose.attribution.derived import derive
 from rlalign.diagnose.attribution.difference import Spread, compared
 from rlalign.diagnose.attribution.findings import Attribution, engine_against_itself
-from rlalign.diagnose.attribution.mapping import BUILT_IN, Pairs, match
+from rlalign.diagnose.attribution.mapping import ModelMap, Pairs, match
 from rlalign.diagnose.attribution.route import Setup, attribute_route
 from rlalign.diagnose.attribution.trainer_side import Side, module_names
 from rlalign.rollout.engine import teacher_forcing
@@ -33,7 +34,7 @@ def measure(
     batch: RolloutBatch,
     *,
     routes: Sequence[Route] = (Route.prefill, Route.decode),
-    pairs: Pairs = BUILT_IN,
+    pairs: Pairs | None = None,
     chunked: VLLMEngine | None = None,
     rows: int = 0,
     patch: bool = True,
@@ -52,7 +53,7 @@ def measure(
             "attribution compares float32 or model heads; start both sides with head_dtype=float32, not master"
         )
     require_same_architecture(engine, network)
-    mapping = match(teacher_forcing.modules(engine), module_names(network), pairs)
+    mapping = _mapping(engine, network, batch, pairs, scratch)
     mirror(network, head_dtype=engine.spec.head_dtype, chunk=0)
     folder = Path(tempfile.mkdtemp(prefix="rlalign-attribution-", dir=scratch))
     try:
@@ -94,6 +95,20 @@ def measure(
         )
     finally:
         shutil.rmtree(folder)
+
+
+def _mapping(
+    engine: VLLMEngine, network: nn.Module, batch: RolloutBatch, pairs: Pairs | None, scratch: Path | None
+) -> ModelMap:
+    """The user's pairs, or the built-in ones where a layer consists of what they expect, or what `derived` finds."""
+    names = teacher_forcing.modules(engine), module_names(network)
+    if pairs is not None:
+        return match(*names, pairs)
+    try:
+        return match(*names)
+    except ValueError:
+        with tempfile.TemporaryDirectory(prefix="rlalign-derived-", dir=scratch) as folder:
+            return derive(engine, network, batch, Path(folder))
 
 
 def require_same_architecture(engine: VLLMEngine, network: nn.Module) -> None:

@@ -76,12 +76,28 @@ def _visit(visitor: Visitor, point: str, value: Tensor, shape: tuple[int, int]) 
 def _attention_visited(
     network: nn.Module, points: dict[nn.Module, dict[int, str]], shape: tuple[int, int], visitor: Visitor
 ) -> Iterator[None]:
-    """Put a function of ours in the place of the model's attention function: queries and keys after rope have no module."""
     name = network.config._attn_implementation
     if name not in ("sdpa", "eager") and name not in ALL_ATTENTION_FUNCTIONS:
         raise ValueError(
             f"the trainer's attention implementation {name!r} cannot be seen; load the model with sdpa or eager"
         )
+
+    def visit(module: nn.Module, heads: list[Tensor]) -> None:
+        for index, point in points.get(module, {}).items():
+            by_token = heads[index].transpose(1, 2)  # [B, L, heads, D]
+            heads[index] = _visit(visitor, point, by_token, shape).transpose(1, 2)
+
+    with attention_watched(network, visit):
+        yield
+
+
+@contextmanager
+def attention_watched(network: nn.Module, seen: Callable[[nn.Module, list[Tensor]], object]) -> Iterator[None]:
+    """Call `seen` with the module and [query, key, value], which it may replace, of every call of the model's attention function.
+
+    A function of ours takes its place in transformers' registry: queries and keys after rope have no module.
+    """
+    name = network.config._attn_implementation
     known = ALL_ATTENTION_FUNCTIONS.get(name)
 
     def attend(
@@ -89,9 +105,7 @@ def _attention_visited(
     ) -> tuple:
         own = known or sys.modules[type(module).__module__].eager_attention_forward
         heads = [query, key, value]
-        for index, point in points.get(module, {}).items():
-            by_token = heads[index].transpose(1, 2)  # [B, L, heads, D]
-            heads[index] = _visit(visitor, point, by_token, shape).transpose(1, 2)
+        seen(module, heads)
         return own(module, *heads, mask, **options)
 
     ALL_ATTENTION_FUNCTIONS[name] = attend

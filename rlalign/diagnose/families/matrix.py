@@ -10,15 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rlalign.diagnose.families import building
-from rlalign.diagnose.families.cell import FAILED, OK, Cell
+from rlalign.diagnose.families.cell import FAILED, OK, PROCESSES, Cell
 from rlalign.diagnose.families.recipes import Recipe
-
-ENGINE = {"float32": ("head", "load", "score", "publish"), "bfloat16": ("bfloat16", "bfloat16 publish")}
-COMMANDS: dict[str, tuple[str, ...]] = {
-    "train": ("train", "steps=1", "tracking.console=false"),
-    "attribute": ("attribute", "--prompts", "4", "--samples", "1", "--tokens", "128", "--route", "prefill", "--no-chunked"),
-}  # fmt: skip
-SETTINGS = ("model.dtype=float32", "mismatch.action=warn", "rollout.max_model_len=256", "rollout.max_tokens=12")
 
 
 def examine(
@@ -38,37 +31,29 @@ def examine(
 
 
 def row(recipe: Recipe, folder: Path, columns: Sequence[str], timeout_s: float) -> dict[str, Cell]:
-    """The cells of one family. Columns behind one that failed stay empty."""
+    """The cells of one family. Columns behind one that they stand on and that failed stay empty."""
     try:
         model = building.build(recipe, folder / "model")
     except Exception as error:  # a family that this transformers does not have, or builds in another way
         return {columns[0]: Cell(FAILED, f"{type(error).__name__}: {error}"[:300])}
     cells: dict[str, Cell] = {}
-    for dtype, names in ENGINE.items():
+    for process, names in PROCESSES.items():
         if wanted := [n for n in names if n in columns]:
-            found = _engine(model, dtype, folder / f"{dtype}.json", timeout_s)
+            found = _engine(model, process, wanted, folder / "found.json", timeout_s)
             cells |= {n: c for n, c in found.items() if n in wanted or c.state != OK}
-    for name in (c for c in COMMANDS if c in columns):
-        cells[name] = _command(name, model, folder / name, timeout_s)
     return cells
 
 
-def _engine(model: Path, dtype: str, out: Path, timeout_s: float) -> dict[str, Cell]:
+def _engine(model: Path, process: str, wanted: Sequence[str], out: Path, timeout_s: float) -> dict[str, Cell]:
     module = "rlalign.diagnose.families.engine_cells"
-    code, said = _run([sys.executable, "-m", module, str(model), dtype, str(out)], out.parent, timeout_s)
-    found = {name: Cell(**plain) for name, plain in json.loads(out.read_text()).items()} if out.is_file() else {}
-    if code and not any(c.state != OK for c in found.values()):
-        missing = next((n for n in ENGINE[dtype] if n not in found), ENGINE[dtype][-1])
+    out.write_text("{}")
+    words = [sys.executable, "-m", module, str(model), process, ",".join(wanted), str(out)]
+    code, said = _run(words, out.parent, timeout_s)
+    found = {name: Cell(**plain) for name, plain in json.loads(out.read_text()).items()}
+    if code and all(c.state == OK for c in found.values()):
+        missing = next((n for n in wanted if n not in found), wanted[-1])
         found[missing] = Cell(FAILED, said)
     return found
-
-
-def _command(name: str, model: Path, folder: Path, timeout_s: float) -> Cell:
-    command, *options = COMMANDS[name]
-    folder.mkdir()
-    words = [sys.executable, "-m", "rlalign.cli", command, "--config-name", "demo", *options, *SETTINGS]
-    code, said = _run([*words, f"model.path={model}", f"output_dir={folder / 'run'}"], folder, timeout_s)
-    return Cell(OK, "") if code == 0 else Cell(FAILED, said)
 
 
 def _run(words: list[str], folder: Path, timeout_s: float) -> tuple[int, str]:

@@ -33,11 +33,12 @@ from rlalign.rollout.names import SLOT
 from rlalign.rollout.worker import readback, steady_layers
 from rlalign.rollout.worker.capture import CaptureExtension
 from rlalign.rollout.worker.model_identity import IdentityExtension
+from rlalign.rollout.worker.outline import OutlineExtension
 from rlalign.rollout.worker.receiving import ReceivingExtension
 from rlalign.weights import MASTER_WEIGHT, digest
 
 
-class WorkerExtension(CaptureExtension, IdentityExtension, ReceivingExtension):
+class WorkerExtension(CaptureExtension, IdentityExtension, OutlineExtension, ReceivingExtension):
     """RPCs of one worker. State: the version acknowledged last."""
 
     rlalign_version: int = 0

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from rlalign.diagnose.attribution import trainer_side
 from rlalign.diagnose.attribution.difference import common_rows, differences
-from rlalign.diagnose.attribution.mapping import EMBED, FINAL_NORM, RESIDUAL, ROUTER, ModelMap, Pair
+from rlalign.diagnose.attribution.mapping import EMBED, FINAL_NORM, RESIDUAL, ROUTER, ModelMap, Pair, Pairs, match
 from rlalign.diagnose.attribution.trainer_side import Side
 from rlalign.rollout.engine import teacher_forcing
 from rlalign.rollout.engine.embedded import VLLMEngine
@@ -61,6 +61,20 @@ class Seen:
     def tick(self) -> int:
         self.clock += 1
         return self.clock
+
+
+def mapping_of(
+    engine: VLLMEngine, network: nn.Module, batch: RolloutBatch, pairs: Pairs | None, scratch: Path | None
+) -> ModelMap:
+    """The user's pairs, or the built-in ones where a layer consists of what they expect, or what `derive` finds."""
+    names = teacher_forcing.modules(engine), trainer_side.module_names(network)
+    if pairs is not None:
+        return match(*names, pairs)
+    try:
+        return match(*names)
+    except ValueError:
+        with tempfile.TemporaryDirectory(prefix="rlalign-derived-", dir=scratch) as folder:
+            return derive(engine, network, batch, Path(folder))
 
 
 def derive(engine: VLLMEngine, network: nn.Module, batch: RolloutBatch, folder: Path) -> ModelMap:
@@ -398,4 +412,4 @@ def _nearest(
     return ModelMap(tuple(chosen), layers, trainer_layers)
 
 
-__all__ = ["derive"]
+__all__ = ["derive", "mapping_of"]

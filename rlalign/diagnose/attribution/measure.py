@@ -10,12 +10,12 @@ from pathlib import Path
 from torch import nn
 
 from rlalign.diagnose.attribution import trainer_side
-from rlalign.diagnose.attribution.derived import derive
+from rlalign.diagnose.attribution.derived import mapping_of
 from rlalign.diagnose.attribution.difference import Spread, compared
 from rlalign.diagnose.attribution.findings import Attribution, engine_against_itself
-from rlalign.diagnose.attribution.mapping import ModelMap, Pairs, match
+from rlalign.diagnose.attribution.mapping import Pairs
 from rlalign.diagnose.attribution.route import Setup, attribute_route
-from rlalign.diagnose.attribution.trainer_side import Side, module_names
+from rlalign.diagnose.attribution.trainer_side import Side
 from rlalign.rollout.engine import teacher_forcing
 from rlalign.rollout.engine.embedded import VLLMEngine
 from rlalign.rollout.engine.teacher_forcing import Route
@@ -53,7 +53,7 @@ def measure(
             "attribution compares float32 or model heads; start both sides with head_dtype=float32, not master"
         )
     require_same_architecture(engine, network)
-    mapping = _mapping(engine, network, batch, pairs, scratch)
+    mapping = mapping_of(engine, network, batch, pairs, scratch)
     mirror(network, head_dtype=engine.spec.head_dtype, chunk=0)
     folder = Path(tempfile.mkdtemp(prefix="rlalign-attribution-", dir=scratch))
     try:
@@ -95,20 +95,6 @@ def measure(
         )
     finally:
         shutil.rmtree(folder)
-
-
-def _mapping(
-    engine: VLLMEngine, network: nn.Module, batch: RolloutBatch, pairs: Pairs | None, scratch: Path | None
-) -> ModelMap:
-    """The user's pairs, or the built-in ones where a layer consists of what they expect, or what `derived` finds."""
-    names = teacher_forcing.modules(engine), module_names(network)
-    if pairs is not None:
-        return match(*names, pairs)
-    try:
-        return match(*names)
-    except ValueError:
-        with tempfile.TemporaryDirectory(prefix="rlalign-derived-", dir=scratch) as folder:
-            return derive(engine, network, batch, Path(folder))
 
 
 def require_same_architecture(engine: VLLMEngine, network: nn.Module) -> None:

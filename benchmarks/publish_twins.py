@@ -136,8 +136,8 @@ def main() -> None:
     head = (
         f"# A publish whose read-back loads twice\n\n{platform.machine()}, {os.cpu_count()} cores, one thread, embedded vLLM in "
         "bf16 on CPU, interleaved. Written by benchmarks/publish_twins.py. *no read-back*: vLLM's layerwise reload alone; *twins*: "
-        "every layer is loaded a second time, onto a twin that the live one is compared with; *before*: a list of names and layouts "
-        "of ours, compared without loading anything (7385c48^). Peak: growth of the peak resident set in a publish, both sides."
+        "every layer is loaded a second time, onto a twin that the live one is compared with; *before*: a list of names and "
+        "layouts of ours, compared without loading anything (7385c48^). Peak: growth of the peak resident set in a publish."
     )
     sections = [measure(size, arguments.rounds, trees) for size in arguments.sizes.split(",")]
     text = "\n\n".join([head, *sections, f"Load average at the end: {os.getloadavg()[0]:.1f}."])

@@ -1,13 +1,9 @@
-"""One family in one engine, in a process of its own: `python -m rlalign.diagnose.families.engine_cells FOLDER PROCESS CELLS OUT`.
-
-PROCESS is a key of `cell.PROCESSES`, CELLS some of its cells with commas between them; OUT gets what was found as JSON. The
-engine starts once; the trainers follow one another beside it.
-"""
+"""One family in one engine, in a process of its own: the engine starts once, the trainers follow one another beside it."""
 
 from __future__ import annotations
 
 import json
-import sys
+import os
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
@@ -29,8 +25,14 @@ MOVED = 1e-2  # nats: an update that changes less shows nothing
 NEEDED = {"head", "load", "score"}  # behind one of these that fails nothing is worth running
 
 
-def main(folder: Path, process: str, wanted: list[str], out: Path) -> None:
-    """The wanted cells of this process, and what they stand on."""
+def run(folder: Path, process: str, wanted: list[str], out: Path, log: Path) -> None:
+    """The wanted cells of this process (a key of `cell.PROCESSES`), and what they stand on.
+
+    out: gets what was found, as JSON. log: gets what this process and its children say.
+    """
+    os.setpgid(0, 0)
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
     side = _Sides(folder, process)
     cells: dict[str, Cell] = {}
     for name in PROCESSES[process]:
@@ -195,7 +197,3 @@ def _short(error: Exception) -> str:
     """The first line that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3].split(","), Path(sys.argv[4]))

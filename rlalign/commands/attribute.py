@@ -43,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=int, default=2, help="completions of each (default %(default)s)")
     add("--tokens", type=int, default=2048, help="tokens in all, prompts included (default %(default)s)")
     add("--route", choices=(*ROUTES, "both"), default="both", help="prefill, decode, or both (default)")
-    add("--mapping", type=Path, metavar="FILE", help="pairs of modules of an architecture that is not built in (YAML)")
+    add("--mapping", type=Path, metavar="FILE", help="pairs of modules in place of those that are found out (YAML)")
     add("--rows", type=int, default=0, help="sequences in one forward of the trainer (default: the run's micro-batch)")
     add("--exact", action="store_true", help="as exact=true, also for --run: equal in every bit, on the CPU, and slow")
     add("--no-patch", action="store_true", help="leave out logprob attribution, two forwards a layer")
@@ -146,12 +146,12 @@ def _sampled(engine: VLLMEngine, source: Source, arguments: argparse.Namespace) 
 
 
 def _measured(source: Source, arguments: argparse.Namespace) -> tuple[Attribution, list[str]]:
-    from rlalign.diagnose.attribution.mapping import BUILT_IN, read_pairs
+    from rlalign.diagnose.attribution.mapping import read_pairs
     from rlalign.rollout.engine.teacher_forcing import Route
     from rlalign.tracking.stages import Stages
 
     config, changed = _adjusted(source.config, exact=arguments.exact)
-    pairs = read_pairs(arguments.mapping) if arguments.mapping else BUILT_IN
+    pairs = read_pairs(arguments.mapping) if arguments.mapping else None
     routes = [Route(r) for r in ROUTES if arguments.route in (r, "both")]
     total = 5 + 2 * (not arguments.no_chunked) + len(routes) * (3 - arguments.no_patch)
     with Stages("attribute", total) as stages:
@@ -164,7 +164,7 @@ def _both_sides(
     config: RunConfig,
     arguments: argparse.Namespace,
     routes: Sequence[Route],
-    pairs: Pairs,
+    pairs: Pairs | None,
     say: Callable[[str], None],
 ) -> tuple[Attribution, list[str]]:
     """Start what is needed, sample where the source brings no tokens, prove the weights equal, measure."""

@@ -9,20 +9,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rlalign.diagnose.families.cell import Cell
 
-ALL = ("head", "load", "score", "publish", "bfloat16", "bfloat16 publish", "train", "attribute")
-CHEAP = ALL[:-2]
-
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Which families, which cells, where the table goes."""
+    from rlalign.diagnose.families.cell import COLUMNS
+
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="families (default: all)")
     add("--list", action="store_true", help="print their names and end")
     add(
         "--cells",
-        default=",".join(CHEAP),
+        default=",".join(c for c in COLUMNS if c != "TP 2"),
         metavar="A,B",
-        help=f"of {', '.join(ALL)} (default: without {', '.join(ALL[-2:])})",
+        help=f"of {', '.join(COLUMNS)} (default: without TP 2)",
     )
     add("--timeout", type=float, default=600.0, metavar="S", help="of one process (default %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the table as JSON; families that it holds already are kept")
@@ -38,8 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
         print("\n".join(families))
         return 0
     columns = arguments.cells.split(",")
-    if unknown := set(columns) - set(ALL):
-        raise ValueError(f"--cells: unknown {', '.join(sorted(unknown))}; there are {', '.join(ALL)}")
+    if unknown := set(columns) - set(cell.COLUMNS):
+        raise ValueError(f"--cells: unknown {', '.join(sorted(unknown))}; there are {', '.join(cell.COLUMNS)}")
     table = cell.read(arguments.json) if arguments.json else {}
 
     def done(name: str, cells: dict[str, Cell]) -> None:

@@ -142,6 +142,6 @@ def correction_metrics(correction: Correction, old_BL: Tensor, batch: RolloutBat
 
 def publish_metrics(report: PublishReport) -> dict[str, float]:
     """What was moved, what had to be repaired on the way, and how many tensors were proved in which way."""
-    fields = asdict(report)
-    proofs = {f"publish/proofs/{kind}": float(count) for kind, count in fields.pop("proofs").items()}
-    return {f"publish/{name}": float(value) for name, value in fields.items() if name != "ranks"} | proofs
+    proofs = {f"publish/proofs/{kind}": float(count) for kind, count in report.proofs.items()}
+    fields = {name: value for name, value in asdict(report).items() if name not in ("ranks", "proof_of")}
+    return {f"publish/{name}": float(value) for name, value in fields.items()} | proofs

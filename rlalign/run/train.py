@@ -149,6 +149,7 @@ class _Steps:
         self.progress.stage("publishing the first weights")
         # Both loaded one folder: now it is proved.
         self.parties.publish(self.policy.named_weights(), self.policy.version)
+        self._prove_steps()
         watch = self._watch()
         self.checkpoints.before_first(next_step)
         for step in range(next_step, self.config.steps):
@@ -163,6 +164,40 @@ class _Steps:
         self.run.log_head_status(statuses)
         self.run.finish(summary)
         return summary
+
+    def _prove_steps(self) -> None:
+        """Compare every step of the engine with the trainer's: the read-back trusts the engine's loader, this does not."""
+        from rlalign.diagnose.attribution import steps
+
+        if reason := self._not_provable():
+            self.run.event("weights", f"proved by read-back alone, not step by step: {reason}")
+            return
+        found = steps.prove(self.engine.local, self.policy.network)
+        worst = max(found, key=found.__getitem__)
+        self.run.event(
+            "weights",
+            f"{len(found)} steps of the engine equal the trainer's, the farthest {worst} ({found[worst]:.1e})",
+        )
+
+    def _not_provable(self) -> str | None:
+        """Why steps cannot be seen or are proved otherwise; None where they are compared."""
+        c = self.config
+        return next(
+            (
+                reason
+                for reason, found in {
+                    "rollout.backend=server": c.rollout.backend == "server",
+                    "a compiled engine (rollout.enforce_eager=false)": not c.rollout.enforce_eager,
+                    "several trainer ranks": ranks.world_size() > 1,
+                    "trainer.zero_stage=3": c.trainer.zero_stage == 3,
+                    "adapters": bool(c.trainer.lora.rank),
+                    "packed rows": bool(c.trainer.pack_tokens),
+                    "exact or mirrored bodies, which are compared in every bit": c.exact or c.mirrored,
+                }.items()
+                if found
+            ),
+            None,
+        )
 
     def _summary(self, statuses: list[dict]) -> dict:
         from rlalign.tracking.record import read_metrics, summarize

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,8 +30,8 @@ PROBLEMS_TOLD = 5
 class PublishReport:
     """What one publish moved and what the ranks said. bytes are those of the published tensors, once.
 
-    repaired: lm_heads and experts re-packed because their kernel went on with an older weight. proofs: how the first rank proved
-    its tensors: {"kernel": through a product, "bytes": all of them, "packed": as a fresh engine packs them}.
+    repaired: lm_heads and experts re-packed because their kernel went on with an older weight. proof_of: how the first rank proved
+    each tensor: "kernel": through a product, "bytes": all of them, "packed": as a fresh engine packs them.
     carry_seconds: until the last bucket was taken; the rest is proof.
     """
 
@@ -40,10 +41,15 @@ class PublishReport:
     buckets: int
     ranks: int
     repaired: int
-    proofs: dict[str, int]
+    proof_of: dict[str, str]
     rebuilds: int
     carry_seconds: float
     seconds: float
+
+    @property
+    def proofs(self) -> dict[str, int]:
+        """How many tensors are proved in which way."""
+        return dict(Counter(self.proof_of.values()))
 
 
 def publish(
@@ -80,7 +86,7 @@ def publish(
         buckets=update.buckets,
         ranks=len(acks),
         repaired=sum(len(a["repaired"]) for a in acks),
-        proofs=acks[0].get("proofs", {}),
+        proof_of=acks[0].get("proofs", {}),
         rebuilds=max(a["rebuilds"] for a in acks),
         carry_seconds=carried,
         seconds=time.perf_counter() - started,

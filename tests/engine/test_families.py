@@ -5,11 +5,14 @@ import json
 import pytest
 import torch
 
+from rlalign.diagnose.attribution import steps
+from rlalign.diagnose.attribution.measure import measure
 from rlalign.diagnose.families import building, recipes
 from rlalign.rollout.engine import own_process
 from rlalign.rollout.engine.arguments import require_dtype
 from rlalign.rollout.worker import readback
 from rlalign.trainer.checkpoint_names import as_checkpoint
+from rlalign.types import collate
 from rlalign.weights import publish
 from tests.engine.conftest import start, worker_of
 
@@ -90,6 +93,51 @@ def test_parts_of_a_fused_weight_that_come_alone_are_refused(experts, tmp_path):
         publish(alone, 7, receiver=engine, shared=tmp_path)
     model, _ = published(folder, engine, tmp_path, version=7, seed=7)
     assert apart(engine, model) < 1e-4
+
+
+def test_a_loader_that_vouches_for_itself_is_caught_by_its_output(experts, tmp_path):
+    """Keys where values belong: the read-back's twin is loaded the same way and agrees; the trainer's modules do not."""
+    folder, engine = experts
+    model, _ = published(folder, engine, tmp_path, version=8, seed=8)
+    found = steps.prove(engine, model, scratch=tmp_path)
+    assert max(found.values()) < 1e-4 and {
+        "layers.1.v",
+        "layers.1.attention",
+        "layers.0.router",
+        "layers.0.mlp_out",
+    } <= set(found)
+    weight = worker_of(engine._llm).get_model().model.layers[1].self_attn.qkv_proj.weight
+    loader = weight.weight_loader
+    weight.weight_loader = lambda param, loaded, shard: loader(param, loaded, {"k": "v", "v": "k"}.get(shard, shard))
+    try:
+        model, report = published(folder, engine, tmp_path, version=9, seed=9)
+        assert report.proof_of["model.layers.1.self_attn.k_proj.weight"] == "kernel"
+        with pytest.raises(RuntimeError, match=r"computes something else with them.*layers\.1\.[kv] by 1\d\d%"):
+            steps.prove(engine, model, scratch=tmp_path)
+    finally:
+        worker_of(engine._llm).get_model().model.layers[1].self_attn.qkv_proj.weight.weight_loader = loader
+    model, _ = published(folder, engine, tmp_path, version=10, seed=10)
+    assert max(steps.prove(engine, model, scratch=tmp_path).values()) < 1e-4
+
+
+def test_a_layer_of_another_shape_is_attributed_to_its_norms(tmp_path):
+    """Gemma 3 has norms behind attention and MLP, which no list of ours pairs; a fault of one is named exactly."""
+    folder = building.build(recipes.RECIPES["gemma3"], tmp_path / "gemma3")
+    engine, model = start(folder, dtype="float32"), building.perturbed(folder, seed=1, dtype="float32", size=0.0)
+    try:
+        rollouts = engine.generate([s[:24] for s in building.probes()], prompt_ids=range(3), samples=4, seed=0)
+        batch = collate(rollouts, pad_token_id=0, spec=engine.spec)
+        found = measure(engine, model, batch)
+        assert found.first_over_floor is None
+        assert {"embed", "layers.1.post_feedforward_layernorm", "layers.0.mid_residual", "layers.1.k_rope"} <= {
+            p.point for p in found.points
+        }
+        with torch.no_grad():
+            model.model.layers[1].post_feedforward_layernorm.weight.add_(0.05)
+        found = measure(engine, model, batch, patch=False)
+        assert [p.point for p in found.routes["decode"].suspects] == ["layers.1.post_feedforward_layernorm"]
+    finally:
+        engine.close()
 
 
 def test_an_engine_over_transformers_classes_gets_a_process_of_its_own(tmp_path):

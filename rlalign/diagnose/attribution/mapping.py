@@ -66,11 +66,15 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class ModelMap:
-    """All matching points of a model, in the order in which they are computed. Logits are matched by both sides themselves."""
+    """All matching points of a model, in the order in which they are computed. Logits are matched by both sides themselves.
+
+    tuples: the trainer's layers answer with a tuple.
+    """
 
     pairs: tuple[Pair, ...]
     layers: int
     trainer_layers: str = LAYERS[1]
+    tuples: bool = False
 
     @property
     def rollout_taps(self) -> list[Tap]:

@@ -10,11 +10,12 @@ from pathlib import Path
 from torch import nn
 
 from rlalign.diagnose.attribution import trainer_side
+from rlalign.diagnose.attribution.derived import mapping_of
 from rlalign.diagnose.attribution.difference import Spread, compared
 from rlalign.diagnose.attribution.findings import Attribution, engine_against_itself
-from rlalign.diagnose.attribution.mapping import BUILT_IN, Pairs, match
+from rlalign.diagnose.attribution.mapping import Pairs
 from rlalign.diagnose.attribution.route import Setup, attribute_route
-from rlalign.diagnose.attribution.trainer_side import Side, module_names
+from rlalign.diagnose.attribution.trainer_side import Side
 from rlalign.rollout.engine import teacher_forcing
 from rlalign.rollout.engine.embedded import VLLMEngine
 from rlalign.rollout.engine.teacher_forcing import Route
@@ -33,7 +34,7 @@ def measure(
     batch: RolloutBatch,
     *,
     routes: Sequence[Route] = (Route.prefill, Route.decode),
-    pairs: Pairs = BUILT_IN,
+    pairs: Pairs | None = None,
     chunked: VLLMEngine | None = None,
     rows: int = 0,
     patch: bool = True,
@@ -52,7 +53,7 @@ def measure(
             "attribution compares float32 or model heads; start both sides with head_dtype=float32, not master"
         )
     require_same_architecture(engine, network)
-    mapping = match(teacher_forcing.modules(engine), module_names(network), pairs)
+    mapping = mapping_of(engine, network, batch, pairs, scratch)
     mirror(network, head_dtype=engine.spec.head_dtype, chunk=0)
     folder = Path(tempfile.mkdtemp(prefix="rlalign-attribution-", dir=scratch))
     try:

@@ -129,7 +129,7 @@ def _skipped(side: Side, count: int) -> Iterator[None]:
     """The first `count` layers hand their input on: what they make would be replaced anyway."""
     modules = [side.network.get_submodule(f"{side.mapping.trainer_layers}.{i}") for i in range(count)]
     for module in modules:
-        module.forward = _hand_on
+        module.forward = _hand_on_in_a_tuple if side.mapping.tuples else _hand_on
     try:
         yield
     finally:
@@ -139,6 +139,10 @@ def _skipped(side: Side, count: int) -> Iterator[None]:
 
 def _hand_on(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
     return hidden_states
+
+
+def _hand_on_in_a_tuple(hidden_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor]:
+    return (hidden_states,)
 
 
 def from_logits(recording: Recording, batch: RolloutBatch, temperature: float, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 OK, REFUSED, FAILED = "ok", "refused", "failed"
-COLUMNS = ("head", "load", "score", "publish", "bfloat16", "bfloat16 publish", "train", "attribute")
+# The cells that one process answers, in the order in which it does; a process is an engine.
+PROCESSES: dict[str, tuple[str, ...]] = {
+    "float32": ("head", "load", "score", "publish", "attribute", "train", "ZeRO-3", "LoRA"),
+    "bfloat16": ("bfloat16", "bfloat16 publish"),
+    "TP 2": ("TP 2",),
+}
+COLUMNS = tuple(column for columns in PROCESSES.values() for column in columns)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import multiprocessing
+import os
+import signal
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rlalign.diagnose.families import building
-from rlalign.diagnose.families.cell import FAILED, OK, Cell
+from rlalign.diagnose.families.cell import FAILED, OK, PROCESSES, Cell
 from rlalign.diagnose.families.recipes import Recipe
 
-ENGINE = {"float32": ("head", "load", "score", "publish"), "bfloat16": ("bfloat16", "bfloat16 publish")}
-COMMANDS: dict[str, tuple[str, ...]] = {
-    "train": ("train", "steps=1", "tracking.console=false"),
-    "attribute": ("attribute", "--prompts", "4", "--samples", "1", "--tokens", "128", "--route", "prefill", "--no-chunked"),
-}  # fmt: skip
-SETTINGS = ("model.dtype=float32", "mismatch.action=warn", "rollout.max_model_len=256", "rollout.max_tokens=12")
+# Imported once, in the server that every process is forked from: they take longer than the cells of a tiny model.
+HEAVY = [
+    "vllm.entrypoints.llm", "vllm.v1.engine.core", "rlalign.rollout.engine.embedded", "rlalign.trainer.policy",
+    "rlalign.diagnose.attribution.measure", "rlalign.run.step", "rlalign.run.assembly",
+]  # fmt: skip
 
 
 def examine(
@@ -29,6 +30,10 @@ def examine(
     say: Callable[[str, dict[str, Cell]], None],
 ) -> dict[str, dict[str, Cell]]:
     """The table; say: told each family's row when it is done."""
+    from rlalign.rollout.engine.embedded import EMBEDDED_ENVIRONMENT
+
+    for name, value in (EMBEDDED_ENVIRONMENT | {"TORCHDYNAMO_DISABLE": "1"}).items():  # read when HEAVY is imported
+        os.environ.setdefault(name, value)
     table = {}
     for name, recipe in families.items():
         with tempfile.TemporaryDirectory(prefix=f"rlalign-{name}-") as folder:
@@ -38,45 +43,45 @@ def examine(
 
 
 def row(recipe: Recipe, folder: Path, columns: Sequence[str], timeout_s: float) -> dict[str, Cell]:
-    """The cells of one family. Columns behind one that failed stay empty."""
+    """The cells of one family. Columns behind one that they stand on and that failed stay empty."""
     try:
         model = building.build(recipe, folder / "model")
     except Exception as error:  # a family that this transformers does not have, or builds in another way
         return {columns[0]: Cell(FAILED, f"{type(error).__name__}: {error}"[:300])}
     cells: dict[str, Cell] = {}
-    for dtype, names in ENGINE.items():
+    for process, names in PROCESSES.items():
         if wanted := [n for n in names if n in columns]:
-            found = _engine(model, dtype, folder / f"{dtype}.json", timeout_s)
+            found = _engine(model, process, wanted, folder / "found.json", timeout_s)
             cells |= {n: c for n, c in found.items() if n in wanted or c.state != OK}
-    for name in (c for c in COMMANDS if c in columns):
-        cells[name] = _command(name, model, folder / name, timeout_s)
     return cells
 
 
-def _engine(model: Path, dtype: str, out: Path, timeout_s: float) -> dict[str, Cell]:
-    module = "rlalign.diagnose.families.engine_cells"
-    code, said = _run([sys.executable, "-m", module, str(model), dtype, str(out)], out.parent, timeout_s)
-    found = {name: Cell(**plain) for name, plain in json.loads(out.read_text()).items()} if out.is_file() else {}
-    if code and not any(c.state != OK for c in found.values()):
-        missing = next((n for n in ENGINE[dtype] if n not in found), ENGINE[dtype][-1])
-        found[missing] = Cell(FAILED, said)
+def _engine(model: Path, process: str, wanted: Sequence[str], out: Path, timeout_s: float) -> dict[str, Cell]:
+    from rlalign.diagnose.families import engine_cells
+
+    out.write_text("{}")
+    said = out.with_suffix(".log")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(HEAVY)
+    child = context.Process(target=engine_cells.run, args=(model, process, list(wanted), out, said))
+    child.start()
+    child.join(timeout_s)
+    late = child.is_alive()
+    if late:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # with the processes of its engine
+        child.kill()
+        child.join()
+    found = {name: Cell(**plain) for name, plain in json.loads(out.read_text()).items()}
+    if child.exitcode and all(c.state == OK for c in found.values()):
+        missing = next((n for n in wanted if n not in found), wanted[-1])
+        reason = f"no answer within {timeout_s:g} s" if late else last_line(said, child.exitcode)
+        found[missing] = Cell(FAILED, reason)
     return found
 
 
-def _command(name: str, model: Path, folder: Path, timeout_s: float) -> Cell:
-    command, *options = COMMANDS[name]
-    folder.mkdir()
-    words = [sys.executable, "-m", "rlalign.cli", command, "--config-name", "demo", *options, *SETTINGS]
-    code, said = _run([*words, f"model.path={model}", f"output_dir={folder / 'run'}"], folder, timeout_s)
-    return Cell(OK, "") if code == 0 else Cell(FAILED, said)
-
-
-def _run(words: list[str], folder: Path, timeout_s: float) -> tuple[int, str]:
-    """Exit code, and the last line of what was said."""
-    try:
-        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=timeout_s, check=False)
-    except subprocess.TimeoutExpired:
-        return 1, f"no answer within {timeout_s:g} s"
-    lines = [line for line in done.stderr.splitlines() if line.startswith(("rlalign:", "RuntimeError", "ValueError"))]
-    lines = lines or [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-    return done.returncode, lines[-1][:300]
+def last_line(file: Path, code: int) -> str:
+    """What a process that ended with this code said last."""
+    lines = [line for line in file.read_text(errors="replace").splitlines() if line.strip()] if file.is_file() else []
+    told = [line for line in lines if line.startswith(("rlalign:", "RuntimeError", "ValueError"))]
+    return (told or lines or [f"exit code {code}"])[-1][:300]

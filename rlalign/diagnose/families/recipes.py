@@ -59,6 +59,7 @@ RECIPES: dict[str, Recipe] = {
     "gemma2": Recipe("gemma2", {"query_pre_attn_scalar": 32, "sliding_window": 16, "layer_types": BOTH_WINDOWS}),
     "gemma3": Recipe("gemma3_text", {"query_pre_attn_scalar": 32, "sliding_window": 16, "layer_types": BOTH_WINDOWS}),
     "phi3": Recipe("phi3", {"pad_token_id": 0}, without=("head_dim",)),
+    "phi": Recipe("phi", {"partial_rotary_factor": 0.5}, without=("head_dim",)),
     "olmo2": Recipe("olmo2", {}, without=("head_dim",)),
     "olmo3": Recipe("olmo3", {"sliding_window": 16, "layer_types": BOTH_WINDOWS}, without=("head_dim",)),
     "smollm3": Recipe("smollm3", {"pad_token_id": 0, "no_rope_layers": [1, 0]}, without=("head_dim",)),

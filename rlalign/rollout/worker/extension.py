@@ -34,11 +34,12 @@ from rlalign.rollout.worker import readback, steady_layers
 from rlalign.rollout.worker.capture import CaptureExtension
 from rlalign.rollout.worker.model_identity import IdentityExtension
 from rlalign.rollout.worker.op_record import OpRecordExtension
+from rlalign.rollout.worker.outline import OutlineExtension
 from rlalign.rollout.worker.receiving import ReceivingExtension
 from rlalign.weights import MASTER_WEIGHT, digest
 
 
-class WorkerExtension(CaptureExtension, IdentityExtension, OpRecordExtension, ReceivingExtension):
+class WorkerExtension(CaptureExtension, IdentityExtension, OpRecordExtension, OutlineExtension, ReceivingExtension):
     """RPCs of one worker. State: the version acknowledged last."""
 
     rlalign_version: int = 0

@@ -12,7 +12,6 @@ vLLM's layerwise reload (0.24 to 0.32) is watched at two of its functions, `get_
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from inspect import BoundArguments
@@ -153,14 +152,14 @@ class LoadRecord:
             ),
         ]
 
-    def proofs(self) -> dict[str, int]:
-        """How many published tensors are proved in which way; of a tensor in several layers the weakest counts."""
+    def proofs(self) -> dict[str, str]:
+        """How each published tensor is proved; of a tensor in several layers the weakest counts."""
         order = {readback.BYTES: 0, readback.KERNEL: 1, readback.PACKED: 2}
         weakest: dict[str, str] = {}
         for expected in self.expected:
             for owner, _ in expected.owners:
                 weakest[owner] = max(weakest.get(owner, expected.proof), expected.proof, key=order.__getitem__)
-        return dict(Counter(weakest.values()))
+        return weakest
 
     def _judge(self) -> None:
         """Whether the loaders were handed the source's own elements."""

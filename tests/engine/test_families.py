@@ -1,6 +1,7 @@
 """Families whose weights the engine keeps in another form than the trainer: what was published is what it computes with."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_parts_of_a_fused_weight_that_come_alone_are_refused(experts, tmp_path):
     assert apart(engine, model) < 1e-4
 
 
-def test_a_loader_that_vouches_for_itself_is_caught_by_its_output(experts, tmp_path):
+def test_a_loader_that_vouches_for_itself_is_caught_by_its_output(experts, tmp_path, monkeypatch):
     """Keys where values belong: the read-back's twin is loaded the same way and agrees; the trainer's modules do not."""
     folder, engine = experts
     model, _ = published(folder, engine, tmp_path, version=8, seed=8)
@@ -106,16 +107,21 @@ def test_a_loader_that_vouches_for_itself_is_caught_by_its_output(experts, tmp_p
         "layers.0.router",
         "layers.0.mlp_out",
     } <= set(found)
-    weight = worker_of(engine._llm).get_model().model.layers[1].self_attn.qkv_proj.weight
-    loader = weight.weight_loader
-    weight.weight_loader = lambda param, loaded, shard: loader(param, loaded, {"k": "v", "v": "k"}.get(shard, shard))
-    try:
-        model, report = published(folder, engine, tmp_path, version=9, seed=9)
-        assert report.proof_of["model.layers.1.self_attn.k_proj.weight"] == "kernel"
-        with pytest.raises(RuntimeError, match=r"computes something else with them.*layers\.1\.[kv] by 1\d\d%"):
-            steps.prove(engine, model, scratch=tmp_path)
-    finally:
-        worker_of(engine._llm).get_model().model.layers[1].self_attn.qkv_proj.weight.weight_loader = loader
+    architecture = type(worker_of(engine._llm).get_model())
+    load, other = architecture.load_weights, {"k": "v", "v": "k"}
+
+    def swapping(self, weights):
+        return load(
+            self,
+            ((re.sub(r"(?<=layers\.1\.self_attn\.)[kv](?=_proj)", lambda m: other[m[0]], n), w) for n, w in weights),
+        )
+
+    monkeypatch.setattr(architecture, "load_weights", swapping)
+    model, report = published(folder, engine, tmp_path, version=9, seed=9)
+    assert report.proof_of["model.layers.1.self_attn.k_proj.weight"] == "kernel"
+    with pytest.raises(RuntimeError, match=r"computes something else with them.*layers\.1\.[kv] by 1\d\d%"):
+        steps.prove(engine, model, scratch=tmp_path)
+    monkeypatch.undo()
     model, _ = published(folder, engine, tmp_path, version=10, seed=10)
     assert max(steps.prove(engine, model, scratch=tmp_path).values()) < 1e-4
 

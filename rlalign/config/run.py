@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from rlalign.config.algo import AlgoConfig
 from rlalign.config.checkpoint import CheckpointConfig
@@ -204,8 +204,8 @@ def load(overrides: Mapping[str, Any]) -> RunConfig:
 
     try:
         if OmegaConf.is_config(overrides):  # a key that +key=value added would pass as part of the schema
-            overrides = OmegaConf.to_container(overrides, resolve=False)
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), overrides))
+            overrides = cast("dict[str, Any]", OmegaConf.to_container(overrides, resolve=False))
+        return cast("RunConfig", OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), overrides)))
     except OmegaConfBaseException as error:
         raise ValueError(_readable(error)) from error
 
@@ -214,7 +214,8 @@ def to_plain(config: RunConfig) -> dict[str, Any]:
     """The resolved configuration as JSON-able data."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    return cast("dict[str, Any]", plain)
 
 
 def _readable(error: Exception) -> str:

@@ -5,6 +5,8 @@ N tokens, D hidden, V vocabulary, E ids of all kept sets and M = N + 1 places wh
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -133,7 +135,7 @@ def _(
     ]
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     hidden_ND, weight_VD, bias_V, target_N, temperature_N, kept_E, kept_start_M, *ctx.options, _ = inputs
     _, entropy_N, lse_N, stash_E = output
     ctx.mark_non_differentiable(lse_N, stash_E)
@@ -144,7 +146,7 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 
 
 def _backward(
-    ctx: torch.autograd.function.FunctionCtx, logprob_grad_N: Tensor | None, entropy_grad_N: Tensor | None, *_: None
+    ctx: Any, logprob_grad_N: Tensor | None, entropy_grad_N: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
     *operands, lse_N, entropy_N, stash_E = ctx.saved_tensors
     soft_cap, logit_scale, vocab_size, chunk, entropy, exact_mirror = ctx.options

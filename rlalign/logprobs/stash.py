@@ -9,6 +9,8 @@ N tokens, V vocabulary, S columns of a vocabulary block, E numbers in the stash.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,8 @@ _PER_MIB = 2**20 // 4  # float32
 def stash_size(tokens: int, vocab: int, width: int, keep_mib: int) -> int:
     """Numbers in a stash of at most `keep_mib` MiB; no more than [N, V] needs. Symbolic sizes of torch.compile too."""
     blocks = -(-vocab // width)
-    return torch.sym_min(tokens * (vocab + PAD * blocks), keep_mib * _PER_MIB)
+    numbers: Any = torch.sym_min(tokens * (vocab + PAD * blocks), keep_mib * _PER_MIB)
+    return numbers
 
 
 class Stash:

@@ -7,6 +7,7 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 # The name that is imported -> the distributions that may provide it, most specific first.
 PACKAGES = {
@@ -22,7 +23,7 @@ PACKAGES = {
 VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "VLLM_PLUGINS", "VLLM_BATCH_INVARIANT")
 
 
-def snapshot() -> dict[str, object]:
+def snapshot() -> dict[str, Any]:
     """Versions, processor, cores and memory (GiB). A package that is not installed is None."""
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},

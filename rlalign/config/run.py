@@ -7,17 +7,24 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from rlalign.config.algo import AlgoConfig
-from rlalign.config.checkpoint import CheckpointConfig
-from rlalign.config.checks import positive, require
-from rlalign.config.mismatch import MismatchConfig
-from rlalign.config.model import Dtype, HeadDtype, ModelConfig
 from rlalign.config.reward import RewardConfig, require_that_it_matters
 from rlalign.config.rollout import RolloutConfig
-from rlalign.config.schedule import ScheduleConfig, ScheduleMode
-from rlalign.config.task import TaskConfig
-from rlalign.config.tracking import TrackingConfig
-from rlalign.config.trainer import TrainerConfig
-from rlalign.config.weights import WIRE_TRANSPORTS, WeightsConfig
+from rlalign.config.sections import (
+    WIRE_TRANSPORTS,
+    CheckpointConfig,
+    Dtype,
+    HeadDtype,
+    MismatchConfig,
+    ModelConfig,
+    ScheduleConfig,
+    ScheduleMode,
+    TaskConfig,
+    TrackingConfig,
+    TrainerConfig,
+    WeightsConfig,
+    positive,
+    require,
+)
 
 
 def require_exact_possible(head_dtype: HeadDtype, rollout: RolloutConfig, trainer: TrainerConfig) -> None:

@@ -51,22 +51,8 @@ def flat_logprobs(
 
 
 @flat_logprobs.register_fake
-def _(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    target_N: Tensor,
-    temperature_N: Tensor | None,
-    kept_E: Tensor | None,
-    kept_start_M: Tensor | None,
-    soft_cap: float | None,
-    logit_scale: float,
-    vocab_size: int,
-    chunk: int | None,
-    entropy: bool,
-    exact_mirror: bool,
-    keep_mib: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(hidden_ND: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    vocab_size, chunk, entropy, _, keep_mib = others[-5:]
     tokens, width = hidden_ND.shape[0], Tile.of(hidden_ND.device, chunk).vocab
     sizes = (tokens, tokens if entropy else 0, tokens, stash_size(tokens, vocab_size, width, keep_mib))
     first, second, third, fourth = (hidden_ND.new_empty(size, dtype=torch.float32) for size in sizes)
@@ -109,25 +95,8 @@ def _flat_backward(
 
 
 @_flat_backward.register_fake
-def _(
-    logprob_grad_N: Tensor,
-    entropy_grad_N: Tensor | None,
-    lse_N: Tensor,
-    entropy_N: Tensor,
-    stash_E: Tensor,
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    target_N: Tensor,
-    temperature_N: Tensor | None,
-    kept_E: Tensor | None,
-    kept_start_M: Tensor | None,
-    soft_cap: float | None,
-    logit_scale: float,
-    vocab_size: int,
-    chunk: int | None,
-    wants: list[bool],
-) -> list[Tensor]:
+def _(logprob_grad_N: Tensor, entropy_grad_N: Tensor | None, lse_N: Tensor, *others: Any) -> list[Tensor]:
+    _, _, hidden_ND, weight_VD, bias_V, *_, wants = others
     operands = (hidden_ND, weight_VD, bias_V)
     return [
         x.new_empty(x.shape) if x is not None and want else lse_N.new_empty(0)

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from rlalign.head.products import Route, backward_route, matmul, stored_for
-from rlalign.logprobs.blocks import padded, strip_height, strips, token_tiles
+from rlalign.logprobs.blocks import Stash, padded, strip_height, strips, token_tiles
 from rlalign.logprobs.forward import Problem
-from rlalign.logprobs.stash import Stash
 
 # MKL's bf16 product is a fifth faster on inner lengths of 1024 than on longer ones (AMX).
 _INNER = 1024

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from rlalign.head import triton as gpu_head
 from rlalign.head.products import Route, logits_of, stored_for
-from rlalign.logprobs.blocks import Tile, columns_of, padded, strip_height, strips, token_tiles
+from rlalign.logprobs.blocks import Stash, Tile, columns_of, padded, strip_height, strips, token_tiles
 from rlalign.logprobs.kept import Kept
-from rlalign.logprobs.stash import Stash
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -148,6 +148,20 @@ class RunConfig:
             f"{self.algo.advantage}: an update is taken back before anybody samples with it, and a critic is not taken back with "
             "the policy; use schedule.mode=synchronous and algo.advantage=group",
         )
+        self._check_sizes()
+        require_that_it_matters(self.reward, self.algo)
+        self._check_schedule()
+        require(
+            not self.exact or self.trainer.body != "mirrored",
+            "exact=true with trainer.body=mirrored: choose one; exact computes both sides anew, mirrored follows the engine",
+        )
+        self.exact = self.exact or self.trainer.body == "exact"
+        if self.exact:
+            require_exact_possible(self.head_dtype, self.rollout, self.trainer)
+        if self.mirrored:
+            require_mirrored_possible(self.head_dtype, self.model, self.rollout, self.trainer)
+
+    def _check_sizes(self) -> None:
         samples = self.rollout.prompts_per_step * self.rollout.group_size
         require(
             self.algo.kl_penalty.target == 0 or samples < 5 * self.algo.kl_penalty.horizon,
@@ -168,7 +182,8 @@ class RunConfig:
             f"weights.transport={self.weights.transport} with rollout.backend={self.rollout.backend}: the embedded engine would "
             "receive inside the process that sends; use weights.transport=shared_memory, or rollout.backend=server",
         )
-        require_that_it_matters(self.reward, self.algo)
+
+    def _check_schedule(self) -> None:
         require(
             self.schedule.mode is not ScheduleMode.in_flight or self.rollout.backend == "server",
             f"schedule.mode=in_flight with rollout.backend={self.rollout.backend}: only servers change their weights under running "
@@ -185,15 +200,6 @@ class RunConfig:
             f"tracking.replay_every={self.tracking.replay_every} with schedule.mode={self.schedule.mode.value}: a step is "
             "repeated with the weights it trained, and these tokens were sampled by older ones; use schedule.mode=synchronous",
         )
-        require(
-            not self.exact or self.trainer.body != "mirrored",
-            "exact=true with trainer.body=mirrored: choose one; exact computes both sides anew, mirrored follows the engine",
-        )
-        self.exact = self.exact or self.trainer.body == "exact"
-        if self.exact:
-            require_exact_possible(self.head_dtype, self.rollout, self.trainer)
-        if self.mirrored:
-            require_mirrored_possible(self.head_dtype, self.model, self.rollout, self.trainer)
 
     @property
     def mirrored(self) -> bool:

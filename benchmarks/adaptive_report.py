@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ from rlalign.calibration.metrics import (
     expected_calibration_error,
     negative_log_likelihood,
 )
+from rlalign.tracking.environment import cpu_model
 
 if TYPE_CHECKING:
     from adaptive import Data
@@ -38,7 +38,7 @@ def write(folder: Path, tables: dict[str, dict], data: Data, *, sizes: dict[str,
     goal = verdict(tables["mixed"], mixed.prompt_N, of_N)
     home = verdict(tables["trained"], trained.prompt_N, np.array(["addition"] * len(trained.prompt_N)))
     text = TEXT.format(
-        machine=machine(), torch=torch.__version__, seconds=seconds, **sizes, tokens=len(of_N), problems=len(mixed.prompts),
+        machine=cpu_model(), torch=torch.__version__, seconds=seconds, **sizes, tokens=len(of_N), problems=len(mixed.prompts),
         families=", ".join(f"{name} ({FAMILIES[name][0]})" for name in families),
         mixed_verdict=goal, mixed=method_table(tables["mixed"], mixed.prompt_N, of_N),
         trained_verdict=home, trained=method_table(tables["trained"], trained.prompt_N, None),
@@ -188,13 +188,6 @@ def interval(metric: Callable, j: Judged, cluster_N: np.ndarray) -> str:
     """95 %, prompts resampled."""
     found = bootstrap_ci(metric, j.top_N, j.right_N, cluster=cluster_N, n_resamples=RESAMPLES, method="basic")
     return f"[{max(found.low, 0):.4f}, {found.high:.4f}]"
-
-
-def machine() -> str:
-    """The processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 TEXT = """# Adaptive temperature scaling on an overconfident policy

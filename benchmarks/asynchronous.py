@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 from rlalign.ranks import environment_without_launcher
+from rlalign.tracking.environment import cpu_model
 from rlalign.tracking.timeline import Utilisation, read_timeline, utilisation
 
 WARM_UP = 3  # steps left out: kernels are built, caches filled
@@ -118,12 +118,6 @@ def cores() -> float:
     return together(2) / together(1)
 
 
-def machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {os.cpu_count()} cores"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=2)
@@ -140,8 +134,8 @@ def main() -> None:
     print("# One step off against synchronous\n")
     print(
         f"The demo with algo=tis: 256 completions a step, {arguments.steps} steps, {arguments.rounds} interleaved rounds. "
-        f"{machine()}; two processes of plain products do {min(gain):.2f} to {max(gain):.2f} x the work of one. Written by "
-        f"benchmarks/asynchronous.py; the first {WARM_UP} steps of each run are left out of the timings.\n"
+        f"{cpu_model()}, {os.cpu_count()} cores; two processes of plain products do {min(gain):.2f} to {max(gain):.2f} x the work "
+        f"of one. Written by benchmarks/asynchronous.py; the first {WARM_UP} steps of each run are left out of the timings.\n"
     )
     print("\n".join(table(found)) + "\n\n" + ceiling(found) + "\n\n## It still learns\n\n" + "\n".join(learning(found)))
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.exact import score
+from benchmarks.exact import interleaved, score
 from rlalign.cli import set_environment
 from rlalign.config import RolloutConfig
 from rlalign.tracking import environment
@@ -161,21 +161,10 @@ def measure(name: str, model: Path, options: argparse.Namespace) -> Found:
         "trainer forward + backward": lambda body: score(networks[body], few, grad=True),
     }
     for part, run in parts.items():
-        found.seconds[part] = interleaved(run)
+        first, second = interleaved(run, ("model", "mirrored"), ROUNDS + 1)
+        found.seconds[part] = first[1:], second[1:]  # the first round warms up
         print(name, part, [min(s) for s in found.seconds[part]], flush=True)
     return found
-
-
-def interleaved(run: Callable[[str], object]) -> tuple[list[float], list[float]]:
-    """CPU seconds with the body as the model has it and mirrored, in turn."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for at in range(ROUNDS + 1):
-        for side, body in enumerate(("model", "mirrored")):
-            began = time.process_time()
-            run(body)
-            if at:
-                seconds[side].append(time.process_time() - began)
-    return seconds
 
 
 def page(every: list[Found], options: argparse.Namespace) -> str:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -73,7 +74,7 @@ def measure(model: Path, load: Load, dtype: str) -> dict[str, tuple[list[float],
         }
         for part in parts.values():  # warm
             part(0), part(1)
-        return {name: interleaved(part, load.rounds) for name, part in parts.items()}
+        return {name: interleaved(part, (0, 1), load.rounds) for name, part in parts.items()}
     finally:
         for engine in engines:
             engine.close()
@@ -94,14 +95,17 @@ def score(network: nn.Module, batch: RolloutBatch, *, grad: bool) -> torch.Tenso
     return logprobs_BL.detach()
 
 
-def interleaved(part: Callable[[int], object], rounds: int) -> tuple[list[float], list[float]]:
-    """CPU seconds of both sides, in turn: the engine runs inside this process, on one thread."""
+T = TypeVar("T")
+
+
+def interleaved(part: Callable[[T], object], sides: tuple[T, T], rounds: int) -> tuple[list[float], list[float]]:
+    """CPU seconds of both sides, in turn: whatever runs is inside this process, on one thread."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
-        for side in (0, 1):
+        for side, taken in zip(sides, seconds, strict=True):
             began = time.process_time()
             part(side)
-            seconds[side].append(time.process_time() - began)
+            taken.append(time.process_time() - began)
     return seconds
 
 

@@ -15,7 +15,6 @@ import ctypes
 import functools
 import gc
 import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from torch import Tensor
 from rlalign.head import projection
 from rlalign.logprobs import token_logprobs
 from rlalign.logprobs.blocks import padded
+from rlalign.tracking.environment import cpu_model
 
 
 def ours(mode: str, keep_mib: int = 0) -> Score:
@@ -150,9 +150,7 @@ def machine(device: torch.device, called: str) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     info = Path("/proc/cpuinfo").read_text()
-    name = next(
-        (x.split(":")[1].strip() for x in info.splitlines() if x.startswith("model name")), platform.processor()
-    )
+    name = cpu_model()
     features = " ".join(f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in info)
     return f"{called or f'{name} ({features})'}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 

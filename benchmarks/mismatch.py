@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 
 from rlalign import mismatch
 from rlalign.objective import corrections
+from rlalign.tracking.environment import cpu_model
 
 B, L = 64, 4096
 RESULTS = Path(__file__).parent / "results" / "mismatch.md"
@@ -123,10 +123,7 @@ def _score(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 def _machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    names = [
-        x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")
-    ]
-    return names[0] if names else platform.processor() or platform.machine()
+    return cpu_model()
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from rlalign.tracking.environment import cpu_model
 
 WAYS = ("one by one", "batched", "prefix-cached", "packed", "auto")
 HEADER = """# Many items behind one query
@@ -102,15 +103,6 @@ def measure(ways: dict, shape: tuple[int, ...], rounds: int) -> dict:
     return {"shape": shape, "seconds": seconds, "error": error}
 
 
-def machine() -> str:
-    """What ran it."""
-    import torch
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
 def table(content: dict) -> str:
     """The committed page."""
     lines = [
@@ -141,12 +133,14 @@ def main() -> None:
     args = parser.parse_args()
     content = json.loads(args.json.read_text()) if args.json.exists() else {"rows": []}
     if args.shape:
+        import torch
+
         model = build(args.hidden, args.layers)
         ways = ways_of(model, args.budget)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         content["about"] = {
-            "machine": machine(), "millions": f"{millions:.0f}", "hidden": args.hidden, "layers": args.layers,
-            "budget": args.budget,
+            "machine": f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+            "millions": f"{millions:.0f}", "hidden": args.hidden, "layers": args.layers, "budget": args.budget,
         }  # fmt: skip
         for text in args.shape:
             content["rows"].append(measure(ways, tuple(int(n) for n in text.split("x")), args.rounds))

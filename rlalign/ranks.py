@@ -10,7 +10,7 @@ import random
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -63,7 +63,7 @@ def on_first(action: Callable[[], T]) -> T:
     """
     if world_size() == 1:
         return action()
-    message: list[object] = [None, None, RuntimeError]
+    message: list[Any] = [None, None, RuntimeError]
     failure: BaseException | None = None
     if rank() == 0:
         try:

@@ -14,6 +14,7 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 MODULE = "vllm.model_executor.layers.logits_processor"
 SIGNATURES = {
@@ -86,13 +87,15 @@ def execute(version: str, sources: Path) -> None:
 
         torch.manual_seed(0)
         lm_head = ParallelLMHead(300, 128, params_dtype=torch.bfloat16)
-        lm_head.weight.data.copy_(torch.randn(320, 128) * 0.1)
-        lm_head.quant_method.process_weights_after_loading(lm_head)
+        weight_VD: Any = lm_head.weight
+        weight_VD.data.copy_(torch.randn(320, 128) * 0.1)
+        method: Any = lm_head.quant_method
+        method.process_weights_after_loading(lm_head)
         bias, hidden = torch.randn(320).bfloat16(), torch.randn(7, 128).bfloat16()
         settings.additional_config = {names.SETTINGS_KEY: {"head_dtype": "float32", "mode": "auto"}}
         layer = LogitsProcessor(300, 300)
         assert isinstance(layer, logits_processor.AlignedLogitsProcessor), f"{version}: the slot was not taken"
-        expected = projection.project(hidden, lm_head.weight, bias)[:, :300]
+        expected = projection.project(hidden, weight_VD, bias)[:, :300]
         for copies in (False, True):
             logits_processor.reads_weight_directly = lambda hidden, weight, copies=copies: not copies
             logits = layer(lm_head, hidden, bias)
@@ -102,7 +105,7 @@ def execute(version: str, sources: Path) -> None:
         tokens = layer.get_top_tokens(lm_head, hidden, bias)
         assert torch.equal(tokens, expected.argmax(-1)), f"{version}: other top tokens than the argmax of our logits"
         layer.set_mode(logits_processor.HeadMode.OFF)
-        own = lm_head.quant_method.apply(lm_head, hidden)[:, :300]
+        own = method.apply(lm_head, hidden)[:, :300]
         assert torch.equal(layer(lm_head, hidden), own), f"{version}: switched off it is not vLLM's own head"
         assert layer.calls == 4, f"{version}: {layer.calls} of 4 calls were counted"
 
@@ -110,12 +113,14 @@ def execute(version: str, sources: Path) -> None:
 def load(file: Path) -> ModuleType:
     """Import one file of the release in place of the installed one."""
     spec = importlib.util.spec_from_file_location(MODULE, file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{file}: no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[MODULE] = module
     spec.loader.exec_module(module)
     import vllm.model_executor.layers as package
 
-    package.logits_processor = module
+    package.__dict__["logits_processor"] = module
     return module
 
 

@@ -116,15 +116,15 @@ def keys(section: type) -> list[tuple[str, str, str, str]]:
 def comments(section: type) -> dict[str, str]:
     """The comment at the end of each field's line or lines, and of the comment lines that go on below it."""
     source = inspect.getsource(section)
-    body = ast.parse(source).body[0].body
+    (parsed,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
     said = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             said[token.start[0]] = token.string.lstrip("# ").strip()
     found = {}
-    for node in body:
+    for node in parsed.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            lines = [said[n] for n in range(node.lineno, node.end_lineno + 1) if n in said]
+            lines = [said[n] for n in range(node.lineno, (node.end_lineno or node.lineno) + 1) if n in said]
             found[node.target.id] = " ".join(lines)
     return found
 
@@ -144,8 +144,9 @@ def _about(section: type) -> str:
 def _type(hint: object) -> str:
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return " \\| ".join(str(member.value) for member in hint)
-    plain = isinstance(hint, type) and not typing.get_args(hint)
-    return hint.__name__ if plain else str(hint).replace("typing.", "")
+    if isinstance(hint, type) and not typing.get_args(hint):
+        return hint.__name__
+    return str(hint).replace("typing.", "")
 
 
 def _default(field: dataclasses.Field) -> str:

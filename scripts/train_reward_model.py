@@ -29,14 +29,11 @@ def main() -> None:
     parser.add_argument("--pairs-per-prompt", type=int, default=8, help="of labelled rows (default: %(default)s)")
     parser.add_argument("--save-dtype", default="auto", help="of the weights: auto (the base's), float32, bfloat16")
     for field in fields(Recipe):
-        kind = (
-            {"action": argparse.BooleanOptionalAction}
-            if isinstance(field.default, bool)
-            else {"type": type(field.default)}
-        )
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}", default=field.default, help="default: %(default)s", **kind
-        )
+        flag, about = f"--{field.name.replace('_', '-')}", "default: %(default)s"
+        if isinstance(field.default, bool):
+            parser.add_argument(flag, default=field.default, help=about, action=argparse.BooleanOptionalAction)
+        else:
+            parser.add_argument(flag, default=field.default, help=about, type=type(field.default))
     given = vars(parser.parse_args())
     try:
         train_reward_model(

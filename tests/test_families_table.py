@@ -2,13 +2,13 @@
 
 import pytest
 
-from rlalign.diagnose.doctor import family
+from rlalign.diagnose.doctor.examine import TABLE, judged_family
 from rlalign.diagnose.families import cell, recipes
 from rlalign.diagnose.families.cell import FAILED, OK, Cell
 
 
 def test_the_table_that_ships_is_about_the_recipes():
-    table = cell.read(family.TABLE)
+    table = cell.read(TABLE)
     assert table and table.keys() <= recipes.RECIPES.keys()
     assert all(set(cells) <= set(cell.COLUMNS) and "load" in cells for cells in table.values())
 
@@ -18,15 +18,15 @@ def test_doctor_shows_the_row_of_the_model_and_calls_nothing_sound_that_was_not(
         "qwen3-moe": {"load": Cell(OK), "publish": Cell(OK, "6e-06; 4 packed")},
         "gpt2": {"train": Cell(FAILED, "why")},
     }
-    sound = family.judged_family("qwen3_moe", table)
+    sound = judged_family("qwen3_moe", table)
     assert sound.state == "ok" and "qwen3-moe on a tiny model: load, publish 6e-06" in sound.found
-    unsound = family.judged_family("gpt2", table)
+    unsound = judged_family("gpt2", table)
     assert (
         unsound.state == "unknown"
         and "train: failed, why" in unsound.found
         and unsound.remedy == "rlalign families gpt2"
     )
-    unknown = family.judged_family("llama", table)
+    unknown = judged_family("llama", table)
     assert unknown.state == "unknown" and "no tiny model of it was measured" in unknown.found
 
 

@@ -10,9 +10,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from rlalign.logprobs import token_logprobs
-from rlalign.logprobs.blocks import columns_of
+from rlalign.logprobs.blocks import Stash, columns_of, stash_size
 from rlalign.logprobs.forward import Problem
-from rlalign.logprobs.stash import Stash, stash_size
 from rlalign.trainer.head_mirror import Tokens, mirror
 from tests import attribution_parts as parts
 

@@ -6,7 +6,8 @@ N rows, K classes.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -26,8 +27,8 @@ def numbers(values: Numbers, what: str, *, booleans: bool = False) -> Floats:
     """
     torch = sys.modules.get("torch")  # a tensor can only be passed by someone who has imported torch
     if torch is not None and isinstance(values, torch.Tensor):
-        values = values.detach().cpu()
-        values = (values.double() if values.is_floating_point() else values).numpy()
+        tensor = cast("Tensor", values).detach().cpu()
+        values = (tensor.double() if tensor.is_floating_point() else tensor).numpy()
     try:
         array = np.asarray(values)
     except ValueError as error:
@@ -53,7 +54,7 @@ def as_rows(values: Numbers, what: str) -> Floats:
     return array
 
 
-def require_rows(array: Floats, other: Floats, what: str, other_what: str) -> None:
+def require_rows(array: Floats, other: np.ndarray, what: str, other_what: str) -> None:
     """Raise ValueError when there are no rows, or when two columns have different numbers of them."""
     if other.ndim != 1 or len(array) != len(other):
         raise ValueError(
@@ -159,3 +160,10 @@ def one_of(value: str, allowed: tuple[str, ...], what: str) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{what}: expected one of {', '.join(allowed)}, got {value!r}")
+
+
+def root(of: Callable[[float], float], low: float, high: float, *, xtol: float, rtol: float = 2.0**-50) -> float:
+    """Where `of` crosses zero between `low` and `high`, at which it has opposite signs (Brent 1973)."""
+    from scipy.optimize import brentq
+
+    return float(cast("float", brentq(of, low, high, xtol=xtol, rtol=np.float64(rtol))))

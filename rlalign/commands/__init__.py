@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,6 @@ def _rollout_server(arguments: argparse.Namespace) -> int:
 
 
 def _parity(arguments: argparse.Namespace) -> int:
-
     return parity_command.run(_config(arguments), arguments)
 
 
@@ -62,7 +62,6 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _attribute(arguments: argparse.Namespace) -> int:
-
     return attribute_command.run(lambda: _config(arguments), arguments)
 
 
@@ -158,156 +157,126 @@ def parser() -> argparse.ArgumentParser:
     """All commands; each sets `run`, a function of the parsed arguments that returns the exit code."""
     whole = argparse.ArgumentParser(prog="rlalign", description="Make the rollout engine and the trainer agree.")
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
+    for name, about, config_name, add_options, run in COMMANDS:
+        command = commands.add_parser(name, help=about)
+        if config_name:
+            command.add_argument(
+                "--config-name",
+                default=config_name,
+                help="a configuration that ships with rlalign (default %(default)s)",
+            )
+            command.add_argument(
+                "overrides", nargs="*", metavar="key=value", help="Hydra overrides, such as algo.lr=1e-5 task=addition"
+            )
+        if add_options:
+            add_options(command)
+        command.set_defaults(run=run)
+    return whole
 
-    train = commands.add_parser("train", help="run a configuration")
-    _takes_config(train, default="train")
-    train.set_defaults(run=_train)
 
-    rollout_server = commands.add_parser(
-        "rollout-server", help="vLLM's HTTP server for a run with rollout.backend=server; vLLM's own options after --"
-    )
-    _takes_config(rollout_server, default="train")
-    rollout_command.add_options(rollout_server)
-    rollout_server.set_defaults(run=_rollout_server)
-
-    attach_check = commands.add_parser(
-        "attach-check",
-        help="which head a living vLLM server runs on every rank, and whether it holds a folder's weights",
-    )
-    attach_command.add_options(attach_check)
-    attach_check.set_defaults(run=attach_command.run)
-
-    parity = commands.add_parser(
-        "parity", help="the same tokens through both engines: {model, float32} head on each side"
-    )
-    _takes_config(parity, default="demo")
-    parity_command.add_options(parity)
-    parity.set_defaults(run=_parity)
-
-    doctor = commands.add_parser("doctor", help="is this run set up right? Checks the configuration and a live engine")
-    _takes_config(doctor, default="demo")
-    doctor.add_argument("--json", type=Path, metavar="FILE", help="write the checks as JSON")
-    doctor.add_argument(
+def _doctor_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the checks as JSON")
+    parser.add_argument(
         "--engine",
         metavar="URL|MODULE:OBJECT",
         help="look at this engine, which another stack has started: a `vllm serve`, or a vllm.LLM or what returns one",
     )
-    doctor.add_argument("--model", type=Path, metavar="DIR", help="as model.path=DIR")
-    doctor.set_defaults(run=_doctor)
+    parser.add_argument("--model", type=Path, metavar="DIR", help="as model.path=DIR")
 
-    attribute = commands.add_parser(
-        "attribute",
-        help="which layer, and which step of it, the mismatch comes from: both sides captured point by point",
-    )
-    _takes_config(attribute, default="demo")
-    attribute_command.add_options(attribute)
-    attribute.set_defaults(run=_attribute)
 
-    families = commands.add_parser(
-        "families",
-        help="tiny random models of each model family through everything: what works, what is refused and why",
-    )
-    families_command.add_options(families)
-    families.set_defaults(run=families_command.run)
+def _replay_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_directory", type=Path, metavar="RUN", help="trained with tracking.replay_every=N")
+    parser.add_argument("--step", type=int, required=True, metavar="N")
+    parser.add_argument("--any-version", action="store_true", help="also with other library versions than the run's")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the answers as JSON")
 
-    replay = commands.add_parser(
-        "replay", help="one logged step once more: do both sides still give the logged numbers?"
-    )
-    replay.add_argument("run_directory", type=Path, metavar="RUN", help="trained with tracking.replay_every=N")
-    replay.add_argument("--step", type=int, required=True, metavar="N")
-    replay.add_argument("--any-version", action="store_true", help="also with other library versions than the run's")
-    replay.add_argument("--json", type=Path, metavar="FILE", help="write the answers as JSON")
-    replay.set_defaults(run=_replay)
 
-    offline = commands.add_parser("mismatch", help="the mismatch report of a run you already have, from its token dump")
-    offline.add_argument(
+def _mismatch_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "file",
         type=Path,
         help="a file, a directory or a glob of parquet, JSON (lines or array, .gz, .zst) or slime's .pt",
     )
-    offline.add_argument(
-        "--column", action="append", default=[], metavar="FIELD=NAME", help="name a column; repeatable"
-    )
-    offline.add_argument(
-        "--all-tokens", action="store_true", help="the dump has no mask and holds sampled tokens alone"
-    )
-    offline.add_argument("--worst", type=int, default=10, help="worst tokens to list (default %(default)s)")
-    offline.add_argument("--plot", type=Path, metavar="FILE", help="write the plots as PNG or SVG")
-    offline.add_argument("--json", type=Path, metavar="FILE", help="write every number as JSON")
-    offline.add_argument("--k3-limit", type=float, help="exit 1 when k3 is over it")
-    offline.set_defaults(run=_mismatch)
+    parser.add_argument("--column", action="append", default=[], metavar="FIELD=NAME", help="name a column; repeatable")
+    parser.add_argument("--all-tokens", action="store_true", help="the dump has no mask and holds sampled tokens alone")
+    parser.add_argument("--worst", type=int, default=10, help="worst tokens to list (default %(default)s)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the plots as PNG or SVG")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number as JSON")
+    parser.add_argument("--k3-limit", type=float, help="exit 1 when k3 is over it")
 
-    calibrate = commands.add_parser("calibrate", help="fit a calibration of reward scores, or judge one (report FILE)")
-    calibrate.add_argument("positional", nargs="*", metavar="report FILE", help="judge an existing calibration file")
-    calibrate.add_argument(
+
+def _calibrate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("positional", nargs="*", metavar="report FILE", help="judge an existing calibration file")
+    parser.add_argument(
         "--scores", type=Path, metavar="FILE", help="JSONL of scores and labels, or of chosen and rejected"
     )
-    calibrate.add_argument(
+    parser.add_argument(
         "--method", default="platt", help="platt | temperature | isotonic | beta | identity (default %(default)s)"
     )
-    calibrate.add_argument("--out", type=Path, metavar="FILE", help="where the calibration goes")
-    calibrate.add_argument("--plot", type=Path, metavar="FILE", help="reliability diagram")
-    calibrate.add_argument("--json", type=Path, metavar="FILE", help="write every number as JSON")
-    calibrate.add_argument("--folds", type=int, default=5, help="of the cross-fitted numbers (default %(default)s)")
-    calibrate.add_argument("--seed", type=int, default=0)
-    calibrate.add_argument("--soft-labels", action="store_true", help="labels are rates in [0, 1]")
-    calibrate.add_argument("--allow-negative-scale", action="store_true", help="platt: high scores may mean failure")
-    calibrate.add_argument("--model", help="what produced the scores; checked whenever the file is used")
-    calibrate.add_argument("--revision")
-    calibrate.add_argument("--head-dtype")
-    calibrate.add_argument("--template", type=Path, metavar="FILE", help="the chat template; its hash is checked")
-    calibrate.set_defaults(run=_calibrate)
-    _calibrate_tokens_options(commands.add_parser("calibrate-tokens", help="token confidence: a temperature per token"))
-
-    serve = commands.add_parser(
-        "serve", help="a reward model behind HTTP: SGLang's, vLLM's and OpenRLHF's shapes, calibrated"
-    )
-    serve_command.add_options(serve)
-    serve.set_defaults(run=serve_command.run)
-
-    report = commands.add_parser("report", help="one HTML page from one run, or from several side by side")
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    report.add_argument("--out", type=Path, help="default: RUN/report.html, or report.html for several runs")
-    report.set_defaults(run=_report)
-
-    board = commands.add_parser("dashboard", help="the mismatch workspace and a report of a wandb project, as code")
-    dashboard.add_options(board)
-    board.set_defaults(run=dashboard.run)
-
-    kernel = commands.add_parser(
-        "build-kernel",
-        help="compile the float32 head for x86-64 CPUs (AVX2, AVX-512, AMX): no copy of the weight, and fast",
-    )
-    kernel.add_argument("--compiler", metavar="CC", help="default: $CC, gcc, clang or cc")
-    kernel.set_defaults(run=_build_kernel)
-    return whole
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where the calibration goes")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="reliability diagram")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number as JSON")
+    parser.add_argument("--folds", type=int, default=5, help="of the cross-fitted numbers (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--soft-labels", action="store_true", help="labels are rates in [0, 1]")
+    parser.add_argument("--allow-negative-scale", action="store_true", help="platt: high scores may mean failure")
+    parser.add_argument("--model", help="what produced the scores; checked whenever the file is used")
+    parser.add_argument("--revision")
+    parser.add_argument("--head-dtype")
+    parser.add_argument("--template", type=Path, metavar="FILE", help="the chat template; its hash is checked")
 
 
-def _takes_config(parser: argparse.ArgumentParser, *, default: str) -> None:
+def _report_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("--out", type=Path, help="default: RUN/report.html, or report.html for several runs")
+
+
+def _kernel_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--compiler", metavar="CC", help="default: $CC, gcc, clang or cc")
+
+
+def _calibrate_tokens_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder")
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSONL of prompt and completion")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON; the weights go beside it")
+    parser.add_argument("--head", default="transformer", choices=["constant", "linear", "mlp", "transformer"])
     parser.add_argument(
-        "--config-name", default=default, help="a configuration that ships with rlalign (default %(default)s)"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="Hydra overrides, such as algo.lr=1e-5 task=addition"
-    )
-
-
-def _calibrate_tokens_options(tokens: argparse.ArgumentParser) -> None:
-    tokens.add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder")
-    tokens.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSONL of prompt and completion")
-    tokens.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON; the weights go beside it")
-    tokens.add_argument("--head", default="transformer", choices=["constant", "linear", "mlp", "transformer"])
-    tokens.add_argument(
         "--loss", default="top_label", help="top_label | selective | cross_entropy | label_smoothing | uniform"
     )
-    tokens.add_argument("--alpha", type=float, default=0.5, help="of the selective loss (default %(default)s)")
-    tokens.add_argument("--level", default="token", choices=["token", "sequence"])
-    tokens.add_argument("--epochs", type=int, default=10)
-    tokens.add_argument("--batch-size", type=int, default=16, help="sequences (default %(default)s)")
-    tokens.add_argument("--dtype", default="auto", help="auto | float32 | bfloat16")
-    tokens.add_argument("--chat-template", action="store_true")
-    tokens.add_argument("--revision")
-    tokens.add_argument("--seed", type=int, default=0)
-    tokens.add_argument("--plot", type=Path, metavar="FILE")
-    tokens.add_argument("--json", type=Path, metavar="FILE")
-    tokens.set_defaults(run=_calibrate_tokens)
+    parser.add_argument("--alpha", type=float, default=0.5, help="of the selective loss (default %(default)s)")
+    parser.add_argument("--level", default="token", choices=["token", "sequence"])
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=16, help="sequences (default %(default)s)")
+    parser.add_argument("--dtype", default="auto", help="auto | float32 | bfloat16")
+    parser.add_argument("--chat-template", action="store_true")
+    parser.add_argument("--revision")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plot", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+
+
+Command = tuple[str, str, str, Callable[[argparse.ArgumentParser], None] | None, Callable[[argparse.Namespace], int]]
+COMMANDS: tuple[Command, ...] = (  # name, help, the configuration it takes by default, its own options, what it runs
+    ("train", "run a configuration", "train", None, _train),
+    ("rollout-server", "vLLM's HTTP server for a run with rollout.backend=server; vLLM's own options after --", "train",
+     rollout_command.add_options, _rollout_server),
+    ("attach-check", "which head a living vLLM server runs on every rank, and whether it holds a folder's weights", "",
+     attach_command.add_options, attach_command.run),
+    ("parity", "the same tokens through both engines: {model, float32} head on each side", "demo",
+     parity_command.add_options, _parity),
+    ("doctor", "is this run set up right? Checks the configuration and a live engine", "demo", _doctor_options, _doctor),
+    ("attribute", "which layer, and which step of it, the mismatch comes from: both sides captured point by point", "demo",
+     attribute_command.add_options, _attribute),
+    ("families", "tiny random models of each model family through everything: what works, what is refused and why", "",
+     families_command.add_options, families_command.run),
+    ("replay", "one logged step once more: do both sides still give the logged numbers?", "", _replay_options, _replay),
+    ("mismatch", "the mismatch report of a run you already have, from its token dump", "", _mismatch_options, _mismatch),
+    ("calibrate", "fit a calibration of reward scores, or judge one (report FILE)", "", _calibrate_options, _calibrate),
+    ("calibrate-tokens", "token confidence: a temperature per token", "", _calibrate_tokens_options, _calibrate_tokens),
+    ("serve", "a reward model behind HTTP: SGLang's, vLLM's and OpenRLHF's shapes, calibrated", "",
+     serve_command.add_options, serve_command.run),
+    ("report", "one HTML page from one run, or from several side by side", "", _report_options, _report),
+    ("dashboard", "the mismatch workspace and a report of a wandb project, as code", "", dashboard.add_options, dashboard.run),
+    ("build-kernel", "compile the float32 head for x86-64 CPUs (AVX2, AVX-512, AMX): no copy of the weight, and fast", "",
+     _kernel_options, _build_kernel),
+)  # fmt: skip

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlalign.config.weights import MEMORY_OF_ONE_BOX
+from rlalign.config.sections import MEMORY_OF_ONE_BOX
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from rlalign.head import widened
 from rlalign.trainer import attention_choice
 
 if TYPE_CHECKING:
-    from rlalign.calibration.adaptive.batches import Level
+    from rlalign.calibration.adaptive.batches import Batches, Level
 
 KEPT_BELOW = 2 << 30  # bytes of hidden states: above, the body runs again every epoch
 FEWEST = 10
@@ -75,7 +75,7 @@ def calibrate_tokens(
         write_reliability(plot, diagrams, title=f"tokens of {len(parts['test'])} test prompts")
         print(f"plot: {plot}")
     if json_path:
-        fit = {name: each.diagnostics_.as_json() for name, each in fitted.items()}
+        fit = {name: each.report.as_json() for name, each in fitted.items()}
         content = {"calibration_id": calibrator.calibration_id, "fit": fit, "test": table}
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
@@ -91,7 +91,7 @@ def calibrate_tokens(
     return 0
 
 
-def _fit(head: Kind, sets: dict[str, Sequence[TokenBatch]], options: Options) -> AdaptiveTemperature:
+def _fit(head: Kind, sets: dict[str, Batches[TokenBatch]], options: Options) -> AdaptiveTemperature:
     calibrator = AdaptiveTemperature(
         head=head, objective=options.objective, level=options.level, training=options.training
     )
@@ -102,7 +102,7 @@ def _fit(head: Kind, sets: dict[str, Sequence[TokenBatch]], options: Options) ->
 
 def _summary(calibrator: AdaptiveTemperature, prompts: dict[str, int]) -> str:
     """What was fitted, and the temperatures it gives."""
-    fit = calibrator.diagnostics_
+    fit = calibrator.report
     return (
         f"{calibrator.calibration_id}: {calibrator.kind} head, loss {calibrator.objective.loss}, a temperature per "
         f"{calibrator.level}; prompts: {', '.join(f'{count} {name}' for name, count in prompts.items())}\n"
@@ -126,7 +126,7 @@ def split(rows: Sequence[Completion], options: Options) -> dict[str, list[Comple
     return {name: [row for row in rows if name_of[row.prompt] == name] for name in ("fit", "validation", "test")}
 
 
-def _batches(folder: Path, parts: dict[str, list[Completion]], options: Options) -> dict[str, Sequence[TokenBatch]]:
+def _batches(folder: Path, parts: dict[str, list[Completion]], options: Options) -> dict[str, Batches[TokenBatch]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not (folder / "config.json").is_file():
@@ -135,7 +135,7 @@ def _batches(folder: Path, parts: dict[str, list[Completion]], options: Options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = attention_choice.of_folder(folder).name
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=options.dtype, attn_implementation=kind)
-    model = model.to(device).requires_grad_(False)
+    torch.nn.Module.to(model, device).requires_grad_(False)
     widened.decide_for(model)
     config = model.config.get_text_config()
     encoded = {
@@ -146,10 +146,12 @@ def _batches(folder: Path, parts: dict[str, list[Completion]], options: Options)
         sum(len(row.token_ids) for rows in encoded.values() for row in rows) * config.hidden_size * model.dtype.itemsize
     )
     streams = {name: ModelBatches(model, rows, batch_size=options.batch_size) for name, rows in encoded.items()}
-    return {name: list(stream) for name, stream in streams.items()} if size < KEPT_BELOW else streams
+    if size >= KEPT_BELOW:
+        return dict(streams)
+    return {name: [stream[i] for i in range(len(stream))] for name, stream in streams.items()}
 
 
-def _judge(batches: Sequence[TokenBatch], methods: dict[str, AdaptiveTemperature | None]) -> dict[str, Confidence]:
+def _judge(batches: Batches[TokenBatch], methods: dict[str, AdaptiveTemperature | None]) -> dict[str, Confidence]:
     """Every method on the same batches, each of them made once."""
     found: dict[str, list[Confidence]] = {name: [] for name in methods}
     for i in range(len(batches)):
@@ -162,7 +164,7 @@ def _judge(batches: Sequence[TokenBatch], methods: dict[str, AdaptiveTemperature
     }
 
 
-def _quality(c: Confidence) -> dict[str, float | None]:
+def _quality(c: Confidence) -> dict[str, Any]:
     """Top-label metrics, and the mean -log p of the reference's tokens."""
     top_N, right_N = c.top_N.double().clamp(0, 1).numpy(), c.right_N.numpy()
     return {
@@ -176,7 +178,7 @@ def _quality(c: Confidence) -> dict[str, float | None]:
     }
 
 
-def _lines(table: dict[str, dict[str, float | None]]) -> str:
+def _lines(table: dict[str, dict[str, Any]]) -> str:
     names = {
         "accuracy": "accuracy", "confidence": "mean confidence", "ece": "ece, 15 bins", "ece_null_p95": "  by chance (95 %)",
         "brier": "brier", "auroc": "auroc", "token_nll": "nll of the tokens (nats)",

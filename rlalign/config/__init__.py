@@ -1,21 +1,29 @@
 """The schema of a run: what can be set, its default, its unit. YAML files and the command line only override.
 
-One file a section; `load` turns a composed configuration into plain dataclasses, which nobody changes afterwards
+`load` turns a composed configuration into plain dataclasses, which nobody changes afterwards
 (not frozen: OmegaConf would make their nodes read-only and refuse every override).
 """
 
 from rlalign.config.algo import LOSSES, PRESETS, AlgoConfig, CorrectionConfig, CriticConfig, GaeConfig, KlPenaltyConfig
-from rlalign.config.checkpoint import CheckpointConfig
-from rlalign.config.mismatch import GateAction, MismatchConfig, RuleConfig
-from rlalign.config.model import Dtype, HeadDtype, ModelConfig
 from rlalign.config.reward import DriftConfig, RewardConfig, RewardModelConfig, ScoringServerConfig
 from rlalign.config.rollout import RolloutConfig
 from rlalign.config.run import RunConfig, load, to_plain
-from rlalign.config.schedule import ScheduleConfig, ScheduleMode
-from rlalign.config.task import TaskConfig
-from rlalign.config.tracking import TrackingConfig
-from rlalign.config.trainer import LoraConfig, TrainerConfig
-from rlalign.config.weights import WeightsConfig
+from rlalign.config.sections import (
+    CheckpointConfig,
+    Dtype,
+    GateAction,
+    HeadDtype,
+    LoraConfig,
+    MismatchConfig,
+    ModelConfig,
+    RuleConfig,
+    ScheduleConfig,
+    ScheduleMode,
+    TaskConfig,
+    TrackingConfig,
+    TrainerConfig,
+    WeightsConfig,
+)
 
 __all__ = [
     "LOSSES",

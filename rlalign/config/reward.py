@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlalign.config.algo import AlgoConfig
-from rlalign.config.checks import positive, require
+from rlalign.config.sections import positive, require
 
 ACTIONS = ("warn", "stop")
 

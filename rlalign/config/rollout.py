@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from rlalign.config.checks import positive, require
+from rlalign.config.sections import positive, require
 
 BACKENDS = ("embedded", "server")
 

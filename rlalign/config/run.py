@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from rlalign.config.algo import AlgoConfig
-from rlalign.config.checkpoint import CheckpointConfig
-from rlalign.config.checks import positive, require
-from rlalign.config.mismatch import MismatchConfig
-from rlalign.config.model import Dtype, HeadDtype, ModelConfig
 from rlalign.config.reward import RewardConfig, require_that_it_matters
 from rlalign.config.rollout import RolloutConfig
-from rlalign.config.schedule import ScheduleConfig, ScheduleMode
-from rlalign.config.task import TaskConfig
-from rlalign.config.tracking import TrackingConfig
-from rlalign.config.trainer import TrainerConfig
-from rlalign.config.weights import WIRE_TRANSPORTS, WeightsConfig
+from rlalign.config.sections import (
+    WIRE_TRANSPORTS,
+    CheckpointConfig,
+    Dtype,
+    HeadDtype,
+    MismatchConfig,
+    ModelConfig,
+    ScheduleConfig,
+    ScheduleMode,
+    TaskConfig,
+    TrackingConfig,
+    TrainerConfig,
+    WeightsConfig,
+    positive,
+    require,
+)
 
 
 def require_exact_possible(head_dtype: HeadDtype, rollout: RolloutConfig, trainer: TrainerConfig) -> None:
@@ -141,6 +148,20 @@ class RunConfig:
             f"{self.algo.advantage}: an update is taken back before anybody samples with it, and a critic is not taken back with "
             "the policy; use schedule.mode=synchronous and algo.advantage=group",
         )
+        self._check_sizes()
+        require_that_it_matters(self.reward, self.algo)
+        self._check_schedule()
+        require(
+            not self.exact or self.trainer.body != "mirrored",
+            "exact=true with trainer.body=mirrored: choose one; exact computes both sides anew, mirrored follows the engine",
+        )
+        self.exact = self.exact or self.trainer.body == "exact"
+        if self.exact:
+            require_exact_possible(self.head_dtype, self.rollout, self.trainer)
+        if self.mirrored:
+            require_mirrored_possible(self.head_dtype, self.model, self.rollout, self.trainer)
+
+    def _check_sizes(self) -> None:
         samples = self.rollout.prompts_per_step * self.rollout.group_size
         require(
             self.algo.kl_penalty.target == 0 or samples < 5 * self.algo.kl_penalty.horizon,
@@ -161,7 +182,8 @@ class RunConfig:
             f"weights.transport={self.weights.transport} with rollout.backend={self.rollout.backend}: the embedded engine would "
             "receive inside the process that sends; use weights.transport=shared_memory, or rollout.backend=server",
         )
-        require_that_it_matters(self.reward, self.algo)
+
+    def _check_schedule(self) -> None:
         require(
             self.schedule.mode is not ScheduleMode.in_flight or self.rollout.backend == "server",
             f"schedule.mode=in_flight with rollout.backend={self.rollout.backend}: only servers change their weights under running "
@@ -178,15 +200,6 @@ class RunConfig:
             f"tracking.replay_every={self.tracking.replay_every} with schedule.mode={self.schedule.mode.value}: a step is "
             "repeated with the weights it trained, and these tokens were sampled by older ones; use schedule.mode=synchronous",
         )
-        require(
-            not self.exact or self.trainer.body != "mirrored",
-            "exact=true with trainer.body=mirrored: choose one; exact computes both sides anew, mirrored follows the engine",
-        )
-        self.exact = self.exact or self.trainer.body == "exact"
-        if self.exact:
-            require_exact_possible(self.head_dtype, self.rollout, self.trainer)
-        if self.mirrored:
-            require_mirrored_possible(self.head_dtype, self.model, self.rollout, self.trainer)
 
     @property
     def mirrored(self) -> bool:
@@ -204,8 +217,8 @@ def load(overrides: Mapping[str, Any]) -> RunConfig:
 
     try:
         if OmegaConf.is_config(overrides):  # a key that +key=value added would pass as part of the schema
-            overrides = OmegaConf.to_container(overrides, resolve=False)
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), overrides))
+            overrides = cast("dict[str, Any]", OmegaConf.to_container(overrides, resolve=False))
+        return cast("RunConfig", OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), overrides)))
     except OmegaConfBaseException as error:
         raise ValueError(_readable(error)) from error
 
@@ -214,7 +227,8 @@ def to_plain(config: RunConfig) -> dict[str, Any]:
     """The resolved configuration as JSON-able data."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    return cast("dict[str, Any]", plain)
 
 
 def _readable(error: Exception) -> str:

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlalign import mismatch
 from rlalign.types import RolloutBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FEW = 32  # sequences it is measured on
 TIMES_MEAN, TIMES_K3 = (
@@ -26,7 +30,11 @@ HEAD_SHARE = 0.05  # of the error of a bf16 head: float32 ones measure 3e-5 to 4
 
 
 def measure(
-    network: nn.Module, batch: RolloutBatch, own_BL: Tensor, rollout_BL: Tensor, score: Callable[[RolloutBatch], Tensor]
+    network: PreTrainedModel,
+    batch: RolloutBatch,
+    own_BL: Tensor,
+    rollout_BL: Tensor,
+    score: Callable[[RolloutBatch], Tensor],
 ) -> dict[str, float]:
     """{"rounding_k3", "rounding_abs_mean", "rollout_rounding_abs_mean"} of the first sequences of a batch, nats per token.
 
@@ -46,7 +54,7 @@ def measure(
 
 
 @contextmanager
-def in_float32(network: nn.Module) -> Iterator[None]:
+def in_float32(network: PreTrainedModel) -> Iterator[None]:
     """The network's own weights in float32 meanwhile, and bit for bit as they were afterwards.
 
     In place, so that at no time two copies are held. Buffers stay: rotary frequencies are float32 already.

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from rlalign.run.assembly import PROOF_PROMPTS, encode, fitted_task, load_task_o
 from rlalign.types import Rollout, RolloutBatch, collate
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rlalign.rollout.engine.embedded import VLLMEngine
     from rlalign.trainer.rounding.mirroring import BodyPlan
@@ -43,7 +43,7 @@ def sample(
     """Completions of the task's first training prompts, through the live engine."""
     ids = task_prompts(tokenizer, config, count=prompts)
     rollouts = engine.generate(ids, prompt_ids=range(len(ids)), samples=samples, seed=config.seed)
-    return collate(rollouts, pad_token_id=tokenizer.pad_token_id, spec=engine.spec), rollouts
+    return collate(rollouts, pad_token_id=cast("int", tokenizer.pad_token_id), spec=engine.spec), rollouts
 
 
 @contextmanager
@@ -70,7 +70,9 @@ def probed_body(engine: VLLMEngine, model: Path, config: RunConfig, prompts: Seq
     return settled
 
 
-def trainer_network(model: Path, body: str, *, exact: bool = False, mirrored: BodyPlan | None = None) -> nn.Module:
+def trainer_network(
+    model: Path, body: str, *, exact: bool = False, mirrored: BodyPlan | None = None
+) -> PreTrainedModel:
     """The transformers model in evaluation mode, with a body of this dtype, where a trainer has it.
 
     exact: see `make_exact`. mirrored: where it rounds instead (`mirror_body`).
@@ -85,7 +87,7 @@ def trainer_network(model: Path, body: str, *, exact: bool = False, mirrored: Bo
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = attention_choice.of_folder(model).name
     network = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, body), attn_implementation=kind)
-    network = network.eval().to(device)
+    nn.Module.to(network.eval(), device)
     if exact:
         return make_exact(network)
     widened.decide_for(network)
@@ -96,8 +98,21 @@ def trainer_network(model: Path, body: str, *, exact: bool = False, mirrored: Bo
     return network
 
 
+def head_weight(network: PreTrainedModel) -> Tensor:
+    """[V, D], the network's own."""
+    return cast("Tensor", lm_head_of(network).weight)
+
+
+def lm_head_of(network: PreTrainedModel) -> nn.Module:
+    """The network's lm_head. Raises ValueError where it has none."""
+    found = network.get_output_embeddings()
+    if found is None:
+        raise ValueError(f"{type(network).__name__} has no lm_head: expected a causal language model")
+    return found
+
+
 @torch.no_grad()
-def hidden_states(network: nn.Module, batch: RolloutBatch, *, rows: int = 0) -> Tensor:
+def hidden_states(network: PreTrainedModel, batch: RolloutBatch, *, rows: int = 0) -> Tensor:
     """[B, L, D] in the body's dtype: what the lm_head is given. rows: sequences in one forward, 0 for all."""
     device, found = network.device, []
     for start in range(0, len(batch), rows or len(batch)):
@@ -111,7 +126,7 @@ def hidden_states(network: nn.Module, batch: RolloutBatch, *, rows: int = 0) -> 
 
 @torch.no_grad()
 def head_logprobs(
-    network: nn.Module,
+    network: PreTrainedModel,
     hidden_BLD: Tensor,
     batch: RolloutBatch,
     head_dtype: str,
@@ -134,14 +149,14 @@ def head_logprobs(
     ids_BL, mask_BL = batch.token_ids_BL.to(device), batch.loss_mask_BL.to(device)
     kept = batch.kept if batch.spec.truncated else None
     tokens = Tokens(ids_BL, mask_BL, temperature, kept, cut, batch.spec.vocab_size)
-    logprobs_BL, *_ = network.get_output_embeddings()(hidden_BLD, tokens, exact=exact)
+    logprobs_BL, *_ = lm_head_of(network)(hidden_BLD, tokens, exact=exact)
     return logprobs_BL.cpu()
 
 
 @contextmanager
-def head_put_back(network: nn.Module) -> Iterator[None]:
+def head_put_back(network: PreTrainedModel) -> Iterator[None]:
     """Whatever head is tried meanwhile, afterwards the network has the one it had: a trainer goes on with it."""
-    lm_head = network.get_output_embeddings()
+    lm_head = lm_head_of(network)
     before = lm_head.__dict__.get("forward")
     try:
         yield
@@ -152,7 +167,12 @@ def head_put_back(network: nn.Module) -> Iterator[None]:
 
 
 def trainer_scores(
-    network: nn.Module, batch: RolloutBatch, head_dtype: str, *, temperature: float, master_VD: Tensor | None = None
+    network: PreTrainedModel,
+    batch: RolloutBatch,
+    head_dtype: str,
+    *,
+    temperature: float,
+    master_VD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logprobs [B, L] and hidden states [B, L, D] of the trainer's side, with this head."""
     hidden_BLD = hidden_states(network, batch)

@@ -154,7 +154,7 @@ class Labelling:
     """A title, every token's label, and the labels' names (None: the number itself). worst: show only that many."""
 
     title: str
-    label_N: NDArray[np.int32]
+    label_N: NDArray[np.integer]
     names: Sequence[str] | None = None
     worst: int | None = None
 

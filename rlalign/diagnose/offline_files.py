@@ -11,8 +11,8 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pyarrow as pa
@@ -149,16 +149,12 @@ class _Json(Source):
         return f"{self._path}, lines {start} to {start + len(lines) - 1}: these rows do not fit into the columns {schema.names}"
 
 
-@dataclass(frozen=True)
 class _Table(Source):
-    table: pa.Table
-
-    @property
-    def names(self) -> list[str]:
-        return self.table.column_names
+    def __init__(self, table: pa.Table) -> None:
+        self._table, self.names = table, table.column_names
 
     def blocks(self, names: Sequence[str]) -> Iterator[pa.Table]:
-        yield self.table.select(list(names))
+        yield self._table.select(list(names))
 
 
 def _slime(file: Path) -> Source:
@@ -176,7 +172,9 @@ def _slime(file: Path) -> Source:
             f"got {sorted(data if isinstance(data, dict) else found) if isinstance(found, dict) else type(found).__name__}. "
             "Write it with --save-debug-train-data (rollout dumps hold no log_probs)"
         )
-    columns = {ours: [torch.as_tensor(x).tolist() for x in data[name]] for name, ours in SLIME.items() if name in data}
+    columns: dict[str, list[Any]] = {
+        ours: [torch.as_tensor(x).tolist() for x in data[name]] for name, ours in SLIME.items() if name in data
+    }
     if "token_ids" in columns:
         pairs = zip(columns["token_ids"], columns["old_log_probs"], strict=True)
         columns["token_ids"] = [ids[len(ids) - len(own) :] for ids, own in pairs]

@@ -11,16 +11,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 
 from rlalign.diagnose.offline_files import Source, files_of, open_dump, step_in
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+pc: Any = pyarrow.compute  # makes its functions when it is imported
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "old_logprobs": (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlalign.run.assembly import encode
 from rlalign.tasks.rows import cell, jsonl_rows
@@ -33,7 +33,7 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, *, chat: bool, 
     return found
 
 
-def _ids(value: object, where: str, vocabulary: int) -> list[int]:
+def _ids(value: Any, where: str, vocabulary: int) -> list[int]:
     right = isinstance(value, list) and value and all(type(i) is int and 0 <= i < vocabulary for i in value)
     if not right:
         raise ValueError(f"{where}: token_ids must be a list of ids below {vocabulary}, got {str(value)[:60]}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from rlalign.types import RolloutBatch, collate
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedConfig
 
     from rlalign.rollout.engine.embedded import VLLMEngine
     from rlalign.trainer.network import ScoringNetwork
@@ -194,7 +195,7 @@ def _sampled_again(engine: VLLMEngine, saved: SavedStep, config: RunConfig) -> t
     first = batch.loss_mask_BL.int().argmax(1).tolist()
     prompts = [batch.token_ids_BL[i, : first[i]].tolist() for i in range(0, len(batch), samples)]
     ids = batch.prompt_id_B[::samples].tolist()
-    pad = load_tokenizer(saved.model).pad_token_id
+    pad = cast("int", load_tokenizer(saved.model).pad_token_id)
     seed = step_seed(config, saved.step)
 
     def sampled(count: int) -> RolloutBatch:
@@ -228,7 +229,7 @@ class _Trainer:
 
         t = config.trainer
         folder = resolve_model(config.model.path, say=lambda _: None) if t.lora.rank else saved.model
-        whole = {"zero_optimization": {"stage": 0}}
+        whole: dict[str, Any] = {"zero_optimization": {"stage": 0}}
         form = {
             "exact": config.exact,
             "attention": t.attention,
@@ -244,8 +245,8 @@ class _Trainer:
         mirror(network, head_dtype=config.head_dtype.value, chunk=t.logprob_chunk).master_VD = saved.master_VD
         passes = Passes(
             config=t,
-            device=network.device,
-            attention=network.config._attn_implementation,
+            device=cast("torch.device", network.device),
+            attention=cast("PreTrainedConfig", network.config)._attn_implementation or "",
             temperature=config.rollout.temperature,
         )
         return cls(ScoringNetwork(network), passes)

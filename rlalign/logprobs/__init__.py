@@ -135,15 +135,18 @@ def _shift(
 ) -> _Rows:
     """Pair every scored token t with the hidden state at t - 1."""
     if scored_BL is None:
-        at_token = [None if x is None else x[:, 1:].flatten(0, 1) for x in (token_ids_BL, temperature_BL)]
+        temperature_N = None if temperature_BL is None else temperature_BL[:, 1:].flatten(0, 1)
+        target_N = token_ids_BL[:, 1:].flatten(0, 1)
         position_N = torch.arange(token_ids_BL.numel()).view(token_ids_BL.shape)[:, 1:].flatten()
         kept = None if sets is None else _known(sets, position_N, hidden_BLD.device)
-        return _Rows(hidden_BLD[:, :-1].flatten(0, 1), *at_token, kept, index_N=None)
+        return _Rows(hidden_BLD[:, :-1].flatten(0, 1), target_N, temperature_N, kept, index_N=None)
     scored_BL[:, 0] = False  # on CPU this was an error already; elsewhere nothing has looked at the values
     index_N = scored_BL.flatten().nonzero().squeeze(1)
-    at_token = [None if x is None else x.flatten(0, 1)[index_N] for x in (token_ids_BL, temperature_BL)]
+    temperature_N = None if temperature_BL is None else temperature_BL.flatten(0, 1)[index_N]
+    target_N = token_ids_BL.flatten(0, 1)[index_N]
     kept = None if sets is None else _known(sets, index_N.cpu(), hidden_BLD.device)
-    return _Rows(hidden_BLD.flatten(0, 1).index_select(0, index_N - 1), *at_token, kept, index_N=index_N)
+    hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, index_N - 1)
+    return _Rows(hidden_ND, target_N, temperature_N, kept, index_N=index_N)
 
 
 def _known(sets: KeptSets, position_N: Tensor, device: torch.device) -> Kept:

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from rlalign.head.products import Route, backward_route, matmul, stored_for
-from rlalign.logprobs.blocks import padded, strip_height, strips, token_tiles
+from rlalign.logprobs.blocks import Stash, padded, strip_height, strips, token_tiles
 from rlalign.logprobs.forward import Problem
-from rlalign.logprobs.stash import Stash
 
 # MKL's bf16 product is a fifth faster on inner lengths of 1024 than on longer ones (AMX).
 _INNER = 1024
@@ -62,7 +61,7 @@ def backward_tiles(
     shape = (min(tile.tokens, n), min(tile.vocab, vocab))
     in_registers = problem.one_pass and problem.route is Route.TRITON
     x_buffer = None if in_registers and low_dtype != torch.float32 else padded(*shape, torch.float32, device)
-    low_buffer = x_buffer if low_dtype == torch.float32 else padded(*shape, low_dtype, device)
+    low_buffer = x_buffer if x_buffer is not None and low_dtype == torch.float32 else padded(*shape, low_dtype, device)
     grads = Gradients(
         padded(n, d, torch.float32, device).zero_() if hidden else None,
         None if weight is None else weight.new_empty(weight.shape),
@@ -105,13 +104,14 @@ def _one_pass_tile(
     from rlalign.head.triton import launches  # here, since it imports Triton
 
     if made_TS is None and problem.route is not Route.TRITON:
+        assert room_TS is not None, "only Triton's own products need no room"
         made_TS = problem.products(rows, weight_SD, room_TS)
-    fall_N = upstream.entropy_grad_N if upstream.entropy_N is not None else None
+    entropy_N, fall_N = upstream.entropy_N, upstream.entropy_grad_N
+    falls = (None, None) if entropy_N is None or fall_N is None else (entropy_N[rows], fall_N[rows].contiguous())
     launches.logit_gradients(
         problem.hidden_ND[rows], weight_SD, made_TS, problem.softmax(rows, columns),
         upstream.lse_N[rows], upstream.logprob_N[rows].contiguous(),
-        None if fall_N is None else upstream.entropy_N[rows], None if fall_N is None else fall_N[rows].contiguous(),
-        low_TS, bias_grad_V=None if bias_grad_V is None else bias_grad_V[columns],
+        *falls, low_TS, bias_grad_V=None if bias_grad_V is None else bias_grad_V[columns],
     )  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def _tile_in_strips(
     columns: slice,
     weight_SD: Tensor,
     made_TS: Tensor | None,
-    room_TS: Tensor,
+    room_TS: Tensor | None,
     low_TS: Tensor,
     bias_grad_V: Tensor | None,
     *,
@@ -132,7 +132,10 @@ def _tile_in_strips(
 
     made_TS: its logits, or None: they are formed in `room`, which may be `low`.
     """
-    x_TS = problem.logits(rows, columns, weight_SD, room_TS) if made_TS is None else made_TS
+    if made_TS is None:
+        assert room_TS is not None, "only kernels of one pass form logits in registers"
+        made_TS = problem.logits(rows, columns, weight_SD, room_TS)
+    x_TS = made_TS
     for tokens, strip in strips(rows, x_TS.device):
         grad_TS = _logit_gradient(problem, upstream, x_TS[strip], tokens, columns, scratch)
         if bias_grad_V is not None:

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from rlalign.head import triton as gpu_head
 from rlalign.head.products import Route, logits_of, stored_for
-from rlalign.logprobs.blocks import Tile, columns_of, padded, strip_height, strips, token_tiles
+from rlalign.logprobs.blocks import Stash, Tile, columns_of, padded, strip_height, strips, token_tiles
 from rlalign.logprobs.kept import Kept
-from rlalign.logprobs.stash import Stash
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -99,11 +98,11 @@ class Problem:
         """
         blocks = columns_of(self.weight_VD.shape[0], self.tile.vocab)
         copies = stored_for(self.weight_VD[:0], storage or self.route).dtype != self.weight_VD.dtype
-        if copies:
-            buffer = padded(self.tile.vocab, self.weight_VD.shape[1], torch.float32, self.weight_VD.device)
+        shape = (self.tile.vocab, self.weight_VD.shape[1])
+        buffer = padded(*shape, torch.float32, self.weight_VD.device) if copies else None
         for columns in blocks:
             weight_SD = self.weight_VD[columns]
-            yield columns, buffer[: len(weight_SD)].copy_(weight_SD) if copies else weight_SD
+            yield columns, weight_SD if buffer is None else buffer[: len(weight_SD)].copy_(weight_SD)
 
     @property
     def one_pass(self) -> bool:
@@ -169,7 +168,7 @@ def forward_sums(problem: Problem, *, mean: bool, stash: Stash | None = None) ->
         kept = None if problem.kept is None else problem.kept.tokens(again)
         rows = replace(problem, hidden_ND=hidden_ND, target_N=target_N, kept=kept, transform=transform)
         for whole, part in zip(sums, _sums(rows, mean=mean, running_max=True), strict=True):
-            if whole is not None:
+            if whole is not None and part is not None:
                 whole[again] = part
     return sums
 

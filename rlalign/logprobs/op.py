@@ -5,15 +5,16 @@ N tokens, D hidden, V vocabulary, E ids of all kept sets and M = N + 1 places wh
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from rlalign.head.projection import route
 from rlalign.logprobs.backward import Upstream, backward_tiles
-from rlalign.logprobs.blocks import Tile
+from rlalign.logprobs.blocks import Stash, Tile, stash_size
 from rlalign.logprobs.forward import Problem, Transform, forward_sums, mirror
 from rlalign.logprobs.kept import Kept
-from rlalign.logprobs.stash import Stash, stash_size
 
 
 @torch.library.custom_op("rlalign::token_logprobs", mutates_args=())
@@ -49,22 +50,8 @@ def flat_logprobs(
 
 
 @flat_logprobs.register_fake
-def _(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    target_N: Tensor,
-    temperature_N: Tensor | None,
-    kept_E: Tensor | None,
-    kept_start_M: Tensor | None,
-    soft_cap: float | None,
-    logit_scale: float,
-    vocab_size: int,
-    chunk: int | None,
-    entropy: bool,
-    exact_mirror: bool,
-    keep_mib: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(hidden_ND: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    vocab_size, chunk, entropy, _, keep_mib = others[-5:]
     tokens, width = hidden_ND.shape[0], Tile.of(hidden_ND.device, chunk).vocab
     sizes = (tokens, tokens if entropy else 0, tokens, stash_size(tokens, vocab_size, width, keep_mib))
     first, second, third, fourth = (hidden_ND.new_empty(size, dtype=torch.float32) for size in sizes)
@@ -107,25 +94,8 @@ def _flat_backward(
 
 
 @_flat_backward.register_fake
-def _(
-    logprob_grad_N: Tensor,
-    entropy_grad_N: Tensor | None,
-    lse_N: Tensor,
-    entropy_N: Tensor,
-    stash_E: Tensor,
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    target_N: Tensor,
-    temperature_N: Tensor | None,
-    kept_E: Tensor | None,
-    kept_start_M: Tensor | None,
-    soft_cap: float | None,
-    logit_scale: float,
-    vocab_size: int,
-    chunk: int | None,
-    wants: list[bool],
-) -> list[Tensor]:
+def _(logprob_grad_N: Tensor, entropy_grad_N: Tensor | None, lse_N: Tensor, *others: Any) -> list[Tensor]:
+    _, _, hidden_ND, weight_VD, bias_V, *_, wants = others
     operands = (hidden_ND, weight_VD, bias_V)
     return [
         x.new_empty(x.shape) if x is not None and want else lse_N.new_empty(0)
@@ -133,7 +103,7 @@ def _(
     ]
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     hidden_ND, weight_VD, bias_V, target_N, temperature_N, kept_E, kept_start_M, *ctx.options, _ = inputs
     _, entropy_N, lse_N, stash_E = output
     ctx.mark_non_differentiable(lse_N, stash_E)
@@ -144,7 +114,7 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 
 
 def _backward(
-    ctx: torch.autograd.function.FunctionCtx, logprob_grad_N: Tensor | None, entropy_grad_N: Tensor | None, *_: None
+    ctx: Any, logprob_grad_N: Tensor | None, entropy_grad_N: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
     *operands, lse_N, entropy_N, stash_E = ctx.saved_tensors
     soft_cap, logit_scale, vocab_size, chunk, entropy, exact_mirror = ctx.options

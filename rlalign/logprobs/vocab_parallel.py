@@ -9,7 +9,7 @@ N tokens, D hidden, V rows of this rank's weight, R ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -17,10 +17,9 @@ from torch import Tensor
 
 from rlalign.head.projection import route
 from rlalign.logprobs.backward import Upstream, backward_tiles
-from rlalign.logprobs.blocks import Tile
+from rlalign.logprobs.blocks import Stash, Tile, stash_size
 from rlalign.logprobs.forward import Problem, Sums, Transform, forward_sums
 from rlalign.logprobs.kept import Kept
-from rlalign.logprobs.stash import Stash, stash_size
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -93,7 +92,7 @@ def sharded_logprobs(
 class _Sharded(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         hidden_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
@@ -111,9 +110,8 @@ class _Sharded(torch.autograd.Function):
         return merged.target_N - merged.lse_N, entropy_N
 
     @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, logprob_grad_N: Tensor, entropy_grad_N: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        logprob_grad_N, entropy_grad_N = grad_outputs
         hidden_ND, weight_VD, bias_V, lse_N, entropy_N, stash_E = ctx.saved_tensors
         hidden, weight, bias = ctx.needs_input_grad[:3]
         upstream = Upstream(logprob_grad_N, entropy_grad_N if ctx.entropy else None, lse_N, entropy_N)

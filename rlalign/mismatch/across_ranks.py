@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import reduce as fold
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
@@ -26,10 +26,10 @@ def reduce(stats: Stats, group: ProcessGroup | None = None) -> Stats:
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
         return stats
-    gathered: list[Stats | None] = [None] * dist.get_world_size(group)
+    gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, _sketched(stats), group=group)
     # merging sketches draws random numbers: one rank does it, or ranks would disagree on whether to stop
-    merged = [fold(merge, gathered) if dist.get_rank(group) == 0 else None]
+    merged: list[Any] = [fold(merge, gathered) if dist.get_rank(group) == 0 else None]
     dist.broadcast_object_list(merged, group=group, group_src=0)
     return merged[0]
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -97,7 +97,7 @@ class Distribution:
         kept_W = values_W if transform is None else transform(values_W)
         return float((kept_W * inside_W).sum() / inside_W.sum())
 
-    def _load(self) -> object:
+    def _load(self) -> Any:
         library = _datasketches()
         kind = library.req_floats_sketch if self.tail else library.kll_floats_sketch
         if self.sketch is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,9 +49,13 @@ def credit(
     if algo.advantage == "group":
         advantage_B = advantages.group_relative(rewards_B, batch.group_id_B, normalize_std=algo.normalize_std)
         return Credit(advantages_BL=advantage_B[:, None].expand_as(old_BL))
+    if values_BL is None:
+        raise ValueError("algo.advantage=gae needs values_BL, the critic's value of every token")
     mask_BL = batch.loss_mask_BL & ~rewards_B.isnan()[:, None]
     penalty_BL, kl, metrics = None, None, {}
     if algo.kl_penalty.coef:
+        if ref_BL is None:
+            raise ValueError("algo.kl_penalty needs ref_BL, the reference policy's log-probabilities")
         kl_BL = reference_kl.per_token(old_BL, ref_BL, mask_BL, algo.kl_penalty.estimator)
         penalty_BL, kl = kl_coef * kl_BL, float(kl_BL.sum(1)[mask_BL.any(1)].mean())
         metrics = {"token": float(kl_BL[mask_BL].mean()), "sequence": kl, "coef": kl_coef, "penalty": kl_coef * kl}
@@ -115,7 +120,7 @@ def policy_loss(
     """
     device = logprobs_BL.device
     given = (logprobs_BL, batch.old_logprobs_BL.to(device), batch.advantages_BL.to(device), batch.correction.to(device))
-    options: dict[str, object] = {
+    options: dict[str, Any] = {
         name: value for name, value in (("clip_low", algo.clip_low), ("clip_high", algo.clip_high)) if value is not None
     }
     if algo.loss in WITH_REFERENCE and batch.ref_logprobs_BL is not None:
@@ -133,6 +138,8 @@ def policy_loss(
 
 def value_loss(values_BL: Tensor, batch: TrainBatch, *, algo: AlgoConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """The critic's loss on one micro-batch, over the tokens that the policy trains on, divided by their count in the step."""
+    if batch.values_BL is None or batch.returns_BL is None:
+        raise ValueError("the critic's loss needs values_BL and returns_BL, and this batch was made without a critic")
     old_BL, returns_BL, keep_BL = (
         x.to(values_BL.device) for x in (batch.values_BL, batch.returns_BL, batch.correction.keep)
     )

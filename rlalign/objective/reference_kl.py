@@ -13,7 +13,7 @@ import torch
 
 from rlalign import ranks
 from rlalign.mismatch.aligned import require_aligned
-from rlalign.objective.surrogate import log_ratio
+from rlalign.objective.losses import log_ratio
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ def per_token(old_logprobs_BL: Tensor, ref_logprobs_BL: Tensor, loss_mask_BL: Te
     """[B, L] float32, 0 outside the mask: an estimate of KL(policy || reference) by each token.
 
     k1 = d, unbiased and of either sign; k2 = d^2 / 2, biased; k3 = expm1(-d) + d, unbiased and never negative. d is clamped to
-    +-surrogate.LOG_RATIO_LIMIT. Raises ValueError for another estimator, shapes that differ, a mask that is
+    +-losses.LOG_RATIO_LIMIT. Raises ValueError for another estimator, shapes that differ, a mask that is
     not bool. Reference: joschu.net/blog/kl-approx.html.
     """
     require_aligned("reference_kl", old=old_logprobs_BL, ref=ref_logprobs_BL, mask=loss_mask_BL)

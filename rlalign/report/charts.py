@@ -57,10 +57,10 @@ class Section:
     shut: bool = False
 
 
-def spread(room: str, **options: bool) -> Chart:
+def spread(room: str, *, markers: bool = False) -> Chart:
     """Mean, p99 and worst |log_ratio| in one chart."""
     lines = {f"{room}/abs_mean": "mean", f"{room}/p99": "p99", f"{room}/abs_max": "worst token"}
-    return Chart(title="|log_ratio| per token", note="nats, log scale", lines=lines, log=True, **options)
+    return Chart(title="|log_ratio| per token", note="nats, log scale", lines=lines, log=True, markers=markers)
 
 
 # fmt: off

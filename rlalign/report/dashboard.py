@@ -6,14 +6,14 @@ import argparse
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlalign.report.charts import SECTIONS, Chart
 from rlalign.tracking.files import write_json
 
 if TYPE_CHECKING:
     from wandb_workspaces.expr import And
-    from wandb_workspaces.reports.v2 import Report
+    from wandb_workspaces.reports.v2.interface import Report
     from wandb_workspaces.workspaces import Workspace
 
 __all__ = ["add_options", "report", "run", "spec", "workspace"]
@@ -53,7 +53,7 @@ def _upload(project: str, entity: str, group: str) -> None:
     import wandb
 
     try:
-        entity = entity or wandb.Api().default_entity
+        entity = entity or wandb.Api().default_entity or ""
         for board in (workspace(project, entity, group), report(project, entity, group)):
             print(board.save().url)
     except Exception as error:  # wandb's client has several kinds, private ones among them
@@ -61,7 +61,7 @@ def _upload(project: str, entity: str, group: str) -> None:
         raise RuntimeError(f"wandb did not take the dashboard of {whose}: {error}") from error
 
 
-def spec(project: str, entity: str, group: str) -> dict[str, object]:
+def spec(project: str, entity: str, group: str) -> dict[str, Any]:
     """Both as what the server would store."""
     # wandb-workspaces has no public way to serialise; the version is pinned below the next minor one.
     models = {board.__name__: board(project, entity, group)._to_model() for board in (workspace, report)}
@@ -83,9 +83,9 @@ def workspace(project: str, entity: str, group: str) -> Workspace:
 
 def report(project: str, entity: str, group: str) -> Report:
     """The same charts with a sentence on how to read them."""
-    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.reports.v2.interface as wr
 
-    blocks: list[object] = [wr.TableOfContents()]
+    blocks: list[Any] = [wr.TableOfContents()]
     for each in SECTIONS:
         # Over the report's own project: a run set that names another project asks the server for it.
         runs = wr.Runset(name=group or "all runs", filters=_filter(group))
@@ -97,13 +97,13 @@ def report(project: str, entity: str, group: str) -> Report:
     )  # fmt: skip
 
 
-def _panel(chart: Chart) -> object:
-    import wandb_workspaces.reports.v2 as wr
+def _panel(chart: Chart) -> Any:
+    import wandb_workspaces.reports.v2.interface as wr
 
     if chart.table:
         return wr.WeavePanelSummaryTable(table_name=chart.table)
     return wr.LinePlot(
-        title=chart.title, x=X, y=chart.keys, metric_regex=chart.regex or None, log_y=chart.log or None,
+        title=chart.title, x=X, y=list(chart.keys), metric_regex=chart.regex or None, log_y=chart.log or None,
         plot_type="stacked-area" if chart.stacked else None,
     )  # fmt: skip
 

@@ -104,7 +104,7 @@ def _expanded(chart: Chart, runs: Sequence[Shown], name: str) -> tuple[dict[str,
         return {key.replace("*", name): label for key, label in chart.lines.items()}, chart.note
     pattern = re.compile("|".join(key.replace("*", "([^/]+)") for key in chart.lines))
     logged = {key for run in runs for row in run.record.metrics.rows for key in row}
-    found = [(match[0], match[match.lastindex]) for match in map(pattern.fullmatch, sorted(logged)) if match]
+    found = [(match[0], match[match.lastindex or 0]) for match in map(pattern.fullmatch, sorted(logged)) if match]
     more = len(found) - len(LOOKS)
     note = f"{chart.note}; {more} more are in metrics.jsonl" if more > 0 else chart.note
     return dict(found[: len(LOOKS)]), note

@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import matplotlib
 import numpy as np
@@ -229,7 +230,7 @@ def _mark(axes: Axes, value: float, label: str, height: float, left: float, righ
 def _svg(draw: Callable[[Axes], None], name: str, height: float = HEIGHT) -> Markup:
     """What `draw` draws, as an SVG element for an HTML page: no prologue, no addresses, ids unique by `name`, reproducible."""
     buffer = io.StringIO()
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+    with matplotlib.rc_context(cast("Any", {**STYLE, "svg.hashsalt": name})):
         figure = Figure(figsize=(WIDTH / 72, height / 72), layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03))
         draw(figure.add_subplot())
         FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))

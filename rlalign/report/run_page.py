@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
@@ -38,7 +39,7 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def _content(runs: Sequence[Shown]) -> dict[str, object]:
+def _content(runs: Sequence[Shown]) -> dict[str, Any]:
     """What templates/run.html lays out."""
     records = [run.record for run in runs]
     views = [view_tokens(record.token_files) for record in records]
@@ -81,9 +82,9 @@ def _said(runs: Sequence[Shown], differences: list[str]) -> list[str]:
     return [f"{r.plain}: {verdict.sentences(r.record)}" if len(runs) > 1 else verdict.sentences(r.record) for r in runs]
 
 
-def _models(runs: Sequence[Shown]) -> dict[str, dict[str, object]]:
+def _models(runs: Sequence[Shown]) -> dict[str, dict[str, Any]]:
     """{reward model: its charts, and the last report of each run} for every one whose drift a run has watched."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name in sorted({name for run in runs for name in verdict.watched(run.record)}):
         files = {run.plain: run.record.directory / "drift" / f"{name}.json" for run in runs}
         reports = {plain: read_json(path) for plain, path in files.items() if path.exists()}
@@ -97,7 +98,7 @@ def _models(runs: Sequence[Shown]) -> dict[str, dict[str, object]]:
     return found
 
 
-def _checks(report: dict) -> dict[str, object]:
+def _checks(report: dict) -> dict[str, Any]:
     specs = {"state": "", "value": "+.3f", "beyond": ".3f", "limit": "g", "rows": ","}
     rows = [
         [CHECKS.get(check["name"], check["name"]), *(num(check[key], spec) for key, spec in specs.items())]
@@ -123,7 +124,7 @@ def _histograms(runs: Sequence[Shown], views: Sequence[TokenView | None]) -> lis
     return found
 
 
-def _time(runs: Sequence[Shown]) -> dict[str, object]:
+def _time(runs: Sequence[Shown]) -> dict[str, Any]:
     """Charts of the seconds per step, and for a single run the rows of its table."""
     data = []
     for run in runs:
@@ -149,12 +150,12 @@ def _time(runs: Sequence[Shown]) -> dict[str, object]:
     return {"charts": drawings, "rows": tables.phase_rows(data[0][2]) if len(drawings) == 1 else []}
 
 
-def _busy(runs: Sequence[Shown]) -> dict[str, object] | None:
+def _busy(runs: Sequence[Shown]) -> dict[str, Any] | None:
     """Who worked: bars, and the rows of their table; None for runs without a timeline."""
     found = [(run, busy) for run in runs if (busy := utilisation(run.record.timeline)) is not None]
     if not found:
         return None
-    rows = [
+    rows: list[list[Any]] = [
         [chip(color) + label, *(num(asdict(busy)[name], ".1%") for _, busy in found)]
         for name, (label, color) in drawings.SHARES.items()
     ]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -156,7 +157,7 @@ def number_rows(runs: Sequence[RunRecord]) -> list[list[Markup]]:
     return rows
 
 
-def difference(a: object, b: object, row: Row) -> str:
+def difference(a: Any, b: Any, row: Row) -> str:
     """b against a: a factor for quantities that live on a log scale, else b - a; text is the same or different."""
     if isinstance(a, str) or isinstance(b, str):
         return "same" if a == b else "different"
@@ -199,7 +200,7 @@ def head_table(run: RunRecord) -> tuple[list[str], list[list[Markup]], int]:
     return ["", *(f"rank {_ranges(s['rank'] for s in column)}" for column in columns)], rows, len(groups) - len(columns)
 
 
-def _answer(values: Sequence[object]) -> Markup:
+def _answer(values: Sequence[Any]) -> Markup:
     """One value, or the range of differing numbers."""
     first = values[0]
     if any(value != first for value in values):
@@ -210,7 +211,7 @@ def _answer(values: Sequence[object]) -> Markup:
     return num(first, "")
 
 
-def _ranges(ranks: Iterable[object]) -> str:
+def _ranges(ranks: Iterable[Any]) -> str:
     """[0, 1, 2, 5] as "0-2, 5"; anything that is not all numbers as a list."""
     ranks = list(ranks)
     if not all(isinstance(r, int) for r in ranks):
@@ -256,7 +257,7 @@ def quantile_rows(views: Sequence[TokenView]) -> list[list[str]]:
 
     shares = {"median": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999, "largest": 1.0}
     return [
-        *([label, *over(lambda x, q=q: np.quantile(x, q), ".2e")] for label, q in shares.items()),
+        *([label, *over(lambda x, q=q: float(np.quantile(x, q)), ".2e")] for label, q in shares.items()),
         ["exactly zero", *over(lambda x: (x == 0).mean(), ".1%")],
         ["not finite", *(num(v.nonfinite, ",") for v in views)],
         ["tokens", *(num(v.abs_log_ratio.size + v.nonfinite, ",") for v in views)],
@@ -271,15 +272,15 @@ def events(run: RunRecord, *, alerts: bool) -> list[dict]:
     return [e for e in run.events if (e["kind"].partition("/")[0] in JUDGES) == alerts]
 
 
-def flatten(config: Mapping, prefix: str = "") -> dict[str, object]:
+def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} as {"a.b": 1}."""
-    flat: dict[str, object] = {}
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat
 
 
-def config_differences(runs: Sequence[RunRecord]) -> dict[str, list[object]]:
+def config_differences(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
     """{dotted key: value of each run} where they are not the same. Names and places are not part of an experiment."""
     flats = [flatten(run.config) for run in runs]
     values = {key: [flat.get(key, "(absent)") for flat in flats] for flat in flats for key in flat}

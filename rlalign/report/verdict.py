@@ -29,7 +29,7 @@ def problems(run: RunRecord) -> list[str]:
     limit, (steps, values) = k3_limit(run), run.series("mismatch/lag0/k3")
     # Written so that NaN is over every limit.
     over = [] if limit is None else [step for step, value in zip(steps, values, strict=True) if not value <= limit]
-    if over:
+    if limit is not None and over:
         lost = sum(not math.isfinite(value) for value in values)
         missing = f", {lost} not finite" if lost else ""
         found.append(

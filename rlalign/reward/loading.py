@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 
@@ -24,6 +24,7 @@ from rlalign.scoring.params import ScoringParams
 
 if TYPE_CHECKING:
     from rlalign.reward.model_reward import Score
+    from rlalign.scoring.http.http_scorer import DialectName
     from rlalign.scoring.params import ModelInfo
     from rlalign.scoring.scorer import Scoring
 
@@ -50,7 +51,7 @@ def _model_reward(name: str, config: RewardModelConfig, say: Callable[[str], Non
         config=config,
         score=score,
         calibrator=calibrator,
-        bootstrap=_bootstrap(config, folder, calibrator, what) if config.scores else None,
+        bootstrap=_bootstrap(config, folder, calibrator, what) if config.scores and calibrator is not None else None,
         references=_references(Path(config.references), score, what) if config.references else {},
     )
     say(
@@ -85,7 +86,7 @@ def _scorer(config: RewardModelConfig, folder: Path | None, what: str) -> Scorin
     server = config.server
     return HTTPScorer(
         server.url,
-        server.dialect,
+        cast("DialectName", server.dialect),
         model=server.model or None,
         tokenizer=server.tokenizer or None,
         api_key=_secret(server.api_key_env, what) if server.api_key_env else None,
@@ -135,7 +136,7 @@ def _calibrator(config: RewardModelConfig, folder: Path | None, scorer: Scoring,
             "again would be wrong. Serve the model without, state server.raw=true, or take the calibration out"
         )
     own = config.calibration == OWN
-    calibrator = Calibrator.load(folder / CALIBRATION if own else Path(config.calibration))
+    calibrator = Calibrator.load(_place(config.calibration, folder, CALIBRATION, what))
     require_same_model(calibrator, scorer.info, what=f"{what}.calibration={config.calibration}", same_folder=own)
     if config.shape == "log_odds" and (not isinstance(calibrator, AffineCalibrator) or calibrator.scale_ == 0):
         raise ValueError(
@@ -150,13 +151,22 @@ def _calibrator(config: RewardModelConfig, folder: Path | None, scorer: Scoring,
     return calibrator
 
 
+def _place(stated: str, folder: Path | None, own: str, what: str) -> Path:
+    """The file called `own` in the model's folder for OWN, else the one that was stated."""
+    if stated != OWN:
+        return Path(stated)
+    if folder is None:
+        raise ValueError(f"{what}: {own} of its own folder was asked for, and a model behind a server has no folder")
+    return folder / own
+
+
 def _bootstrap(
     config: RewardModelConfig, folder: Path | None, calibrator: Calibrator, what: str
 ) -> BootstrapCalibration:
-    path = folder / SCORES if config.scores == OWN else Path(config.scores)
+    path = _place(config.scores, folder, SCORES, what)
     rows = read_score_rows(path)
-    again = fit_on(copy.deepcopy(calibrator), rows)
-    if calibrator.diagnostics_ is None or again.diagnostics_.data_sha256 != calibrator.diagnostics_.data_sha256:
+    first, again = calibrator.diagnostics_, fit_on(copy.deepcopy(calibrator), rows).diagnostics_
+    if first is None or again is None or again.data_sha256 != first.data_sha256:
         raise ValueError(
             f"{what}.scores: {path} is not what the calibration was fitted on; give that file, or calibrate on this one"
         )
@@ -166,12 +176,13 @@ def _bootstrap(
 def _references(path: Path, score: Score, what: str) -> dict[str, list[float]]:
     """Scores of the completions in a file, by prompt. Raises ValueError where one of them has none."""
     rows = read_rows(path)
-    if not isinstance(rows[0], Labelled):
+    labelled = [row for row in rows if isinstance(row, Labelled)]
+    if not labelled:
         raise ValueError(f"{what}.references: {path} holds pairs; expected completions of the initial policy")
-    pairs = list(dict.fromkeys((row.prompt, row.completion) for row in rows))
+    pairs = list(dict.fromkeys((row.prompt, row.completion) for row in labelled))
     scores = dict(zip(pairs, score(pairs), strict=True))
     references: dict[str, list[float]] = {}
-    for row in rows:
+    for row in labelled:
         answer = scores[row.prompt, row.completion]
         if isinstance(answer, str):
             raise ValueError(

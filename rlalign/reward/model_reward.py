@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from rlalign.calibration.arrays import Floats
     from rlalign.calibration.calibrators import Calibrator
+    from rlalign.calibration.calibrators.affine import AffineCalibrator
     from rlalign.config import RewardModelConfig
     from rlalign.scoring.params import ScoringParams
     from rlalign.scoring.result import ScoreResult
@@ -55,7 +56,7 @@ def _logit(result: ScoreResult, i: int, label_index: int | None) -> float:
     logits = result.logits[i]
     if logits is None or logits.ndim != 1:
         raise ValueError(
-            f"{result.model}: a reward is one number a completion, but the scores have shape {np.shape(result.scores[i])}; "
+            f"{result.model}: a reward is one number a completion, but the scores have shape {_shape(result.scores[i])}; "
             "use a sequence classifier or a generative judge"
         )
     if result.label_mass is not None:
@@ -65,6 +66,19 @@ def _logit(result: ScoreResult, i: int, label_index: int | None) -> float:
             f"{result.model}: {len(logits)} logits a completion; say which one is the reward with label_index"
         )
     return float(logits[label_index or 0])
+
+
+T = TypeVar("T")
+
+
+def _needed(part: T | None, what: str) -> T:
+    if part is None:
+        raise RuntimeError(f"this shape needs a {what}, and the reward was made without one")
+    return part
+
+
+def _shape(score: np.ndarray | None) -> tuple[int, ...]:
+    return () if score is None else score.shape
 
 
 @dataclass
@@ -128,13 +142,15 @@ class ModelReward:
         if config.shape == "logit" or not len(logits_N):
             return logits_N
         if config.shape == "sigmoid":
-            references = [self.references[p] if self.references else config.reference for p in prompts]
+            references = [
+                self.references[p] if self.references else _needed(config.reference, "reference") for p in prompts
+            ]
             return np.array([centred_sigmoid(r, ref) for r, ref in zip(logits_N, references, strict=True)])
         if config.shape == "lower_bound":
-            return self.bootstrap.lower(logits_N, config.confidence)
+            return _needed(self.bootstrap, "calibration fitted on scores").lower(logits_N, config.confidence)
         if config.shape == "log_odds":
-            return self.calibrator.log_odds(logits_N)
-        p_N = self.calibrator.probabilities(logits_N)
+            return cast("AffineCalibrator", self.calibrator).log_odds(logits_N)
+        p_N = _needed(self.calibrator, "calibration").probabilities(logits_N)
         return p_N if config.shape == "probability" else (p_N >= config.threshold).astype(np.float64)
 
     def _unsure(self, logits_N: Floats) -> NDArray[np.bool_]:
@@ -142,7 +158,7 @@ class ModelReward:
         if not self.config.unsure or not len(logits_N):
             return np.zeros(len(logits_N), dtype=bool)
         low, high = self.config.unsure
-        p_N = self.calibrator.probabilities(logits_N)
+        p_N = _needed(self.calibrator, "calibration").probabilities(logits_N)
         return (p_N > low) & (p_N < high)
 
     def _measured(self, logits_N: Floats, *, filtered: int) -> dict[str, float]:

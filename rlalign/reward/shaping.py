@@ -112,7 +112,7 @@ class BootstrapCalibration:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", CalibrationWarning)  # the calibration itself has given them
-                    calibrator.fit(picked.logits, picked.labels_N, sample_weight=picked.weight_N)
+                    calibrator.fit(picked.logits, picked.labels, sample_weight=picked.weight_N)
             except ValueError as error:
                 raise ValueError(
                     f"bootstrap draw {draw} of {len(rows)} labelled scores cannot be fitted ({error}): too few labels for a "

@@ -84,18 +84,13 @@ class CalibratedRequest:
         return self.inner.num_tokens
 
 
-class CalibratedScorer(Scoring):
+class CalibratedScorer(Scoring[CalibratedRequest]):
     """A scorer and the calibrator in force. Made by `with_calibration`."""
 
     def __init__(self, scorer: RewardScorer, calibrator: Calibrator, *, strict: bool) -> None:
         self.scorer = scorer
         self.tokenizer = scorer.tokenizer if isinstance(scorer, Scoring) else None
         self.swap(calibrator, strict=strict)
-
-    @property
-    def info(self) -> ModelInfo:
-        """The model's, with the calibration now in force."""
-        return msgspec.structs.replace(self.scorer.info, calibration_id=self._calibrator.calibration_id)
 
     @property
     def calibrator(self) -> Calibrator:
@@ -106,6 +101,7 @@ class CalibratedScorer(Scoring):
         """Put another calibrator in force, atomically. Raises as `with_calibration`, and then keeps the one before."""
         _check(calibrator, self.scorer.info, strict=strict)
         self._calibrator = calibrator
+        self.info = msgspec.structs.replace(self.scorer.info, calibration_id=calibrator.calibration_id)
 
     def prepare(
         self, query: Text, items: Text | Sequence[Text], params: ScoringParams | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import msgspec
 
@@ -72,7 +72,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 COMMON = ("truncate_prompt_tokens", "truncation_side", "max_tokens_per_item", "skip_reading_prefix_cache")
-VALID: dict[str, tuple[str, ...]] = {
+VALID: dict[Task, tuple[str, ...]] = {
     "classify": ("use_activation", "calibrate", "return_pooled_hidden_states", "item_first", "alone", "logit_mean", "logit_sigma"),
     "token_classify": ("use_activation", "calibrate", "step_tag_id", "returned_token_ids", "logit_mean", "logit_sigma"),
     "embed": ("use_activation", "dimensions"),
@@ -126,14 +126,14 @@ class _Problems(dict[str, str]):
 
     def error(self, params: ScoringParams, info: ModelInfo) -> InvalidParams:
         found = "; ".join(f"{field}={getattr(params, field)!r}: {what}" for field, what in self.items())
-        supported = ", ".join((*VALID[params.task], *COMMON))
+        supported = ", ".join((*VALID[params.chosen], *COMMON))
         return InvalidParams(
             f"{info.id} ({info.architecture}), task {params.task!r}: {found}. The task supports {supported}", list(self)
         )
 
 
 def _check_supported(params: ScoringParams, info: ModelInfo, problems: _Problems) -> None:
-    valid = (*VALID[params.task], *COMMON)
+    valid = (*VALID[params.chosen], *COMMON)
     if params.return_pooled_hidden_states and not info.exposes_hidden_states:
         problems.add("return_pooled_hidden_states", f"not available: {info.hidden_states_reason or 'no reason given'}")
     for name, default in zip(params.__struct_fields__, params.__struct_defaults__, strict=True):
@@ -211,7 +211,7 @@ def _check_labels(params: ScoringParams, problems: _Problems) -> None:
         problems.add("label_token_ids", "a generative judge needs the token ids of its answers, such as Yes and No")
         return
     labels = params.label_token_ids
-    sizes = {len(ids) for ids in labels} if per_item_labels(labels) else {len(labels)}
+    sizes = {len(ids) for ids in labels if not isinstance(ids, int)} or {len(labels)}
     if 1 in sizes and not params.full_vocabulary:
         problems.add(
             "label_token_ids", "the probability of one label among itself is always 1.0; give two, or full_vocabulary"
@@ -223,7 +223,7 @@ def _check_labels(params: ScoringParams, problems: _Problems) -> None:
 
 
 def _with_defaults(params: ScoringParams, info: ModelInfo) -> ScoringParams:
-    valid = VALID[params.task]
+    valid = VALID[params.chosen]
     chosen: dict[str, bool | float | int | list[int] | None] = {}
     if "calibrate" in valid and params.calibrate is None:
         chosen["calibrate"] = info.calibration_id is not None
@@ -335,6 +335,13 @@ class ScoringParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
             if getattr(self, old) is not None:
                 raise ValueError(f"{old} was removed upstream: use {new}")
 
+    @property
+    def chosen(self) -> Task:
+        """The task of parameters that `verify` resolved."""
+        if self.task is None:
+            raise RuntimeError("these parameters are not resolved against a model: call verify(info) first")
+        return cast("Task", self.task)
+
     def verify(self, model_info: ModelInfo, *, task: Task | None = None) -> ScoringParams:
         """A copy with every choice made: the user's, else the model's pooler defaults, else the task's.
 
@@ -345,12 +352,13 @@ class ScoringParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
     def label_ids(self, num_items: int) -> list[list[int]]:
         """The judge's label tokens of each item. Raises ValueError where there is not one list an item."""
-        ids = self.label_token_ids or []
-        if not per_item_labels(self.label_token_ids):
-            return [list(ids)] * num_items
-        if len(ids) != num_items:
+        given = self.label_token_ids or []
+        lists = [list(entry) for entry in given if not isinstance(entry, int)]
+        if not lists:
+            return [[entry for entry in given if isinstance(entry, int)]] * num_items
+        if len(lists) != num_items:
             raise InvalidParams(
-                f"label_token_ids: {len(ids)} lists for {num_items} items; give one list for all, or one an item",
+                f"label_token_ids: {len(lists)} lists for {num_items} items; give one list for all, or one an item",
                 ["label_token_ids"],
             )
-        return [list(entry) for entry in ids]
+        return lists

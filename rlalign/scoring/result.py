@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from rlalign.scoring.params import ModelInfo, ScoringParams
 
-    Floats = NDArray[np.float32]
+    Floats = NDArray[np.floating]
 
 
 LOW_LABEL_MASS = "low_label_mass"
@@ -116,6 +116,7 @@ def label_scores(logprobs_K: Floats, params: ScoringParams) -> tuple[Floats, flo
 
     Renormalised among the labels after division by the temperature, or as they are with full_vocabulary.
     """
+    assert params.temperature is not None, "resolved parameters have one"
     x_K = logprobs_K.astype(np.float64)
     mass = float(np.exp(x_K).sum())
     scores_K = np.exp(x_K) if params.full_vocabulary else activate(x_K / params.temperature, "softmax")
@@ -170,24 +171,24 @@ def score_result(
 
 def _checked(answer: Answer, params: ScoringParams) -> Answer:
     """The answer, or an error in its place."""
-    reason = answer.error
-    if reason is None and answer.values is None:
+    values = answer.values
+    if answer.error is not None:
+        reason = answer.error
+    elif values is None:
         reason = "no score came back"
-    if reason is None and not np.isfinite(answer.values).all():
-        reason = f"the score is not finite: {answer.values.tolist()}"
-    if reason is None and not answer.values.size:
+    elif not np.isfinite(values).all():
+        reason = f"the score is not finite: {values.tolist()}"
+    elif not values.size:
         steps = "" if params.step_tag_id is None else f": no token of the sequence is step_tag_id={params.step_tag_id}"
         reason = f"the score is an empty list{steps}"
-    if reason is None and params.return_pooled_hidden_states and answer.state is None:
+    elif params.return_pooled_hidden_states and answer.state is None:
         reason = "a score came back without its pooled hidden state"
-    if reason is None:
+    else:
         return answer
     return Answer(error=reason, prompt_tokens=answer.prompt_tokens, truncated=answer.truncated)
 
 
-def _row(
-    answer: Answer, params: ScoringParams, info: ModelInfo
-) -> tuple[NDArray[np.float32] | None, float | None, str | None]:
+def _row(answer: Answer, params: ScoringParams, info: ModelInfo) -> tuple[Floats | None, float | None, str | None]:
     """(score, label mass, error) of a checked answer."""
     if answer.values is None:
         return None, None, answer.error
@@ -195,6 +196,7 @@ def _row(
         return embedding(answer.values, params), None, None
     if params.task != "generative":
         return classification_scores(answer.values, params, info), None, None
+    assert params.min_label_mass is not None, "resolved parameters have one"
     score_K, mass = label_scores(answer.values, params)
     if mass < params.min_label_mass - ROUNDING:
         return score_K, mass, LOW_LABEL_MASS

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeGuard, TypeVar, cast
 
 import msgspec
 
@@ -32,25 +32,34 @@ class ItemRefused(ValueError):
 class Prepared(Protocol):
     """One request, checked, resolved and tokenised: ready to run in any batch."""
 
-    num_tokens: int  # the model will read; what a batch's budget is counted in
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model will read; what a batch's budget is counted in."""
+        ...
 
 
-class RewardScorer(Protocol):
+P = TypeVar("P", bound=Prepared)
+
+
+class RewardScorer(Protocol[P]):
     """Scores items against a query. `score` is `run([prepare(...)])[0]`; a server batches the prepared requests of many."""
 
     info: ModelInfo
 
-    def prepare(self, query: Text, items: Text | Sequence[Text], params: ScoringParams | None = None) -> Prepared:
+    def prepare(self, query: Text, items: Text | Sequence[Text], params: ScoringParams | None = None) -> P:
         """Check a request and tokenise it. Raises ValueError before any computation."""
+        ...
 
-    def run(self, requests: Sequence[Prepared]) -> list[ScoreResult]:
+    def run(self, requests: Sequence[P]) -> list[ScoreResult]:
         """Score prepared requests together. What else is in the batch does not matter, to the rounding of the body's dtype.
 
         Batches of another shape add up in another order: about 1e-6 in float32, and some 1e-3 of a bf16 body's logits.
         """
+        ...
 
     def score(self, query: Text, items: Text | Sequence[Text], params: ScoringParams | None = None) -> ScoreResult:
         """Score one request now."""
+        ...
 
 
 def checked_inputs(query: Text, items: Text | Sequence[Text], vocab_size: int) -> tuple[Text, list[Text]]:
@@ -63,7 +72,7 @@ def checked_inputs(query: Text, items: Text | Sequence[Text], vocab_size: int) -
         raise ValueError("items must be provided: a text, a list of texts, or a list of token id lists")
     if query is None:
         raise ValueError("query must be provided; an empty text or an empty list of token ids scores the items alone")
-    listed = [items] if isinstance(items, str) or (len(items) > 0 and _is_id(items[0])) else list(items)
+    listed = [items] if is_one_text(items) else list(cast("Sequence[Text]", items))
     kinds = {isinstance(part, str) for part in (query, *listed)}
     if len(kinds) > 1:
         raise ValueError(
@@ -73,20 +82,21 @@ def checked_inputs(query: Text, items: Text | Sequence[Text], vocab_size: int) -
     for i, item in enumerate(listed):
         if len(item) == 0:
             raise ItemRefused(i, " is empty: it has no token of its own whose state could be scored")
-    if not isinstance(query, str):
-        for what, ids in (("query", query), *((f"item {i}", item) for i, item in enumerate(listed))):
+    for what, ids in (("query", query), *((f"item {i}", item) for i, item in enumerate(listed))):
+        if not isinstance(ids, str):
             _check_ids(ids, vocab_size, what)
     return query, listed
 
 
+def is_one_text(given: Text | Sequence[Text]) -> TypeGuard[Text]:
+    """True for a string and for a list of token ids, False for a list of either."""
+    return isinstance(given, str) or (len(given) > 0 and isinstance(given[0], int))
+
+
 def _check_ids(ids: Sequence[int], vocab_size: int, what: str) -> None:
     for position, token in enumerate(ids):
-        if not _is_id(token) or isinstance(token, bool) or not 0 <= token < vocab_size:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
             raise ValueError(f"{what}: {token!r} at position {position} is not a token id from 0 to {vocab_size - 1}")
-
-
-def _is_id(value: object) -> bool:
-    return isinstance(value, int)
 
 
 def _kind(part: Text) -> str:
@@ -99,17 +109,17 @@ Conversation = str | Sequence[Message]  # plain text, or a chat
 RewardFunc = Callable[..., Awaitable[list[float | None]]]
 
 
-class Scoring:
+class Scoring(Generic[P]):
     """The methods that every backend shares; a backend adds `info`, `tokenizer`, `prepare` and `run`."""
 
     info: ModelInfo
     tokenizer: PreTrainedTokenizerBase | None
 
-    def prepare(self, query: Text, items: Text | Sequence[Text], params: ScoringParams | None = None) -> Prepared:
+    def prepare(self, query: Text, items: Text | Sequence[Text], params: ScoringParams | None = None) -> P:
         """See `rlalign.scoring.scorer.RewardScorer`."""
         raise NotImplementedError
 
-    def run(self, requests: Sequence[Prepared]) -> list[ScoreResult]:
+    def run(self, requests: Sequence[P]) -> list[ScoreResult]:
         """See `rlalign.scoring.scorer.RewardScorer`."""
         raise NotImplementedError
 
@@ -140,7 +150,7 @@ class Scoring:
             raise ValueError(f"expected one completion a prompt, got {len(prompts)} and {len(completions)}")
         params = params or ScoringParams()
         params.verify(self.info)
-        requests: list[Prepared] = []
+        requests: list[P] = []
         places: list[list[int]] = []
         errors: dict[int, str] = {}
         for members in _same(prompts).values():
@@ -171,7 +181,7 @@ class Scoring:
             prompts: Sequence[Conversation],
             completions: Sequence[Conversation],
             log_metric: Callable[[str, float], None] | None = None,
-            **columns: object,  # TRL passes completion_ids, trainer_state, log_extra and every column of the data set
+            **columns: Any,  # TRL passes completion_ids, trainer_state, log_extra and every column of the data set
         ) -> list[float | None]:
             result = await asyncio.to_thread(self.score_conversations, prompts, completions, params)
             failed = [f"sample {i}: {error}" for i, error in enumerate(result.errors) if error is not None]
@@ -194,12 +204,16 @@ class Scoring:
         self, prompts: Sequence[Conversation], completions: Sequence[Conversation], members: list[int]
     ) -> list[tuple[list[int], Text, list[Text]]]:
         """(places, query, items) of the completions `members` of one prompt: chats as token ids that share a prefix."""
-        if isinstance(prompts[members[0]], str):
-            wrong = [i for i in members if not isinstance(completions[i], str)]
-            if wrong:
-                raise ValueError(f"pair {wrong[0]}: a text prompt with a chat completion; give both in the same form")
-            return [(members, prompts[members[0]], [completions[i] for i in members])]
-        chats = [self._chat_ids([*prompts[i], *_as_messages(completions[i])]) for i in members]
+        prompt = prompts[members[0]]
+        if isinstance(prompt, str):
+            texts: list[Text] = []
+            for i in members:
+                completion = completions[i]
+                if not isinstance(completion, str):
+                    raise ValueError(f"pair {i}: a text prompt with a chat completion; give both in the same form")
+                texts.append(completion)
+            return [(members, prompt, texts)]
+        chats = [self._chat_ids([*prompt, *_as_messages(completions[i])]) for i in members]
         shared = _common_prefix(chats)
         return [(members, chats[0][:shared], [ids[shared:] for ids in chats])]
 
@@ -210,13 +224,13 @@ class Scoring:
             )
         if not self.info.causal:
             raise ValueError(f"{self.info.id}: a cross-encoder reads a query and an item, not a chat; pass texts")
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        text = self.tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False)
+        return self.tokenizer(cast("str", text), add_special_tokens=False)["input_ids"]
 
 
 def prepared_each(
-    scorer: RewardScorer, query: Text, items: Sequence[Text], params: ScoringParams, refusals: type[ValueError]
-) -> tuple[Prepared | None, list[int], dict[int, str]]:
+    scorer: RewardScorer[P], query: Text, items: Sequence[Text], params: ScoringParams, refusals: type[ValueError]
+) -> tuple[P | None, list[int], dict[int, str]]:
     """(request of the items that can be scored, their places, place -> reason of those that cannot).
 
     Raises InvalidParams, and every ValueError that is none of `refusals`: then the request is wrong as a whole.
@@ -240,11 +254,9 @@ def prepared_each(
 def _labels_of(params: ScoringParams, places: Sequence[int]) -> ScoringParams:
     """The parameters of some items only: a judge may have labels for each."""
     labels = params.label_token_ids
-    return (
-        msgspec.structs.replace(params, label_token_ids=[labels[i] for i in places])
-        if per_item_labels(labels)
-        else params
-    )
+    if labels is None or not per_item_labels(labels):
+        return params
+    return msgspec.structs.replace(params, label_token_ids=[labels[i] for i in places])
 
 
 def _same(prompts: Sequence[Conversation]) -> dict[str, list[int]]:
@@ -275,7 +287,7 @@ def in_order(
     found = {i: (result, row) for result, at in zip(results, places, strict=True) for row, i in enumerate(at)}
     first = results[0] if results else ScoreResult(logits=[], scores=[], prompt_tokens=[], errors=[], model=model)
 
-    def column(name: str, missing: object) -> list | None:
+    def column(name: str, missing: Any) -> list | None:
         if getattr(first, name) is None:
             return None
         return [getattr(found[i][0], name)[found[i][1]] if i in found else missing for i in range(count)]

@@ -85,7 +85,7 @@ class Sequencer:
         if params.alone and len(query):
             raise InvalidParams(f"{self.model}: alone=True is for items without a query, and there is one", ["alone"])
         if self._prompt and isinstance(query, str) and params.task in ("embed", "token_embed"):
-            query, items = (self._prompt + query, items) if query else ("", [self._prompt + item for item in items])
+            query, items = (self._prompt + query, items) if query else ("", [f"{self._prompt}{item}" for item in items])
         query_ids = self._ids(query)
         return [self._sequence(i, query, query_ids, item, params) for i, item in enumerate(items)]
 
@@ -101,7 +101,7 @@ class Sequencer:
         if self.pairs or not isinstance(query, str) or not query:
             return query_ids, self._ids(item)
         first, second = (item, query) if item_first else (query, item)
-        alone, joined = self._ids(item) if item_first else query_ids, self._ids(first + second)
+        alone, joined = self._ids(item) if item_first else query_ids, self._ids(f"{first}{second}")
         same = next((t for t, pair in enumerate(zip(alone, joined, strict=False)) if pair[0] != pair[1]), len(alone))
         if same < len(alone) and not self._told:
             self._told = True
@@ -110,8 +110,8 @@ class Sequencer:
                 "read it. Pass token ids to score the tokens that a policy sampled apart",
                 self.model, first[-20:], second[:20],
             )  # fmt: skip
-        parts = joined[:same], joined[same:]
-        return parts[::-1] if item_first else parts
+        head, tail = joined[:same], joined[same:]
+        return (tail, head) if item_first else (head, tail)
 
     def _frame(self, query: Text, params: ScoringParams, first: list[int], last: list[int]) -> Template:
         """Special tokens to add: none to token ids of one sequence, and none twice to text that was written with them."""
@@ -166,6 +166,7 @@ class Sequencer:
         if room < 1:
             raise ValueError(f"{asked} leaves no room beside the model's {special} special tokens")
         if self.pairs:
+            assert self.tokenizer is not None, "pairs have one"
             side = params.truncation_side or self._side or self.tokenizer.truncation_side
             kept = _cut_longest(query, item, room, side)
             lost = (query and not kept[0]) or not kept[1]

@@ -157,7 +157,7 @@ class Batcher:
             self._metrics.split_batches.inc()
             return [self._outcomes([job])[0] for job in jobs]
 
-    def _together(self, jobs: Sequence[Sequence[Prepared]]) -> list[list[ScoreResult]]:
+    def _together(self, jobs: Sequence[Sequence[Prepared]]) -> list[list[ScoreResult] | Exception]:
         flat = [one for job in jobs for one in job]
         results = self._scorer.run(flat)
         if len(results) != len(flat):

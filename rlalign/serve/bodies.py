@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -144,7 +144,7 @@ Text = Str | list[TokenId]
 Flag = StrictBool
 Row = list[float] | list[list[float]] | None  # [K] of an item, [T, K] for token tasks, null without one
 
-ERRORS = {
+ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": description}
     for status, description in {
         400: "the request cannot be answered as it stands",
@@ -183,7 +183,7 @@ def usage(tokens: int) -> Usage:
     return Usage(prompt_tokens=tokens, total_tokens=tokens)
 
 
-def with_params(defaults: ScoringParams, given: dict[str, object]) -> ScoringParams:
+def with_params(defaults: ScoringParams, given: dict[str, Any]) -> ScoringParams:
     """The server's defaults, with the fields that a request gives in their place. Raises ApiError 400."""
     chosen = {name: value for name, value in given.items() if value is not None}
     try:
@@ -192,7 +192,7 @@ def with_params(defaults: ScoringParams, given: dict[str, object]) -> ScoringPar
         raise invalid(str(error)) from error
 
 
-def refuse(given: dict[str, object], why: str) -> None:
+def refuse(given: dict[str, Any], why: str) -> None:
     """Raise ApiError 400 for the first field that was given and that this server cannot honour."""
     for name, value in given.items():
         if value is not None:

@@ -8,7 +8,7 @@ unknown fields are errors.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
@@ -50,8 +50,8 @@ class ScoreBody(Body):
     return_pooled_hidden_states: Flag = False
     score_extraction_token: Str | None = None
     embed_override_token_id: TokenId | None = None
-    query_embed_overrides: list[object] | None = None
-    item_embed_overrides: list[object] | None = None
+    query_embed_overrides: list[Any] | None = None
+    item_embed_overrides: list[Any] | None = None
     model: Str = "default"
 
     calibrate: Flag | None = Field(
@@ -146,7 +146,7 @@ def answer(body: ScoreBody, scored: Scored, request_id: str, model: str) -> Scor
     )
 
 
-def _given(body: ScoreBody) -> dict[str, object]:
+def _given(body: ScoreBody) -> dict[str, Any]:
     """What every task takes."""
     names = ("task", "truncate_prompt_tokens", "truncation_side", "max_tokens_per_item")
     return {name: getattr(body, name) for name in names} | {
@@ -156,14 +156,14 @@ def _given(body: ScoreBody) -> dict[str, object]:
     }
 
 
-def _classifying(body: ScoreBody, service: Service) -> dict[str, object]:
+def _classifying(body: ScoreBody, service: Service) -> dict[str, Any]:
     if body.apply_softmax and service.scorer.info.num_labels == 1:
         raise invalid("the softmax of one label is always 1.0; ask for use_activation or calibrate", "apply_softmax")
     names = ("use_activation", "step_tag_id", "returned_token_ids", "min_label_mass")
     return {name: getattr(body, name) for name in names}
 
 
-def _judging(body: ScoreBody, *, calibrated: bool) -> dict[str, object]:
+def _judging(body: ScoreBody, *, calibrated: bool) -> dict[str, Any]:
     absolute = not (body.apply_softmax or calibrated)
     mass = body.min_label_mass
     return {
@@ -181,7 +181,7 @@ class RewardBody(Body):
 
     query: list[Str]
     prompts: list[Str] | None = None
-    labels: list[object] | None = None
+    labels: list[Any] | None = None
 
 
 class RewardAnswer(BaseModel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -26,7 +26,7 @@ class ModelCard(BaseModel):
     root: str
     max_model_len: int | None
     calibration_id: str
-    info: dict[str, object]
+    info: dict[str, Any]
 
 
 class ModelList(BaseModel):
@@ -100,7 +100,7 @@ def health_router(service: Service) -> APIRouter:
     return paths
 
 
-Json = dict[str, object]
+Json = dict[str, Any]
 Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 
 
@@ -193,22 +193,22 @@ async def _label(service: Service, labels: list[Label]) -> LabelsAnswer:
         said = f"{len(labels)} labels, at most {service.settings.max_items} a request"
         raise ApiError(413, said, type="too_large", param="labels")
     total = LabelsAnswer(accepted=0, duplicates=0, revised=0, unknown=[])
-    named = [one for one in labels if one.id is not None]
-    plain = [one for one in labels if one.id is None]
-    versions = [one.policy_version for one in plain]
-    if any(v is None for v in versions) and any(v is not None for v in versions):
+    named = [(one.id, one) for one in labels if one.id is not None]
+    plain = [(one.logit, one) for one in labels if one.logit is not None]
+    versions = [one.policy_version for _, one in plain if one.policy_version is not None]
+    if 0 < len(versions) < len(plain):
         raise invalid("policy_version: give it beside every logit of a request, or beside none", "labels")
     outcomes = []
     if named or not plain:
-        ids, verdicts, weights = [one.id for one in named], [one.label for one in named], [one.weight for one in named]
-        outcomes.append(await service.calibrations.label(ids, verdicts, weights))
+        ids, verdicts = [id for id, _ in named], [one.label for _, one in named]
+        outcomes.append(await service.calibrations.label(ids, verdicts, [one.weight for _, one in named]))
     if plain:
         outcomes.append(
             await service.calibrations.label_logits(
-                [one.logit for one in plain],
-                [one.label for one in plain],
-                [one.weight for one in plain],
-                None if versions[0] is None else versions,
+                [logit for logit, _ in plain],
+                [one.label for _, one in plain],
+                [one.weight for _, one in plain],
+                versions or None,
             )
         )
     for outcome in outcomes:

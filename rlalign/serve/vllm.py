@@ -8,7 +8,7 @@ A failed item has null in place of its number, and its reason in `error`.
 from __future__ import annotations
 
 import time
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypedDict, cast
 
 import numpy as np
 from fastapi import APIRouter, Request
@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse
 
 from rlalign.scoring.scorer import Text as AnyText
+from rlalign.scoring.scorer import is_one_text
 from rlalign.serve.bodies import (
     ERRORS,
     Body,
@@ -44,7 +45,6 @@ class _Common(Body):
     user: Str | None = None
     request_id: Str | None = None
     cache_salt: Str | None = None
-    priority: Literal[0] = 0
     use_activation: Flag | None = Field(None, description="null: true, as in vLLM")
     calibrate: Flag | None = Field(
         None, description="null: when a calibration is in force and use_activation is not false"
@@ -68,6 +68,7 @@ class _Pairs(_Common):
 class ScoreBody(_Pairs):
     """Two sides under one of four pairs of names; 1:1, 1:N or N:N."""
 
+    priority: Literal[0] = 0
     queries: Texts | None = None
     documents: Texts | None = None
     items: Texts | None = None
@@ -95,7 +96,15 @@ class RerankBody(_Pairs):
 
 class ClassifyBody(_Common):
     input: Texts
+    priority: Literal[0] = 0
     add_special_tokens: Literal[True] = True
+
+
+class _Head(TypedDict):
+    id: str
+    model: str
+    usage: Usage
+    calibration_id: str
 
 
 class _Answer(BaseModel):
@@ -168,7 +177,10 @@ def router(service: Service) -> APIRouter:
     async def rerank(body: RerankBody, request: Request) -> JSONResponse:
         """Documents by falling relevance; failed ones come last."""
         service.require_one_number()
-        documents = [one.text if isinstance(one, Document) else one for one in _listed(body.documents)]
+        texts = body.documents
+        if isinstance(texts, list):
+            texts = cast("Texts", [one.text if isinstance(one, Document) else one for one in texts])
+        documents = _listed(texts)
         request_id = f"rerank-{request.state.request_id}"
         scored = await service.score(
             _ask(body, service, [(body.query, documents)], body.max_tokens_per_doc), request_id
@@ -227,7 +239,7 @@ def _pairs(first: Texts, second: Texts) -> list[tuple[AnyText, list[AnyText]]]:
 
 
 def _listed(texts: Texts) -> list[AnyText]:
-    return [texts] if isinstance(texts, str) or (texts and isinstance(texts[0], int)) else list(texts)
+    return [texts] if is_one_text(texts) else list(cast("list[Text]", texts))
 
 
 def _ask(
@@ -238,7 +250,7 @@ def _ask(
     if service.task not in ("classify", "generative"):
         raise invalid(f"this model's task is {service.task!r}: it has no score an item; use /v1/score")
     calibration = service.calibration(False if body.use_activation is False else body.calibrate, service.task)
-    given: dict[str, object] = {
+    given: dict[str, Any] = {
         "truncate_prompt_tokens": body.truncate_prompt_tokens,
         "max_tokens_per_item": item_limit or None,
     }
@@ -276,7 +288,10 @@ def _classes(scored: Scored, labels: tuple[str, ...]) -> list[ClassifyData]:
         values = values if error is None else None
         label = None
         if values is not None and len(values) > 1:
-            top = int(np.lexsort((result.logits[i], values))[-1])  # of two equal probabilities the higher logit
+            logits = result.logits[i]
+            top = int(
+                np.lexsort((values if logits is None else logits, values))[-1]
+            )  # of two equal probabilities the higher logit
             label = labels[top] if labels else f"LABEL_{top}"
         found.append(
             ClassifyData(
@@ -299,7 +314,7 @@ def _document(text: AnyText) -> RerankDocument:
     return RerankDocument(text=text if isinstance(text, str) else None)
 
 
-def _head(scored: Scored, request_id: str, service: Service) -> dict[str, object]:
+def _head(scored: Scored, request_id: str, service: Service) -> _Head:
     return {
         "id": request_id,
         "model": service.model_name,

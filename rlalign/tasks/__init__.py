@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from rlalign.tasks.rows import MATCHERS, cell, hf_rows, jsonl_rows, number
 
@@ -34,7 +34,7 @@ class Prompt:
     prompt_id: int
     text: str
     answer: str
-    source: Mapping[str, object] = field(repr=False, hash=False)
+    source: Mapping[str, Any] = field(repr=False, hash=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +93,7 @@ def _order(size: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(order)
 
 
-def load_task(name: str, params: Mapping[str, object], *, train_size: int, eval_size: int, seed: int) -> Task:
+def load_task(name: str, params: Mapping[str, Any], *, train_size: int, eval_size: int, seed: int) -> Task:
     """The task called `name`, split into `eval_size` held-out and `train_size` training prompts.
 
     name: `reasoning_gym:TASK` or plain `TASK`, `jsonl:PATH`, `hf:NAME_OR_FOLDER`.
@@ -130,12 +130,12 @@ def load_task(name: str, params: Mapping[str, object], *, train_size: int, eval_
 
 
 class _Procedural(Protocol):
-    def __getitem__(self, index: int) -> dict[str, object]: ...
-    def score_answer(self, answer: str | None, entry: Mapping[str, object]) -> float: ...
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    def score_answer(self, answer: str | None, entry: Mapping[str, Any]) -> float: ...
 
 
 def _from_reasoning_gym(
-    task: str, options: dict[str, object], template: str, wanted: int, seed: int
+    task: str, options: dict[str, Any], template: str, wanted: int, seed: int
 ) -> tuple[list[Prompt], Verifier]:
     """Up to `wanted` prompts with distinct text, in the order in which the generator yields them."""
     prompt_field = _text_option(options, "prompt_field", "question", task)
@@ -160,7 +160,7 @@ def _from_reasoning_gym(
     return prompts, _scored_by(task, dataset)
 
 
-def _create(task: str, options: Mapping[str, object], size: int, seed: int) -> _Procedural:
+def _create(task: str, options: Mapping[str, Any], size: int, seed: int) -> _Procedural:
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
@@ -176,12 +176,12 @@ def _create(task: str, options: Mapping[str, object], size: int, seed: int) -> _
             f"it takes {', '.join(sorted(known))} (its seed and size come from the run)"
         )
     try:
-        return reasoning_gym.create_dataset(task, seed=seed, size=size, **options)
+        return cast("_Procedural", reasoning_gym.create_dataset(task, seed=seed, size=size, **options))
     except (AssertionError, TypeError, ValueError) as error:  # how reasoning-gym rejects a configuration
         raise ValueError(f"reasoning-gym task {task!r} rejects {dict(options)}: {error}") from error
 
 
-def _entry_text(task: str, entry: Mapping[str, object], prompt_field: str) -> str:
+def _entry_text(task: str, entry: Mapping[str, Any], prompt_field: str) -> str:
     metadata = entry["metadata"]
     text = entry["question"] if prompt_field == "question" else metadata.get(prompt_field)
     if isinstance(text, str) and text.strip():
@@ -217,7 +217,7 @@ def _scored_by(task: str, dataset: _Procedural) -> Verifier:
 
 
 def _from_rows(
-    kind: str, place: str, options: dict[str, object], template: str, seed: int
+    kind: str, place: str, options: dict[str, Any], template: str, seed: int
 ) -> tuple[list[Prompt], Verifier]:
     """Every row as a prompt, in an order drawn from the seed."""
     name = f"{kind}:{place}"
@@ -252,7 +252,7 @@ def _from_rows(
     return prompts, lambda prompt, answer: same(prompt.answer, answer)
 
 
-def _reference(row: Mapping[str, object], answer_field: str, after: str, where: str) -> str:
+def _reference(row: Mapping[str, Any], answer_field: str, after: str, where: str) -> str:
     text = cell(row, answer_field, where)
     if after and after not in text:
         raise ValueError(f"{where}: answer_after {after!r} does not occur in {_short(text)}")
@@ -262,7 +262,7 @@ def _reference(row: Mapping[str, object], answer_field: str, after: str, where: 
     return reference
 
 
-def _text_option(options: dict[str, object], name: str, default: str, task: str) -> str:
+def _text_option(options: dict[str, Any], name: str, default: str, task: str) -> str:
     """Take one text option out of the user's params. Raises ValueError when it is not text."""
     value = options.pop(name, default)
     if not isinstance(value, str):

@@ -10,14 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["CAUSES", "Breach", "check_prefix_law", "extend"]
 
-Message = Mapping[str, object]
+Message = Mapping[str, Any]
 CAUSES = {
     "bos twice": "the template writes the BOS token and the tokenizer adds another: encode with add_special_tokens=False",
     "stripped thinking": "the template drops the thinking of earlier answers: keep it, or train each turn as a sequence of its own",
@@ -116,14 +116,14 @@ def _pairs(turns: Sequence[int], count: int) -> list[tuple[int, int]]:
     return list(zip(turns, [*turns[1:], count], strict=True))
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template: Mapping[str, object]) -> str:
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, **{"add_generation_prompt": True, **template})
+def _text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template: Mapping[str, Any]) -> str:
+    options: dict[str, Any] = {"add_generation_prompt": True, **template, "tokenize": False}
+    return cast("str", tokenizer.apply_chat_template([dict(message) for message in messages], **options))
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template: Mapping[str, object]) -> list[int]:
-    return list(
-        tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False, **template)
-    )
+def _ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template: Mapping[str, Any]) -> list[int]:
+    options: dict[str, Any] = {**template, "add_generation_prompt": True, "return_dict": False}
+    return list(cast("list[int]", tokenizer.apply_chat_template([dict(message) for message in messages], **options)))
 
 
 def _of_turn(
@@ -132,7 +132,7 @@ def _of_turn(
     turn: int,
     end: int,
     sampled: Sequence[int] | None,
-    template: Mapping[str, object],
+    template: Mapping[str, Any],
 ) -> Breach | None:
     """messages[:end] is the conversation of the prompt after this turn."""
     content = str(messages[turn]["content"])
@@ -147,7 +147,7 @@ def _of_turn(
         return None
     before, now = _text(tokenizer, messages[:turn], template), _text(tokenizer, messages[:end], template)
     asked = _text(tokenizer, messages[:turn], {**template, "add_generation_prompt": False})
-    cause = _cause(before, asked, content, now, said=None if sampled is None else tokenizer.decode(list(sampled)))
+    cause = _cause(before, asked, content, now, said=None if sampled is None else str(tokenizer.decode(list(sampled))))
     return _breach(turn, end, position, expected, after, cause)
 
 

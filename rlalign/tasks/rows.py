@@ -6,12 +6,12 @@ import json
 import re
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    Row = tuple[str, Mapping[str, object]]  # where it was read, and its fields
+    Row = tuple[str, Mapping[str, Any]]  # where it was read, and its fields
 
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
@@ -40,14 +40,14 @@ def hf_rows(place: str, split: str, subset: str) -> Iterator[Row]:
     `datasets` is not installed.
     """
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]  # of the extra rlalign[datasets]
     except ModuleNotFoundError as error:
         raise RuntimeError(f"task hf:{place} needs the package: pip install 'datasets>=4'") from error
     folder = Path(place)
     try:
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():  # written by save_to_disk
             saved = datasets.load_from_disk(place)
-            table: Iterable[dict[str, object]] = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+            table: Iterable[dict[str, Any]] = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         else:
             table = datasets.load_dataset(place, subset or None, split=split)
     except (FileNotFoundError, KeyError, ValueError) as error:  # unknown name, split or subset
@@ -56,7 +56,7 @@ def hf_rows(place: str, split: str, subset: str) -> Iterator[Row]:
         yield f"{place}[{split}] row {index}", row
 
 
-def cell(row: Mapping[str, object], name: str, where: str) -> str:
+def cell(row: Mapping[str, Any], name: str, where: str) -> str:
     """A field as text. Raises ValueError when it is absent, empty, or neither text nor a number."""
     if name not in row:
         raise ValueError(f"{where}: no field {name!r}; it has {', '.join(map(str, row)) or 'none'}")

@@ -15,7 +15,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from rlalign.cache_folder import cache_folder
 from rlalign.tasks import load_task
@@ -95,9 +95,10 @@ def _build(folder: Path, recipe: TinyRecipe, progress: Progress) -> None:
         model = _new_model(recipe, tokenizer)
         steps = teach(model, tokenizer, task, recipe, progress)
         seconds = time.monotonic() - begin
-        model.to(torch.bfloat16).save_pretrained(folder)
+        torch.nn.Module.to(model, torch.bfloat16)  # in place
+        model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        saved = cast("Qwen3ForCausalLM", AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))
         sampled = accuracy(saved, tokenizer, task, greedy=False)
         greedy = accuracy(saved, tokenizer, task, greedy=True)
     size = sum(parameter.numel() for parameter in saved.parameters())
@@ -152,8 +153,8 @@ def _new_model(recipe: TinyRecipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3F
         max_position_embeddings=recipe.context,
         tie_word_embeddings=recipe.tied,
         initializer_range=recipe.initializer_range,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=cast("int", tokenizer.pad_token_id),
+        bos_token_id=cast("int", tokenizer.bos_token_id),
+        eos_token_id=cast("int", tokenizer.eos_token_id),
     )
     return Qwen3ForCausalLM(config)

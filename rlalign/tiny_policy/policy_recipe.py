@@ -7,12 +7,13 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from typing import Any
 
 Progress = Callable[[str], None]
 RECIPE_VERSION = 1  # raised whenever this file makes another policy from the same recipe
 
 
-def _two_digit_addition() -> dict[str, object]:
+def _two_digit_addition() -> dict[str, Any]:
     return {
         "min_terms": 2,
         "max_terms": 2,
@@ -38,7 +39,7 @@ class TinyRecipe:
 
     tied: bool = False
     task: str = "basic_arithmetic"
-    task_params: dict[str, object] = field(default_factory=_two_digit_addition)
+    task_params: dict[str, Any] = field(default_factory=_two_digit_addition)
     train_size: int = 4096
     eval_size: int = 256
     seed: int = 0

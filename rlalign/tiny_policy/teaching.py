@@ -6,7 +6,7 @@ B sequences, L padded length, N answer tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +85,7 @@ def _encode(prompts: list[Prompt], tokenizer: PreTrainedTokenizerFast) -> tuple[
         for p in prompts
     ]
     length = max(len(prompt) + len(answer) for prompt, answer in pairs)
-    ids_BL = torch.full((len(pairs), length), tokenizer.pad_token_id)
+    ids_BL = torch.full((len(pairs), length), cast("int", tokenizer.pad_token_id))
     labels_BL = torch.full((len(pairs), length), IGNORED)
     for row, (prompt, answer) in enumerate(pairs):
         ids_BL[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
@@ -128,7 +128,7 @@ def accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, task: 
     prompts = task.eval_prompts()
     batch = tokenizer([prompt.text for prompt in prompts], padding=True, return_tensors="pt")
     with torch.no_grad():
-        written = model.generate(
+        written = cast("Any", model).generate(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             generation_config=settings,

@@ -31,6 +31,7 @@ class Backend(Protocol):
 
     def about(self) -> dict[str, Cell]:
         """What a later process needs to go on with this run, for run.json."""
+        ...
 
     def finish(self, summary: dict, *, exit_code: int) -> None:
         """Close; waits for uploads."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
@@ -122,7 +123,7 @@ class Progress:
         if not self._live and (number % self.every == 0 or number in (1, self.steps)):
             self._say(f"step {number}/{self.steps}  {line}  ETA {clock(self._left(number))}")
 
-    def final_table(self, summary: Mapping[str, object], report: Path) -> None:
+    def final_table(self, summary: Mapping[str, Any], report: Path) -> None:
         """The numbers of the run and where its report is."""
         self.console.print(summary_table(summary))
         self.console.print(f"report: {report}", soft_wrap=True, markup=False, highlight=False)
@@ -178,7 +179,7 @@ def metrics_line(metrics: Mapping[str, float]) -> str:
     return "  ".join([*parts, f"eval {accuracy:.3f}"] if accuracy is not None else parts)
 
 
-def summary_table(summary: Mapping[str, object]) -> Table:
+def summary_table(summary: Mapping[str, Any]) -> Table:
     """First and last reward and accuracy, the mismatch, the head, the publishes, the speed."""
     lag0 = _child(_child(summary, "mismatch"), "lag0")
     head, engine = _child(summary, "head"), _child(summary, "engine")
@@ -215,6 +216,6 @@ def _number(value: object, spec: str) -> str:
     return format(value, spec) if isinstance(value, int | float) else "-"
 
 
-def _child(mapping: Mapping[str, object], key: str) -> Mapping[str, object]:
+def _child(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = mapping.get(key)
     return value if isinstance(value, Mapping) else {}

@@ -7,6 +7,7 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 # The name that is imported -> the distributions that may provide it, most specific first.
 PACKAGES = {
@@ -22,13 +23,13 @@ PACKAGES = {
 VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "VLLM_PLUGINS", "VLLM_BATCH_INVARIANT")
 
 
-def snapshot() -> dict[str, object]:
+def snapshot() -> dict[str, Any]:
     """Versions, processor, cores and memory (GiB). A package that is not installed is None."""
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "platform": platform.platform(),
         "host": platform.node(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "cores_usable": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "memory_gib": _memory_gib(),
@@ -47,7 +48,8 @@ def _version(name: str) -> str | None:
     return None
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name; where /proc has none, what Python says of it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(errors="replace").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 SCHEMA_VERSION = 1
 RUN, CONFIG, ENVIRONMENT, SUMMARY, HEAD_STATUS = (
@@ -31,7 +31,7 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     os.replace(temporary, path)
 
 
-def jsonable(value: object, where: str) -> object:
+def jsonable(value: Any, where: str) -> Any:
     """Plain JSON types only. Paths become text, enums their value, NaN and infinities the text "nan", "inf", "-inf".
 
     Raises ValueError naming the place for anything else: a config that cannot be written cannot be reproduced.
@@ -58,7 +58,7 @@ def write_json(path: Path, value: object) -> None:
     write_atomic(path, json.dumps(jsonable(value, path.name), indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> object:
+def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises ValueError naming the file when it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -71,16 +71,16 @@ def read_json(path: Path) -> object:
 def encode_row(row: dict[str, float]) -> str:
     """One line of metrics. Non-finite values become null and are named with their kind under "nonfinite"."""
     lost = {key: repr(value) for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
-    line: dict[str, object] = {key: None if key in lost else value for key, value in row.items()}
+    line: dict[str, Any] = {key: None if key in lost else value for key, value in row.items()}
     if lost:
         line[NONFINITE] = lost
     return json.dumps(line, allow_nan=False)
 
 
-def decode_row(line: dict[str, object]) -> dict[str, float]:
+def decode_row(line: dict[str, Any]) -> dict[str, float]:
     """The row that `encode_row` wrote, NaN and infinities included."""
-    lost = line.get(NONFINITE, {})
-    return {**{k: v for k, v in line.items() if k != NONFINITE}, **{k: float(v) for k, v in lost.items()}}
+    lost: dict[str, str] = line.get(NONFINITE, {})
+    return {k: v for k, v in line.items() if k != NONFINITE} | {k: float(v) for k, v in lost.items()}
 
 
 @dataclass(frozen=True, slots=True)

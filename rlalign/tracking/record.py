@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlalign.tracking import files
 from rlalign.tracking.timeline import Span, read_timeline
@@ -39,7 +39,7 @@ def column(rows: Sequence[dict[str, float]], key: str) -> list[float]:
     return [row[key] for row in rows if row.get(key) is not None and math.isfinite(row[key])]
 
 
-def summarize(rows: Sequence[dict[str, float]]) -> dict[str, object]:
+def summarize(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
     """The part of summary.json that follows from metric rows. A metric that was never measured is None, not zero.
 
     reward_first, reward_last: mean of `reward/mean` over the first and last tenth of the steps (at least one step).

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from numbers import Integral, Real
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from rlalign.tracking import backend_contract, backends, environment, files
 from rlalign.tracking.backend_contract import Backend, Places
@@ -76,7 +76,7 @@ def reopen(directory: Path) -> tuple[int, str | None]:
             with (directory / name).open("r+b") as handle:
                 handle.truncate(found.whole_bytes)
     rows = read_metrics(directory / files.METRICS).rows
-    return rows[-1]["step"] if rows else -1, lines[files.METRICS].torn
+    return int(rows[-1]["step"]) if rows else -1, lines[files.METRICS].torn
 
 
 def free_name(path: Path) -> Path:
@@ -122,7 +122,7 @@ class Run:
         overwrite: bool = False,
     ) -> None:
         self.directory, self.name, self.last_step = Path(directory), name, -1
-        self._config = files.jsonable(config, "config")
+        self._config: dict[str, Any] = files.jsonable(config, "config")
         self._began, self._open, self._alerts = time.monotonic(), True, 0
         self._one = threading.RLock()  # events come from other threads too, and backends are made for one
         self._places = places or Places(wandb_mode=wandb_mode)
@@ -372,7 +372,7 @@ class SilentProgress:
     def stage(self, text: str, done: int | None = None, total: int | None = None) -> None: ...
     def phase(self, step: int, name: str) -> None: ...
     def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
-    def final_table(self, summary: Mapping[str, object], report: Path) -> None: ...
+    def final_table(self, summary: Mapping[str, Any], report: Path) -> None: ...
     def __enter__(self) -> SilentProgress:
         return self
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -43,7 +44,7 @@ class TensorBoardRun:
         values = np.asarray(values, dtype=np.float64)
         finite = values[np.isfinite(values)]
         if finite.size:
-            self._writer.add_histogram(name, finite, step, bins=64)
+            self._writer.add_histogram(name, finite, step, bins=cast("str", 64))  # typed too narrowly: numpy takes both
 
     def log_table(self, step: int, name: str, rows: Sequence[Mapping[str, Cell]]) -> None:
         """A markdown table under "text"."""

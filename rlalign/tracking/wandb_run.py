@@ -7,10 +7,12 @@ import netrc
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import numpy as np
 import wandb
+from wandb.errors import CommError
 
 from rlalign.tracking.backend_contract import Cell, Start
 
@@ -56,7 +58,7 @@ def has_key() -> bool:
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
     path = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
     try:
-        return netrc.netrc(path).authenticators(host) is not None
+        return netrc.netrc(path).authenticators(host or "") is not None
     except (OSError, netrc.NetrcParseError):  # absent, unreadable or foreign: not logged in
         return False
 
@@ -69,7 +71,7 @@ class WandbRun:
         self.mode, self.note = resolve_mode(asked), ""
         try:
             self.run = self._init(given, self.mode)
-        except wandb.errors.CommError as error:
+        except CommError as error:
             if asked != "auto":
                 raise
             self.note = f"wandb could not be reached ({error}); this run is recorded offline, `wandb sync` uploads it"
@@ -101,8 +103,8 @@ class WandbRun:
             job_type=given.places.job_type or None,
             tags=given.places.tags,
             config=given.config,
-            mode=mode,
-            id=run_id,
+            mode=cast("Any", mode),  # one of MODES
+            id=None if run_id is None else str(run_id),
             resume="allow" if run_id else None,
             settings=settings,
         )
@@ -119,7 +121,7 @@ class WandbRun:
         """64 bins of the finite values; a histogram has no place for the others, NAME/nonfinite counts them."""
         values = np.asarray(values, dtype=np.float64)
         finite = values[np.isfinite(values)]
-        row: dict[str, object] = {f"{name}/nonfinite": int(values.size - finite.size)}
+        row: dict[str, Any] = {f"{name}/nonfinite": int(values.size - finite.size)}
         if finite.size:
             row[name] = wandb.Histogram(np_histogram=np.histogram(finite, bins=64))
         self._log(step, row)
@@ -141,7 +143,7 @@ class WandbRun:
             self.run.summary[key] = value
         self.run.finish(exit_code=exit_code)
 
-    def _log(self, step: int, row: dict[str, object]) -> None:
+    def _log(self, step: int, row: dict[str, Any]) -> None:
         """wandb drops rows under its own counter, where a resumed run stands that goes back to a checkpoint: count on from there.
 
         Charts are drawn over our `step`, which stays what it is.

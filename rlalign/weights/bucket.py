@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from rlalign.weights.digest import digest
 
@@ -31,7 +31,7 @@ class Entry:
     end: int
     digest: str
 
-    def plain(self) -> dict[str, object]:
+    def plain(self) -> dict[str, Any]:
         """As JSON carries it; `Entry(**plain)` is the way back."""
         return asdict(self)
 
@@ -62,6 +62,7 @@ class Bucket(Protocol):
 
     def has_room(self, name: str, tensor: Tensor) -> bool:
         """True when the tensor fits into what is left of the bucket's size."""
+        ...
 
 
 B = TypeVar("B", bound=Bucket)

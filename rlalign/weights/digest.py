@@ -15,7 +15,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
     """The tensor's elements in row-major order, on the CPU; no copy for a contiguous CPU tensor."""
     import torch
 
-    return memoryview(tensor.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy().data
 
 
 def digest(tensor: Tensor) -> str:

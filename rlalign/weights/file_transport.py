@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlalign.weights.bucket import DTYPES, MIB, NAMES, Entry, differing, dtype_name
 from rlalign.weights.digest import bytes_of
@@ -114,15 +114,21 @@ class FileTransport:
         self._folder.chmod(0o755)  # workers may run as somebody else
         (self._folder / HELLO).write_text(socket.gethostname())
 
-    def meet(self, receiver: Receiver, workers: list[dict]) -> dict[str, object]:
+    @property
+    def _here(self) -> Path:
+        if self._folder is None:
+            raise RuntimeError("a publish begins with prepare()")
+        return self._folder
+
+    def meet(self, receiver: Receiver, workers: list[dict]) -> dict[str, Any]:
         """What a worker must know to begin."""
-        return {"route": "files", "hello": str(self._folder / HELLO), "timeout_s": self.timeout_s}
+        return {"route": "files", "hello": str(self._here / HELLO), "timeout_s": self.timeout_s}
 
     def empty(self, first: int) -> FileBucket:
         """A new bucket whose first tensor has `first` bytes."""
         self._count += 1
         return FileBucket(
-            self._folder / f"bucket-{self._count:05d}.safetensors", max(first, self.bucket_bytes), self._explain
+            self._here / f"bucket-{self._count:05d}.safetensors", max(first, self.bucket_bytes), self._explain
         )
 
     def seal(self, bucket: FileBucket) -> None:
@@ -156,7 +162,7 @@ class FileTransport:
     def close(self) -> None:
         """Nothing is held between publishes."""
 
-    def _description(self, bucket: FileBucket) -> dict[str, object]:
+    def _description(self, bucket: FileBucket) -> dict[str, Any]:
         return {
             "file": str(bucket.path),
             "mapped": not self.durable,
@@ -226,7 +232,7 @@ def _read_whole(path: Path, entries: list[Entry]) -> Tensor:
     data = torch.empty(_require_header(path, entries) - 8 - HEADER_BYTES, dtype=torch.uint8)
     with path.open("rb", buffering=0) as file:
         file.seek(8 + HEADER_BYTES)
-        left = memoryview(data.numpy())
+        left = data.numpy().data
         while left:
             got = file.readinto(left)
             if not got:
@@ -245,13 +251,18 @@ def _require_header(path: Path, entries: list[Entry]) -> int:
             )
         header = json.loads(file.read(HEADER_BYTES))
         size = os.fstat(file.fileno()).st_size
-    told = {name: Entry(name, DTYPES[e["dtype"]], e["shape"], *e["data_offsets"], "") for name, e in header.items()}
+    told = {n: _stated(n, e) for n, e in header.items()}
     if told != {e.name: Entry(e.name, e.dtype, e.shape, e.start, e.end, "") for e in entries}:
         raise ValueError("its header names other tensors than the trainer announced")
     whole = 8 + HEADER_BYTES + max((e.end for e in entries), default=0)
     if size != whole:
         raise ValueError(f"has {size} bytes instead of {whole}: half written")
     return size
+
+
+def _stated(name: str, header: dict[str, Any]) -> Entry:
+    start, end = header["data_offsets"]
+    return Entry(name, DTYPES[header["dtype"]], header["shape"], start, end, "")
 
 
 def _own_prefix() -> str:

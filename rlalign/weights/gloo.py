@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,12 @@ import torch.distributed as dist
 from rlalign.weights.receiver import Receiver
 
 if TYPE_CHECKING:
+    from torch._C._distributed_c10d import PrefixStore, TCPStore
+
     from rlalign.weights.bucket import BufferBucket
+
+else:
+    from torch.distributed import PrefixStore, TCPStore
 
 TRAINER = 0
 BACKEND = "rlalign_gloo"  # the engine that our plugin registers in vLLM's WeightTransferEngineFactory
@@ -28,14 +33,14 @@ POLL_S, JOIN_POLL_S = 0.0005, 0.02
 class GlooGroup:
     """Broadcasts bytes from rank 0. A lost or silent member is a RuntimeError after at most the timeout; then close it."""
 
-    def __init__(self, store: dist.TCPStore, rank: int, size: int, *, address: str, timeout_s: float) -> None:
+    def __init__(self, store: TCPStore, rank: int, size: int, *, address: str, timeout_s: float) -> None:
         """Meet the others. address: this host's, as the others reach it. Raises RuntimeError when one does not come."""
         self._store, self.rank, self.size = store, rank, size
-        backend = dist.distributed_c10d.ProcessGroupGloo
+        backend: Any = dist.distributed_c10d.ProcessGroupGloo
         options = backend._Options()  # as torch.distributed itself builds it; there is no public constructor
         options._devices = [backend.create_device(hostname=address)]
         options._timeout = timedelta(seconds=timeout_s)
-        self._group = backend(dist.PrefixStore(NAMESPACE, store), rank, size, options)
+        self._group = backend(PrefixStore(NAMESPACE, store), rank, size, options)
         atexit.register(self.close)  # its threads must not outlive the interpreter
 
     @classmethod
@@ -46,7 +51,7 @@ class GlooGroup:
         """
         wait = timedelta(seconds=timeout_s)
         try:
-            store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=wait)
+            store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=wait)
         except RuntimeError as error:
             raise RuntimeError(
                 f"{socket.gethostname()} cannot reach the trainer at {address}:{port}: {error}. Set weights.address to the "
@@ -92,9 +97,7 @@ def form(receiver: Receiver, workers: list[dict], *, address: str, port: int, ti
     """
     size = 1 + len(workers)
     try:
-        store = dist.TCPStore(
-            address, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
-        )
+        store = TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
     except RuntimeError as error:
         raise ValueError(
             f"weights.transport=gloo: {socket.gethostname()} cannot open a store at {address}:{port}: "
@@ -114,7 +117,7 @@ def form(receiver: Receiver, workers: list[dict], *, address: str, port: int, ti
     return group
 
 
-def _wait_for_all(store: dist.TCPStore, joining: Future[list[dict]], workers: list[dict], timeout_s: float) -> None:
+def _wait_for_all(store: TCPStore, joining: Future[list[dict]], workers: list[dict], timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while store.add(RANKS, 0) < len(workers):
         if time.monotonic() > deadline or joining.done():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlalign import ranks
-from rlalign.config.weights import MEMORY_OF_ONE_BOX
+from rlalign.config.sections import MEMORY_OF_ONE_BOX
 from rlalign.weights.bucket import filled
 from rlalign.weights.file_transport import FileTransport
 from rlalign.weights.receiver import Receiver, Transport

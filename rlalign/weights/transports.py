@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlalign.config.weights import FILE_TRANSPORTS, WeightsConfig
+from rlalign.config.sections import FILE_TRANSPORTS, WeightsConfig
 from rlalign.weights.bucket import MIB
 from rlalign.weights.file_transport import FileTransport
 from rlalign.weights.receiver import Transport

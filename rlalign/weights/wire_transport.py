@@ -13,7 +13,7 @@ import socket
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from ipaddress import ip_address
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from rlalign.weights.bucket import BufferBucket, Group
@@ -43,7 +43,7 @@ class WireTransport:
                 "use weights.transport=gloo (or folder, or shared_memory on one box)"
             )
 
-    def meet(self, receiver: Receiver, workers: list[dict]) -> dict[str, object]:
+    def meet(self, receiver: Receiver, workers: list[dict]) -> dict[str, Any]:
         """Form the group, unless the one of the last publish still has exactly these members."""
         self._refuse(workers)
         members = [(w["engine"], w["rank"], w["host"], w["pid"]) for w in workers]
@@ -68,6 +68,8 @@ class WireTransport:
 
     def deliver(self, receiver: Receiver, bucket: BufferBucket) -> list[dict]:
         """Have every worker receive the bucket while it is sent."""
+        if self._group is None:
+            raise RuntimeError("a publish begins with meet()")
         told = {"entries": [entry.plain() for entry in bucket.entries], "update": self._update(bucket)}
         with ThreadPoolExecutor(1, thread_name_prefix="rlalign-take") as lane:
             taken = lane.submit(receiver.ask, "rlalign_take", told)
@@ -111,7 +113,7 @@ class WireTransport:
             from rlalign.weights.nccl import form
         return form(receiver, workers, address=address, port=self._port, timeout_s=self.timeout_s)
 
-    def _update(self, bucket: BufferBucket) -> dict[str, object]:
+    def _update(self, bucket: BufferBucket) -> dict[str, Any]:
         """What vLLM's engine of this kind is told about one update."""
         if self.kind == "gloo":
             return {"entries": [entry.plain() for entry in bucket.entries]}

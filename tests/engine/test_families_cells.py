@@ -2,10 +2,10 @@
 
 import pytest
 
-from rlalign.diagnose.doctor import family
+from rlalign.diagnose.doctor.examine import TABLE
 from rlalign.diagnose.families import cell, matrix, recipes
 
-TABLE = cell.read(family.TABLE)
+TABLE = cell.read(TABLE)
 
 
 @pytest.mark.nightly

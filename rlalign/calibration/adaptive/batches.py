@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,17 @@ if TYPE_CHECKING:
 
 Level = Literal["token", "sequence"]
 LEVELS = ("token", "sequence")
+
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Batches(Protocol[T_co]):
+    """`len` batches; `[i]` gives the same one every time, so that it may be computed when it is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> T_co: ...
 
 
 class Batch(Protocol):

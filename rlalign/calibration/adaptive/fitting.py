@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlalign.calibration.adaptive.batches import Batch, Level
+from rlalign.calibration.adaptive.batches import Batch, Batches, Level
 from rlalign.calibration.adaptive.heads import TemperatureHead
 from rlalign.calibration.adaptive.sums import Facts, Objective
 
@@ -77,15 +77,15 @@ class AdaptiveFit:
     clipped: float
     kendall_tau: float | None = None
 
-    def as_json(self) -> dict[str, object]:
+    def as_json(self) -> dict[str, Any]:
         """Plain lists and numbers."""
         lists = {"temperature_quantiles": list(self.temperature_quantiles), "rescaled": list(self.rescaled)}
         return asdict(self) | lists
 
     @classmethod
-    def from_json(cls, content: dict[str, object]) -> AdaptiveFit:
+    def from_json(cls, content: dict[str, Any]) -> AdaptiveFit:
         """Inverse of as_json. Raises TypeError on fields it does not know."""
-        tuples = {name: tuple(content[name]) for name in ("temperature_quantiles", "rescaled")}
+        tuples: dict[str, Any] = {name: tuple(content[name]) for name in ("temperature_quantiles", "rescaled")}
         return cls(**content | tuples)
 
 
@@ -100,14 +100,14 @@ class _InwardClip(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, low: float, high: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.ends = (low, high)
         return x.clamp(low, high)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        (x,), (low, high) = ctx.saved_tensors, ctx.ends
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (grad,), (x,), (low, high) = grad_outputs, ctx.saved_tensors, ctx.ends
         outward = ((x > high) & (grad < 0)) | ((x < low) & (grad > 0))
         return grad.masked_fill(outward, 0.0), None, None
 
@@ -119,9 +119,10 @@ def scale_of(raw: Tensor, bounds: tuple[float, float], output: Output) -> Tensor
 
 
 @torch.no_grad()
-def standardise(head: TemperatureHead, batches: Sequence[Batch]) -> None:
+def standardise(head: TemperatureHead, batches: Batches[Batch]) -> None:
     """Set the head's centre and unit to mean and standard deviation of the hidden states it will read."""
-    count, total_D, square_D = 0, 0.0, 0.0
+    count, total_D = 0, torch.zeros_like(head.centre_D, dtype=torch.float64)
+    square_D = total_D
     for batch in (batches[i] for i in range(len(batches))):
         x_ND = batch.states().double()
         count, total_D, square_D = count + len(x_ND), total_D + x_ND.sum(0), square_D + x_ND.square().sum(0)
@@ -143,9 +144,7 @@ class Fitting:
     level: Level
     output: Output
 
-    def run(
-        self, batches: Sequence[Batch], validation: Sequence[Batch], progress: Callable[[str], None]
-    ) -> AdaptiveFit:
+    def run(self, batches: Batches[Batch], validation: Batches[Batch], progress: Callable[[str], None]) -> AdaptiveFit:
         """Train, put the best epoch's parameters into the head, and say what came of it.
 
         Raises RuntimeError on a loss that is not finite, and when a batch changes between epochs.
@@ -195,7 +194,7 @@ class Fitting:
 
     def _epoch(
         self,
-        batches: Sequence[Batch],
+        batches: Batches[Batch],
         facts: list[Facts],
         accuracy: float,
         optimizer: torch.optim.Optimizer,
@@ -224,7 +223,7 @@ class Fitting:
         scale_N = self.scale(batch)
         return self.objective.per_token(batch.rest(scale_N, facts), scale_N, facts, accuracy)
 
-    def _rescale(self, batches: Sequence[Batch], facts: list[Facts], accuracy: float) -> tuple[float, float]:
+    def _rescale(self, batches: Batches[Batch], facts: list[Facts], accuracy: float) -> tuple[float, float]:
         """The factor and shift of the raw output with the lowest loss on these batches, put into the last layer.
 
         Not a negative factor: what holds the other way round has not been learnt. Then it is 0, one temperature.
@@ -255,12 +254,12 @@ class Fitting:
         return float(factor), float(shift)
 
     @torch.no_grad()
-    def _mean_loss(self, batches: Sequence[Batch], facts: list[Facts], accuracy: float) -> float:
+    def _mean_loss(self, batches: Batches[Batch], facts: list[Facts], accuracy: float) -> float:
         total = sum(float(self._losses(batches[i], facts[i], accuracy).double().sum()) for i in range(len(facts)))
         return total / sum(len(each.right_N) for each in facts)
 
     @torch.no_grad()
-    def _temperatures(self, batches: Sequence[Batch], facts: list[Facts]) -> Tensor:
+    def _temperatures(self, batches: Batches[Batch], facts: list[Facts]) -> Tensor:
         return torch.cat([1.0 / self.scale(batches[i]).double() for i in range(len(facts))]).cpu()
 
     def _optimizer(self, batches: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
@@ -275,7 +274,7 @@ class Fitting:
         return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
 
-def _all_facts(batches: Sequence[Batch]) -> list[Facts]:
+def _all_facts(batches: Batches[Batch]) -> list[Facts]:
     return [batches[i].facts() for i in range(len(batches))]
 
 

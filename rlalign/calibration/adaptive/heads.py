@@ -81,6 +81,9 @@ class TemperatureHead(nn.Module):
     model; 0 and 1 in converted checkpoints.
     """
 
+    centre_D: Tensor
+    unit_D: Tensor
+
     def __init__(self, shape: HeadShape) -> None:
         super().__init__()
         self.shape = shape
@@ -182,7 +185,12 @@ def _rotated(x: Tensor, cos_LE: Tensor, sin_LE: Tensor) -> Tensor:
 
 
 WEIGHTS = "calibration_head.safetensors"
-OFFICIAL_KINDS = {"temperature": "constant", "linear": "linear", "mlp": "mlp", "transformer": "transformer"}
+OFFICIAL_KINDS: dict[str, Kind] = {
+    "temperature": "constant",
+    "linear": "linear",
+    "mlp": "mlp",
+    "transformer": "transformer",
+}
 BOUNDS = (0.1, 1e30)  # the official clip, and a number that no head reaches in place of "no upper end"
 
 

@@ -80,7 +80,7 @@ def encode(
     return found
 
 
-class ModelBatches(Sequence[TokenBatch]):
+class ModelBatches:
     """Batches made when asked for: batch i is one forward pass of the frozen body. `list(...)` keeps them all.
 
     The model stays where it is and as it is (evaluation mode is set, no gradient is taken). Sequences are grouped by

@@ -9,7 +9,7 @@ N tokens, D hidden, V vocabulary, T rows and S columns of a tile.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ Loss = Literal["top_label", "selective", "cross_entropy", "label_smoothing", "un
 AlphaForm = Literal["share", "balanced", "added"]
 LOSSES = ("top_label", "selective", "cross_entropy", "label_smoothing", "uniform")
 ALPHA_FORMS = ("share", "balanced", "added")
+
+
+once_differentiable: Any = torch.autograd.function.once_differentiable  # typed, its result would not fit `backward`
 
 
 class Facts(NamedTuple):
@@ -207,9 +210,9 @@ class _Rest(torch.autograd.Function):
         return total_N.log() + scale_N * facts.runner_up_N
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad_N: Tensor) -> tuple[Tensor, None, None]:
-        (mean_N,) = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (grad_N,), (mean_N,) = grad_outputs, ctx.saved_tensors
         return grad_N * mean_N, None, None
 
 

@@ -7,13 +7,13 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from rlalign.calibration.adaptive import heads
-from rlalign.calibration.adaptive.batches import LEVELS, Batch, ClassBatch, Level
+from rlalign.calibration.adaptive.batches import LEVELS, Batch, Batches, ClassBatch, Level
 from rlalign.calibration.adaptive.fitting import OUTPUTS, AdaptiveFit, Fitting, Output, Training, scale_of, standardise
 from rlalign.calibration.adaptive.heads import KINDS, HeadShape, Kind, TemperatureHead
 from rlalign.calibration.adaptive.sums import Objective
@@ -24,6 +24,8 @@ from rlalign.calibration.calibrators.calibration_file import (
     ModelIdentity,
     NotFittedError,
 )
+
+METHOD = "adaptive_temperature"
 
 
 class Confidence(NamedTuple):
@@ -65,18 +67,21 @@ class AdaptiveTemperature:
                 raise ValueError(f"AdaptiveTemperature: {name} must be one of {', '.join(allowed)}, got {value!r}")
         if not 0.0 < bounds[0] < bounds[1] < float("inf") or not bounds[0] <= 1.0 <= bounds[1]:
             raise ValueError(f"AdaptiveTemperature: bounds must be a finite range of temperatures with 1, got {bounds}")
-        self.kind, self.intermediate_size, self.num_heads = head, intermediate_size, num_heads
+        self.kind: Kind | None = head
+        self.intermediate_size, self.num_heads = intermediate_size, num_heads
         self.objective, self.training = objective or Objective(), training or Training()
-        self.bounds, self.level, self.output = (float(bounds[0]), float(bounds[1])), level, output
+        self.bounds = (float(bounds[0]), float(bounds[1]))
+        self.level: Level = level
+        self.output: Output = output
         self.head_: TemperatureHead | None = None
         self.diagnostics_: AdaptiveFit | None = None
         self.model_ = ModelIdentity()
 
     def fit(
         self,
-        batches: Sequence[Batch],
+        batches: Batches[Batch],
         *,
-        validation: Sequence[Batch] = (),
+        validation: Batches[Batch] = (),
         progress: Callable[[str], None] = lambda _: None,
     ) -> Self:
         """Train the head, and nothing else, on batches that `len` and `[i]` give, the same ones every time.
@@ -89,8 +94,9 @@ class AdaptiveTemperature:
         if len(batches) == 0:
             raise ValueError("AdaptiveTemperature.fit: no batches")
         first = batches[0].hidden
+        default: Kind = "transformer" if first.dim() == 3 else "linear"
         shape = HeadShape(
-            kind=self.kind or ("transformer" if first.dim() == 3 else "linear"),
+            kind=self.kind or default,
             hidden_size=first.shape[-1],
             intermediate_size=self.intermediate_size,
             num_heads=self.num_heads,
@@ -103,8 +109,11 @@ class AdaptiveTemperature:
         fitting = self._fitting(head)
         diagnostics = fitting.run(batches, validation, progress)
         self.head_, self.diagnostics_ = head.requires_grad_(False), diagnostics
-        if all(isinstance(batches[i], ClassBatch) and batches[i].num_classes == 2 for i in range(len(batches))):
-            self.diagnostics_ = replace(diagnostics, kendall_tau=self._rank_agreement(batches))
+        pairs = [
+            b for b in (batches[i] for i in range(len(batches))) if isinstance(b, ClassBatch) and b.num_classes == 2
+        ]
+        if len(pairs) == len(batches):
+            self.diagnostics_ = replace(diagnostics, kendall_tau=self._rank_agreement(pairs))
         self.model_ = ModelIdentity()
         return self
 
@@ -153,17 +162,80 @@ class AdaptiveTemperature:
 
     @property
     def calibration_id(self) -> str:
-        """Names the fitted function: equal ids give equal temperatures. Logged with every reward."""
-        return calibration_id(self)
+        """Names the fitted function (bytes, shape, how its output is read): equal ids give equal temperatures."""
+        return calibration_file.function_id(METHOD, _function(self, _weights(self)))
 
     def save(self, path: str | Path, *, model: ModelIdentity | None = None) -> None:
-        """Write `path` (JSON) and its weights beside it (safetensors), bound to `model`; see `saved`."""
-        save(self, Path(path), model or self.model_)
+        """Write weights beside `path` (safetensors), then `path` (JSON), bound to `model`; remove the weights it named before.
+
+        Raises NotFittedError, and ValueError where `path` is called like the weights.
+        """
+        path = Path(path)
+        if path.suffix == ".safetensors":
+            raise ValueError(f"{path}: name the JSON file; the weights go beside it")
+        weights = _weights(self)
+        function = _function(self, weights)
+        beside = path.with_name(f"{path.stem}-{function['sha256'][:12]}.safetensors")
+        content: Json = {
+            "method": METHOD,
+            "options": {
+                "objective": asdict(self.objective),
+                "training": asdict(self.training),
+            },
+            "params": function | {"weights": beside.name},
+            "fit": None if self.diagnostics_ is None else self.diagnostics_.as_json(),
+        }
+        before = _weights_named_in(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = beside.with_name(f".{beside.name}.{os.getpid()}.partial")
+        partial.write_bytes(weights)
+        os.replace(partial, beside)
+        calibration_file.write(path, content, model or self.model_)
+        if before is not None and before != beside:
+            before.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path, *, expect_model: ModelIdentity | None = None, strict: bool = True) -> Self:
-        """Read what `save` wrote; temperatures are bit-equal. Errors as `rlalign.calibration.calibrators` loads."""
-        return load(cls, Path(path), expect_model=expect_model, strict=strict)
+        """Read what `save` wrote; temperatures are bit-equal. Errors as `rlalign.calibration.calibrators` loads.
+
+        Weights whose digest does not fit are refused even with strict=False.
+        """
+        from safetensors.torch import load as read_tensors
+
+        path = Path(path)
+        content, model = calibration_file.read(path, expect_model=expect_model, strict=strict)
+        if content.get("method") != METHOD:
+            raise ValueError(
+                f"{path}: method {content.get('method')!r}, expected {METHOD!r}; see rlalign.calibration.calibrators"
+            )
+        try:
+            params, options = content["params"], content["options"]
+            shape = HeadShape(**params["shape"])
+            calibrator = cls(
+                head=shape.kind,
+                intermediate_size=shape.intermediate_size,
+                num_heads=shape.num_heads,
+                objective=Objective(**options["objective"]),
+                training=Training(**options["training"]),
+                bounds=tuple(params["bounds"]),
+                level=params["level"],
+                output=params["output"],
+            )
+            calibrator.diagnostics_ = None if content["fit"] is None else AdaptiveFit.from_json(content["fit"])
+            beside, digest = path.with_name(params["weights"]), params["sha256"]
+        except (KeyError, TypeError) as error:
+            raise CalibrationMismatchError(f"{path}: fields that this rlalign does not know ({error!r})") from error
+        if not beside.is_file():
+            raise CalibrationMismatchError(f"{path}: its weights {beside.name} are not beside it; copy both files")
+        weights = beside.read_bytes()
+        if hashlib.sha256(weights).hexdigest() != digest:
+            raise CalibrationMismatchError(
+                f"{beside}: not the weights that {path.name} was saved with; save both again"
+            )
+        head = TemperatureHead(shape)
+        head.load_state_dict(read_tensors(weights))
+        calibrator.head_, calibrator.model_ = head.requires_grad_(False), model
+        return calibrator
 
     def to(self, device: torch.device | str) -> Self:
         """Move the head to where the hidden states are; a loaded one is on the CPU."""
@@ -190,13 +262,21 @@ class AdaptiveTemperature:
             raise NotFittedError("AdaptiveTemperature: not fitted yet; call fit or load first")
         return self.head_
 
+    @property
+    def report(self) -> AdaptiveFit:
+        """What the fit saw. Raises NotFittedError for a head that was read and not fitted here."""
+        if self.diagnostics_ is None:
+            raise NotFittedError("AdaptiveTemperature: no record of a fit; call fit")
+        return self.diagnostics_
+
     def _rank_agreement(self, batches: Sequence[ClassBatch]) -> float:
         """Kendall's tau-b between the log-odds of class 1 before and after."""
         from scipy.stats import kendalltau
 
-        margins = [batches[i].logits[:, 1].double() - batches[i].logits[:, 0].double() for i in range(len(batches))]
-        scaled = [m / self.temperature_of(batches[i]) for i, m in enumerate(margins)]
-        return float(kendalltau(torch.cat(margins).cpu().numpy(), torch.cat(scaled).cpu().numpy()).statistic)
+        margins = [batch.logits[:, 1].double() - batch.logits[:, 0].double() for batch in batches]
+        scaled = [m / self.temperature_of(batch) for m, batch in zip(margins, batches, strict=True)]
+        found: Any = kendalltau(torch.cat(margins).cpu().numpy(), torch.cat(scaled).cpu().numpy())
+        return float(found.statistic)
 
     def _fitting(self, head: TemperatureHead) -> Fitting:
         return Fitting(head, self.objective, self.training, self.bounds, self.level, self.output)
@@ -210,79 +290,6 @@ def confidence_at(batch: Batch, temperature_N: Tensor) -> Confidence:
     lse_N = torch.logaddexp(top_N, batch.rest(scale_N, facts))
     target_N = torch.exp(scale_N * facts.target_N - lse_N)
     return Confidence(torch.exp(top_N - lse_N), target_N, facts.right_N, temperature_N)
-
-
-METHOD = "adaptive_temperature"
-
-
-def calibration_id(calibrator: AdaptiveTemperature) -> str:
-    """From the head's bytes, its shape and how its output is read."""
-    return calibration_file.function_id(METHOD, _function(calibrator, _weights(calibrator)))
-
-
-def save(calibrator: AdaptiveTemperature, path: Path, model: ModelIdentity) -> None:
-    """Write weights, then JSON, then remove the weights that the JSON named before. Raises NotFittedError."""
-    if path.suffix == ".safetensors":
-        raise ValueError(f"{path}: name the JSON file; the weights go beside it")
-    weights = _weights(calibrator)
-    function = _function(calibrator, weights)
-    beside = path.with_name(f"{path.stem}-{function['sha256'][:12]}.safetensors")
-    content: Json = {
-        "method": METHOD,
-        "options": {
-            "objective": asdict(calibrator.objective),
-            "training": asdict(calibrator.training),
-        },
-        "params": function | {"weights": beside.name},
-        "fit": None if calibrator.diagnostics_ is None else calibrator.diagnostics_.as_json(),
-    }
-    before = _weights_named_in(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = beside.with_name(f".{beside.name}.{os.getpid()}.partial")
-    partial.write_bytes(weights)
-    os.replace(partial, beside)
-    calibration_file.write(path, content, model)
-    if before is not None and before != beside:
-        before.unlink(missing_ok=True)
-
-
-def load(
-    kind: type[AdaptiveTemperature], path: Path, *, expect_model: ModelIdentity | None, strict: bool
-) -> AdaptiveTemperature:
-    """Both files after every check; weights whose digest does not fit are refused even with strict=False."""
-    from safetensors.torch import load as read_tensors
-
-    content, model = calibration_file.read(path, expect_model=expect_model, strict=strict)
-    if content.get("method") != METHOD:
-        raise ValueError(
-            f"{path}: method {content.get('method')!r}, expected {METHOD!r}; see rlalign.calibration.calibrators"
-        )
-    try:
-        params, options = content["params"], content["options"]
-        shape = HeadShape(**params["shape"])
-        calibrator = kind(
-            head=shape.kind,
-            intermediate_size=shape.intermediate_size,
-            num_heads=shape.num_heads,
-            objective=Objective(**options["objective"]),
-            training=Training(**options["training"]),
-            bounds=tuple(params["bounds"]),
-            level=params["level"],
-            output=params["output"],
-        )
-        calibrator.diagnostics_ = None if content["fit"] is None else AdaptiveFit.from_json(content["fit"])
-        beside, digest = path.with_name(params["weights"]), params["sha256"]
-    except (KeyError, TypeError) as error:
-        raise CalibrationMismatchError(f"{path}: fields that this rlalign does not know ({error!r})") from error
-    if not beside.is_file():
-        raise CalibrationMismatchError(f"{path}: its weights {beside.name} are not beside it; copy both files")
-    weights = beside.read_bytes()
-    if hashlib.sha256(weights).hexdigest() != digest:
-        raise CalibrationMismatchError(f"{beside}: not the weights that {path.name} was saved with; save both again")
-    head = TemperatureHead(shape)
-    head.load_state_dict(read_tensors(weights))
-    calibrator.head_, calibrator.model_ = head.requires_grad_(False), model
-    return calibrator
 
 
 def _weights(calibrator: AdaptiveTemperature) -> bytes:

@@ -78,7 +78,6 @@ class PlattCalibrator(AffineCalibrator):
     """
 
     method = "platt"
-    activation = "sigmoid"
 
     def __init__(
         self, *, smooth_targets: bool = True, allow_negative_scale: bool = False, flat_if_falling: bool = False
@@ -89,6 +88,11 @@ class PlattCalibrator(AffineCalibrator):
         self.smooth_targets = smooth_targets
         self.allow_negative_scale = allow_negative_scale
         self.flat_if_falling = flat_if_falling
+
+    @property
+    def activation(self) -> str:
+        """sigmoid."""
+        return "sigmoid"
 
     def _solve(self, data: Labelled) -> Outcome:
         who = type(self).__name__

@@ -8,11 +8,12 @@ import os
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 FORMAT = "rlalign-calibration"
 FORMAT_VERSION = 1
 
-Json = dict[str, object]
+Json = dict[str, Any]
 
 
 class CalibrationMismatchError(RuntimeError):
@@ -76,7 +77,7 @@ def read(path: Path, *, expect_model: ModelIdentity | None, strict: bool) -> tup
     return opened(parsed(path), str(path), expect_model=expect_model, strict=strict)
 
 
-def parsed(path: Path) -> object:
+def parsed(path: Path) -> Any:
     """The JSON of a file, unchecked. Raises ValueError where there is none."""
     if not path.is_file():
         raise ValueError(f"{path}: no such calibration file")
@@ -87,7 +88,7 @@ def parsed(path: Path) -> object:
 
 
 def opened(
-    document: object, where: str, *, expect_model: ModelIdentity | None, strict: bool
+    document: Any, where: str, *, expect_model: ModelIdentity | None, strict: bool
 ) -> tuple[Json, ModelIdentity]:
     """The content of a document after every check. where: its name in errors.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -146,7 +146,7 @@ class Calibrator(ABC):
 
     @classmethod
     def of_document(
-        cls, document: object, where: str, *, expect_model: ModelIdentity | None = None, strict: bool = True
+        cls, document: Any, where: str, *, expect_model: ModelIdentity | None = None, strict: bool = True
     ) -> Self:
         """`load` of a file's content; `where` names it in errors."""
         content, model = calibration_file.opened(document, where, expect_model=expect_model, strict=strict)

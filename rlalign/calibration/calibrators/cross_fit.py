@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -54,7 +54,7 @@ def fit_on(calibrator: Calibrator, rows: ScoreRows) -> Calibrator:
     """`fit` or `fit_pairs`, whichever the rows are for."""
     if rows.shape == "pairs":
         return calibrator.fit_pairs(rows.logits[:, 0], rows.logits[:, 1], sample_weight=rows.weight_N)
-    return calibrator.fit(rows.logits, rows.labels_N, sample_weight=rows.weight_N, soft_labels=rows.soft)
+    return calibrator.fit(rows.logits, rows.labels, sample_weight=rows.weight_N, soft_labels=rows.soft)
 
 
 def predicted(calibrator: Calibrator, rows: ScoreRows) -> Floats:
@@ -146,6 +146,13 @@ class ScoreRows:
     def __len__(self) -> int:
         return len(self.logits)
 
+    @property
+    def labels(self) -> Floats:
+        """labels_N of rows that have them. Raises ValueError for pairs."""
+        if self.labels_N is None:
+            raise ValueError("pairs have no labels: each says only which of two is better")
+        return self.labels_N
+
     def rows(self, index_N: np.ndarray) -> ScoreRows:
         """The rows in `index_N`."""
         labels_N, weight_N, group_N = (
@@ -185,7 +192,7 @@ def read_score_rows(path: Path, *, soft: bool = False) -> ScoreRows:
     )
 
 
-def _record(path: Path, number: int, line: str) -> tuple[int, dict[str, object]]:
+def _record(path: Path, number: int, line: str) -> tuple[int, dict[str, Any]]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -195,7 +202,7 @@ def _record(path: Path, number: int, line: str) -> tuple[int, dict[str, object]]
     return number, record
 
 
-def _shape_of(path: Path, first: tuple[int, dict[str, object]]) -> str:
+def _shape_of(path: Path, first: tuple[int, dict[str, Any]]) -> str:
     line, record = first
     for shape, needed in SHAPES.items():
         if needed == set(record) - EXTRA:
@@ -206,6 +213,6 @@ def _shape_of(path: Path, first: tuple[int, dict[str, object]]) -> str:
     )
 
 
-def _indices(values: list[object]) -> np.ndarray:
+def _indices(values: list[Any]) -> np.ndarray:
     known: dict[str, int] = {}
     return np.array([known.setdefault(repr(value), len(known)) for value in values])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -87,17 +87,18 @@ class FitReport:
     data_sha256: str
     created: str
 
-    def as_json(self) -> dict[str, object]:
+    def as_json(self) -> dict[str, Any]:
         """Plain lists and numbers."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, content: dict[str, object]) -> FitReport:
+    def from_json(cls, content: dict[str, Any]) -> FitReport:
         """The inverse of `as_json` after a trip through JSON. Raises TypeError on unknown or missing fields."""
         support = dict(content["support"])
         support |= {name: tuple(support[name]) for name in ("deciles", "below")}
         intervals = {name: (low, high) for name, (low, high) in content["intervals"].items()}
-        return cls(**{**content, "support": Support(**support), "intervals": intervals})
+        plain: dict[str, Any] = {**content, "support": Support(**support), "intervals": intervals}
+        return cls(**plain)
 
 
 def fit_report(

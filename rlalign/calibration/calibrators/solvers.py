@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlalign.calibration.arrays import as_rows, binary_labels, class_labels, numbers, require_rows, row_weights
+from rlalign.calibration.arrays import as_rows, binary_labels, class_labels, numbers, require_rows, root, row_weights
 from rlalign.calibration.calibrators.calibration_file import CalibrationWarning
 
 if TYPE_CHECKING:
@@ -95,7 +95,6 @@ def best_intercept(offset_N: Floats, target_N: Floats, weight_N: Floats) -> floa
 
     The two sides are compared as logarithms, so that it is exact even where every probability rounds to 0 or 1.
     """
-    from scipy.optimize import brentq
     from scipy.special import log_expit, logsumexp
 
     def imbalance(intercept: float) -> float:
@@ -104,7 +103,7 @@ def best_intercept(offset_N: Floats, target_N: Floats, weight_N: Floats) -> floa
         return missed - excess
 
     room = 50.0 + abs(np.log(weight_N @ target_N) - np.log(weight_N @ (1 - target_N)))
-    return float(brentq(imbalance, -offset_N.max() - room, -offset_N.min() + room, xtol=1e-13, rtol=1e-14))
+    return root(imbalance, -offset_N.max() - room, -offset_N.min() + room, xtol=1e-13, rtol=1e-14)
 
 
 def _loss_and_slope(theta: Floats, z_ND: Floats, target_N: Floats, share_N: Floats) -> tuple[float, Floats]:
@@ -163,7 +162,6 @@ def fit_scale(logits_NK: Floats, target_NK: Floats, weight_N: Floats, *, low: fl
     The loss is convex in b, so its slope has at most one root; it is bracketed on log b, for relative precision.
     A binary logit x is the row (0, x), which makes the softmax sigmoid(b * x).
     """
-    from scipy.optimize import brentq
     from scipy.special import softmax
 
     share_N = weight_N / weight_N.sum()
@@ -178,7 +176,7 @@ def fit_scale(logits_NK: Floats, target_NK: Floats, weight_N: Floats, *, low: fl
         return Scale(inverse_temperature=low, at_bound=True)
     if slope(ends[1]) <= 0:
         return Scale(inverse_temperature=high, at_bound=True)
-    b = float(np.exp(brentq(slope, *ends, xtol=1e-14, rtol=1e-14)))
+    b = float(np.exp(root(slope, *ends, xtol=1e-14, rtol=1e-14)))
     p_NK = softmax(b * logits_NK, axis=1)
     expected_N = (p_NK * logits_NK).sum(1)
     curvature = float(weight_N @ ((p_NK * logits_NK**2).sum(1) - expected_N**2))

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, TypedDict
+from typing import TYPE_CHECKING, Any, Self, TypedDict
 
 import numpy as np
 
@@ -292,7 +292,7 @@ def write(folder: Path, state: State, rows: Rows, calibrator: Calibrator) -> Non
         "known": list(rows.known.items()),
         "waiting": list(rows.waiting),
     }
-    columns = {f"labels.{name}": column for name, column in rows.labels.rows().items()}
+    columns: dict[str, Any] = {f"labels.{name}": column for name, column in rows.labels.rows().items()}
     columns |= {f"scores.{name}": column for name, column in rows.scores.rows().items()}
     waiting = zip(*rows.waiting.values(), strict=True) if rows.waiting else [()] * len(SCORED)
     columns |= {f"waiting.{n}": np.array(c, SCORED[n]) for n, c in zip(SCORED, waiting, strict=True)}

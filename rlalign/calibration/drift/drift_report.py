@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
+from typing import Any
 
 from rlalign.calibration.drift.judgement import Labels, Shift, distance_from_zero
 from rlalign.calibration.drift.memory import Counts
@@ -129,7 +130,7 @@ class DriftReport:
         ]
         return "\n".join(lines)
 
-    def as_json(self) -> dict[str, object]:
+    def as_json(self) -> dict[str, Any]:
         """Plain dictionaries, lists, strings, finite numbers and None, for a server's answer."""
         return asdict(self)
 

@@ -84,7 +84,7 @@ class Labels:
 
 def describe(rows: Judged, *, bins: int, min_labels: int, seed: int) -> Labels:
     """Every number of at least one row."""
-    weights = {"sample_weight": rows.weight_N}
+    weight_N = rows.weight_N
     recent_gap, recent_tilt = loudest_recent(rows, least=min_labels)
     ece, auroc = ece_and_auroc(rows, bins=bins, seed=seed)
     given_N = rows.version_N[rows.version_N != NO_VERSION]
@@ -100,10 +100,10 @@ def describe(rows: Judged, *, bins: int, min_labels: int, seed: int) -> Labels:
         recent_gap=recent_gap,
         recent_tilt=recent_tilt,
         ece=ece,
-        ece_plain=expected_calibration_error(rows.p_N, rows.y_N, n_bins=bins, **weights),
-        ece_by_chance=ece_noise_floor(rows.p_N, n_bins=bins, seed=seed, **weights),
-        brier=brier_score(rows.p_N, rows.y_N, **weights),
-        brier_parts=brier_decomposition(rows.p_N, rows.y_N, n_bins=bins, **weights),
+        ece_plain=expected_calibration_error(rows.p_N, rows.y_N, n_bins=bins, sample_weight=weight_N),
+        ece_by_chance=ece_noise_floor(rows.p_N, n_bins=bins, seed=seed, sample_weight=weight_N),
+        brier=brier_score(rows.p_N, rows.y_N, sample_weight=weight_N),
+        brier_parts=brier_decomposition(rows.p_N, rows.y_N, n_bins=bins, sample_weight=weight_N),
         auroc=auroc,
         reliability=_reliability(rows, bins),
         segments=segments(rows, least=min_labels),
@@ -270,8 +270,8 @@ def ece_and_auroc(rows: Judged, *, bins: int, seed: int) -> tuple[Interval, Inte
     random = np.random.default_rng(seed)
     drawn_DC = random.integers(blocks, size=(DRAWS, blocks))
     times_DC = np.stack([np.bincount(drawn_C, minlength=blocks) for drawn_C in drawn_DC]).astype(np.float64)
-    weights = {"sample_weight": rows.weight_N}
-    value = expected_calibration_error(rows.p_N, rows.y_N, n_bins=bins, debias=True, **weights)
+    weight_N = rows.weight_N
+    value = expected_calibration_error(rows.p_N, rows.y_N, n_bins=bins, debias=True, sample_weight=weight_N)
     low, high = _range(_ece_of(times_DC, rows, block_N, bins))
     ece = Interval(value=value, low=max(2 * value - high, 0.0), high=max(2 * value - low, value))
     if min(rows.y_N.sum(), len(rows) - rows.y_N.sum()) < FEWEST_OF_A_LABEL:
@@ -280,7 +280,7 @@ def ece_and_auroc(rows: Judged, *, bins: int, seed: int) -> tuple[Interval, Inte
     if not np.isfinite(area_D).all():
         return ece, None
     low, high = _range(area_D)
-    return ece, Interval(value=auroc(rows.p_N, rows.y_N, **weights), low=low, high=high)
+    return ece, Interval(value=auroc(rows.p_N, rows.y_N, sample_weight=weight_N), low=low, high=high)
 
 
 def _blocks(cluster_N: np.ndarray, seed: int) -> np.ndarray:
@@ -300,7 +300,8 @@ def _range(values_D: Floats) -> tuple[float, float]:
 def _sums(block_N: np.ndarray, cell_N: np.ndarray, value_N: Floats) -> Floats:
     """Sum of the values in every block and cell, [C, cells]."""
     blocks, cells = int(block_N.max()) + 1, int(cell_N.max()) + 1
-    return np.bincount(block_N * cells + cell_N, value_N, minlength=blocks * cells).reshape(blocks, cells)
+    sums = np.bincount(block_N * cells + cell_N, value_N, minlength=blocks * cells)
+    return sums.reshape(blocks, cells).astype(np.float64, copy=False)
 
 
 def _ece_of(times_DC: Floats, rows: Judged, block_N: np.ndarray, bins: int) -> Floats:

@@ -6,11 +6,11 @@ N rows, K classes, M non-empty bins.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 
-from rlalign.calibration.arrays import binary_rows, class_rows, one_of, whole
+from rlalign.calibration.arrays import binary_rows, class_rows, one_of, root, whole
 
 if TYPE_CHECKING:
     from rlalign.calibration.arrays import Floats, Numbers
@@ -70,7 +70,7 @@ def bin_stats(
         edges = np.unique(p_N[order_N][np.searchsorted(reached_N, wanted)])
     bin_N = np.searchsorted(edges, p_N, side="left" if closed == "right" else "right")
     _, index_N = np.unique(bin_N, return_inverse=True)
-    weight_M = np.bincount(index_N, weight_N)
+    weight_M = np.asarray(np.bincount(index_N, weight_N), np.float64)
     return BinStats(
         index_N=index_N,
         weight_M=weight_M,
@@ -188,15 +188,13 @@ def smooth_ece(
     p_N, y_N, weight_N = binary_rows(p, y, sample_weight, soft_labels=soft_labels)
     if bandwidth is not None and not 0 < bandwidth <= 1:
         raise ValueError(f"smooth_ece: bandwidth must be in (0, 1], got {bandwidth}")
-    wave_G = dct(_residual_cells(p_N, weight_N * (y_N - p_N) / weight_N.sum()), type=2)
+    wave_G = cast("Floats", dct(_residual_cells(p_N, weight_N * (y_N - p_N) / weight_N.sum()), type=2))
     if bandwidth is not None:
         return _mass(wave_G, max(bandwidth, NARROWEST))
     if _mass(wave_G, NARROWEST) <= NARROWEST:
         return _mass(wave_G, NARROWEST)
-    from scipy.optimize import brentq
-
     # The mass falls with the bandwidth, so the two meet exactly once; at bandwidth 1 it is at most 1.
-    return float(brentq(lambda width: _mass(wave_G, width) - width, NARROWEST, 1.0 + 1e-9, xtol=1e-10))
+    return root(lambda width: _mass(wave_G, width) - width, NARROWEST, 1.0 + 1e-9, xtol=1e-10)
 
 
 def _residual_cells(p_N: Floats, residual_N: Floats) -> Floats:
@@ -204,7 +202,7 @@ def _residual_cells(p_N: Floats, residual_N: Floats) -> Floats:
     position_N = np.clip(p_N * CELLS - 0.5, 0, CELLS - 1)
     left_N = np.minimum(position_N.astype(np.int64), CELLS - 2)
     right_share_N = position_N - left_N
-    cells_G = np.bincount(left_N, residual_N * (1 - right_share_N), minlength=CELLS)
+    cells_G = np.bincount(left_N, residual_N * (1 - right_share_N), minlength=CELLS).astype(np.float64)
     return cells_G + np.bincount(left_N + 1, residual_N * right_share_N, minlength=CELLS)
 
 
@@ -212,4 +210,4 @@ def _mass(wave_G: Floats, bandwidth: float) -> float:
     from scipy.fft import idct
 
     damping_G = np.exp(-((np.arange(CELLS) * np.pi * bandwidth) ** 2) / 2)
-    return float(np.abs(idct(wave_G * damping_G, type=2)).sum())
+    return float(np.abs(cast("Floats", idct(wave_G * damping_G, type=2))).sum())

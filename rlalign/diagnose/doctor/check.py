@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from rlalign.config import HeadDtype, RunConfig
 from rlalign.run.assembly import resolve_model
@@ -66,7 +67,7 @@ def of_checkpoint(config: RunConfig) -> Iterator[Check]:
     yield Check("attention", "ok", f"{cap}; trainer computes with {chosen.name or 'the choice of transformers'}{why}")
 
 
-def head_dtype(about: dict[str, object], config: RunConfig) -> Check:
+def head_dtype(about: dict[str, Any], config: RunConfig) -> Check:
     """vLLM would follow `head_dtype` (and Hy-V4's `enable_lm_head_fp32`), transformers would not; a run has one for both."""
     claimed = about.get("head_dtype") or ("float32" if about.get("enable_lm_head_fp32") else None)
     ours = config.model.dtype.value if config.head_dtype is HeadDtype.model else "float32"

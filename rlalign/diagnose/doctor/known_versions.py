@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from rlalign.config import Dtype, RunConfig
 from rlalign.trainer.attention_choice import flex_fault
@@ -29,7 +30,7 @@ class Surroundings:
 
     config: RunConfig
     on_gpu: bool
-    model: dict[str, object]
+    model: dict[str, Any]
     trainer_ranks: int = 1
 
 

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlalign import mismatch
 from rlalign.config import GateAction, HeadDtype, RunConfig
 from rlalign.diagnose import body_rounding
-from rlalign.diagnose.both_sides import probed_body, sample, task_prompts, trainer_network, trainer_scores
+from rlalign.diagnose.both_sides import (
+    head_weight,
+    lm_head_of,
+    probed_body,
+    sample,
+    task_prompts,
+    trainer_network,
+    trainer_scores,
+)
 from rlalign.diagnose.doctor import tokens
 from rlalign.diagnose.doctor.check import Check, judged
 from rlalign.head import multiplied
@@ -22,7 +30,8 @@ from rlalign.trainer.rounding.variants import MODEL
 from rlalign.types import RolloutBatch
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
     from rlalign.loops.body import Settled
     from rlalign.rollout.attached import AttachedEngine
@@ -108,10 +117,10 @@ def settings(engine: VLLMEngine, config: RunConfig) -> Iterator[Check]:
     )
 
 
-def tied(engine: VLLMEngine, network: nn.Module) -> Check:
+def tied(engine: VLLMEngine, network: PreTrainedModel) -> Check:
     """Do both sides share the embedding with the head, or neither?"""
     theirs = engine.settings()["tied embeddings"] == "True"
-    ours = network.get_output_embeddings().weight is network.get_input_embeddings().weight
+    ours = head_weight(network) is network.get_input_embeddings().weight
     return judged(
         "tied embeddings",
         ours == theirs,
@@ -138,28 +147,28 @@ def prefix_cache(engine: VLLMEngine, batch: RolloutBatch) -> Check:
     return judged("prefix cache", kept == 0, found, "rollout.prefix_caching=false")
 
 
-def _published(engine: VLLMEngine, network: nn.Module, config: RunConfig) -> Check:
+def _published(engine: VLLMEngine, network: PreTrainedModel, config: RunConfig) -> Check:
     from rlalign.weights import MASTER_WEIGHT, publish
 
     weights = [*as_checkpoint(network, network.named_parameters())]
     if config.head_dtype is HeadDtype.master:  # a checkpoint has no unrounded head: its own values stand in
-        weights.append((MASTER_WEIGHT, network.get_output_embeddings().weight.float()))
+        weights.append((MASTER_WEIGHT, head_weight(network).float()))
     published = publish(weights, 0, receiver=engine, shared=Path(config.weights.shared))
     repaired = f", {published.repaired} repaired" if published.repaired else ""
     return Check("weights", "ok", f"{published.tensors} tensors verified on {published.ranks} rank(s){repaired}")
 
 
-def _agreement(engine: VLLMEngine, network: nn.Module, batch: RolloutBatch, config: RunConfig) -> Iterator[Check]:
+def _agreement(engine: VLLMEngine, network: PreTrainedModel, batch: RolloutBatch, config: RunConfig) -> Iterator[Check]:
     from rlalign.trainer.head_mirror import status_of
 
     head, temperature = config.head_dtype.value, config.rollout.temperature
-    master_VD = network.get_output_embeddings().weight.detach().float() if head == "master" else None
+    master_VD = head_weight(network).detach().float() if head == "master" else None
 
     def score(tokens: RolloutBatch) -> tuple[Tensor, Tensor]:
         return trainer_scores(network, tokens, head, temperature=temperature, master_VD=master_VD)
 
     trainer_BL, hidden_BLD = score(batch)
-    trainer = status_of(network.get_output_embeddings())
+    trainer = status_of(lm_head_of(network))
     if trainer.multiplied is not None:
         promise = trainer.dtype if trainer.mode == "off" else "float32"
         yield _multiplied("logits of the trainer", promise, trainer.multiplied.as_dict())
@@ -184,7 +193,7 @@ def _agreement(engine: VLLMEngine, network: nn.Module, batch: RolloutBatch, conf
 
 def head_alone(
     engine: VLLMEngine | AttachedEngine,
-    network: nn.Module,
+    network: PreTrainedModel,
     hidden_BLD: Tensor,
     batch: RolloutBatch,
     config: RunConfig,
@@ -222,7 +231,7 @@ def limit_of_the_run(measured: Mapping[str, float], config: RunConfig) -> Check:
     return judged("limit of the run", k3 <= limit, found, remedy)
 
 
-def _multiplied(name: str, promise: str, found: dict[str, object]) -> Check:
+def _multiplied(name: str, promise: str, found: dict[str, Any]) -> Check:
     """The dtype that live logits turned out to be computed in, against what the head's mode promises."""
     if found["dtype"] is None:
         return Check(name, "unknown", f"{promise} by its name; {multiplied.said(found)}")

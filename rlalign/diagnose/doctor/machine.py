@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rlalign.config import Dtype, HeadDtype, RunConfig
-from rlalign.config.weights import WIRE_TRANSPORTS
+from rlalign.config.sections import WIRE_TRANSPORTS
 from rlalign.diagnose.doctor.check import Check, judged
 from rlalign.diagnose.doctor.known_versions import KNOWN, TESTED, TESTED_LORA, Surroundings, numbers
 from rlalign.diagnose.install_check import require_working

@@ -6,13 +6,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rlalign.diagnose.parity.grid import COLUMNS, ERRORS
 from rlalign.rollout.engine import noise_floor
 from rlalign.tracking import environment
 
 FLOORS = ("floor_k3", "floor_abs_mean", "rounding_k3", "rounding_abs_mean")
-Row = Mapping[str, object]
+Row = Mapping[str, Any]
 
 
 def markdown(result: Mapping) -> str:
@@ -71,7 +72,7 @@ def _settings(rows: Sequence[Row]) -> list[str]:
     return [*lines, ""]
 
 
-def _line(cells: Sequence[object]) -> str:
+def _line(cells: Sequence[Any]) -> str:
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlalign import mismatch
 from rlalign.config import RunConfig
@@ -24,6 +24,7 @@ from rlalign.diagnose import body_rounding
 from rlalign.diagnose.both_sides import (
     at_temperature,
     head_logprobs,
+    head_weight,
     hidden_states,
     lengthened,
     probed_body,
@@ -42,19 +43,21 @@ from rlalign.trainer.rounding.mirroring import body_of
 from rlalign.types import Rollout, RolloutBatch, collate
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from rlalign.rollout.engine.embedded import VLLMEngine
 
 # Any float this close (relative) to a bf16 number rounds to it, on either side of a power of two.
 HALF_ULP = 2.0**-9
 
 
-def unrounded(network: nn.Module, model: Path) -> tuple[Tensor, str]:
+def unrounded(network: PreTrainedModel, model: Path) -> tuple[Tensor, str]:
     """[V, D] float32 that rounds to the network's bf16 lm_head bit for bit, and where it comes from.
 
     A float32 checkpoint holds the real one. A bf16 checkpoint has lost it: then every weight is moved at random within what
     rounding takes away, which is how far an optimizer's copy would be. Raises RuntimeError should it not round back.
     """
-    weight_VD = network.get_output_embeddings().weight.detach()
+    weight_VD = head_weight(network).detach()
     master_VD, source = _saved(network, model), "the checkpoint's own float32 weight"
     if master_VD is None:
         generator = torch.Generator().manual_seed(0)
@@ -68,11 +71,11 @@ def unrounded(network: nn.Module, model: Path) -> tuple[Tensor, str]:
     return master_VD, source
 
 
-def _saved(network: nn.Module, model: Path) -> Tensor | None:
+def _saved(network: PreTrainedModel, model: Path) -> Tensor | None:
     """The lm_head as the folder stores it, where that is float32."""
     from safetensors import safe_open
 
-    lm_head = network.get_output_embeddings().weight
+    lm_head = head_weight(network)
     names = {name for name, p in network.named_parameters(remove_duplicate=False) if p is lm_head}
     for file in sorted(model.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
@@ -113,7 +116,7 @@ def measure(config: RunConfig, grid: Grid, *, prompt_file: Path | None = None) -
     with Stages("parity", stage_count(config.exact, grid)) as stages:
         for size, body in product(grid.tensor_parallel, grid.bodies):
             sized = replace(config, rollout=replace(room, tensor_parallel_size=size))
-            _one_engine(model, sized, grid, body, prompts, tokenizer.pad_token_id, result, stages.stage)
+            _one_engine(model, sized, grid, body, prompts, cast("int", tokenizer.pad_token_id), result, stages.stage)
     return result
 
 
@@ -162,7 +165,8 @@ def _one_engine(
         plan = None if settled is None else settled.plan
         network = trainer_network(model, body, exact=config.exact, mirrored=plan)
         if settled is not None:
-            result["notes"] += [*body_of(network).describe(), *settled.describe()]
+            rounded = body_of(network)
+            result["notes"] += [*([] if rounded is None else rounded.describe()), *settled.describe()]
             result["body"] = settled.as_dict()
         sides = _Sides(engine, network, config, grid, body, prompts, pad, say)
         sides.prepare_master(model, result)
@@ -187,7 +191,7 @@ class _Sides:
     """One engine and one network over the same weights, and the tokens both are asked about."""
 
     engine: VLLMEngine
-    network: nn.Module
+    network: PreTrainedModel
     config: RunConfig
     grid: Grid
     body: str

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from rlalign.reward.training.examples import Labelled, Pair, Row, pairs_of, read_rows, split, write_rows
 from rlalign.reward.training.fit import Item, Recipe, accumulation, fit, load, tokenised
@@ -44,7 +44,7 @@ RECORD = "reward_model.json"
 
 
 def train_reward_model(
-    rows: Sequence[Labelled] | Sequence[Pair],
+    rows: Sequence[Row],
     *,
     base: Path,
     out: Path,
@@ -54,7 +54,7 @@ def train_reward_model(
     save_dtype: str = "auto",
     model_id: str = "",
     say: Callable[[str], None] = print,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Train, save, judge on held-out prompts, calibrate; the record, which is also in the folder.
 
     base: a causal language model, or a reward model to go on with. out: must not exist. objective: "pairs" (labelled rows are
@@ -67,7 +67,7 @@ def train_reward_model(
         raise ValueError(f"objective={objective!r}: choose one of {', '.join(OBJECTIVES)}")
     if out.exists():
         raise ValueError(f"{out} exists; choose another folder, nothing is overwritten")
-    training, held_out = split(rows, held_out=recipe.held_out, seed=recipe.seed)
+    training, held_out = split(cast("Sequence[Any]", rows), held_out=recipe.held_out, seed=recipe.seed)
     learned = _rows_for(objective, training, pairs_per_prompt, recipe.seed)
     accelerator = _accelerator(recipe)
     network, tokenizer = load(base, seed=recipe.seed)
@@ -77,8 +77,8 @@ def train_reward_model(
     if not accelerator.is_main_process:
         say = _silent
     say(f"{len(items)} {objective} to learn from, {len(learned) - len(items)} too long; {len(held_out)} rows held out")
-    steps = fit(network, items, recipe, accelerator, pad=tokenizer.pad_token_id, say=say)
-    record: dict[str, object] = {
+    steps = fit(network, items, recipe, accelerator, pad=cast("int", tokenizer.pad_token_id), say=say)
+    record: dict[str, Any] = {
         "base": str(base),
         "objective": objective,
         "recipe": asdict(recipe),
@@ -120,7 +120,7 @@ def _accelerator(recipe: Recipe) -> Accelerator:
 
 def _rows_for(objective: str, rows: Sequence[Row], pairs_per_prompt: int, seed: int) -> Sequence[Row]:
     if isinstance(rows[0], Labelled) and objective == "pairs":
-        return pairs_of(rows, per_prompt=pairs_per_prompt, seed=seed)
+        return pairs_of([row for row in rows if isinstance(row, Labelled)], per_prompt=pairs_per_prompt, seed=seed)
     if isinstance(rows[0], Pair) and objective == "labels":
         raise ValueError("objective=labels needs labelled completions; preferences say only which one is better")
     return rows
@@ -131,8 +131,12 @@ def _items(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, recipe: Reci
     sides = [(r.chosen, r.rejected) if isinstance(r, Pair) else (r.completion,) for r in rows]
     texts = [(r.prompt, text) for r, side in zip(rows, sides, strict=True) for text in side]
     ids = iter(tokenised(tokenizer, texts, max_length=recipe.max_length, chat=recipe.chat_template, model=model))
-    found = [(row, tuple(next(ids) for _ in side)) for row, side in zip(rows, sides, strict=True)]
-    return [Item(row=row, sequences=sequences) for row, sequences in found if None not in sequences]
+    found = []
+    for row, side in zip(rows, sides, strict=True):
+        sequences = tuple(kept for kept in [next(ids) for _ in side] if kept is not None)
+        if len(sequences) == len(side):
+            found.append(Item(row=row, sequences=sequences))
+    return found
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, *, dtype: str, base: Path) -> None:
@@ -142,7 +146,8 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path,
 
     stated = AutoConfig.from_pretrained(base).dtype if dtype == "auto" else getattr(torch, dtype)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    model.to(stated or torch.float32).save_pretrained(unfinished)
+    torch.nn.Module.to(model, stated or torch.float32)  # in place
+    model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
     out.parent.mkdir(parents=True, exist_ok=True)
     os.rename(unfinished, out)

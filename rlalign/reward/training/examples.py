@@ -13,7 +13,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ Row = Labelled | Pair
 SomeRow = TypeVar("SomeRow", Labelled, Pair)
 
 
-def read_rows(path: Path) -> list[Labelled] | list[Pair]:
+def read_rows(path: Path) -> list[Row]:
     """All rows of a file, of one kind. Raises ValueError naming file and line on anything that the module's text does not show."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -128,14 +128,14 @@ def _row(where: str, line: str) -> Labelled | Pair:
     )
 
 
-def _texts(where: str, record: Mapping[str, object], *names: str) -> list[str]:
+def _texts(where: str, record: Mapping[str, Any], *names: str) -> list[str]:
     for name in names:
         if not isinstance(record[name], str) or not (record[name] or name == "prompt"):
             raise ValueError(f"{where}: {name} must be text that is not empty, got {record[name]!r}")
     return [str(record[name]) for name in names]
 
 
-def _number(where: str, record: Mapping[str, object], name: str, *, low: float, high: float) -> float:
+def _number(where: str, record: Mapping[str, Any], name: str, *, low: float, high: float) -> float:
     value = record[name]
     if not isinstance(value, int | float) or not low <= value <= high or math.isinf(value):
         raise ValueError(

@@ -10,13 +10,13 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from rlalign.reward.training.examples import Pair, Row
+from rlalign.reward.training.examples import Labelled, Row
 from rlalign.scoring.params import ScoringParams
 from rlalign.scoring.sequences import Sequencer
 from rlalign.trainer import attention_choice
@@ -47,7 +47,7 @@ class RewardNetwork(nn.Module):
         states = self.model.base_model(input_ids=ids_NL, attention_mask=mask_NL.long(), use_cache=False)
         last_ND = states.last_hidden_state[torch.arange(len(ids_NL), device=ids_NL.device), lengths_N - 1]
         with torch.autocast(ids_NL.device.type, enabled=False):
-            return self.model.score(last_ND.float())[:, 0]
+            return cast("torch.nn.Module", self.model.score)(last_ND.float())[:, 0]
 
 
 def load(path: Path, *, seed: int) -> tuple[RewardNetwork, PreTrainedTokenizerBase]:
@@ -101,7 +101,7 @@ def tokenised(
         if chat:
             messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
             text = tokenizer.apply_chat_template(messages, tokenize=False)
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = tokenizer(cast("str", text), add_special_tokens=False)["input_ids"]
         else:
             (sequence,) = sequencer.sequences(prompt, [completion], ScoringParams())
             ids = [*sequence.shared, *sequence.own]
@@ -272,11 +272,11 @@ def _loss(
     sides = list(zip(*(item.sequences for item in items), strict=True))
     rewards = network(*padded([ids for side in sides for ids in side], pad_token_id=pad, device=device))
     weights_N = torch.tensor([item.row.weight / mean_weight for item in items], device=device)
-    if isinstance(items[0].row, Pair):
+    labels = [item.row.label for item in items if isinstance(item.row, Labelled)]
+    if not labels:
         chosen_N, rejected_N = rewards.chunk(2)
         return bradley_terry_loss(chosen_N, rejected_N, centring=recipe.centring, weights_N=weights_N)
-    labels_N = torch.tensor([item.row.label for item in items], device=device)
-    return pointwise_loss(rewards, labels_N, weights_N=weights_N)
+    return pointwise_loss(rewards, torch.tensor(labels, device=device), weights_N=weights_N)
 
 
 def _schedule(step: int, steps: int, warmup: float) -> float:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -73,7 +73,7 @@ def cached_reward_model(kind: str, *, report: Progress = lambda _: None) -> Path
     with tempfile.TemporaryFile("w+") as errors:
         alone = environment_without_launcher()
         with subprocess.Popen(command, env=alone, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
-            for line in process.stdout:
+            for line in process.stdout or ():
                 report(line.rstrip())
         errors.seek(0)
         if process.returncode:
@@ -144,7 +144,7 @@ def _sampled(policy: Path, prompts: list[Prompt], recipe: TinyRewardRecipe, *, a
         torch.manual_seed(recipe.policy.seed)
         for start in range(0, len(prompts), at_once):
             batch = tokenizer([p.text for p in prompts[start : start + at_once]], padding=True, return_tensors="pt")
-            written = model.generate(
+            written = cast("Any", model).generate(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=settings
             )
             texts += tokenizer.batch_decode(written[:, batch.input_ids.shape[1] :], skip_special_tokens=True)

@@ -44,7 +44,7 @@ def append(worker_class: type[WorkerBase]) -> None:
 
     if issubclass(worker_class, WorkerExtension):
         return
-    taken = [name for name in dir(worker_class) if name.startswith("rlalign_")]
+    taken = [name for name in dir(worker_class) if name.startswith("rlalign_") and hasattr(WorkerExtension, name)]
     if taken:
         raise RuntimeError(
             f"{worker_class.__qualname__} has {', '.join(taken)} already, from another rlalign or a copy of its extension; leave "

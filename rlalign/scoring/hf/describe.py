@@ -8,7 +8,7 @@ D hidden, L tokens, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import torch
@@ -47,7 +47,7 @@ def describe(loaded: LoadedModel, pooler: PoolerDefaults | None) -> ModelInfo:
         revision=loaded.revision,
         architecture=loaded.architecture,
         tasks=_tasks(loaded, pooler),
-        vocab_size=loaded.model.get_input_embeddings().num_embeddings,
+        vocab_size=loaded.vocab_size,
         hidden_size=config.hidden_size,
         num_labels=num_labels,
         activation=loaded.facts.activation or activation_of(loaded.model.config, num_labels),
@@ -82,7 +82,8 @@ def activation_of(config: PreTrainedConfig, num_labels: int) -> Activation:
 
 def label_names(config: PreTrainedConfig, num_labels: int) -> tuple[str, ...]:
     """The names of the head's columns, in their order, from the config's id2label."""
-    return tuple(str(config.id2label.get(k, f"LABEL_{k}")) for k in range(num_labels))
+    names: dict[Any, Any] = config.id2label or {}
+    return tuple(str(names.get(k, f"LABEL_{k}")) for k in range(num_labels))
 
 
 def packing_refusal(loaded: LoadedModel, *, causal: bool) -> str:
@@ -130,7 +131,7 @@ def attention_balance(loaded: LoadedModel) -> float | None:
     config = loaded.config
     if config._attn_implementation == "flex_attention":
         return None
-    embedding = loaded.model.get_input_embeddings().weight.numel()
+    embedding = cast("Tensor", loaded.model.get_input_embeddings().weight).numel()
     parameters = sum(p.numel() for p in loaded.model.base_model.parameters()) - embedding
     per_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return parameters / (2 * config.num_hidden_layers * config.num_attention_heads * per_head)
@@ -164,8 +165,7 @@ def _states(loaded: LoadedModel, ids: list[int]) -> Tensor:
 
 def _probe_ids(loaded: LoadedModel, count: int) -> list[int]:
     """Ordinary token ids, different from each other where the vocabulary allows."""
-    size = loaded.model.get_input_embeddings().num_embeddings
-    return [(7 + 13 * i) % max(size - 1, 1) for i in range(count)]
+    return [(7 + 13 * i) % max(loaded.vocab_size - 1, 1) for i in range(count)]
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

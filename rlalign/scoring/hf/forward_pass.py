@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -29,7 +29,7 @@ def outputs(loaded: LoadedModel, rows: Sequence[Row]) -> Tensor:
     """
     pad_token_id = loaded.config.pad_token_id
     batch = row_batch(rows, pad_token_id=pad_token_id if pad_token_id is not None else 0, device=loaded.device)
-    inputs: dict[str, Tensor | bool] = {"input_ids": batch.token_ids_BL}
+    inputs: dict[str, Any] = {"input_ids": batch.token_ids_BL}
     if any(len(row.items) > 1 for row in rows):
         flex = loaded.config._attn_implementation == "flex_attention"
         inputs["attention_mask"] = batch.flex_mask() if flex else batch.block_mask_B1LL()
@@ -48,14 +48,15 @@ def outputs(loaded: LoadedModel, rows: Sequence[Row]) -> Tensor:
 def score_logits(loaded: LoadedModel, states_ND: Tensor) -> Tensor:
     """float32 logits [N, K] of a score head, whatever the dtype of the body."""
     with torch.inference_mode():
-        return loaded.head(states_ND.float())
+        return loaded.scored(states_ND.float())
 
 
 def vocabulary_logits(loaded: LoadedModel, states_ND: Tensor) -> Tensor:
     """float32 logits [N, V] of a causal LM, with the cap or scale that its config states."""
     transform = HeadTransform.of(loaded.config)
     with torch.inference_mode():
-        logits_NV = projection.project(transform.hidden(states_ND), loaded.head.weight, loaded.head.bias)
+        weight_VD, bias_V = cast("Tensor", loaded.scored.weight), cast("Tensor | None", loaded.scored.bias)
+        logits_NV = projection.project(transform.hidden(states_ND), weight_VD, bias_V)
     return transform.apply_as_transformers(logits_NV)
 
 
@@ -124,7 +125,7 @@ def _steps(loaded: LoadedModel, params: ScoringParams, token_ids: list[int], out
         output_TX = output_TX[[t for t, token in enumerate(token_ids) if token == params.step_tag_id]]
     columns = params.returned_token_ids
     if loaded.task == "generative":
-        return token_columns(loaded, output_TX, columns)
+        return token_columns(loaded, output_TX, columns or ())
     logits_TK = output_TX.float() if loaded.head is None else score_logits(loaded, output_TX)
     return logits_TK if columns is None else logits_TK[:, columns]
 

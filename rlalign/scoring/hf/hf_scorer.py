@@ -42,7 +42,7 @@ class HFRequest:
         return sum(row.length for row in self.rows)
 
 
-class HFScorer(Scoring):
+class HFScorer(Scoring[HFRequest]):
     """Sequence and token classifiers, cross-encoders, generative judges and embedders, from a folder or a hub id.
 
     dtype: "auto" is the checkpoint's. A score head is multiplied in float32 whatever the body's dtype, as vLLM does.
@@ -116,11 +116,11 @@ class HFScorer(Scoring):
     def prepare(self, query: Text, items: Text | Sequence[Text], params: ScoringParams | None = None) -> HFRequest:
         """Check, resolve and tokenise a request. Raises ValueError before any computation."""
         resolved = (params or ScoringParams()).verify(self.info)
-        query, items = checked_inputs(query, items, self.info.vocab_size)
-        label_ids = resolved.label_ids(len(items)) if resolved.task == "generative" else [[] for _ in items]
+        query, listed = checked_inputs(query, items, self.info.vocab_size)
+        label_ids = resolved.label_ids(len(listed)) if resolved.task == "generative" else [[] for _ in listed]
         if resolved.item_first and self._packing == "always":
             raise ValueError("item_first: an item before its query cannot share it; use packing='auto' or 'never'")
-        sequences = self._sequencer.sequences(query, items, resolved)
+        sequences = self._sequencer.sequences(query, listed, resolved)
         rows, indices = self._rows(sequences)
         return HFRequest(params=resolved, sequences=sequences, rows=rows, indices=indices, label_ids=label_ids)
 

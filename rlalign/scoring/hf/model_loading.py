@@ -10,7 +10,7 @@ import copy
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from rlalign.head import widened
 from rlalign.scoring.params import Activation, PoolerDefaults, Task
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-MODES = {"cls": "CLS", "mean": "MEAN", "lasttoken": "LAST"}
+MODES: dict[str, Literal["LAST", "MEAN", "CLS"]] = {"cls": "CLS", "mean": "MEAN", "lasttoken": "LAST"}
 LEGACY = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "lasttoken"}
 MODULES = {"Transformer", "Pooling", "Normalize", "Dropout"}  # the last does nothing when a model scores
 ACTIVATIONS: dict[str, Activation] = {"Sigmoid": "sigmoid", "Softmax": "softmax", "Identity": "identity"}
@@ -55,7 +55,7 @@ def folder_facts(path: str, revision: str | None = None) -> FolderFacts:
     )
 
 
-def activation_named(name: object) -> Activation:
+def activation_named(name: Any) -> Activation:
     """sigmoid, softmax or identity from a class's dotted name. Raises ValueError on any other."""
     kind = str(name).rpartition(".")[2]
     if kind not in ACTIVATIONS:
@@ -67,7 +67,7 @@ def activation_named(name: object) -> Activation:
 
 def read(path: str, name: str, revision: str | None) -> str | None:
     """The text of a file of the checkpoint, None where it has no such file."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     found = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
     if found is None:
@@ -76,12 +76,12 @@ def read(path: str, name: str, revision: str | None) -> str | None:
         return file.read()
 
 
-def _json(path: str, name: str, revision: str | None) -> dict | list | None:
+def _json(path: str, name: str, revision: str | None) -> Any:
     text = read(path, name, revision)
     return None if text is None else json.loads(text)
 
 
-def _prompt(path: str, stated: dict[str, object]) -> str:
+def _prompt(path: str, stated: dict[str, Any]) -> str:
     name = stated.get("default_prompt_name")
     prompt = (stated.get("prompts") or {}).get(name) if name else None
     if not prompt:
@@ -159,6 +159,18 @@ class LoadedModel:
     def pooler(self) -> PoolerDefaults:
         """The checkpoint's choices."""
         return self.facts.pooler or PoolerDefaults()
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return cast("int", self.model.get_input_embeddings().num_embeddings)
+
+    @property
+    def scored(self) -> nn.Module:
+        """The head of a model that has one."""
+        if self.head is None:
+            raise RuntimeError(f"{self.id}: this model is run whole and has no head of its own")
+        return self.head
 
     @property
     def config(self) -> PreTrainedConfig:

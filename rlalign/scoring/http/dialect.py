@@ -7,8 +7,8 @@ missing, out of order beyond repair, or of another shape is an error of its item
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
@@ -52,8 +52,8 @@ class HTTPRequest:
             return [*self.sequences[i].shared, *self.sequences[i].own]
         if isinstance(self.query, str):
             return None
-        item = list(self.items[i])
-        return [*item, *self.query] if self.params.item_first else [*self.query, *item]
+        item, query = cast("Sequence[int]", self.items[i]), self.query
+        return [*item, *query] if self.params.item_first else [*query, *item]
 
     def text(self, i: int) -> str:
         """Item i's whole sequence as text."""
@@ -87,7 +87,7 @@ def behind(server: str, id: str) -> ModelInfo:
     )
 
 
-def chosen_card(ask: Ask, path: str, model: str | None) -> dict[str, object]:
+def chosen_card(ask: Ask, path: str, model: str | None) -> dict[str, Any]:
     """The card of `model` in a list of models; without a name that of the first. Raises ValueError where it is not served."""
     cards = [card for card in entries(ask(Call(path=path)), "data") if isinstance(card, dict)]
     chosen = [card for card in cards if model in (None, card.get("id"))]
@@ -105,17 +105,20 @@ class Dialect(Protocol):
 
     def connect(self, ask: Ask, *, model: str | None, pairs: bool) -> Served:
         """Find out what is served, with a few small requests. Raises RequestFailed, or ValueError where it cannot score."""
+        ...
 
     def calls(self, request: HTTPRequest, served: Served, span: range) -> list[Call]:
         """What to send for the items in `span`."""
+        ...
 
     def answers(self, request: HTTPRequest, served: Served, span: range, bodies: Sequence[Json]) -> list[Answer]:
         """One answer an item of `span`. Raises RequestFailed on a body of another shape."""
+        ...
 
 
-def entries(body: Json, *path: str) -> list[object]:
+def entries(body: Json, *path: str) -> list[Any]:
     """The list at a path of keys. Raises RequestFailed where there is none."""
-    found: object = body
+    found: Any = body
     for key in path:
         found = found.get(key) if isinstance(found, dict) else None
     if not isinstance(found, list):
@@ -123,12 +126,12 @@ def entries(body: Json, *path: str) -> list[object]:
     return found
 
 
-def in_order(found: Sequence[object], span: range, value: str) -> list[object]:
+def in_order(found: Sequence[Any], span: range, value: str) -> list[Any]:
     """What each item got under `value`, by the entries' `index` (rerankers sort by score); None for items that got nothing.
 
     Raises RequestFailed on an index that is no item's, or that comes twice: then no entry can be trusted.
     """
-    placed: list[object] = [None] * len(span)
+    placed: list[Any] = [None] * len(span)
     seen: set[int] = set()
     for entry in found:
         index = entry.get("index") if isinstance(entry, dict) else None
@@ -139,46 +142,43 @@ def in_order(found: Sequence[object], span: range, value: str) -> list[object]:
     return placed
 
 
-def one_each(found: Sequence[object], span: range) -> list[object]:
+def one_each(found: Sequence[Any], span: range) -> list[Any]:
     """A list whose order is the items'. Raises RequestFailed on another length: there is no telling which are missing."""
     if len(found) != len(span):
         raise RequestFailed(f"the answer has {len(found)} scores for {len(span)} items")
     return list(found)
 
 
-def answer(
-    value: object, request: HTTPRequest, i: int, *, shape: tuple[int, ...], probabilities: bool = False
-) -> Answer:
+def answer(value: Any, request: HTTPRequest, i: int, *, shape: tuple[int, ...], probabilities: bool = False) -> Answer:
     """An Answer of a number or (nested) list. shape: expected, -1 for any length; other shapes are errors.
 
     probabilities: the values are label probabilities; their logarithms are taken in float64, where 1e-50 is not 0.
     """
     facts = known(request, i)
     if value is None:
-        return Answer(error="the server returned no score for this item", **facts)
+        return replace(facts, error="the server returned no score for this item")
     values = numbers(value)
     if values is None:
-        return Answer(error=f"the server's score is not numbers: {str(value)[:100]}", **facts)
+        return replace(facts, error=f"the server's score is not numbers: {str(value)[:100]}")
     if values.ndim == 0:
         values = values[None]
     if values.ndim != len(shape) or any(want not in (-1, got) for want, got in zip(shape, values.shape, strict=True)):
-        return Answer(error=f"the server's score has shape {values.shape}, expected {shape} (-1: any)", **facts)
+        return replace(facts, error=f"the server's score has shape {values.shape}, expected {shape} (-1: any)")
     if probabilities:
         if not ((values > 0) & (values <= 1 + 1e-5)).all():
-            return Answer(error=f"the server's label probabilities are {values.tolist()}, expected (0, 1]", **facts)
+            return replace(facts, error=f"the server's label probabilities are {values.tolist()}, expected (0, 1]")
         values = np.log(values)
-    return Answer(values=values.astype(np.float32), **facts)
+    return replace(facts, values=values.astype(np.float32))
 
 
-def known(request: HTTPRequest, i: int) -> dict[str, int | bool]:
-    """prompt_tokens and truncated of item i; 0 tokens where only the server knows."""
+def known(request: HTTPRequest, i: int) -> Answer:
+    """prompt_tokens and truncated of item i, without values; 0 tokens where only the server knows."""
     if request.sequences is not None:
-        return {"prompt_tokens": len(request.sequences[i]), "truncated": request.sequences[i].truncated}
-    ids = request.ids(i)
-    return {"prompt_tokens": 0 if ids is None else len(ids)}
+        return Answer(prompt_tokens=len(request.sequences[i]), truncated=request.sequences[i].truncated)
+    return Answer(prompt_tokens=len(request.ids(i) or ()))
 
 
-def numbers(value: object) -> NDArray[np.float64] | None:
+def numbers(value: Any) -> NDArray[np.float64] | None:
     """float64 of a number or a rectangular list of numbers, None for anything else (null, text, ragged, booleans)."""
     try:
         array = np.asarray(value)
@@ -202,9 +202,14 @@ def activation_between(
 
     Raises RequestFailed where it is none of identity, sigmoid and softmax: then "raw" scores are not what they are called.
     """
-    if any(x is None or not np.isfinite(x).all() for x in (*raw, *activated)):
-        raise RequestFailed("the server answered a small test request with scores that are not finite numbers")
-    before, after = (np.concatenate([np.atleast_2d(x) for x in xs]).astype(np.float64) for xs in (raw, activated))
+
+    def rows(scores: Sequence[NDArray[np.float64] | None]) -> NDArray[np.float64]:
+        finite = [np.atleast_2d(x) for x in scores if x is not None and np.isfinite(x).all()]
+        if len(finite) < len(scores):
+            raise RequestFailed("the server answered a small test request with scores that are not finite numbers")
+        return np.concatenate(finite).astype(np.float64)
+
+    before, after = rows(raw), rows(activated)
     for name in CANDIDATES if before.shape[-1] > 1 else CANDIDATES[:2]:
         if before.shape == after.shape and np.allclose(activate(before, name), after, rtol=TOLERANCE, atol=TOLERANCE):
             return name

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -56,7 +56,7 @@ def detect(ask: Ask) -> str:
     return found.pop()
 
 
-def _cards(ask: Ask, path: str) -> list[dict[str, object]]:
+def _cards(ask: Ask, path: str) -> list[dict[str, Any]]:
     body = _optional(ask, path)
     listed = body.get("data") if isinstance(body, dict) else None
     return [card for card in listed if isinstance(card, dict)] if isinstance(listed, list) else []
@@ -90,7 +90,7 @@ class KnownLogits:
     logits: Sequence[float]
 
 
-class HTTPScorer(Scoring):
+class HTTPScorer(Scoring[HTTPRequest]):
     """Scores through a server that is running already. Connects when it is made, and asks what is served.
 
     tokenizer: of the served model; requests then carry token ids, cut into query and item exactly as HFScorer does, where the
@@ -141,14 +141,14 @@ class HTTPScorer(Scoring):
         """Check a request, and tokenise it where the client does. Raises ValueError before anything is sent."""
         params = params or ScoringParams()
         resolved = params.verify(self.info)
-        query, items = checked_inputs(query, items, self.info.vocab_size)
-        here = self._sequencer is not None and not (isinstance(query, str) and self.tokenizer is None)
-        self._refuse(params, here=here, text=isinstance(query, str))
+        query, listed = checked_inputs(query, items, self.info.vocab_size)
+        sequencer = None if isinstance(query, str) and self.tokenizer is None else self._sequencer
+        self._refuse(params, here=sequencer is not None, text=isinstance(query, str))
         if not self._takes_ids and not isinstance(query, str):
             raise ValueError(f"{self.info.id}: the {self.dialect} server reads text here, got token ids")
-        labels = resolved.label_ids(len(items)) if resolved.task == "generative" else []
-        sequences = self._sequencer.sequences(query, items, resolved) if here else None
-        return HTTPRequest(params=resolved, query=query, items=items, sequences=sequences, labels=labels)
+        labels = resolved.label_ids(len(listed)) if resolved.task == "generative" else []
+        sequences = None if sequencer is None else sequencer.sequences(query, listed, resolved)
+        return HTTPRequest(params=resolved, query=query, items=listed, sequences=sequences, labels=labels)
 
     def run(self, requests: Sequence[HTTPRequest]) -> list[ScoreResult]:
         """Score prepared requests, several calls at a time."""
@@ -201,7 +201,7 @@ class HTTPScorer(Scoring):
         except RequestFailed as error:
             if error.status in OF_ITEMS and len(span) > 1:
                 return [answer for i in span for answer in await self._answered(request, range(i, i + 1))]
-            return [Answer(error=f"server: {error}", **known(request, i)) for i in span]
+            return [replace(known(request, i), error=f"server: {error}") for i in span]
 
     def _make_sequencer(self) -> Sequencer | None:
         """Cuts and joins token ids, and text too where there is a tokenizer; None where the server reads query and item apart."""
@@ -259,9 +259,10 @@ class HTTPScorer(Scoring):
             raise ValueError(f"known_logits: {failed[0] if failed else f'{len(result)} items'} for "
                              f"{len(known_logits.logits)} logits")  # fmt: skip
         for i, (logits, want) in enumerate(zip(result.logits, known_logits.logits, strict=True)):
-            if not math.isclose(float(logits[0]), want, rel_tol=CLOSE, abs_tol=CLOSE):
+            found = math.nan if logits is None else float(logits[0])
+            if not math.isclose(found, want, rel_tol=CLOSE, abs_tol=CLOSE):
                 raise ValueError(
-                    f"{self.info.id}: known_logits item {i} is {want:.6g}, the server gives {float(logits[0]):.6g}: it serves "
+                    f"{self.info.id}: known_logits item {i} is {want:.6g}, the server gives {found:.6g}: it serves "
                     "another model, or calibrates or activates its scores. A calibrator on top would be wrong"
                 )
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -58,7 +59,7 @@ class SGLangDialect:
         """One call."""
         params, ours = request.params, served.refuses == OURS_REFUSES
         ids = request.ids(span[0])
-        body: dict[str, object] = {
+        body: dict[str, Any] = {
             "model": served.info.id,
             "query": request.query if ids is None else [],
             "items": [request.items[i] if ids is None else request.ids(i) for i in span],
@@ -93,21 +94,21 @@ class SGLangDialect:
         judge = request.params.task == "generative"
         values = one_each(entries(body, "logits" if ours else "scores"), span)
         reasons = one_each(entries(body, "errors"), span) if ours else [None] * len(span)
-        states = [None] * len(span)
+        states: list[Any] = [None] * len(span)
         if request.params.return_pooled_hidden_states:
             states = one_each(entries(body, "pooled_hidden_states"), span)
         shape = (-1, -1) if request.params.task in ("token_classify", "token_embed") else (-1,)
         found = []
         for i, value, reason, state in zip(span, values, reasons, states, strict=True):
             if value is None and reason is not None:
-                found.append(Answer(error=f"server: {reason}", **known(request, i)))
+                found.append(replace(known(request, i), error=f"server: {reason}"))
                 continue
             one = answer(value, request, i, shape=shape, probabilities=judge and not ours)
             found.append(_with_state(one, state) if request.params.return_pooled_hidden_states else one)
         return found
 
 
-def _ours(card: dict[str, object]) -> Served:
+def _ours(card: dict[str, Any]) -> Served:
     """What `rlalign serve` says of itself. Its calibration is switched off in every request, so scores are raw."""
     try:
         info = msgspec.convert(card["info"], ModelInfo)
@@ -117,9 +118,9 @@ def _ours(card: dict[str, object]) -> Served:
     return Served(info=info, batch=BATCH, refuses=OURS_REFUSES, proof="the request asks for calibrate=false")
 
 
-def _probed(ask: Ask, card: dict[str, object]) -> ModelInfo:
+def _probed(ask: Ask, card: dict[str, Any]) -> ModelInfo:
     scoring = {"model": card["id"], "query": [1, 2], "items": [[3], [2, 3]]}
-    labels, generative = 0, False
+    labels, generative, exposes = 0, False, False
     try:
         first = entries(ask(Call(path="/v1/score", body=scoring)), "scores")
         labels = len(first[0]) if isinstance(first[0], list) else 1
@@ -128,7 +129,6 @@ def _probed(ask: Ask, card: dict[str, object]) -> ModelInfo:
             raise
         generative = True
         entries(ask(Call(path="/v1/score", body=scoring | {"label_token_ids": [1, 2]})), "scores")
-    exposes = False
     if not generative:
         try:
             body = ask(Call(path="/v1/score", body=scoring | {"return_pooled_hidden_states": True}))
@@ -149,17 +149,17 @@ def _probed(ask: Ask, card: dict[str, object]) -> ModelInfo:
     )
 
 
-def _with_state(found: Answer, state: object) -> Answer:
+def _with_state(found: Answer, state: Any) -> Answer:
     if found.values is None:
         return found
-    facts = {"prompt_tokens": found.prompt_tokens, "truncated": found.truncated}
     tensor = _state(state)
     if tensor is None:
-        return Answer(error=f"the server returned no pooled hidden state, but {str(state)[:60]}", **facts)
-    return Answer(values=found.values, state=tensor, **facts)
+        reason = f"the server returned no pooled hidden state, but {str(state)[:60]}"
+        return replace(found, values=None, error=reason)
+    return replace(found, state=tensor)
 
 
-def _state(value: object) -> Tensor | None:
+def _state(value: Any) -> Tensor | None:
     """[D] float32 from a list of numbers, or from base64 of little-endian float32; None for anything else."""
     import torch
 

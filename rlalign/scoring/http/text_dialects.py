@@ -8,6 +8,8 @@ OpenRLHF  /get_reward: rewards as the model's config normalises them; nothing te
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import msgspec
 
@@ -40,10 +42,11 @@ class TEIDialect:
 
     def connect(self, ask: Ask, *, model: str | None, pairs: bool) -> Served:
         """Read /info, then ask for two scores, raw and activated."""
-        stated = ask(Call(path="/info"))
-        kinds = stated.get("model_type") if isinstance(stated, dict) else None
+        found = ask(Call(path="/info"))
+        stated = found if isinstance(found, dict) else {}
+        kinds = stated.get("model_type")
         kind = next(iter(kinds), None) if isinstance(kinds, dict) else None
-        if kind not in ("reranker", "classifier"):
+        if not isinstance(kinds, dict) or kind not in ("reranker", "classifier"):
             raise ValueError(f"the server's model is {kinds!r}; a scorer needs a reranker or a classifier")
         if model not in (None, stated["model_id"]):
             raise ValueError(f"model {model!r} is not served here; the server has {stated['model_id']}")
@@ -98,12 +101,12 @@ class TEIDialect:
         body = {"inputs": [[PROBE[0], item] for item in PROBE[1]], "raw_scores": raw}
         return [numbers(self._logits(labels)) for labels in entries(ask(Call(path="/predict", body=body)))]
 
-    def _logits(self, labels: object) -> list[object] | None:
+    def _logits(self, labels: Any) -> list[Any] | None:
         """One item's scores in the order of the head; None where a label is missing, double or unknown."""
         found = {
             entry.get("label"): entry.get("score") for entry in labels or () if isinstance(entry, dict)
         }  # a label that comes twice leaves one entry too few
-        columns = self._columns or dict.fromkeys(found, 0)
+        columns: dict[Any, int] = self._columns or dict.fromkeys(found, 0)
         if not isinstance(labels, list) or set(found) != set(columns) or len(found) != len(labels):
             return None
         return [found[name] for name in sorted(columns, key=columns.__getitem__)]
@@ -146,7 +149,7 @@ class InfinityDialect:
         values = self._scores(bodies[0], span)
         return [answer(value, request, i, shape=(1,)) for i, value in zip(span, values, strict=True)]
 
-    def _scores(self, body: Json, span: range) -> list[object]:
+    def _scores(self, body: Json, span: range) -> list[Any]:
         return in_order(entries(body, "results"), span, "relevance_score")
 
 
@@ -174,16 +177,16 @@ class OpenRLHFDialect:
         """In the order of the items; `rewards`, not `scores`, which OpenRLHF keeps for its filters."""
         values = self._rewards(bodies[0], span)
         return [
-            Answer(error="the server returned null", **known(request, i)) if value is None
+            replace(known(request, i), error="the server returned null") if value is None
             else answer(value, request, i, shape=(1,))
             for i, value in zip(span, values, strict=True)
         ]  # fmt: skip
 
-    def _rewards(self, body: Json, span: range) -> list[object]:
+    def _rewards(self, body: Json, span: range) -> list[Any]:
         return one_each(entries(body, "rewards"), span)
 
 
-def _get_reward(texts: list[str], prompts: list[str]) -> dict[str, object]:
+def _get_reward(texts: list[str], prompts: list[str]) -> dict[str, Any]:
     return {"query": texts, "prompts": prompts, "labels": [""] * len(texts)}
 
 

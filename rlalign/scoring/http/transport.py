@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import httpx
@@ -23,7 +23,7 @@ FIRST_WAIT, LONGEST_WAIT = 0.25, 8.0  # seconds between attempts, doubled each t
 IDLE = 2.0  # seconds an unused connection is kept: less than the 5 after which uvicorn closes it under a request
 SHOWN = 300  # characters of a server's message that an error repeats
 
-Json = dict[str, object] | list[object]
+Json = dict[str, Any] | list[Any]
 T = TypeVar("T")
 
 
@@ -40,7 +40,7 @@ class Call:
     """One HTTP request. body None: GET."""
 
     path: str
-    body: dict[str, object] | None = None
+    body: dict[str, Any] | None = None
 
 
 class Transport:
@@ -81,7 +81,7 @@ class Transport:
 
     async def asend(self, call: Call) -> Json:
         """`send` in the caller's event loop; cancelling it closes the connection."""
-        deadline, failed = time.monotonic() + self.timeout, None
+        deadline, failed, attempt = time.monotonic() + self.timeout, None, 0
         for attempt in range(self.retries + 1):
             left = deadline - time.monotonic()
             if left <= 0:

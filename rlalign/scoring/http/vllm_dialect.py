@@ -7,7 +7,7 @@ logit_sigma act on them all the same, and only the development endpoint /server_
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -32,7 +32,12 @@ if TYPE_CHECKING:
     from rlalign.scoring.params import Activation
 
 PROBE = [[1, 2, 3], [3, 2]]  # token ids that every vocabulary has
-SHAPES = {"classify": (-1,), "token_classify": (-1, -1), "embed": (-1,), "token_embed": (-1, -1)}
+SHAPES: dict[Task, tuple[int, ...]] = {
+    "classify": (-1,),
+    "token_classify": (-1, -1),
+    "embed": (-1,),
+    "token_embed": (-1, -1),
+}
 BATCH = 256
 REFUSES = ("max_tokens_per_item", "step_tag_id", "returned_token_ids", "skip_reading_prefix_cache")
 
@@ -72,7 +77,7 @@ class VLLMDialect:
                 Call(path="/generative_scoring", body=_judge(request, info, span, k))
                 for k in range(len(request.labels[span[0]]))
             ]
-        common: dict[str, object] = {"model": info.id, "use_activation": False}
+        common: dict[str, Any] = {"model": info.id, "use_activation": False}
         if request.params.truncate_prompt_tokens is not None and request.sequences is None:
             common["truncate_prompt_tokens"] = request.params.truncate_prompt_tokens
         if not info.causal:
@@ -92,12 +97,13 @@ class VLLMDialect:
             ]
         values = in_order(entries(bodies[0], "data"), span, "data" if served.info.causal else "score")
         found = [
-            answer(value, request, i, shape=SHAPES[request.params.task]) for value, i in zip(values, span, strict=True)
+            answer(value, request, i, shape=SHAPES[request.params.chosen])
+            for value, i in zip(values, span, strict=True)
         ]
         return [_uncalibrated(one, served.info.pooler) for one in found]
 
 
-def _what_it_does(ask: Ask, model: object, pairs: bool) -> tuple[Task, int, Activation]:
+def _what_it_does(ask: Ask, model: Any, pairs: bool) -> tuple[Task, int, Activation]:
     """(task, labels or embedding size, what use_activation=true applies), from two small requests."""
     if pairs:
         raw, activated = (_pair_scores(ask, model, flag) for flag in (False, True))
@@ -116,8 +122,10 @@ def _what_it_does(ask: Ask, model: object, pairs: bool) -> tuple[Task, int, Acti
                 raise
             refusals.append(f"{task}: {error}")
             continue
-        labels = raw[0].shape[-1]
-        return task, labels, activation_between(raw, activated) if "classify" in task else "identity"
+        activation = activation_between(raw, activated) if "classify" in task else "identity"
+        if raw[0] is None:
+            raise RequestFailed("the server answered a small test request with scores that are not numbers")
+        return task, raw[0].shape[-1], activation
     judge = Call(path="/generative_scoring", body=_judge_probe(model))
     try:
         entries(ask(judge), "data")
@@ -126,7 +134,7 @@ def _what_it_does(ask: Ask, model: object, pairs: bool) -> tuple[Task, int, Acti
     return "generative", 0, "identity"
 
 
-def _pair_scores(ask: Ask, model: object, activated: bool) -> list[np.ndarray | None]:
+def _pair_scores(ask: Ask, model: Any, activated: bool) -> list[np.ndarray | None]:
     body = {"model": model, "queries": "a", "documents": ["b", "c d"], "use_activation": activated}
     found = in_order(entries(ask(Call(path="/score", body=body)), "data"), range(2), "score")
     return [None if value is None else numbers([value]) for value in found]
@@ -160,7 +168,7 @@ def _uncalibrated(found: Answer, pooler: PoolerDefaults) -> Answer:
     return Answer(values=values.astype(np.float32), prompt_tokens=found.prompt_tokens, truncated=found.truncated)
 
 
-def _judge(request: HTTPRequest, info: ModelInfo, span: range, first: int) -> dict[str, object]:
+def _judge(request: HTTPRequest, info: ModelInfo, span: range, first: int) -> dict[str, Any]:
     """A request whose first label is number `first`: the only one whose probability comes back."""
     labels = request.labels[span[0]]
     return {
@@ -172,5 +180,5 @@ def _judge(request: HTTPRequest, info: ModelInfo, span: range, first: int) -> di
     }
 
 
-def _judge_probe(model: object) -> dict[str, object]:
+def _judge_probe(model: Any) -> dict[str, Any]:
     return {"model": model, "query": [1], "items": [[2]], "label_token_ids": [1, 2], "apply_softmax": False}

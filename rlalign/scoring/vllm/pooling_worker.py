@@ -5,7 +5,7 @@ vLLM offers no way to ask for both (vllm-project/vllm#20624). Goes when its pool
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -17,10 +17,18 @@ WITH_STATE = "rlalign_with_state"  # key in PoolingParams.extra_kwargs of a requ
 EXTENSION = f"{__name__}.PoolingWorkerExtension"
 
 
+class _Worker(Protocol):
+    """What vLLM's worker, into whose bases the extension goes, has."""
+
+    rank: int
+
+    def get_model(self) -> torch.nn.Module: ...
+
+
 class PoolingWorkerExtension:
     """RPCs that rlalign adds to the workers of a pooling engine."""
 
-    def rlalign_open_pooler(self) -> dict[str, object]:
+    def rlalign_open_pooler(self: _Worker) -> dict[str, Any]:
         """Let this rank's classification head give states to the requests that ask for them. Idempotent.
 
         Returns {"rank", "opened", "reason"}: opened is False where this model has no state in front of a head.

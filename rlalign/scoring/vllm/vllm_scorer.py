@@ -6,9 +6,9 @@ import hashlib
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedTokenizerBase
-    from vllm import LLM, PoolingRequestOutput, RequestOutput
+    from vllm import LLM, PoolingParams, PoolingRequestOutput, RequestOutput
+    from vllm.config.model import ModelDType
+    from vllm.tasks import PoolingTask
 
     from rlalign.scoring.hf.model_loading import FolderFacts
     from rlalign.scoring.result import ScoreResult
@@ -37,7 +39,7 @@ POOLING_TASKS: tuple[Task, ...] = ("classify", "token_classify", "embed", "token
 def engine_info(
     llm: LLM,
     tokenizer: PreTrainedTokenizerBase | None,
-    opened: list[dict[str, object]] | None,
+    opened: list[dict[str, Any]] | None,
     facts: FolderFacts,
 ) -> ModelInfo:
     """opened: each rank's answer to `rlalign_open_pooler`; None where the engine has no extension of ours.
@@ -47,7 +49,7 @@ def engine_info(
     config = llm.model_config
     hf_config = config.hf_config
     task = _task(llm)
-    labels = hf_config.num_labels if task in ("classify", "token_classify") else 0
+    labels = (hf_config.num_labels or 0) if task in ("classify", "token_classify") else 0
     causal = config.attn_type == "decoder"
     exposes, reason = _hidden_states(task, config.architecture, causal, opened)
     pooler = config.pooler_config
@@ -104,7 +106,7 @@ def _task(llm: LLM) -> Task:
 
 
 def _hidden_states(
-    task: Task, architecture: str, causal: bool, opened: list[dict[str, object]] | None
+    task: Task, architecture: str, causal: bool, opened: list[dict[str, Any]] | None
 ) -> tuple[bool, str]:
     """(exposed, why not)."""
     if task == "generative":
@@ -145,7 +147,7 @@ class PreparedVLLM:
         return sum(map(len, self.sequences))
 
 
-class VLLMScorer(Scoring):
+class VLLMScorer(Scoring[PreparedVLLM]):
     """Scores through one offline vLLM engine. Raw logits; vLLM's own default, the activated score, needs use_activation=True.
 
     Whatever the engine's PoolerConfig does to a logit (`logit_mean`, `logit_sigma`) is part of `scores` and taken back in
@@ -157,14 +159,16 @@ class VLLMScorer(Scoring):
         """Take over a running engine. States before the head need one that `VLLMScorer.start` made."""
         import vllm
 
-        self.tokenizer = None if llm.model_config.skip_tokenizer_init else llm.get_tokenizer()
+        read = None if llm.model_config.skip_tokenizer_init else llm.get_tokenizer()
+        self.tokenizer = cast("PreTrainedTokenizerBase | None", read)
         extended = llm.llm_engine.vllm_config.parallel_config.worker_extension_cls == pooling_worker.EXTENSION
         _require_errors(vllm.__version__)
         pools = llm.runner_type == "pooling"
         opened = llm.collective_rpc("rlalign_open_pooler") if extended and pools else None
         facts = folder_facts(llm.model_config.model, llm.model_config.revision)
         self.info = engine_info(llm, self.tokenizer, opened, facts)
-        self._llm, self._lock = llm, threading.Lock()
+        self._llm: LLM | None = llm
+        self._lock = threading.Lock()
         self._sequencer = Sequencer(
             self.tokenizer,
             pairs=not self.info.causal,
@@ -179,9 +183,9 @@ class VLLMScorer(Scoring):
         cls,
         path: str | Path,
         *,
-        task: str = "classify",
-        dtype: str = "auto",
-        pooler_config: dict[str, object] | None = None,
+        task: Task = "classify",
+        dtype: ModelDType = "auto",
+        pooler_config: dict[str, Any] | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
         enforce_eager: bool = True,
@@ -209,7 +213,7 @@ class VLLMScorer(Scoring):
             LLM(
                 model=str(path),
                 runner="generate" if judge else "pooling",
-                pooler_config=None if judge else PoolerConfig(task=task, **(pooler_config or {})),
+                pooler_config=None if judge else PoolerConfig(task=cast("PoolingTask", task), **(pooler_config or {})),
                 dtype=dtype,
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
@@ -256,7 +260,7 @@ class VLLMScorer(Scoring):
 
     def _outputs(self, requests: Sequence[PreparedVLLM]) -> list[PoolingRequestOutput] | list[RequestOutput]:
         """One output an item, in order."""
-        from vllm import PoolingParams, SamplingParams
+        from vllm import SamplingParams
 
         if self._llm is None:
             raise RuntimeError(f"{self.info.id}: this scorer's engine is closed")
@@ -272,26 +276,28 @@ class VLLMScorer(Scoring):
                         )
                     )
                 else:
-                    wanted.append(_pooling(PoolingParams, request.params, sequence))
+                    wanted.append(_pooling(request.params, sequence))
         if not prompts:
             return []
         with self._lock:
             if self.info.tasks == ("generative",):
                 outputs = self._llm.generate(prompts, wanted, use_tqdm=False)
             else:
-                outputs = self._llm.encode(prompts, wanted, pooling_task=self.info.tasks[0], use_tqdm=False)
+                task = cast("PoolingTask", self.info.tasks[0])
+                outputs = self._llm.encode(prompts, wanted, pooling_task=task, use_tqdm=False)
         if len(outputs) != len(prompts):
             raise RuntimeError(f"vLLM answered {len(outputs)} of {len(prompts)} items")
         return outputs
 
     def _answer(self, request: PreparedVLLM, index: int, output: PoolingRequestOutput | RequestOutput) -> Answer:
         sequence = request.sequences[index]
-        facts = {"prompt_tokens": len(sequence), "truncated": sequence.truncated}
+        facts = Answer(prompt_tokens=len(sequence), truncated=sequence.truncated)
         if request.params.task == "generative":
-            return _judged(output, request.labels[index], facts)
-        if output.error is not None:
-            return Answer(error=f"vLLM: {output.error.message}", **facts)
-        values, state = output.outputs.data.float(), None
+            return _judged(cast("RequestOutput", output), request.labels[index], facts)
+        pooled = cast("PoolingRequestOutput", output)
+        if pooled.error is not None:
+            return replace(facts, error=f"vLLM: {pooled.error.message}")
+        values, state = pooled.outputs.data.float(), None
         if request.params.return_pooled_hidden_states:
             columns = self.info.num_labels
             if values.shape != (columns + self.info.hidden_size,):
@@ -303,7 +309,7 @@ class VLLMScorer(Scoring):
         pooler = self.info.pooler
         if self.info.already_calibrated:  # the engine's affine map is undone; `scores` apply it again, or another one
             values = values.double() * (pooler.logit_sigma or 1.0) + (pooler.logit_mean or 0.0)
-        return Answer(values=values.numpy().astype(np.float32), state=state, **facts)
+        return replace(facts, values=values.numpy().astype(np.float32), state=state)
 
 
 def _require_errors(version: str) -> None:
@@ -316,15 +322,17 @@ def _require_errors(version: str) -> None:
         )
 
 
-def _pooling(kind: type, params: ScoringParams, sequence: TokenSequence) -> object:
+def _pooling(params: ScoringParams, sequence: TokenSequence) -> PoolingParams:
     """vLLM's PoolingParams of one item. Activations and cuts happen here, in the same arithmetic for every backend."""
-    extra = {}
+    from vllm import PoolingParams
+
+    extra: dict[str, bool | int] = {}
     if params.return_pooled_hidden_states:
         extra[pooling_worker.WITH_STATE] = True
     if sequence.type_ids is not None and 1 in sequence.type_ids:
         extra["compressed_token_type_ids"] = sequence.type_ids.index(1)
-    return kind(
-        task=params.task,
+    return PoolingParams(
+        task=cast("PoolingTask", params.task),
         use_activation=False,
         step_tag_id=params.step_tag_id,
         returned_token_ids=params.returned_token_ids,
@@ -333,13 +341,13 @@ def _pooling(kind: type, params: ScoringParams, sequence: TokenSequence) -> obje
     )
 
 
-def _judged(output: RequestOutput, labels: list[int], facts: dict[str, int | bool]) -> Answer:
+def _judged(output: RequestOutput, labels: list[int], facts: Answer) -> Answer:
     """Log-probabilities of the label tokens after the prompt."""
     completion = output.outputs[0] if output.outputs else None
     if completion is None or not completion.logprobs or completion.finish_reason in ("error", "abort"):
         reason = "no completion" if completion is None else f"finished with {completion.finish_reason!r}"
-        return Answer(error=f"vLLM: {reason}, without the labels' log-probabilities", **facts)
+        return replace(facts, error=f"vLLM: {reason}, without the labels' log-probabilities")
     found = completion.logprobs[0]
     if missing := [token for token in labels if token not in found]:
-        return Answer(error=f"vLLM: no log-probability of label tokens {missing}", **facts)
-    return Answer(values=np.array([found[token].logprob for token in labels], np.float32), **facts)
+        return replace(facts, error=f"vLLM: no log-probability of label tokens {missing}")
+    return replace(facts, values=np.array([found[token].logprob for token in labels], np.float32))

@@ -1,0 +1,286 @@
+"""The smaller sections of a run. Each refuses what it can see by itself, with one readable line that names the key."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(f"configuration: {message}")
+
+
+def positive(section: object, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        require(value > 0, f"{prefix}.{name}={value}: must be positive")
+
+
+class HeadDtype(enum.Enum):
+    """Dtype of the logits on both sides. There is one for the run: a one-sided float32 head can be worse than none."""
+
+    float32 = "float32"
+    master = "master"  # float32 with the optimizer's unrounded fp32 lm_head on both sides; 16-bit bodies only
+    model = "model"  # the body's dtype: rlalign's head is off
+
+
+class Dtype(enum.Enum):
+    """Dtype of the model's body, on both sides."""
+
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The model: where it is, and its dtype."""
+
+    path: str = "???"  # Hugging Face folder, or tiny:untied / tiny:tied (built and cached on first use)
+    dtype: Dtype = Dtype.bfloat16
+
+
+class ScheduleMode(enum.Enum):
+    """When completions are sampled, and with which weights."""
+
+    synchronous = "synchronous"  # sample, train, publish, in turn: every token has lag 0
+    one_step_off = "one_step_off"  # the next step's are sampled while this one trains; publishing waits for them
+    in_flight = "in_flight"  # weights change under running requests; servers only
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    """Outside `synchronous` tokens are older than the policy they train: algo.correction is asked for."""
+
+    mode: ScheduleMode = ScheduleMode.synchronous
+    max_lag: int = 1  # steps that sampling may run ahead of the published weights; more than 1 with in_flight only
+    uncorrected: bool = False  # train on older tokens without algo.correction, as if they were the current policy's
+    k3_limit: float = 0.1  # nats per token: old against rollout on tokens of older versions; mismatch.action past it
+    probe_every: int = 10  # steps between samples at lag 0, which alone measure the engine mismatch; 0: never
+    probe_prompts: int = 4  # one completion each; rounded up to a multiple of the trainer ranks
+
+    def __post_init__(self) -> None:
+        positive(self, "schedule", "max_lag", "k3_limit", "probe_prompts")
+        require(
+            self.mode is ScheduleMode.in_flight or self.max_lag == 1,
+            f"schedule.max_lag={self.max_lag} with schedule.mode={self.mode.value}: only in_flight samples further ahead "
+            "than one step",
+        )
+        require(self.probe_every >= 0, f"schedule.probe_every={self.probe_every}: cannot be negative")
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """Checkpoints: how often, how many, and whether a run goes on from one."""
+
+    every: int = 0  # steps; 0: only when a signal (SIGTERM, SIGUSR1) ends the run
+    keep: int = 2  # newest ones kept; an older one goes only when a newer one is complete
+    resume: str = "never"  # never | auto (from the newest whole checkpoint, else from the start) | must
+    accept_changes: bool = False  # resume although the configuration differs from the checkpoint's
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"checkpoint.every={self.every}: cannot be negative")
+        require(self.keep >= 1, f"checkpoint.keep={self.keep}: at least one must stay")
+        require(
+            self.resume in ("never", "auto", "must"), f"checkpoint.resume={self.resume!r}: choose never, auto or must"
+        )
+
+
+@dataclass(kw_only=True)
+class TaskConfig:
+    """The task: prompts and their verifier."""
+
+    name: str = "???"  # reasoning-gym task, jsonl:FILE or hf:DATASET
+    params: dict[str, Any] = field(default_factory=dict)  # the task's own parameters
+    train_size: int = 512  # distinct prompts
+    chat_template: bool = False  # wrap each prompt in the tokenizer's chat template
+    eval_size: int = 128  # distinct prompts, none of them in the training split
+    seed: int = 0
+    unusable_prompts: str = "stop"  # stop | drop: those too long for the engine, all looked at before the first step
+
+    def __post_init__(self) -> None:
+        positive(self, "task", "train_size", "eval_size")
+        require(
+            self.unusable_prompts in ("stop", "drop"),
+            f"task.unusable_prompts={self.unusable_prompts!r}: choose stop or drop",
+        )
+
+
+BACKENDS = ("wandb", "tensorboard", "trackio")
+
+
+@dataclass(kw_only=True)
+class TrackingConfig:
+    """What a run writes down, how often, and where else it shows."""
+
+    backends: list[str] = field(
+        default_factory=lambda: ["wandb"]
+    )  # any of wandb, tensorboard, trackio; [] for the files alone
+    wandb: str = "auto"  # auto (online when logged in) | online | offline | disabled
+    project: str = "rlalign"
+    group: str = ""  # runs of one experiment, such as both sides of an A/B (wandb, trackio)
+    job_type: str = ""  # what this run is in its group, such as baseline (wandb)
+    tags: list[str] = field(default_factory=list)  # wandb
+    prometheus_port: int = 0  # GET /metrics while the run lives; 0: none
+    prometheus_host: str = "127.0.0.1"  # 0.0.0.0 for scrapers on other machines
+    eval_every: int = 10  # steps; the first and the last are always evaluated
+    eval_samples: int = 2  # completions of each held-out prompt, sampled as in training
+    tokens_every: int = 10  # steps between per-token parquet files; 0: never
+    replay_every: int = 0  # steps between those that `rlalign replay` can repeat; each saves the weights; 0: never
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.backends if name not in BACKENDS]
+        require(not unknown, f"tracking.backends: unknown {unknown}; choose from {', '.join(BACKENDS)}")
+        require(len(set(self.backends)) == len(self.backends), f"tracking.backends={self.backends}: one is there twice")
+        require(
+            self.wandb in ("auto", "online", "offline", "disabled"),
+            f"tracking.wandb={self.wandb!r}: choose auto, online, offline or disabled",
+        )
+        require(
+            0 <= self.prometheus_port < 2**16,
+            f"tracking.prometheus_port={self.prometheus_port}: a port is 1 to 65535, and 0 is none",
+        )
+        positive(self, "tracking", "eval_every", "eval_samples")
+        require(self.tokens_every >= 0, f"tracking.tokens_every={self.tokens_every}: cannot be negative")
+        require(self.replay_every >= 0, f"tracking.replay_every={self.replay_every}: cannot be negative")
+
+
+FILE_TRANSPORTS = ("shared_memory", "folder")
+
+
+WIRE_TRANSPORTS = ("gloo", "nccl")
+
+
+MEMORY_OF_ONE_BOX = "/dev/shm"
+
+
+@dataclass(kw_only=True)
+class WeightsConfig:
+    """Where and how published weights travel from the trainer to the rollout engines."""
+
+    transport: str = "shared_memory"  # shared_memory (one box) | folder (a shared filesystem) | gloo (CPU) | nccl (GPU)
+    shared: str = (
+        MEMORY_OF_ONE_BOX  # shared_memory, folder: where buckets lie; every rollout rank must be able to read it
+    )
+    bucket_mib: int = (
+        256  # MiB carried at once; a larger tensor is a bucket of its own. At most two exist at any moment
+    )
+    timeout_s: float = 120.0  # longest wait for one bucket, for a worker to join, for a file to be seen on another node
+    address: str = ""  # gloo, nccl: the first trainer rank's host as the rollout nodes reach it; empty: found
+    port: int = 0  # gloo, nccl: TCP port on that host where the workers meet; 0: any free one
+
+    def __post_init__(self) -> None:
+        positive(self, "weights", "bucket_mib", "timeout_s")
+        require(
+            self.transport in FILE_TRANSPORTS + WIRE_TRANSPORTS,
+            f"weights.transport={self.transport!r}: choose one of {', '.join(FILE_TRANSPORTS + WIRE_TRANSPORTS)}",
+        )
+        require(
+            self.transport != "folder" or self.shared != MEMORY_OF_ONE_BOX,
+            f"weights.transport=folder with weights.shared={self.shared}: that is the memory of one box; name a folder of a "
+            "filesystem that every node mounts, or use weights.transport=shared_memory",
+        )
+        require(0 <= self.port < 2**16, f"weights.port={self.port}: a TCP port is 1 to 65535; 0 takes any free one")
+
+
+class GateAction(enum.Enum):
+    """What happens when a limit is passed."""
+
+    stop = "stop"
+    warn = "warn"
+
+
+@dataclass(kw_only=True)
+class RuleConfig:
+    """One rule of the monitor; see rlalign.mismatch.monitor.Rule."""
+
+    metric: str = "???"  # a logged key, such as mismatch/lag0/p99 or mismatch/excess/k3
+    limit: float = "???"  # type: ignore[assignment]
+    above: bool = True  # alert over the limit; False: under it
+    window: int = 5  # steps whose median is judged
+    release: float | None = None  # where the alert ends; the limit itself when not given
+    action: str = "warn"  # log | warn | stop | checkpoint+stop
+
+    def __post_init__(self) -> None:
+        actions = ("log", "warn", "stop", "checkpoint+stop")
+        require(self.action in actions, f"mismatch.rules: action={self.action!r}: choose one of {', '.join(actions)}")
+
+
+@dataclass(kw_only=True)
+class MismatchConfig:
+    """What is done about a mismatch that is too large: the gate and the rules of the monitor."""
+
+    k3_limit: float = 1e-2  # nats per token; checked on every batch before it is trained on
+    action: GateAction = GateAction.stop
+    accept_k3: float = (
+        0.0  # nats per token on held-out completions of the updated weights; past it the update is undone; 0: off
+    )
+    accept_prompts: int = 8  # of those completions, one of each prompt
+    head_every: int = 10  # steps between measurements of the head in isolation; 0: never
+    floor: str = ""  # file of `rlalign parity --noise-floor --json FILE`: logs mismatch/excess/* beyond it
+    rules: list[RuleConfig] = field(default_factory=list)  # of the monitor over steps; empty: its defaults
+
+    def __post_init__(self) -> None:
+        positive(self, "mismatch", "k3_limit", "accept_prompts")
+        require(
+            self.accept_k3 >= 0, f"mismatch.accept_k3={self.accept_k3}: cannot be negative (0: updates are not judged)"
+        )
+        require(self.head_every >= 0, f"mismatch.head_every={self.head_every}: cannot be negative")
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    rank: int = 0  # of each adapter; 0: the whole model is trained
+    alpha: float = 32.0  # an adapter's product is scaled by alpha / rank
+    dropout: float = 0.0  # of an adapter's input, in forward_backward alone: scoring has none, so ratios start off 1
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])  # endings of module names; all but the lm_head
+
+    def __post_init__(self) -> None:
+        positive(self, "trainer.lora", "alpha")
+        require(self.rank >= 0, f"trainer.lora.rank={self.rank}: cannot be negative (0 trains the whole model)")
+        require(0.0 <= self.dropout < 1.0, f"trainer.lora.dropout={self.dropout}: must be at least 0 and below 1")
+        require(
+            bool(self.targets) and ("all-linear" not in self.targets or len(self.targets) == 1),
+            f"trainer.lora.targets={self.targets}: give endings of module names such as q_proj, or all-linear alone",
+        )
+
+
+BODIES = ("model", "mirrored", "exact")
+
+
+ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    """The trainer: DeepSpeed and its optimizer."""
+
+    zero_stage: int = 1  # DeepSpeed ZeRO 1, 2 or 3; 0 with a float32 body only
+    micro_batch_size: int = 16  # sequences in one forward, where rows are padded
+    pack_tokens: int = 0  # tokens in one forward, in a row without padding; 0: padded rows
+    # auto: transformers' choice (sdpa), eager where that would drop a soft cap; or one of ATTENTION by name
+    attention: str = "auto"
+    # model: as transformers rounds; mirrored: where the rollout engine rounds (CPU, bf16); exact: the same as exact=true
+    body: str = "model"
+    grad_clip: float = 1.0  # 2-norm
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass instead of keeping them
+    threads: int = 0  # torch threads; 0 leaves torch's choice. Two busy cores are faster with 1
+    logprob_chunk: int = 0  # tokens projected at once; 0 chooses
+    logprob_keep_mib: int = 0  # MiB of logits kept from the forward to the backward pass; 0 forms all of them again
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def __post_init__(self) -> None:
+        positive(self, "trainer", "micro_batch_size", "grad_clip")
+        require(self.zero_stage in (0, 1, 2, 3), f"trainer.zero_stage={self.zero_stage}: choose 0, 1, 2 or 3")
+        require(self.body in BODIES, f"trainer.body={self.body!r}: choose one of {', '.join(BODIES)}")
+        require(
+            self.attention in ATTENTION, f"trainer.attention={self.attention!r}: choose one of {', '.join(ATTENTION)}"
+        )
+        require(
+            min(self.threads, self.logprob_chunk, self.logprob_keep_mib, self.pack_tokens) >= 0,
+            "trainer.threads, trainer.logprob_chunk, trainer.logprob_keep_mib and trainer.pack_tokens cannot be negative",
+        )

@@ -2,10 +2,10 @@
 
 import pytest
 
-from rlalign.diagnose.doctor.examine import TABLE
+from rlalign.diagnose.doctor.examine import TABLE as SHIPS
 from rlalign.diagnose.families import cell, matrix, recipes
 
-TABLE = cell.read(TABLE)
+TABLE = cell.read(SHIPS)
 
 
 @pytest.mark.nightly

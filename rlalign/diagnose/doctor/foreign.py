@@ -15,8 +15,9 @@ from rlalign import mismatch
 from rlalign.config import Dtype, RunConfig
 from rlalign.diagnose import body_rounding
 from rlalign.diagnose.both_sides import trainer_network, trainer_scores
-from rlalign.diagnose.doctor import check, family, live, machine, tokens
+from rlalign.diagnose.doctor import check, live, machine, tokens
 from rlalign.diagnose.doctor.check import Check, guarded, judged
+from rlalign.diagnose.doctor.examine import of_family
 from rlalign.rollout.attached import AttachedEngine, attach
 from rlalign.rollout.worker import model_identity
 from rlalign.run.assembly import load_tokenizer, resolve_model
@@ -39,7 +40,7 @@ def examine_engine(config: RunConfig, target: str) -> list[Check]:
             *guarded("installation", lambda: machine.packages(config)),
             *guarded("vllm plugin", machine.plugin),
             *guarded("checkpoint", lambda: check.of_checkpoint(config)),
-            *guarded("family", lambda: family.of_checkpoint(config)),
+            *guarded("family", lambda: of_family(config)),
             *guarded("engine", lambda: _engine(config, target, stages.stage)),
         ]
 

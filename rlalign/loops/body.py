@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ from rlalign.trainer.rounding.probing import Probed, probe
 __all__ = ["Settled", "examine", "kept_plan", "mirror", "recorded", "settle"]
 
 T = TypeVar("T")
+R = TypeVar("R")
 NO_ARITHMETIC = ("_name_or_path", "dtype", "transformers_version", "architectures", "use_cache")  # of a model's config
 SEQUENCES, LENGTH = 6, 40  # of made-up tokens, for an engine whose prompts are not known
 
@@ -65,7 +66,7 @@ class Settled:
             for op, both in self.changed.items()
         ]
 
-    def as_dict(self) -> dict[str, object]:
+    def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return self.probed.as_dict() | {"choices": asdict(self.choices), "changed": dict(self.changed)}
 
@@ -76,7 +77,7 @@ class Settled:
         return self.plan
 
 
-def recorded(engine: Asked, drive: Callable[[], T], shared: Path, read: Callable[[dict], Probed]) -> tuple[Probed, T]:
+def recorded(engine: Asked, drive: Callable[[], T], shared: Path, read: Callable[[dict], R]) -> tuple[R, T]:
     """Record the engine's ops while `drive` lets it compute; returns what `read` makes of the first rank's recording."""
     engine.ask("rlalign_ops_start")
     with tempfile.TemporaryDirectory(prefix="rlalign-ops-", dir=shared) as folder:

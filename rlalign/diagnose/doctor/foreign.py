@@ -8,13 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from rlalign import mismatch
 from rlalign.config import Dtype, RunConfig
 from rlalign.diagnose import body_rounding
-from rlalign.diagnose.both_sides import trainer_network, trainer_scores
+from rlalign.diagnose.both_sides import head_weight, trainer_network, trainer_scores
 from rlalign.diagnose.doctor import check, live, machine, tokens
 from rlalign.diagnose.doctor.check import Check, guarded, judged
 from rlalign.diagnose.doctor.examine import of_family
@@ -24,6 +23,9 @@ from rlalign.run.assembly import load_tokenizer, resolve_model
 from rlalign.tracking.stages import Stages
 from rlalign.trainer.checkpoint_names import as_checkpoint
 from rlalign.types import LogprobSpec, Rollout, RolloutBatch, collate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 STAGES = 4
 
@@ -114,16 +116,16 @@ def _settings(engine: AttachedEngine, model: Path) -> Iterator[Check]:
         )
 
 
-def _weights(engine: AttachedEngine, network: nn.Module, model: Path) -> Iterator[Check]:
+def _weights(engine: AttachedEngine, network: PreTrainedModel, model: Path) -> Iterator[Check]:
     found = engine.verify(as_checkpoint(network, network.named_parameters()), hold=False)
     yield Check("weights", "ok", f"{found.tensors} tensors of {model} are what {found.ranks} rank(s) compute with")
 
 
-def _agreement(engine: AttachedEngine, network: nn.Module, model: Path, config: RunConfig) -> Iterator[Check]:
+def _agreement(engine: AttachedEngine, network: PreTrainedModel, model: Path, config: RunConfig) -> Iterator[Check]:
     """Given tokens through the engine's prefill and the folder's model, as far apart as rounding explains, or further."""
     head = config.head_dtype.value
     batch = _scored(engine, load_tokenizer(model), head, int(engine.identity()["max_model_len"]))
-    master_VD = network.get_output_embeddings().weight.detach().float() if head == "master" else None
+    master_VD = head_weight(network).detach().float() if head == "master" else None
 
     def score(part: RolloutBatch) -> tuple:
         return trainer_scores(network, part, head, temperature=1.0, master_VD=master_VD)
@@ -142,7 +144,7 @@ def _agreement(engine: AttachedEngine, network: nn.Module, model: Path, config: 
     yield live.mismatch_at_lag_0(measured)
 
 
-def _scored(engine: AttachedEngine, tokenizer: object, head: str, room: int) -> RolloutBatch:
+def _scored(engine: AttachedEngine, tokenizer: PreTrainedTokenizerBase, head: str, room: int) -> RolloutBatch:
     """The doctor's conversation, each message once and all of them in a row, with the engine's logprobs."""
     texts = [turn["content"] for turn in tokens.CONVERSATION]
     sequences = [tokenizer.encode(text)[: room - 1] for text in [*texts, "\n".join(texts)]]
@@ -154,5 +156,4 @@ def _scored(engine: AttachedEngine, tokenizer: object, head: str, room: int) -> 
         )
         for i, (ids, logprobs) in enumerate(zip(sequences, engine.score(sequences), strict=True))
     ]  # fmt: skip
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return collate(rollouts, pad_token_id=pad, spec=LogprobSpec(head_dtype=head))
+    return collate(rollouts, pad_token_id=0, spec=LogprobSpec(head_dtype=head))

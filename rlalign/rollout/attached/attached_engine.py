@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,7 +120,7 @@ class AttachedEngine:
             defaults=said["sampling_defaults"],
         )  # fmt: skip
 
-    def identity(self) -> dict[str, object]:
+    def identity(self) -> dict[str, Any]:
         """What the first rank said of itself: model, dtype, logprobs_mode, kv_cache_dtype, sampling_defaults, host and more."""
         return dict(self._identity[0])
 

@@ -59,3 +59,20 @@ def test_logprobs_tell_it_where_logits_are_never_shown(operands, cap, temperatur
     about = {"bias_V": None, "transform": transform.apply, "temperature": temperature}
     assert multiplied.of_logprobs(given(wide), hidden, weight, ids, **about).dtype == "float32"
     assert multiplied.of_logprobs(given(wide.bfloat16()), hidden, weight, ids, **about).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("sharpness", [14.0, 18.0, 20.0, 24.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_policy_that_is_nearly_sure_is_not_taken_for_another_dtype(sharpness, dtype):
+    """A logprob of -1e-4 is the difference of logits of 20: float32's own error is 1e-6, not 1e-11."""
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(500, 64, generator=generator) / 8
+        ids = torch.arange(12)
+        hidden = weight[ids] / weight[ids].norm(dim=1, keepdim=True) * sharpness
+        hidden = (hidden + 0.1 * torch.randn(12, 64, generator=generator)).to(dtype)
+        wide = projection.project(hidden, weight.to(dtype))
+        logprobs = wide.float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        about = {"bias_V": None, "transform": HeadTransform().apply, "temperature": 1.0}
+        found = multiplied.of_logprobs(logprobs, hidden, weight.to(dtype), ids, **about)
+        assert found.dtype in (None, "float32"), found

@@ -45,15 +45,18 @@ def said(found: Mapping[str, object]) -> str:
     return f"{found['dtype']} ({found['max_error']:.1e} from float64, bfloat16 {found['bfloat16_error']:.1e}{note})"
 
 
-def judge(found: Tensor, exact: Tensor, rounded: Mapping[str, Tensor]) -> Multiplied:
-    """Which dtype these values come from. All of one shape; exact: in float64; rounded: what each 16-bit dtype gives."""
+def judge(found: Tensor, exact: Tensor, rounded: Mapping[str, Tensor], *, size: float | None = None) -> Multiplied:
+    """Which dtype these values come from. All of one shape; exact: in float64; rounded: what each 16-bit dtype gives.
+
+    size: of the largest number that float32 has rounded on the way to them; None where that is the largest of them.
+    """
     found, exact = found.detach().double().cpu(), exact.cpu()
     if not bool(torch.isfinite(found).all() and torch.isfinite(exact).all()) or not found.numel():
         return Multiplied(dtype=None, why="no finite values to compare")
     off = (found - exact).abs()
     costs = {name: (value.cpu().double() - exact).abs() for name, value in rounded.items()}
     error, cost = float(off.max()), float(costs["bfloat16"].max())
-    resolution = 4 * torch.finfo(torch.float32).eps * float(exact.abs().max())
+    resolution = 4 * torch.finfo(torch.float32).eps * (float(exact.abs().max()) if size is None else size)
     numbers = {"max_error": error, "bfloat16_error": cost}
     if cost * SMALLER <= resolution:
         return Multiplied(dtype=None, why="the values are too small or too round to tell dtypes apart", **numbers)
@@ -102,4 +105,6 @@ def of_logprobs(
         logprobs_NV = (transform(logits_NV).double() / temperature).log_softmax(-1)
         return logprobs_NV.gather(1, token_ids_N[:, None])[:, 0]
 
-    return judge(logprobs_N, chosen(exact_NV), {name: chosen(exact_NV.to(dtype)) for name, dtype in ROUNDED.items()})
+    rounded = {name: chosen(exact_NV.to(dtype)) for name, dtype in ROUNDED.items()}
+    # A probability near 1 has a logprob near 0, which is the difference of two large numbers.
+    return judge(logprobs_N, chosen(exact_NV), rounded, size=float(transform(exact_NV).abs().max()) / temperature)

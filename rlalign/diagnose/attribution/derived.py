@@ -67,15 +67,25 @@ class Seen:
 def mapping_of(
     engine: VLLMEngine, network: nn.Module, batch: RolloutBatch, pairs: Pairs | None, scratch: Path | None
 ) -> ModelMap:
-    """The user's pairs, or the built-in ones where a layer consists of what they expect, or what `derive` finds."""
+    """The user's pairs, or the built-in ones where a layer consists of what they expect and gives it, or what `derive` finds."""
     names = teacher_forcing.modules(engine), trainer_side.module_names(network)
     if pairs is not None:
         return match(*names, pairs)
     try:
-        return match(*names)
+        return _given(match(*names), _outline(engine, _probe(batch)))
     except ValueError:
         with tempfile.TemporaryDirectory(prefix="rlalign-derived-", dir=scratch) as folder:
             return derive(engine, network, batch, Path(folder))
+
+
+def _given(mapping: ModelMap, outline: Mapping[str, dict]) -> ModelMap:
+    """The mapping. Raises ValueError where the engine's module has nothing at a tap's place: Granite's layers return one tensor."""
+    for tap in mapping.rollout_taps:
+        about = outline.get(tap.module)
+        places = None if about is None else about["inputs" if tap.side == "input" else "outputs"]
+        if places is not None and tap.side != "attention" and tap.index not in [place for place, _ in places]:
+            raise ValueError(f"{tap.module} has no {tap.side} {tap.index} for {tap.point}")
+    return mapping
 
 
 def derive(engine: VLLMEngine, network: nn.Module, batch: RolloutBatch, folder: Path) -> ModelMap:

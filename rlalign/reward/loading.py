@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -24,7 +24,6 @@ from rlalign.scoring.params import ScoringParams
 
 if TYPE_CHECKING:
     from rlalign.reward.model_reward import Score
-    from rlalign.scoring.http.http_scorer import DialectName
     from rlalign.scoring.params import ModelInfo
     from rlalign.scoring.scorer import Scoring
 
@@ -86,7 +85,7 @@ def _scorer(config: RewardModelConfig, folder: Path | None, what: str) -> Scorin
     server = config.server
     return HTTPScorer(
         server.url,
-        cast("DialectName", server.dialect),
+        server.dialect,
         model=server.model or None,
         tokenizer=server.tokenizer or None,
         api_key=_secret(server.api_key_env, what) if server.api_key_env else None,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from rlalign.config.sections import BACKENDS
 from rlalign.tracking.backend_contract import Backend, Places, Start
 
 if TYPE_CHECKING:
     from rlalign.config import TrackingConfig
 
-NEEDS = {"wandb": ("wandb", "train"), "tensorboard": ("tensorboard", "tensorboard"), "trackio": ("trackio", "trackio")}
 ENDPOINT_NEEDS = ("prometheus_client", "prometheus")
 
 
@@ -30,7 +31,7 @@ def places_of(config: TrackingConfig) -> Places:
 def require_installed(places: Places) -> None:
     """Raises ValueError naming the extra for a backend whose package is missing, before anything of the run is touched."""
     used = [name for name in places.backends if not (name == "wandb" and places.wandb_mode == "disabled")]
-    wanted = [(f"tracking.backends={name}", *NEEDS[name]) for name in used]
+    wanted = [(f"tracking.backends={name}", *BACKENDS[name]) for name in used]
     if places.port:
         wanted.append((f"tracking.prometheus_port={places.port}", *ENDPOINT_NEEDS))
     for setting, package, extra in wanted:
@@ -52,20 +53,4 @@ def endpoint(places: Places, *, name: str, project: str) -> dict[str, Backend]:
 
 def start(backend: str, given: Start) -> tuple[Backend | None, str]:
     """The backend, None where its own settings disable it, and what a reader must know about how it started."""
-    if backend == "tensorboard":
-        from rlalign.tracking.tensorboard_run import TensorBoardRun
-
-        return TensorBoardRun(given), ""
-    if backend == "trackio":
-        from rlalign.tracking.trackio_run import TrackioRun
-
-        run = TrackioRun(given)
-        return run, run.note
-    if given.places.wandb_mode == "disabled":
-        return None, ""
-    from rlalign.tracking.wandb_run import WandbRun, resolve_mode
-
-    if resolve_mode(given.places.wandb_mode) == "disabled":
-        return None, ""
-    run = WandbRun(given)
-    return run, run.note
+    return import_module(f"rlalign.tracking.{backend}_run").start(given)

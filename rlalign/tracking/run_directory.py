@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
+from rlalign.config.sections import BACKENDS
 from rlalign.tracking import backend_contract, backends, environment, files
 from rlalign.tracking.backend_contract import Backend, Places
 from rlalign.tracking.record import read_header, read_metrics
@@ -146,8 +147,7 @@ class Run:
             "host": socket.gethostname(),
             "wandb": {"mode": "disabled", "id": previous["wandb"]["id"] if previous else None},
         }
-        if previous and "trackio" in previous:
-            self._header["trackio"] = previous["trackio"]
+        self._header = {name: previous[name] for name in BACKENDS if previous and name in previous} | self._header
         self._write_start(previous)
         self._metrics, self._events, self._timeline = (
             (self.directory / file).open("a", encoding="utf-8")

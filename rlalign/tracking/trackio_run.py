@@ -76,3 +76,9 @@ def _latest(project: str, name: str) -> str | None:
     """The id of the newest run of that name, which is the one trackio would resume."""
     ids = [run.id for run in trackio.Api().runs(project) if run.name == name]
     return ids[-1] if ids else None
+
+
+def start(given: Start) -> tuple[TrackioRun, str]:
+    """The backend, and where it keeps the run."""
+    run = TrackioRun(given)
+    return run, run.note

@@ -155,3 +155,11 @@ class WandbRun:
 
 def _lost(cell: Cell) -> bool:
     return isinstance(cell, float) and not math.isfinite(cell)
+
+
+def start(given: Start) -> tuple[WandbRun | None, str]:
+    """The backend, None where wandb is switched off, and why it runs otherwise than was asked."""
+    if resolve_mode(given.places.wandb_mode) == "disabled":
+        return None, ""
+    run = WandbRun(given)
+    return run, run.note

@@ -88,8 +88,8 @@ def test_one_step_off_overlaps_and_a_resume_after_a_signal_equals_the_run_that_w
 def test_an_error_in_training_does_not_wait_for_the_generation_beside_it(run, engine, tmp_path, monkeypatch):
     from rlalign.objective import choice
 
-    real = choice.BY_TOKEN["grpo"]
-    monkeypatch.setitem(choice.BY_TOKEN, "grpo", lambda logprobs_BL, *a, **k: real(logprobs_BL * float("nan"), *a, **k))
+    real = choice.policy_loss
+    monkeypatch.setattr(choice, "policy_loss", lambda logprobs_BL, *a, **k: real(logprobs_BL * float("nan"), *a, **k))
     with pytest.raises(RuntimeError, match="the loss is nan"):
         run(tmp_path / "run")
 

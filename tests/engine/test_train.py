@@ -140,12 +140,12 @@ def test_one_setting_switches_both_heads_and_the_report_shows_the_difference(tmp
 def test_a_loss_that_is_not_finite_stops_before_the_weights_move(tmp_path, untied, monkeypatch):
     from rlalign.objective import choice
 
-    real = choice.BY_TOKEN["grpo"]
+    real = choice.policy_loss
 
     def poisoned(logprobs_BL, *args, **kwargs):
         return real(logprobs_BL * torch.nan, *args, **kwargs)
 
-    monkeypatch.setitem(choice.BY_TOKEN, "grpo", poisoned)
+    monkeypatch.setattr(choice, "policy_loss", poisoned)
     with pytest.raises(RuntimeError, match="the loss is nan.*No gradient was applied and no weights were published"):
         small_run(untied, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlalign.config import Dtype, RunConfig
+from rlalign.rollout import versions
 from rlalign.trainer.attention_choice import flex_fault
 
 # What the tests of this release ran on: major.minor, both ends included.
 TESTED = {
-    "vllm": ("0.28", "0.33"),
+    "vllm": ("0.28", ".".join(map(str, versions.NEWEST))),  # the oldest that the extra allows
     "torch": ("2.11", "2.13"),
     "transformers": ("5.16", "5.19"),
     "deepspeed": ("0.19", "0.19"),

@@ -6,15 +6,15 @@ import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from rlalign.config.reward import DIALECTS
 from rlalign.scoring.http.dialect import Ask, Dialect, HTTPRequest, known
-from rlalign.scoring.http.sglang_dialect import OURS, SGLangDialect
-from rlalign.scoring.http.text_dialects import InfinityDialect, OpenRLHFDialect, TEIDialect
+from rlalign.scoring.http.sglang_dialect import OURS
 from rlalign.scoring.http.transport import Call, Json, RequestFailed, Transport
-from rlalign.scoring.http.vllm_dialect import VLLMDialect
 from rlalign.scoring.params import InvalidParams, ScoringParams
 from rlalign.scoring.result import Answer, score_result
 from rlalign.scoring.scorer import Scoring, checked_inputs
@@ -25,14 +25,6 @@ if TYPE_CHECKING:
 
     from rlalign.scoring.result import ScoreResult
     from rlalign.scoring.scorer import Text
-
-DIALECTS: dict[str, type[Dialect]] = {
-    "vllm": VLLMDialect,
-    "sglang": SGLangDialect,
-    "tei": TEIDialect,
-    "infinity": InfinityDialect,
-    "openrlhf": OpenRLHFDialect,
-}
 
 
 def detect(ask: Ask) -> str:
@@ -72,7 +64,6 @@ def _optional(ask: Ask, path: str) -> Json | None:
         return None
 
 
-DialectName = Literal["auto", "vllm", "sglang", "tei", "infinity", "openrlhf"]
 CUTS = ("item_first", "truncate_prompt_tokens", "max_tokens_per_item")  # done while tokens are joined
 OF_ITEMS = (400, 413, 422)  # statuses that one bad item of a call can bring
 CLOSE = 1e-3  # relative; a logit that a second calibration would move moves by far more
@@ -106,7 +97,7 @@ class HTTPScorer(Scoring[HTTPRequest]):
     def __init__(
         self,
         base_url: str,
-        dialect: DialectName = "auto",
+        dialect: str = "auto",
         *,
         model: str | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
@@ -126,7 +117,7 @@ class HTTPScorer(Scoring[HTTPRequest]):
         self._concurrency = concurrency
         try:
             self.dialect = detect(self._transport.send) if dialect == "auto" else dialect
-            self._dialect = DIALECTS[self.dialect]()
+            self._dialect = _dialect(self.dialect)
             self._served = self._dialect.connect(self._transport.send, model=model, pairs=cross_encoder)
             self.info = self._served.info
             self.tokenizer = _tokenizer(tokenizer)
@@ -265,6 +256,11 @@ class HTTPScorer(Scoring[HTTPRequest]):
                     f"{self.info.id}: known_logits item {i} is {want:.6g}, the server gives {found:.6g}: it serves "
                     "another model, or calibrates or activates its scores. A calibrator on top would be wrong"
                 )
+
+
+def _dialect(name: str) -> Dialect:
+    module, _, kind = DIALECTS[name].partition(".")
+    return getattr(import_module(f"rlalign.scoring.http.{module}"), kind)()
 
 
 def _tokenizer(given: str | PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:

@@ -35,8 +35,10 @@ install-test:
 test-vllm-matrix: install-test ## the engine tests on every supported vLLM, each in an environment of its own
 	$(PY) scripts/test_vllm_matrix.py
 
-lint: install-test
+lint: install-test       ## style, the order of rooms, and types (pyright comes with the first call)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && .venv/bin/lint-imports
+	@[ -x .venv/bin/pyright ] || $(PY) -m pip install -q "pyright==1.1.414"
+	.venv/bin/pyright
 
 clean:
 	rm -rf .venv runs site htmlcov

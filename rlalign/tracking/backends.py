@@ -53,4 +53,6 @@ def endpoint(places: Places, *, name: str, project: str) -> dict[str, Backend]:
 
 def start(backend: str, given: Start) -> tuple[Backend | None, str]:
     """The backend, None where its own settings disable it, and what a reader must know about how it started."""
+    if backend == "wandb" and given.places.wandb_mode == "disabled":
+        return None, ""  # without the package, which is not asked for then
     return import_module(f"rlalign.tracking.{backend}_run").start(given)

@@ -11,6 +11,7 @@ from rlalign.head import steady
 from rlalign.trainer.network import load
 from rlalign.trainer.rounding import mirroring, variants
 from rlalign.trainer.rounding.mirroring import KNOWN, BodyPlan, Choices, mirror_body, unmirror_body
+from rlalign.trainer.rounding.probing import OpDifference, Probed
 from rlalign.trainer.rounding.variants import ENGINE_KERNEL, MODEL, ONE_ORDER, ROUNDED_ONCE, SUM_ROUNDED_LATE
 
 SIZES = {
@@ -260,3 +261,19 @@ def test_every_op_has_the_models_own_rounding_as_its_cheapest_variant():
     with pytest.raises(ValueError, match="no variants of an op 'bias'"):
         variants.of("bias")
     assert ONE_ORDER in {v.name for v in variants.of("products")}
+
+
+@pytest.mark.parametrize("op, model, other, chosen", [
+    (variants.ATTENTION, 0, 0, variants.ENGINE_KERNEL),  # a tie over some rows
+    (variants.PRODUCTS, 0, 0, variants.ONE_ORDER),
+    (variants.ROPE, 0, 0, variants.MODEL),
+    (variants.ATTENTION, 0, 3, variants.MODEL),
+    (variants.ROPE, 5, 0, variants.ROUNDED_ONCE),
+])  # fmt: skip
+def test_a_tie_goes_to_the_engines_order_where_an_op_adds_up_and_to_the_cheapest_elsewhere(op, model, other, chosen):
+    second = {variants.ATTENTION: variants.ENGINE_KERNEL, variants.PRODUCTS: variants.ONE_ORDER}
+    rows = tuple(
+        OpDifference(op, "part", "Kind", name, cost, ms=1.0, elements=100, prefill=apart / 100, decode=0.0, apart=apart)
+        for cost, (name, apart) in enumerate([(variants.MODEL, model), (second.get(op, variants.ROUNDED_ONCE), other)])
+    )
+    assert getattr(Probed(rows, {}, tokens=50).choices, op) == chosen

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from rlalign.rollout.engine.embedded import VLLMEngine
     from rlalign.trainer.rounding.mirroring import BodyPlan
 
+LOGITS = 2**25  # at a time, where a head builds them: 128 MiB in float32, of which a softmax makes several copies
+
 
 def task_prompts(tokenizer: PreTrainedTokenizerBase, config: RunConfig, *, count: int) -> list[list[int]]:
     """Token ids of the task's first training prompts; with task.unusable_prompts=drop of those that fit."""
@@ -139,18 +141,24 @@ def head_logprobs(
     """[B, L] float32 on CPU: the trainer's logprobs of the sampled tokens from given hidden states, with this head.
 
     head_dtype: "model", "float32" or "master", which needs master_VD. The head stays mirrored like this afterwards.
-    chunk: as in `mirror`. exact: as old_logprobs are computed; otherwise as in the pass with a gradient.
+    chunk: as in `mirror`. exact: as old_logprobs are computed; otherwise as in the pass with a gradient. The model's own head
+    builds logits, of as many sequences at a time as fit LOGITS of them.
     """
     from rlalign.trainer.head_mirror import Tokens, mirror
 
     mirror(network, head_dtype=head_dtype, chunk=chunk).master_VD = master_VD if head_dtype == "master" else None
     device = hidden_BLD.device
     cut = Truncation.of(batch.spec) if batch.spec.truncated else None
-    ids_BL, mask_BL = batch.token_ids_BL.to(device), batch.loss_mask_BL.to(device)
-    kept = batch.kept if batch.spec.truncated else None
-    tokens = Tokens(ids_BL, mask_BL, temperature, kept, cut, batch.spec.vocab_size)
-    logprobs_BL, *_ = lm_head_of(network)(hidden_BLD, tokens, exact=exact)
-    return logprobs_BL.cpu()
+    lm_head = lm_head_of(network)
+    length, vocabulary = batch.token_ids_BL.shape[1], head_weight(network).shape[0]
+    at_once = max(1, LOGITS // (length * vocabulary)) if head_dtype == "model" else len(batch)
+    found = []
+    for start in range(0, len(batch), at_once):
+        part = batch.rows(slice(start, start + at_once))
+        ids_BL, mask_BL = part.token_ids_BL.to(device), part.loss_mask_BL.to(device)
+        tokens = Tokens(ids_BL, mask_BL, temperature, part.kept if cut else None, cut, batch.spec.vocab_size)
+        found.append(lm_head(hidden_BLD[start : start + at_once], tokens, exact=exact)[0].cpu())
+    return torch.cat(found)
 
 
 @contextmanager

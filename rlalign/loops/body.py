@@ -137,7 +137,7 @@ def _kept(config: PretrainedConfig, dtype: torch.dtype) -> Path:
     shape = {name: value for name, value in config.to_dict().items() if name not in NO_ARITHMETIC}
     parts = (
         about["versions"], about["cpu"], torch.backends.cpu.get_cpu_capability(), widened.is_widened(dtype),
-        torch.get_num_threads(), str(dtype), shape,
+        torch.get_num_threads(), str(dtype), shape, [(v.op, v.name) for v in variants.TABLE], variants.SUMS,
     )  # fmt: skip
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
     return cache_folder("bodies") / f"{digest}.json"

@@ -63,7 +63,8 @@ class Probed:
     def choices(self) -> Choices:
         """Of each op the variant with the fewest differing elements over all its parts; the cheapest where several tie.
 
-        Of products the one with one order of additions: some hundred rows without a difference say nothing of other numbers.
+        Of ops that add up (`variants.SUMS`) the costliest, which adds in the engine's order: some hundred rows without a
+        difference say nothing of other rows.
         """
         return Choices(**{op: self._best(op) for op in {row.op for row in self.rows}})
 
@@ -71,7 +72,7 @@ class Probed:
         rows, costs = [r for r in self.rows if r.op == op], {}
         for row in rows:
             costs[row.variant] = row.cost
-        return min(costs, key=lambda name: (self.apart(op, name), -costs[name] if op == PRODUCTS else costs[name]))
+        return min(costs, key=lambda name: (self.apart(op, name), -costs[name] if op in variants.SUMS else costs[name]))
 
     def apart(self, op: str, variant: str) -> int:
         """Elements of an op with other bits than the engine's; a part that has no such variant computes as the model does."""

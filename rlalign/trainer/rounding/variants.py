@@ -25,7 +25,7 @@ OPS = (ADD_AND_NORM, ROPE, ACTIVATION, PRODUCTS, ATTENTION, RESIDUAL)
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way to round an op. cost: its place among the op's variants, cheapest first; ties of the probe go to the lowest."""
+    """One way to round an op. cost: its place among the op's variants, cheapest first; `Probed.choices` settles ties."""
 
     op: str
     name: str
@@ -156,6 +156,7 @@ WEIGHT_WIDE = "weight_in_float32"
 ROUNDED_ONCE, ROUNDED_ONCE_WIDE_COS = "rounded_once", "rounded_once_cos_in_float32"
 ONE_ORDER, ENGINE_KERNEL = "one_order", "engine_kernel"
 BRANCHES_FIRST = "branches_first"
+SUMS = (PRODUCTS, ATTENTION)  # whose last variant adds up as the engine does, whatever the rows
 
 TABLE: tuple[Variant, ...] = (
     Variant(ADD_AND_NORM, MODEL, 0, "the sum, the normalised sum, its product with the weight"),

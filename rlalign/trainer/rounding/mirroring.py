@@ -202,8 +202,11 @@ def _mirror_rope(model: PreTrainedModel, choices: Choices) -> str:
         cos, sin = own(x.float() if wide else x, *args, **given)
         return (cos, sin) if turned else (cos.float(), sin.float())
 
-    known = [rotated_attention.mirror_rotation(module) for module in _attentions(model)]
+    toward_zero = choices.rope == variants.TRUNCATED_ONCE
+    known = [rotated_attention.mirror_rotation(module, toward_zero=toward_zero) for module in _attentions(model)]
     turned = all(known)
+    if toward_zero and not turned:
+        return f"the attention of {type(model).__name__} is not known, and what it is given it rounds to nearest"
     rotary.forward = MethodType(forward, rotary)
     return ""
 

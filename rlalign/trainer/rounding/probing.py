@@ -307,16 +307,19 @@ def _ropes(network: nn.Module, attention: nn.Module, given: list[Tensor], size: 
     extra = {"layer_type": kinds[attention.layer_idx]} if typed else {}
     heads = [x.flatten(1).unflatten(1, (-1, size)).transpose(0, 1)[None] for x in given[:2]]
 
-    def turned(states: list[Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:
+    def turned(
+        states: list[Tensor], like: Tensor, dtype: torch.dtype, narrowed: Callable[[Tensor], Tensor] = Tensor.bfloat16
+    ) -> Tensor:
         cos, sin = (x.to(dtype) for x in rotary(like, tokens.positions_T[None], **extra))
         found = turn(*(x.to(dtype) for x in states), cos, sin)
-        return torch.cat([x[0].transpose(0, 1).flatten(1).to(given[0].dtype) for x in found], dim=-1)
+        return torch.cat([narrowed(x[0].transpose(0, 1).flatten(1)) for x in found], dim=-1)
 
     narrow, wide = given[0].dtype, torch.float32
     return [
         (MODEL, lambda: turned(heads, heads[0], narrow)),
         (variants.ROUNDED_ONCE, lambda: turned(heads, heads[0], wide)),
         (variants.ROUNDED_ONCE_WIDE_COS, lambda: turned(heads, heads[0].float(), wide)),
+        (variants.TRUNCATED_ONCE, lambda: turned(heads, heads[0], wide, variants.truncated)),
     ]
 
 

@@ -16,11 +16,11 @@ KNOWN = (
 WITHOUT_WINDOW = ("LlamaAttention", "GraniteAttention")  # whatever their config says
 
 
-def mirror_rotation(attention: nn.Module) -> bool:
+def mirror_rotation(attention: nn.Module, *, toward_zero: bool = False) -> bool:
     """Replace the forward of an attention module of a KNOWN class; False for any other, which is left as it is."""
     if type(attention).__name__ not in KNOWN:
         return False
-    attention.forward = MethodType(_forward, attention)
+    attention.forward = MethodType(_toward_zero if toward_zero else _forward, attention)
     return True
 
 
@@ -37,6 +37,8 @@ def _forward(
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None = None,
     past_key_values: object = None,
+    *,
+    toward_zero: bool = False,
     **given: object,
 ) -> tuple[Tensor, Tensor | None]:
     """Projections, norms of queries and keys where there are any, rope, attention, projection."""
@@ -44,7 +46,9 @@ def _forward(
     query, key, value = (p(hidden_states).view(shape) for p in (self.q_proj, self.k_proj, self.v_proj))
     if hasattr(self, "q_norm"):
         query, key = self.q_norm(query), self.k_norm(key)
-    query, key = (variants.rotated(x.transpose(1, 2), *position_embeddings) for x in (query, key))
+    query, key = (
+        variants.rotated(x.transpose(1, 2), *position_embeddings, toward_zero=toward_zero) for x in (query, key)
+    )
     value = value.transpose(1, 2)
     if past_key_values is not None:
         key, value = past_key_values.update(key, value, self.layer_idx)
@@ -55,3 +59,7 @@ def _forward(
     dropout = self.attention_dropout if self.training else 0.0
     found, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **given)
     return self.o_proj(found.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+def _toward_zero(self: nn.Module, *args: object, **given: object) -> tuple[Tensor, Tensor | None]:
+    return _forward(self, *args, toward_zero=True, **given)

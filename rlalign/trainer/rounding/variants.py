@@ -105,24 +105,34 @@ class _Added(torch.autograd.Function):
         return grad, grad
 
 
-def rotated(states_HLE: Tensor, cos_LE: Tensor, sin_LE: Tensor) -> Tensor:
+def rotated(states_HLE: Tensor, cos_LE: Tensor, sin_LE: Tensor, *, toward_zero: bool = False) -> Tensor:
     """Rope in float32: both products and the sum, rounded once. States [..., H, L, E], cosines [..., L, E]."""
-    return _Rotated.apply(states_HLE, cos_LE, sin_LE)
+    return _Rotated.apply(states_HLE, cos_LE, sin_LE, toward_zero)
+
+
+def truncated(wide: Tensor) -> Tensor:
+    """float32 to bfloat16 by its upper half: toward zero."""
+    return (wide.contiguous().view(torch.int32) & -65536).view(torch.float32).bfloat16()
 
 
 class _Rotated(torch.autograd.Function):
     """Head by head, so that the float32 of one is all there is of it. The result lies as [..., L, H, E], which attention wants."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, states_HLE: Tensor, cos_LE: Tensor, sin_LE: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, states_HLE: Tensor, cos_LE: Tensor, sin_LE: Tensor, toward_zero: bool) -> Tensor:
         ctx.save_for_backward(cos_LE, sin_LE)
         (cos_1, cos_2), (sin_1, sin_2) = (x.float().chunk(2, dim=-1) for x in (cos_LE, sin_LE))
-        return _by_head(states_HLE, lambda x, y: (x * cos_1 - y * sin_1, y * cos_2 + x * sin_2))
+
+        def turn(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            wide = x * cos_1 - y * sin_1, y * cos_2 + x * sin_2
+            return (truncated(wide[0]), truncated(wide[1])) if toward_zero else wide
+
+        return _by_head(states_HLE, turn)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (cos_1, cos_2), (sin_1, sin_2) = (x.float().chunk(2, dim=-1) for x in ctx.saved_tensors)
-        return _by_head(grad, lambda x, y: (x * cos_1 + y * sin_2, y * cos_2 - x * sin_1)), None, None
+        return _by_head(grad, lambda x, y: (x * cos_1 + y * sin_2, y * cos_2 - x * sin_1)), None, None, None
 
 
 def _by_head(states_HLE: Tensor, turn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
@@ -154,6 +164,7 @@ def activated_once(gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) ->
 SUM_ROUNDED_LATE, SUM_ROUNDED_LATE_WEIGHT_WIDE = "sum_rounded_after_norm", "sum_rounded_after_norm_weight_in_float32"
 WEIGHT_WIDE = "weight_in_float32"
 ROUNDED_ONCE, ROUNDED_ONCE_WIDE_COS = "rounded_once", "rounded_once_cos_in_float32"
+TRUNCATED_ONCE = "truncated_once"
 ONE_ORDER, ENGINE_KERNEL = "one_order", "engine_kernel"
 BRANCHES_FIRST = "branches_first"
 SUMS = (PRODUCTS, ATTENTION)  # whose last variant adds up as the engine does, whatever the rows
@@ -170,6 +181,12 @@ TABLE: tuple[Variant, ...] = (
     Variant(ROPE, MODEL, 0, "cosine and sine, both products, their sum"),
     Variant(ROPE, ROUNDED_ONCE, 1, "cosine and sine, the result"),
     Variant(ROPE, ROUNDED_ONCE_WIDE_COS, 2, "the result"),
+    Variant(
+        ROPE,
+        TRUNCATED_ONCE,
+        3,
+        "cosine and sine; the result toward zero, as vLLM's kernels do without bf16 instructions",
+    ),
     Variant(ACTIVATION, MODEL, 0, "the activation, its product"),
     Variant(ACTIVATION, ROUNDED_ONCE, 1, "the product"),
     Variant(

@@ -10,7 +10,7 @@ from rlalign.diagnose.attribution import steps
 from rlalign.diagnose.attribution.measure import measure
 from rlalign.diagnose.families import building, recipes
 from rlalign.rollout.engine import own_process
-from rlalign.rollout.engine.arguments import require_dtype
+from rlalign.rollout.engine.arguments import require_dtype, require_one_window
 from rlalign.rollout.worker import readback
 from rlalign.trainer.checkpoint_names import as_checkpoint
 from rlalign.types import collate
@@ -171,3 +171,13 @@ def test_a_dtype_that_vllm_has_no_layers_for_on_this_device_is_refused_before_an
         require_dtype(tmp_path, "bfloat16")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "minicpm3", "kv_lora_rank": 32}))
     require_dtype(tmp_path, "float32")  # served with ordinary attention
+
+
+def test_a_window_of_which_the_two_libraries_have_two_ideas_is_refused_before_anything_runs(tmp_path):
+    """Cohere 2: up to its length both see every token, beyond it vLLM sees one more."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "cohere2", "sliding_window": 64}))
+    require_one_window(tmp_path, 64)
+    with pytest.raises(ValueError, match=r"max_model_len=65: .* vLLM, whose sliding layers see 65, .* use at most 64"):
+        require_one_window(tmp_path, 65)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3_text", "sliding_window": 64}))
+    require_one_window(tmp_path, 65)

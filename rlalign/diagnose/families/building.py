@@ -46,7 +46,10 @@ def perturbed(folder: Path, *, seed: int, dtype: str, size: float = 0.02) -> Pre
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    from rlalign.trainer import attention_choice
+
+    attention = attention_choice.of_folder(folder).name  # transformers' default drops Gemma 2's caps
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation=attention)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

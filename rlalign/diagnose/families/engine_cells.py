@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import traceback
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -136,7 +137,7 @@ class _Sides:
         tokenizer, policy = load_tokenizer(self.folder), start_policy(self.folder, config)
         try:
             parties = Parties(
-                engine=self.engine, trainer=policy, task=_LengthTask(), publish=partial(publish, receiver=self.engine),
+                engine=self.engine, trainer=policy, task=_ChecksumTask(), publish=partial(publish, receiver=self.engine),
                 encode=tokenizer.encode, pad_token_id=tokenizer.pad_token_id,
             )  # fmt: skip
             parties.publish(policy.named_weights(), policy.version)
@@ -171,8 +172,8 @@ class _Sides:
         return f"{found:.0e}"
 
 
-class _LengthTask:
-    """Prompts that a random model can be rewarded for: completions of odd length, in characters."""
+class _ChecksumTask:
+    """Prompts that a random model can be rewarded for: by a checksum, so that no two completions earn the same."""
 
     def train_prompts(self, step: int, count: int) -> list:
         from rlalign.tasks import Prompt
@@ -180,7 +181,7 @@ class _LengthTask:
         return [Prompt(prompt_id=i, text=f"{17 * i} + {i} =", answer="", source={}) for i in range(count)]
 
     def reward(self, prompt: object, completion: str) -> float:
-        return float(len(completion) % 2)
+        return zlib.crc32(completion.encode()) / 2**32
 
 
 def outcome(work: Callable[[], str]) -> Cell:

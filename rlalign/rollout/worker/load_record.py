@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import initialize_layerwise_reload, layerwise
 from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
@@ -85,10 +86,12 @@ class LoadRecord:
     _open: dict[int, tuple[nn.Module, str]] = field(default_factory=dict)  # by storage: parameters that wait on meta
     _inside: bool = False  # a loader
     _taken: set[int] = field(default_factory=set)
+    _late: list[ParallelLMHead] = field(default_factory=list)
 
     def watch(self) -> None:
         """Begin: the model's layers must already be open for a reload."""
         self._names = {id(module): name for name, module in self.model.named_modules()}
+        self._keep_late_biases()
         layerwise.get_numel_loaded, layerwise._layerwise_process = self._numel, self._process
         for module in self.model.modules():
             for name, tensor in layerwise.get_layer_tensors(module).items():
@@ -104,6 +107,9 @@ class LoadRecord:
         for tensor, loader in reversed(self._direct):  # one tensor may have been watched in two modules
             tensor.weight_loader = loader
         self._direct.clear()
+        for head in self._late:
+            del head._register_bias
+        self._late.clear()
         if self.dry:
             self._close_untouched()
 
@@ -224,6 +230,13 @@ class LoadRecord:
             expected.packed = None
         self.partial += [e.place for e in found if not e.whole]
         return found
+
+    def _keep_late_biases(self) -> None:
+        """vLLM's transformers backend makes a new bias of the lm_head at every load; here the one that it has is loaded."""
+        for module in self.model.modules():
+            if isinstance(module, ParallelLMHead) and module.bias is not None:
+                module._register_bias = lambda: None
+                self._late.append(module)
 
     def _watch_direct(self, module: nn.Module, name: str, tensor: Tensor) -> None:
         """A tensor that vLLM's reload never opens (a router's correction bias): its loader writes into it at once."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rlalign.rollout.engine.embedded import VLLMEngine
 
 LIMIT = {"float32": (1e-4, "nats at most"), "bfloat16": (1e-2, "k3")}
+LOADED = 1e-5  # nats between an engine that was published to and one that loaded the same weights
 MOVED = 1e-2  # nats: an update that changes less shows nothing
 NEEDED = {"head", "load", "score"}  # behind one of these that fails nothing is worth running
 
@@ -102,7 +103,18 @@ class _Sides:
         report = publish(as_checkpoint(self.moved, self.moved.named_parameters()), 1, receiver=self.engine)
         self._require_moved(self.after_BL)
         proofs = ", ".join(f"{count} {proof}" for proof, count in sorted(report.proofs.items()))
-        return f"{self._judged(self.after_BL)}; {proofs}"
+        return f"{self._judged(self.after_BL) if self.dtype == 'float32' else self._as_loaded()}; {proofs}"
+
+    def _as_loaded(self) -> str:
+        """The published weights in a fresh engine, from a file: the same logprobs, however far they are from transformers'."""
+        published = _as_float64(self.engine.score(self.sequences))
+        self.engine.close()
+        self.folder = building.saved(self.moved, self.folder.with_name("moved"))
+        self.load()
+        apart = float((_as_float64(self.engine.score(self.sequences)) - published).abs().max())
+        if not apart <= LOADED:
+            raise RuntimeError(f"the engine is {apart:.1e} nats from a fresh one that loaded the published weights")
+        return f"{_k3(published - self.after_BL):.0e}"
 
     def attribute(self) -> str:
         """Both sides hold equal weights, so that every step over its floor is a false alarm."""
@@ -162,14 +174,25 @@ class _Sides:
 
     def _judged(self, wanted_BL: Tensor) -> str:
         """Raises RuntimeError when the engine is further from transformers' own forward than rounding explains."""
-        import torch
-
         limit, unit = LIMIT[self.dtype]
-        apart = (torch.tensor(self.engine.score(self.sequences), dtype=torch.float64) - wanted_BL)[:, 1:]
-        found = float(apart.abs().max()) if self.dtype == "float32" else float((apart.exp() - 1 - apart).mean())
+        apart = _as_float64(self.engine.score(self.sequences)) - wanted_BL
+        found = float(apart.abs().max()) if self.dtype == "float32" else _k3(apart)
         if not found <= limit:
             raise RuntimeError(f"the engine is {found:.1e} {unit} from transformers' own forward, limit {limit:g}")
         return f"{found:.0e}"
+
+
+def _as_float64(scores: list[list[float]]) -> Tensor:
+    """[B, L] in float64."""
+    import torch
+
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def _k3(apart_BL: Tensor) -> float:
+    """Mean over all tokens but the first."""
+    found = apart_BL[:, 1:]
+    return float((found.exp() - 1 - found).mean())
 
 
 class _ChecksumTask:

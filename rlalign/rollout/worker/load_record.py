@@ -86,6 +86,7 @@ class LoadRecord:
     _open: dict[int, tuple[nn.Module, str]] = field(default_factory=dict)  # by storage: parameters that wait on meta
     _inside: bool = False  # a loader
     _taken: set[int] = field(default_factory=set)
+    _views: list[tuple[nn.Module, Tensor]] = field(default_factory=list)  # mixers, and what their conv_weights must be
     _late: list[ParallelLMHead] = field(default_factory=list)
 
     def watch(self) -> None:
@@ -110,6 +111,7 @@ class LoadRecord:
         for head in self._late:
             del head._register_bias
         self._late.clear()
+        self._repair_views()
         if self.dry:
             self._close_untouched()
 
@@ -225,11 +227,31 @@ class LoadRecord:
         for parameter, args in info.loaded_weights:
             twin.load(parameter, args, layerwise._get_original_loader, self._owners.pop(id(args)))
         found = twin.expected()
-        self.expected += found
+        self.expected += found + self._beside(name, twin, found)
         for expected in found if self.dry else ():
             expected.packed = None
         self.partial += [e.place for e in found if not e.whole]
         return found
+
+    def _beside(self, name: str, twin: readback.Twin, found: list[Expected]) -> list[Expected]:
+        """What a Mamba 2 mixer convolves with: a view of its layer's weight until that was packed, then memory of its own, which
+        vLLM's reload (0.32 on CPU, bfloat16) leaves as it was.
+        """
+        path = name.rpartition(".")[0]
+        mixer = self.model.get_submodule(path)
+        if twin.unpacked is None or "conv_weights" not in layerwise.get_layerwise_info(mixer).kernel_tensors[1]:
+            return []
+        wanted = twin.unpacked.clone()
+        self._views.append((mixer, wanted))
+        owners = [owner for e in found if e.parameter == "weight" for owner in e.owners]
+        return [Expected(f"{path}.conv_weights", mixer, "conv_weights", owners, digest=digest(wanted))]
+
+    def _repair_views(self) -> None:
+        for mixer, wanted in self._views if not self.dry else ():
+            if not torch.equal(mixer.conv_weights, wanted):
+                mixer.conv_weights.copy_(wanted)
+                self.repaired.append(f"{self._names[id(mixer)]}.conv_weights")
+        self._views.clear()
 
     def _keep_late_biases(self) -> None:
         """vLLM's transformers backend makes a new bias of the lm_head at every load; here the one that it has is loaded."""

@@ -125,7 +125,7 @@ def test_a_loader_that_vouches_for_itself_is_caught_by_its_output(experts, tmp_p
 
 
 def test_a_convolution_that_is_kept_twice_is_published_twice(tmp_path):
-    """Mamba 2 in bfloat16 convolves with memory that was a view of the weight before vLLM on CPU packed it, and its reload forgets."""
+    """Mamba 2 in bfloat16 on CPU: vLLM packs the weight away from the view that the mixer convolves with, and reloads only one."""
     folder = building.build(recipes.RECIPES["mamba2"], tmp_path / "mamba2")
     engine, model = start(folder, dtype="bfloat16"), building.perturbed(folder, seed=1, dtype="bfloat16")
     try:

@@ -54,7 +54,7 @@ RECIPES: dict[str, Recipe] = {
         EXPERTS
         | {
             "shared_expert_intermediate_size": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-            "linear_key_head_dim": 32, "linear_value_head_dim": 32, "layer_types": ["linear_attention", "full_attention"],
+            "linear_key_head_dim": 64, "linear_value_head_dim": 64, "layer_types": ["linear_attention", "full_attention"],
         },
     ),
     "gemma2": Recipe(

@@ -86,6 +86,7 @@ class LoadRecord:
     _open: dict[int, tuple[nn.Module, str]] = field(default_factory=dict)  # by storage: parameters that wait on meta
     _inside: bool = False  # a loader
     _taken: set[int] = field(default_factory=set)
+    _mixers: dict[str, nn.Module] = field(default_factory=dict)  # that keep a view of their convolution's weight
     _views: list[tuple[nn.Module, Tensor]] = field(default_factory=list)  # mixers, and what their conv_weights must be
     _late: list[ParallelLMHead] = field(default_factory=list)
 
@@ -95,6 +96,8 @@ class LoadRecord:
         self._keep_late_biases()
         layerwise.get_numel_loaded, layerwise._layerwise_process = self._numel, self._process
         for module in self.model.modules():
+            if "conv_weights" in layerwise.get_layerwise_info(module).kernel_tensors[1]:
+                self._mixers[self._names[id(module)]] = module
             for name, tensor in layerwise.get_layer_tensors(module).items():
                 if tensor.is_meta:
                     self._open[tensor.untyped_storage()._cdata] = module, name
@@ -238,8 +241,8 @@ class LoadRecord:
         vLLM's reload (0.32 on CPU, bfloat16) leaves as it was.
         """
         path = name.rpartition(".")[0]
-        mixer = self.model.get_submodule(path)
-        if twin.unpacked is None or "conv_weights" not in layerwise.get_layerwise_info(mixer).kernel_tensors[1]:
+        mixer = self._mixers.get(path)
+        if twin.unpacked is None or mixer is None:
             return []
         wanted = twin.unpacked.clone()
         self._views.append((mixer, wanted))

@@ -96,7 +96,7 @@ class LoadRecord:
         self._keep_late_biases()
         layerwise.get_numel_loaded, layerwise._layerwise_process = self._numel, self._process
         for module in self.model.modules():
-            if "conv_weights" in layerwise.get_layerwise_info(module).kernel_tensors[1]:
+            if "conv_weights" in (layerwise.get_layerwise_info(module).kernel_tensors or ({}, {}))[1]:
                 self._mixers[self._names[id(module)]] = module
             for name, tensor in layerwise.get_layer_tensors(module).items():
                 if tensor.is_meta:

@@ -10,7 +10,7 @@ from rlalign.diagnose.attribution import steps
 from rlalign.diagnose.attribution.measure import measure
 from rlalign.diagnose.families import building, recipes
 from rlalign.rollout.engine import inspection, own_process
-from rlalign.rollout.engine.arguments import require_dtype, require_one_window
+from rlalign.rollout.engine.arguments import require_dtype, require_one_window, require_reloads
 from rlalign.rollout.worker import readback
 from rlalign.trainer.checkpoint_names import as_checkpoint
 from rlalign.types import collate
@@ -200,6 +200,16 @@ def test_a_dtype_that_vllm_has_no_layers_for_on_this_device_is_refused_before_an
         require_dtype(tmp_path, "bfloat16")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "minicpm3", "kv_lora_rank": 32}))
     require_dtype(tmp_path, "float32")  # served with ordinary attention
+    require_reloads(tmp_path)
+
+
+def test_weights_that_vllm_cannot_load_again_are_refused_before_anything_runs(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v3", "kv_lora_rank": 512}))
+    if torch.cuda.is_available():
+        require_reloads(tmp_path)
+    else:
+        with pytest.raises(ValueError, match=r"cannot take new weights for latent attention \(deepseek_v3\)"):
+            require_reloads(tmp_path)
 
 
 def test_a_window_of_which_the_two_libraries_have_two_ideas_is_refused_before_anything_runs(tmp_path):

@@ -97,9 +97,11 @@ class _Sides:
         return self._judged(self.before_BL)
 
     def publish(self) -> str:
+        from rlalign.rollout.engine.arguments import require_reloads
         from rlalign.trainer.checkpoint_names import as_checkpoint
         from rlalign.weights import publish
 
+        require_reloads(self.folder)
         report = publish(as_checkpoint(self.moved, self.moved.named_parameters()), 1, receiver=self.engine)
         self._require_moved(self.after_BL)
         proofs = ", ".join(f"{count} {proof}" for proof, count in sorted(report.proofs.items()))

@@ -78,11 +78,29 @@ def require_dtype(model: Path, dtype: str) -> None:
         return
     kind = str(fields.get("model_type", ""))
     delta = "linear_key_head_dim" in fields
-    if delta or (kind.startswith("deepseek") and fields.get("kv_lora_rank")):
+    if delta or _latent(fields):
         layers = "gated delta nets" if delta else "latent attention"
         raise ValueError(
             f"model.dtype=float32: vLLM on CPU computes {layers} ({kind}) in bfloat16 only; use model.dtype=bfloat16, or a GPU"
         )
+
+
+def require_reloads(model: Path) -> None:
+    """Raise ValueError for a model that vLLM 0.32 on CPU loads once and never again: it keeps latent attention's `kv_b_proj` in its
+    kernel's form alone (docs/upstream.md). Such an engine scores and samples, and cannot be published to.
+    """
+    import torch
+
+    fields = _fields(model)
+    if _latent(fields) and not torch.cuda.is_available():
+        raise ValueError(
+            f"{model}: vLLM on CPU cannot take new weights for latent attention ({fields['model_type']}), so that no trainer can "
+            "publish to it; train this model on a GPU"
+        )
+
+
+def _latent(fields: dict[str, object]) -> bool:
+    return str(fields.get("model_type", "")).startswith("deepseek") and bool(fields.get("kv_lora_rank"))
 
 
 def require_one_window(model: Path, max_model_len: int) -> None:

@@ -94,7 +94,7 @@ def require_reloads(model: Path) -> None:
     fields = _fields(model)
     if _latent(fields) and not torch.cuda.is_available():
         raise ValueError(
-            f"{model}: vLLM on CPU cannot take new weights for latent attention ({fields['model_type']}), so that no trainer can "
+            f"vLLM on CPU cannot take new weights for latent attention ({fields['model_type']}), so that no trainer can "
             "publish to it; train this model on a GPU"
         )
 

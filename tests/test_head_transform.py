@@ -78,6 +78,18 @@ def test_what_is_read_is_what_transformers_own_forward_does(name):
         assert not torch.allclose(network.get_output_embeddings()(hidden), network(ids).logits)
 
 
+def test_a_forward_that_calls_the_decoder_inside_its_body_is_seen():
+    """OPT's goes past its own base model; a projection behind the layers is part of the body."""
+    torch.manual_seed(0)
+    network = hf.OPTForCausalLM(hf.OPTConfig(**BODY, ffn_dim=48, word_embed_proj_dim=16)).eval()
+    assert logit_check.transform_of(network) == HeadTransform()
+    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(
+            network.get_output_embeddings()(network.base_model(ids).last_hidden_state), network(ids).logits
+        )
+
+
 def test_a_field_that_is_not_read_is_refused_by_name():
     """As for a family that nobody has looked at: its forward multiplies, the reader finds nothing."""
 

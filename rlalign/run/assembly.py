@@ -144,8 +144,11 @@ def start_drift_watch(
 def start_engine(model: Path, config: RunConfig, say: Callable[[str], None] = print) -> VLLMEngine | ServerPool:
     """vLLM with the run's head, proved on every rank: inside this process, or behind HTTP (rollout.backend).
 
-    say: writes down what becomes of servers, from any thread.
+    say: writes down what becomes of servers, from any thread. Raises ValueError for a model that cannot be published to.
     """
+    from rlalign.rollout.engine.arguments import require_reloads
+
+    require_reloads(model)
     if config.rollout.backend == "server":
         from rlalign.rollout.server.launching import Launch, open_pool
 

@@ -53,7 +53,10 @@ def transform_of(model: nn.Module) -> HeadTransform:
 
 def observed(model: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Last hidden states [L, D], what the lm_head was given for them, what it answered [L, V], and the model's logits of that."""
-    body, head = model.base_model, model.get_output_embeddings()
+    bodies, head = (
+        {model.base_model, model.base_model.get_decoder()},
+        model.get_output_embeddings(),
+    )  # OPT calls the inner one
     generator = torch.Generator().manual_seed(0)
     device = next(model.parameters()).device
     config = model.config.get_text_config()
@@ -68,8 +71,10 @@ def observed(model: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         given.append(hidden.detach())
         return raw_1LV.clone()
 
-    forwards = {module: module.__dict__.get("forward") for module in (body, head)}
-    body.forward, head.forward = MethodType(stand_in, body), MethodType(answer, head)
+    forwards = {module: module.__dict__.get("forward") for module in (*bodies, head)}
+    head.forward = MethodType(answer, head)
+    for body in bodies:
+        body.forward = MethodType(stand_in, body)
     try:
         ids_1L = torch.zeros(1, ROWS, dtype=torch.int64, device=device)
         accepted = inspect.signature(model.forward).parameters

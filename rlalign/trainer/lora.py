@@ -6,6 +6,7 @@ R rank, K inputs, M outputs of a linear layer.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +17,18 @@ import torch
 from peft.tuners.lora import Linear
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from rlalign import ranks
 from rlalign.config import LoraConfig
 
 ADAPTER = "default"  # peft's name of an only adapter
 FOLDER = "adapter"  # inside a saved model's folder
+LINEAR = (nn.Linear, Conv1D)
+OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # that peft maps to fused experts
 BASE = ".base_layer"  # what peft inserts into the names of the weights below an adapter
+
+logger = logging.getLogger(__name__)
 
 
 class Adapters:
@@ -33,29 +39,27 @@ class Adapters:
 
         Raises ValueError where nothing matches the targets, or something else than a linear layer of the body.
         """
-        whole = config.targets == ["all-linear"]
+        head = network.get_output_embeddings()
+        targets = adapted(network) if config.targets == ["all-linear"] else config.targets
         self._settings = peft.LoraConfig(
             r=config.rank,
             lora_alpha=config.alpha,
             lora_dropout=config.dropout,
-            target_modules="all-linear" if whole else config.targets,
+            target_modules=targets,
+            fan_in_fan_out=any(type(m) is Conv1D for m in network.modules()),
             base_model_name_or_path=str(model),
             task_type="CAUSAL_LM",
             inference_mode=True,  # of the saved one
         )
         self._network = network
-        head = network.get_output_embeddings()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             peft.inject_adapter_in_model(self._settings, network, ADAPTER)
         self.layers = {name: m for name, m in network.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
         for name, layer in self.layers.items():
-            if type(layer) is not Linear or type(layer.get_base_layer()) is not nn.Linear or layer.base_layer is head:
-                what = (
-                    "the lm_head, whose product is not its own here" if layer.base_layer is head else "no linear layer"
-                )
+            if reason := _refusal(network, name, layer, head):
                 raise ValueError(
-                    f"trainer.lora.targets={config.targets}: {name} is {what}; target linear layers of the body"
+                    f"trainer.lora.targets={config.targets}: {name} {reason}; target linear layers of the body"
                 )
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(_is_adapter(name))
@@ -106,10 +110,47 @@ class Adapters:
                 layer.scaling[ADAPTER] = scale
 
 
+def adapted(network: nn.Module) -> list[str]:
+    """The linear layers that "all-linear" means: those of the body that can have an adapter. The log says what is left out.
+
+    Fused experts and their routers are no linear layers, and peft takes the names of MLPs beside them for theirs; Mamba's fused
+    kernels read the weight of `out_proj` past any adapter.
+    """
+    head = network.get_output_embeddings()
+    fused = any(name.endswith("experts.gate_up_proj") for name, _ in network.named_parameters())
+    found, left = [], []
+    for name, module in network.named_modules():
+        if type(module) in LINEAR and module is not head:
+            taken = (fused and name.rpartition(".")[2] in OF_EXPERTS) or _read_past(network, name)
+            (left if taken else found).append(name)
+    if fused or left:
+        kinds = sorted({name.rpartition(".")[2] for name in left} | ({"experts", "routers"} if fused else set()))
+        logger.warning(
+            "trainer.lora.targets=all-linear: no adapters in %s of %s", ", ".join(kinds), type(network).__name__
+        )
+    return found
+
+
 def put_in(network: nn.Module, folder: Path) -> nn.Module:
     """The network with the adapters of a folder, unmerged, as the trainer computes with them."""
     peft.PeftModel.from_pretrained(network, folder, autocast_adapter_dtype=False)
     return network
+
+
+def _read_past(network: nn.Module, name: str) -> bool:
+    """True for the output projection of a Mamba mixer."""
+    mixer, _, leaf = name.rpartition(".")
+    return leaf == "out_proj" and {"A_log", "D"} <= network.get_submodule(mixer)._parameters.keys()
+
+
+def _refusal(network: nn.Module, name: str, layer: nn.Module, head: nn.Module) -> str:
+    """Why this layer cannot have the adapter that was put into it; empty where it can."""
+    base = layer.get_base_layer()
+    if base is head:
+        return "is the lm_head, whose product is not its own here"
+    if type(layer) is not Linear or type(base) not in LINEAR:
+        return "is no linear layer"
+    return "is read by fused kernels past an adapter" if _read_past(network, name) else ""
 
 
 def _is_adapter(name: str) -> bool:
@@ -124,6 +165,8 @@ def _merged(layer: Linear) -> Tensor:
     a_RK, b_MR = _pair(layer)
     base_MK = layer.get_base_layer().weight.detach()
     change_MK = (b_MR.detach().float() @ a_RK.detach().float()) * layer.scaling[ADAPTER]
+    if type(layer.get_base_layer()) is Conv1D:
+        change_MK = change_MK.t().contiguous()
     return change_MK.add_(base_MK).to(base_MK.dtype)
 
 

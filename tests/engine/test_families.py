@@ -9,8 +9,8 @@ import torch
 from rlalign.diagnose.attribution import steps
 from rlalign.diagnose.attribution.measure import measure
 from rlalign.diagnose.families import building, recipes
-from rlalign.rollout.engine import own_process
-from rlalign.rollout.engine.arguments import require_dtype
+from rlalign.rollout.engine import inspection, own_process
+from rlalign.rollout.engine.arguments import require_dtype, require_one_window, require_reloads
 from rlalign.rollout.worker import readback
 from rlalign.trainer.checkpoint_names import as_checkpoint
 from rlalign.types import collate
@@ -67,8 +67,6 @@ def test_experts_that_vllm_does_not_pack_again_are_repaired_or_refused(experts, 
 
 
 def test_a_stale_expert_is_named_without_loading_anything(experts, tmp_path):
-    from rlalign.rollout.engine import inspection
-
     folder, engine = experts
     model, _ = published(folder, engine, tmp_path, version=5, seed=5)
     weights = list(as_checkpoint(model, model.named_parameters()))
@@ -126,6 +124,37 @@ def test_a_loader_that_vouches_for_itself_is_caught_by_its_output(experts, tmp_p
     assert max(steps.prove(engine, model, scratch=tmp_path).values()) < 1e-4
 
 
+def test_a_convolution_that_is_kept_twice_is_published_twice(tmp_path):
+    """Mamba 2 in bfloat16 on CPU: vLLM packs the weight away from the view that the mixer convolves with, and reloads only one."""
+    folder = building.build(recipes.RECIPES["mamba2"], tmp_path / "mamba2")
+    engine, model = start(folder, dtype="bfloat16"), building.perturbed(folder, seed=1, dtype="bfloat16")
+    try:
+        weights = list(as_checkpoint(model, model.named_parameters()))
+        publish(weights, 1, receiver=engine, shared=tmp_path)
+        sequences = building.probes()
+        apart = torch.tensor(engine.score(sequences), dtype=torch.float64) - building.reference(model, sequences)
+        assert float((apart.exp() - 1 - apart).mean()) < 5e-3  # 6e-2 with the old convolution
+        mixer = next(m for m in worker_of(engine._llm).get_model().modules() if hasattr(m, "conv_weights"))
+        assert inspection.differing_weights(engine, weights, shared=tmp_path) == {0: []}
+        mixer.conv_weights.view(-1)[0] += 1.0
+        (found,) = inspection.differing_weights(engine, weights, shared=tmp_path).values()
+        assert len(found) == 1 and "layers.0.mixer.conv1d.weight" in found[0]
+    finally:
+        engine.close()
+
+
+def test_the_bias_of_an_lm_head_that_every_load_makes_anew_is_published(tmp_path):
+    """Phi, through vLLM's transformers backend; the bias comes before the weight, as no model has them."""
+    folder = building.build(recipes.RECIPES["phi"], tmp_path / "phi")
+    engine, model = start(folder, dtype="float32"), building.perturbed(folder, seed=1, dtype="float32")
+    try:
+        weights = sorted(as_checkpoint(model, model.named_parameters()), key=lambda w: w[0] != "lm_head.bias")
+        report = publish(weights, 1, receiver=engine, shared=tmp_path)
+        assert report.proof_of["lm_head.bias"] == "bytes" and apart(engine, model) < 1e-4
+    finally:
+        engine.close()
+
+
 def test_a_layer_of_another_shape_is_attributed_to_its_norms(tmp_path):
     """Gemma 3 has norms behind attention and MLP, which no list of ours pairs; a fault of one is named exactly."""
     folder = building.build(recipes.RECIPES["gemma3"], tmp_path / "gemma3")
@@ -171,3 +200,23 @@ def test_a_dtype_that_vllm_has_no_layers_for_on_this_device_is_refused_before_an
         require_dtype(tmp_path, "bfloat16")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "minicpm3", "kv_lora_rank": 32}))
     require_dtype(tmp_path, "float32")  # served with ordinary attention
+    require_reloads(tmp_path)
+
+
+def test_weights_that_vllm_cannot_load_again_are_refused_before_anything_runs(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v3", "kv_lora_rank": 512}))
+    if torch.cuda.is_available():
+        require_reloads(tmp_path)
+    else:
+        with pytest.raises(ValueError, match=r"cannot take new weights for latent attention \(deepseek_v3\)"):
+            require_reloads(tmp_path)
+
+
+def test_a_window_of_which_the_two_libraries_have_two_ideas_is_refused_before_anything_runs(tmp_path):
+    """Cohere 2: up to its length both see every token, beyond it vLLM sees one more."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "cohere2", "sliding_window": 64}))
+    require_one_window(tmp_path, 64)
+    with pytest.raises(ValueError, match=r"max_model_len=65: .* vLLM, whose sliding layers see 65, .* use at most 64"):
+        require_one_window(tmp_path, 65)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3_text", "sliding_window": 64}))
+    require_one_window(tmp_path, 65)

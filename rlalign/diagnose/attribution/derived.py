@@ -95,13 +95,9 @@ def derive(engine: VLLMEngine, network: nn.Module, batch: RolloutBatch, folder: 
     """
     small = _probe(batch)
     seen, outline, places = _traced(network, small), _outline(engine, small), _places(engine, network, folder)
-    return _nearest(
-        _Derivation(network, seen, outline, places, engine.config.tensor_parallel_size).points(),
-        engine,
-        network,
-        small,
-        folder,
-    )
+    derivation = _Derivation(network, seen, outline, places, engine.config.tensor_parallel_size)
+    found = _nearest(derivation.points(), engine, network, small, folder)
+    return replace(found, tuples=derivation.tuples)
 
 
 def _probe(batch: RolloutBatch) -> RolloutBatch:

@@ -28,8 +28,13 @@ def build(recipe: Recipe, folder: Path, *, seed: int = 0) -> Path:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     _enliven(model, seed)
     _spread(model)
-    model.bfloat16().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    return saved(model.bfloat16(), folder)
+
+
+def saved(model: PreTrainedModel, folder: Path) -> Path:
+    """The model and its tokenizer, as an ordinary folder."""
+    model.save_pretrained(folder)
+    byte_tokenizer(CONTEXT).save_pretrained(folder)
     return folder
 
 
@@ -46,7 +51,10 @@ def perturbed(folder: Path, *, seed: int, dtype: str, size: float = 0.02) -> Pre
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    from rlalign.trainer import attention_choice
+
+    attention = attention_choice.of_folder(folder).name  # transformers' default drops Gemma 2's caps
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation=attention)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -77,20 +85,31 @@ def _enliven(model: PreTrainedModel, seed: int) -> None:
 
 
 def _spread(model: PreTrainedModel) -> None:
-    """Scale the head, where it is not tied, or the last norm, until logits have SPREAD."""
+    """Scale the head, where it is not tied, or the last norm, until logits have SPREAD.
+
+    Behind a tied head the norm also gets random signs: a random model would else answer every token with itself, and nothing
+    that it samples would vary.
+    """
     import torch
 
     ids_BL = torch.tensor(probes())
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head.weight is embedding.weight
     last = [m for m in model.modules() if "norm" in type(m).__name__.lower()][::-1]
+    generator = torch.Generator().manual_seed(2)
+
+    def spread() -> float:
+        return float(model(ids_BL, use_cache=False).logits.std(-1).mean())
+
     with torch.no_grad():
-        before = float(model(ids_BL, use_cache=False).logits.std(-1).mean())
-        factor = SPREAD / before
-        for module in [head] if head.weight is not embedding.weight else last:
+        for module in last if tied else [head]:
             kept = module.weight.detach().clone()
-            for scaled in (kept * factor, (1 + kept) * factor - 1):  # Gemma's norms multiply by 1 + weight
-                module.weight.copy_(scaled)
-                if abs(float(model(ids_BL, use_cache=False).logits.std(-1).mean()) - SPREAD) < 0.1 * SPREAD:
+            signs = torch.randint(0, 2, kept.shape, generator=generator) * 2 - 1 if tied else 1
+            for shift in (0, 1):  # Gemma's norms multiply by 1 + weight
+                turned = (kept + shift) * signs
+                module.weight.copy_(turned - shift)
+                module.weight.copy_(turned * (SPREAD / spread()) - shift)
+                if abs(spread() - SPREAD) < 0.1 * SPREAD:
                     return
             module.weight.copy_(kept)
     raise RuntimeError(f"{type(model).__name__}: no norm scales its logits; give the recipe an untied head")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import traceback
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from rlalign.rollout.engine.embedded import VLLMEngine
 
 LIMIT = {"float32": (1e-4, "nats at most"), "bfloat16": (1e-2, "k3")}
+LOADED = 1e-5  # nats between an engine that was published to and one that loaded the same weights
 MOVED = 1e-2  # nats: an update that changes less shows nothing
 NEEDED = {"head", "load", "score"}  # behind one of these that fails nothing is worth running
 
@@ -95,13 +97,26 @@ class _Sides:
         return self._judged(self.before_BL)
 
     def publish(self) -> str:
+        from rlalign.rollout.engine.arguments import require_reloads
         from rlalign.trainer.checkpoint_names import as_checkpoint
         from rlalign.weights import publish
 
+        require_reloads(self.folder)
         report = publish(as_checkpoint(self.moved, self.moved.named_parameters()), 1, receiver=self.engine)
         self._require_moved(self.after_BL)
         proofs = ", ".join(f"{count} {proof}" for proof, count in sorted(report.proofs.items()))
-        return f"{self._judged(self.after_BL)}; {proofs}"
+        return f"{self._judged(self.after_BL) if self.dtype == 'float32' else self._as_loaded()}; {proofs}"
+
+    def _as_loaded(self) -> str:
+        """The published weights in a fresh engine, from a file: the same logprobs, however far they are from transformers'."""
+        published = _as_float64(self.engine.score(self.sequences))
+        self.engine.close()
+        self.folder = building.saved(self.moved, self.folder.with_name("moved"))
+        self.load()
+        apart = float((_as_float64(self.engine.score(self.sequences)) - published).abs().max())
+        if not apart <= LOADED:
+            raise RuntimeError(f"the engine is {apart:.1e} nats from a fresh one that loaded the published weights")
+        return f"{_k3(published - self.after_BL):.0e}"
 
     def attribute(self) -> str:
         """Both sides hold equal weights, so that every step over its floor is a false alarm."""
@@ -136,7 +151,7 @@ class _Sides:
         tokenizer, policy = load_tokenizer(self.folder), start_policy(self.folder, config)
         try:
             parties = Parties(
-                engine=self.engine, trainer=policy, task=_LengthTask(), publish=partial(publish, receiver=self.engine),
+                engine=self.engine, trainer=policy, task=_ChecksumTask(), publish=partial(publish, receiver=self.engine),
                 encode=tokenizer.encode, pad_token_id=tokenizer.pad_token_id,
             )  # fmt: skip
             parties.publish(policy.named_weights(), policy.version)
@@ -161,18 +176,29 @@ class _Sides:
 
     def _judged(self, wanted_BL: Tensor) -> str:
         """Raises RuntimeError when the engine is further from transformers' own forward than rounding explains."""
-        import torch
-
         limit, unit = LIMIT[self.dtype]
-        apart = (torch.tensor(self.engine.score(self.sequences), dtype=torch.float64) - wanted_BL)[:, 1:]
-        found = float(apart.abs().max()) if self.dtype == "float32" else float((apart.exp() - 1 - apart).mean())
+        apart = _as_float64(self.engine.score(self.sequences)) - wanted_BL
+        found = float(apart.abs().max()) if self.dtype == "float32" else _k3(apart)
         if not found <= limit:
             raise RuntimeError(f"the engine is {found:.1e} {unit} from transformers' own forward, limit {limit:g}")
         return f"{found:.0e}"
 
 
-class _LengthTask:
-    """Prompts that a random model can be rewarded for: completions of odd length, in characters."""
+def _as_float64(scores: list[list[float]]) -> Tensor:
+    """[B, L] in float64."""
+    import torch
+
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def _k3(apart_BL: Tensor) -> float:
+    """Mean over all tokens but the first."""
+    found = apart_BL[:, 1:]
+    return float((found.exp() - 1 - found).mean())
+
+
+class _ChecksumTask:
+    """Prompts that a random model can be rewarded for: by a checksum, so that no two completions earn the same."""
 
     def train_prompts(self, step: int, count: int) -> list:
         from rlalign.tasks import Prompt
@@ -180,7 +206,7 @@ class _LengthTask:
         return [Prompt(prompt_id=i, text=f"{17 * i} + {i} =", answer="", source={}) for i in range(count)]
 
     def reward(self, prompt: object, completion: str) -> float:
-        return float(len(completion) % 2)
+        return zlib.crc32(completion.encode()) / 2**32
 
 
 def outcome(work: Callable[[], str]) -> Cell:

@@ -23,6 +23,7 @@ LATENT: dict[str, object] = {
     "num_key_value_heads": 4,
 }  # fmt: skip
 DEEPSEEK: dict[str, object] = LATENT | {
+    "kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64,  # vLLM's kernels on CPU know this size alone
     "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 1,
     "topk_group": 1, "first_k_dense_replace": 1, "norm_topk_prob": True,
 }  # fmt: skip
@@ -53,10 +54,15 @@ RECIPES: dict[str, Recipe] = {
         EXPERTS
         | {
             "shared_expert_intermediate_size": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-            "linear_key_head_dim": 32, "linear_value_head_dim": 32, "layer_types": ["linear_attention", "full_attention"],
+            "linear_key_head_dim": 64, "linear_value_head_dim": 64, "layer_types": ["linear_attention", "full_attention"],
         },
     ),
-    "gemma2": Recipe("gemma2", {"query_pre_attn_scalar": 32, "sliding_window": 16, "layer_types": BOTH_WINDOWS}),
+    "gemma2": Recipe(
+        "gemma2",
+        {
+            "query_pre_attn_scalar": 32, "sliding_window": 16, "layer_types": BOTH_WINDOWS, "attn_logit_softcapping": 2.0,
+        },
+    ),
     "gemma3": Recipe("gemma3_text", {"query_pre_attn_scalar": 32, "sliding_window": 16, "layer_types": BOTH_WINDOWS}),
     "phi3": Recipe("phi3", {"pad_token_id": 0}, without=("head_dim",)),
     "phi": Recipe("phi", {"partial_rotary_factor": 0.5}, without=("head_dim",)),
@@ -125,7 +131,9 @@ RECIPES: dict[str, Recipe] = {
     "exaone4": Recipe("exaone4", {"sliding_window": 16, "layer_types": BOTH_WINDOWS}, without=("head_dim",)),
     "glm4": Recipe("glm4", {}),
     "minicpm3": Recipe(
-        "minicpm3", LATENT | {"scale_emb": 4.0, "scale_depth": 1.4, "dim_model_base": 32, "tie_word_embeddings": True}
+        "minicpm3",
+        LATENT  # the epsilon: docs/upstream.md
+        | {"scale_emb": 4.0, "scale_depth": 1.4, "dim_model_base": 32, "tie_word_embeddings": True, "rms_norm_eps": 1e-6},
     ),
     "hyperclovax": Recipe(
         "hyperclovax",

@@ -23,7 +23,12 @@ Arguments = dict[str, str | int | float | bool | dict[str, dict[str, str]] | Non
 def engine_arguments(
     model: Path, config: RolloutConfig, *, dtype: str, head_dtype: str, seed: int, exact: bool
 ) -> Arguments:
-    """vLLM's engine arguments by their Python names; None is vLLM's own choice."""
+    """vLLM's engine arguments by their Python names; None is vLLM's own choice.
+
+    Raises ValueError for what vLLM cannot compute here, or not as the trainer does.
+    """
+    require_dtype(model, dtype)
+    require_one_window(model, config.max_model_len)
     return {
         "model": str(model),
         "dtype": dtype,
@@ -68,25 +73,56 @@ def require_dtype(model: Path, dtype: str) -> None:
     """Raise ValueError for a float32 body whose layers vLLM 0.32 computes on CPU in bfloat16 only; a worker would say it late."""
     import torch
 
-    file = model / "config.json"
-    if dtype != "float32" or torch.cuda.is_available() or not file.is_file():
+    fields = _fields(model)
+    if dtype != "float32" or torch.cuda.is_available():
         return
-    about = json.loads(file.read_text())
-    fields = about.get("text_config", about)
     kind = str(fields.get("model_type", ""))
     delta = "linear_key_head_dim" in fields
-    if delta or (kind.startswith("deepseek") and fields.get("kv_lora_rank")):
+    if delta or _latent(fields):
         layers = "gated delta nets" if delta else "latent attention"
         raise ValueError(
             f"model.dtype=float32: vLLM on CPU computes {layers} ({kind}) in bfloat16 only; use model.dtype=bfloat16, or a GPU"
         )
 
 
+def require_reloads(model: Path) -> None:
+    """Raise ValueError for a model that vLLM 0.32 on CPU loads once and never again: it keeps latent attention's `kv_b_proj` in its
+    kernel's form alone (docs/upstream.md). Such an engine scores and samples, and cannot be published to.
+    """
+    import torch
+
+    fields = _fields(model)
+    if _latent(fields) and not torch.cuda.is_available():
+        raise ValueError(
+            f"vLLM on CPU cannot take new weights for latent attention ({fields['model_type']}), so that no trainer can "
+            "publish to it; train this model on a GPU"
+        )
+
+
+def _latent(fields: dict[str, object]) -> bool:
+    return str(fields.get("model_type", "")).startswith("deepseek") and bool(fields.get("kv_lora_rank"))
+
+
+def require_one_window(model: Path, max_model_len: int) -> None:
+    """Raise ValueError for Cohere 2 beyond its window, of which vLLM and transformers have two ideas (docs/upstream.md)."""
+    fields = _fields(model)
+    window = fields.get("sliding_window")
+    if str(fields.get("model_type", "")).startswith("cohere2") and window and max_model_len > window:
+        raise ValueError(
+            f"rollout.max_model_len={max_model_len}: beyond {window} tokens Cohere 2 has other logprobs in vLLM, whose sliding "
+            f"layers see {window + 1}, than in transformers, whose see sliding_window={window}; use at most {window}"
+        )
+
+
 def _keeps_state(model: Path) -> bool:
+    return any(name.startswith(STATE_FIELDS) for name in _fields(model))
+
+
+def _fields(model: Path) -> dict[str, object]:
+    """Of a model folder's configuration, its text part where it has several; empty where there is no such file."""
     file = model / "config.json"
     about = json.loads(file.read_text()) if file.is_file() else {}
-    fields = about.get("text_config", about)
-    return any(name.startswith(STATE_FIELDS) for name in fields)
+    return about.get("text_config", about)
 
 
 def as_options(arguments: Arguments) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rlalign.config import RolloutConfig
 from rlalign.rollout.engine import handshake, own_process
-from rlalign.rollout.engine.arguments import ENVIRONMENT, Arguments, engine_arguments, engine_environment, require_dtype
+from rlalign.rollout.engine.arguments import ENVIRONMENT, Arguments, engine_arguments, engine_environment
 from rlalign.rollout.engine.kept_report import kept_sets
 from rlalign.rollout.engine.known_ids import UnknownIds
 from rlalign.rollout.engine.surface import EMBEDDED, captured_ids, group_seed, kv_spans, labelled, require_room, spec_of
@@ -57,7 +57,6 @@ class VLLMEngine:
         vLLM serves the model through transformers' own classes.
         Raises RuntimeError when the handshake fails, ValueError for a dtype that vLLM cannot run the model in.
         """
-        require_dtype(model, dtype)
         handshake.preflight()
         self.config = config
         self.engines = [EMBEDDED]

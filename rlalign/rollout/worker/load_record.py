@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import initialize_layerwise_reload, layerwise
 from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
@@ -85,12 +86,18 @@ class LoadRecord:
     _open: dict[int, tuple[nn.Module, str]] = field(default_factory=dict)  # by storage: parameters that wait on meta
     _inside: bool = False  # a loader
     _taken: set[int] = field(default_factory=set)
+    _mixers: dict[str, nn.Module] = field(default_factory=dict)  # that keep a view of their convolution's weight
+    _views: list[tuple[nn.Module, Tensor]] = field(default_factory=list)  # mixers, and what their conv_weights must be
+    _late: list[ParallelLMHead] = field(default_factory=list)
 
     def watch(self) -> None:
         """Begin: the model's layers must already be open for a reload."""
         self._names = {id(module): name for name, module in self.model.named_modules()}
+        self._keep_late_biases()
         layerwise.get_numel_loaded, layerwise._layerwise_process = self._numel, self._process
         for module in self.model.modules():
+            if "conv_weights" in (layerwise.get_layerwise_info(module).kernel_tensors or ({}, {}))[1]:
+                self._mixers[self._names[id(module)]] = module
             for name, tensor in layerwise.get_layer_tensors(module).items():
                 if tensor.is_meta:
                     self._open[tensor.untyped_storage()._cdata] = module, name
@@ -104,6 +111,10 @@ class LoadRecord:
         for tensor, loader in reversed(self._direct):  # one tensor may have been watched in two modules
             tensor.weight_loader = loader
         self._direct.clear()
+        for head in self._late:
+            del head._register_bias
+        self._late.clear()
+        self._repair_views()
         if self.dry:
             self._close_untouched()
 
@@ -219,11 +230,38 @@ class LoadRecord:
         for parameter, args in info.loaded_weights:
             twin.load(parameter, args, layerwise._get_original_loader, self._owners.pop(id(args)))
         found = twin.expected()
-        self.expected += found
+        self.expected += found + self._beside(name, twin, found)
         for expected in found if self.dry else ():
             expected.packed = None
         self.partial += [e.place for e in found if not e.whole]
         return found
+
+    def _beside(self, name: str, twin: readback.Twin, found: list[Expected]) -> list[Expected]:
+        """What a Mamba 2 mixer convolves with: a view of its layer's weight until that was packed, then memory of its own, which
+        vLLM's reload (0.32 on CPU, bfloat16) leaves as it was.
+        """
+        path = name.rpartition(".")[0]
+        mixer = self._mixers.get(path)
+        if twin.unpacked is None or mixer is None:
+            return []
+        wanted = twin.unpacked.clone()
+        self._views.append((mixer, wanted))
+        owners = [owner for e in found if e.parameter == "weight" for owner in e.owners]
+        return [Expected(f"{path}.conv_weights", mixer, "conv_weights", owners, digest=digest(wanted))]
+
+    def _repair_views(self) -> None:
+        for mixer, wanted in self._views if not self.dry else ():
+            if not torch.equal(mixer.conv_weights, wanted):
+                mixer.conv_weights.copy_(wanted)
+                self.repaired.append(f"{self._names[id(mixer)]}.conv_weights")
+        self._views.clear()
+
+    def _keep_late_biases(self) -> None:
+        """vLLM's transformers backend makes a new bias of the lm_head at every load; here the one that it has is loaded."""
+        for module in self.model.modules():
+            if isinstance(module, ParallelLMHead) and module.bias is not None:
+                module._register_bias = lambda: None
+                self._late.append(module)
 
     def _watch_direct(self, module: nn.Module, name: str, tensor: Tensor) -> None:
         """A tensor that vLLM's reload never opens (a router's correction bias): its loader writes into it at once."""

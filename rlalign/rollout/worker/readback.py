@@ -125,6 +125,11 @@ class Twin:
             found.append(e)
         return found
 
+    @property
+    def unpacked(self) -> Tensor | None:
+        """What a convolution's packing keeps of the loaded weight (vLLM 0.32 on CPU, bfloat16); None for any other layer."""
+        return self.twin.__dict__.get("_cpu_unpacked_conv_weight") if "weight" in self._written else None
+
     def _materialize(self, parameter: str) -> None:
         """Fresh memory for the parameter, with a mark wherever a loader will not have written."""
         current = getattr(self.layer, parameter)

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from rlalign.objective import corrections
-from rlalign.run.conversation import OUTCOMES, Observation, converse
+from rlalign.run.conversation import OUTCOMES, converse
+from rlalign.tasks.environments import Observation
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
 from rlalign.types import LogprobSpec, Rollout, collate
 
@@ -69,6 +70,25 @@ class Breaks:
         raise ConnectionError("the tool hung up")
 
 
+class Cancels:
+    async def step(self, messages):
+        raise asyncio.CancelledError
+
+
+class Remembers:
+    """Holds something that lives in one event loop, as a connection does."""
+
+    def __init__(self):
+        self.open = None
+
+    async def step(self, messages):
+        if self.open is None:
+            self.open = asyncio.get_running_loop().create_future()
+            return Observation(messages=[{"role": "user", "content": "and?"}])
+        self.open.get_loop().call_soon(self.open.set_result, 1.0)
+        return Observation(reward=await self.open, done=True)
+
+
 class Sleeps:
     async def step(self, messages):
         await asyncio.sleep(60)
@@ -126,6 +146,7 @@ def test_a_conversation_is_one_rollout_with_a_segment_for_each_turn(tokenizer):
         ("cut", Counts(9), {"cut": True}),
         ("error", Breaks(), {}),
         ("timeout", Sleeps(), {}),
+        ("cancelled", Cancels(), {}),
     ],
 )
 def test_every_end_has_a_name_and_no_failure_is_a_reward_of_zero(tokenizer, outcome, environment, options):
@@ -133,7 +154,8 @@ def test_every_end_has_a_name_and_no_failure_is_a_reward_of_zero(tokenizer, outc
     assert found.outcome == outcome and outcome in OUTCOMES
     assert len(found.rewards) == len(found.turns) == 1
     assert found.reward == (2.0 if outcome in ("done", "turns", "context") else None)
-    assert found.why == {"error": "ConnectionError: the tool hung up"}.get(outcome, found.why)
+    assert not found.why or found.outcome in ("error", "timeout", "cancelled")
+    assert found.rollout().why == found.why == {"error": "ConnectionError: the tool hung up"}.get(outcome, found.why)
 
 
 def test_a_failing_environment_leaves_the_others_alone(tokenizer):
@@ -141,7 +163,18 @@ def test_a_failing_environment_leaves_the_others_alone(tokenizer):
     assert (broken.outcome, fine.outcome, fine.reward) == ("error", "done", 3.0)
 
 
+def test_what_an_environment_opens_in_one_turn_is_open_in_the_next(tokenizer):
+    _, (found,) = play(tokenizer, {0: ["a", "b"]}, [Remembers()])
+    assert (found.outcome, found.why, found.reward) == ("done", "", 1.0)
+
+
 def test_what_cannot_be_played_is_refused(tokenizer):
+    class Answers:
+        async def step(self, messages):
+            return 1.0
+
+    with pytest.raises(TypeError, match="must return an Observation, got float: 1.0"):
+        play(tokenizer, {0: ["a"]}, [Answers()])
     with pytest.raises(ValueError, match="one environment for each conversation"):
         converse(Engine(tokenizer, {}), tokenizer, [], [Counts()], seed=0, max_turns=1, room=9)
     with pytest.raises(ValueError, match="a first prompt has"):

@@ -97,10 +97,20 @@ class TaskConfig:
     chat_template: bool = False  # wrap each prompt in the tokenizer's chat template
     eval_size: int = 128  # distinct prompts, none of them in the training split
     seed: int = 0
+    environment: str = (
+        ""  # answers between turns: calculator | higher_lower | module:attribute; "": one answer, no turns
+    )
+    max_turns: int = 8  # answers of one conversation
+    turn_timeout_s: float = 60.0  # of one answer of the environment; afterwards the conversation has no reward
     unusable_prompts: str = "stop"  # stop | drop: those too long for the engine, all looked at before the first step
 
     def __post_init__(self) -> None:
-        positive(self, "task", "train_size", "eval_size")
+        positive(self, "task", "train_size", "eval_size", "max_turns", "turn_timeout_s")
+        require(
+            not (self.environment and self.chat_template),
+            f"task.environment={self.environment!r} with task.chat_template=true: its messages always go through the tokenizer's "
+            "chat template; leave task.chat_template out",
+        )
         require(
             self.unusable_prompts in ("stop", "drop"),
             f"task.unusable_prompts={self.unusable_prompts!r}: choose stop or drop",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from statistics import median
 
 from rlalign.report.figures import k3_limit, number_at
 from rlalign.report.html import short
 from rlalign.tracking.record import RunRecord
+from rlalign.types import LogprobSpec
 
 __all__ = ["comparison", "drift_problems", "problems", "sentences", "watched"]
 
@@ -107,7 +109,21 @@ def sentences(run: RunRecord) -> str:
     agree = f"Rollout engine and trainer differ by k3 = {short(lag0['k3'])} nats per token at lag 0 (median over steps"
     agree += f"; worst step {short(lag0['k3_max'])}" + (f", limit {short(limit)})" if limit is not None else ")")
     agree += f", with {s['publishes']:,} publishes verified" if s["publishes"] else ""
-    return f"{learned}. {agree}."
+    return f"{learned}. {agree}.{_support(run)}"
+
+
+def _support(run: RunRecord) -> str:
+    """A sentence on the sets that a truncated run's probabilities are over; empty where nothing was truncated."""
+    spec = LogprobSpec.of_sampling(run.config.get("rollout", {}), processed=True)
+    if not spec.truncated:
+        return ""
+    size, mass, outside = (
+        median(run.series(f"support/{name}")[1] or [math.nan]) for name in ("size_mean", "log_mass", "outside")
+    )
+    return (
+        f" Ratios, entropies and KLs are over {spec.support}: {size:.1f} ids a token, with a log mass of {mass:+.3g} nats; "
+        f"{outside:.2%} of the tokens lie outside the trainer's own set (medians over steps)."
+    )
 
 
 COMPARED = {

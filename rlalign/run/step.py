@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ from rlalign.config import RunConfig, ScheduleMode
 from rlalign.objective import choice
 from rlalign.reward.mixture import Sample
 from rlalign.run import acceptance, limits
-from rlalign.run.parties import Collected, Learner, Parties, Prompt, StepResult, Task, Trainer
+from rlalign.run.parties import Collected, Learner, Parties, Prompt, StepResult, Task, Trainer, verified_of
 from rlalign.run.sampler import Sampler, request, sample_probe
 from rlalign.run.scoring_step import scored
 from rlalign.run.step_metrics import (
@@ -22,9 +23,11 @@ from rlalign.run.step_metrics import (
     correction_metrics,
     lags_of,
     mismatch_metrics,
+    outcome_metrics,
     publish_metrics,
     rollout_metrics,
     staleness_metrics,
+    turn_metrics,
 )
 from rlalign.tracking.timeline import Clock, Span
 from rlalign.types import Rollout, RolloutBatch, TrainBatch, collate
@@ -52,7 +55,7 @@ def collect(step: int, parties: Parties, config: RunConfig, sampler: Sampler | N
         sampled = request(step, parties, config)(parties.engine) if sampler is None else sampler.take(step)
         rollouts = sampled.rollouts
         batch = collate(rollouts, pad_token_id=parties.pad_token_id, spec=parties.engine.spec)
-    metrics |= rollout_metrics(rollouts, sampled.seconds)
+    metrics |= rollout_metrics(rollouts, sampled.seconds) | outcome_metrics(rollouts)
     probe = None
     if sampler is not None:
         spans.append(Span("rollout", sampled.start, sampled.start + sampled.seconds, step))
@@ -79,6 +82,7 @@ def learn(
         metrics |= sets
         ref_BL = trainer.score_reference(batch)
         at_lag = _compare(old_BL, replace(collected, batch=batch), trainer, config)
+        metrics |= turn_metrics(old_BL, batch) if "turns/mean" in metrics else {}
         metrics |= mismatch_metrics(at_lag, parties.floor) | staleness_metrics(batch, trainer.version, at_lag)
         metrics["train/entropy"] = float(entropy_BL[batch.loss_mask_BL].mean())
         values_BL = None if parties.critic is None else parties.critic.values(batch)
@@ -216,10 +220,14 @@ def _counted(minibatch: TrainBatch) -> TrainBatch:
 
 def sample_of(rollout: Rollout, prompt: Prompt, task: Task) -> Sample:
     """What the reward needs to know of a rollout, the verifier's word included."""
+    verified = verified_of(rollout, prompt, task)
     return Sample(
         prompt=prompt.text,
         completion=rollout.text,
-        verified=task.reward(prompt, rollout.text),
+        verified=math.nan if verified is None else verified,
+        unverified=f"the conversation ended without a reward ({': '.join(filter(None, (rollout.outcome, rollout.why)))})"
+        if verified is None
+        else "",
         group=rollout.group_id,
         tokens=sum(rollout.loss_mask),
     )

@@ -104,9 +104,10 @@ def _run(
                 config, engine, policy, critic, task, reward, tokenizer, transport, progress.phase
             )
             drift = assembly.start_drift_watch(reward, config, run, progress.stage)
+            engine.through = assembly.sampling(config, task, tokenizer)
             sampler = None
             if config.schedule.mode is not ScheduleMode.synchronous:
-                sampler = Sampler(parties, config, engine=lambda: engine.local, say=partial(run.event, "rollouts"))
+                sampler = Sampler(parties, config, engine=lambda: engine.sampling, say=partial(run.event, "rollouts"))
             parts = {"drift": drift, "rollouts": sampler}
             shared = {"critic": critic, "kl_penalty": parties.kl_penalty}
             checkpoints = checkpointing.Checkpoints(

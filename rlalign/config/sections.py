@@ -139,6 +139,7 @@ class TrackingConfig:
     eval_every: int = 10  # steps; the first and the last are always evaluated
     eval_samples: int = 2  # completions of each held-out prompt, sampled as in training
     tokens_every: int = 10  # steps between per-token parquet files; 0: never
+    trace_every: int = 0  # steps between looks at what a growing mismatch may follow (trace/*); 0: never
     replay_every: int = 0  # steps between those that `rlalign replay` can repeat; each saves the weights; 0: never
 
     def __post_init__(self) -> None:
@@ -155,6 +156,7 @@ class TrackingConfig:
         )
         positive(self, "tracking", "eval_every", "eval_samples")
         require(self.tokens_every >= 0, f"tracking.tokens_every={self.tokens_every}: cannot be negative")
+        require(self.trace_every >= 0, f"tracking.trace_every={self.trace_every}: cannot be negative")
         require(self.replay_every >= 0, f"tracking.replay_every={self.replay_every}: cannot be negative")
 
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rlalign.config import TrainerConfig
 from rlalign.diagnose.families.recipes import RECIPES
 from rlalign.ragged import Routes
+from rlalign.rollout.worker.expert_routes import Kept
 from rlalign.trainer.forced_experts import ForcedExperts, routers
 from rlalign.trainer.passes import Passes
 from rlalign.types import LogprobSpec, Rollout, collate
@@ -242,6 +243,17 @@ def test_routes_of_another_model_or_sequence_are_refused():
         ForcedExperts(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="different models"):
         Routes.of([(array("B", [0] * 4), (2, 2)), (array("B", [0] * 3), (3, 1))])
+
+
+def test_what_a_worker_keeps_grows_and_has_no_gaps():
+    kept, routes = Kept(torch.zeros(0, 2, 1, dtype=torch.uint8)), torch.arange(24, dtype=torch.uint8).view(12, 2, 1)
+    kept.put(torch.tensor([4, 5]), routes[4:6], 0)
+    assert kept.known() == 0  # positions before them are still to come, as from a prefix cache
+    kept.put(torch.tensor([0, 1, 2]), routes[:3], torch.tensor([7, 7, 8], dtype=torch.int32))
+    assert kept.known() == 3
+    kept.put(torch.arange(3, 12), routes[3:], 8)
+    assert kept.known() == 12 and torch.equal(kept.routes[:12], routes)
+    assert kept.version_N[:12].tolist() == [7, 7, *[8] * 10]
 
 
 def test_routes_are_ragged_and_rows_keep_theirs():

@@ -26,6 +26,7 @@ class Kept:
 
     routes: Tensor
     version_N: Tensor = field(default_factory=lambda: torch.full((0,), NEVER, dtype=torch.int32))
+    _whole: int = 0
 
     def put(self, at_N: Tensor, routes: Tensor, version: Tensor | int) -> None:
         """Write at these places."""
@@ -37,9 +38,10 @@ class Kept:
         self.routes[at_N], self.version_N[at_N] = routes, version
 
     def known(self) -> int:
-        """Positions from the first on without a gap."""
-        gaps = (self.version_N == NEVER).nonzero()
-        return int(gaps[0]) if len(gaps) else len(self.version_N)
+        """Positions from the first on without a gap. What is known stays so: only what lies behind it is looked at."""
+        gaps = (self.version_N[self._whole :] == NEVER).nonzero()
+        self._whole = self._whole + int(gaps[0]) if len(gaps) else len(self.version_N)
+        return self._whole
 
 
 class RouteRecorder:

@@ -155,7 +155,7 @@ class Rollout:
     experts, experts_shape: the experts that the first positions went through in the engine, and (mixture layers, experts of a
         token); array("B") for at most 256 experts, else array("H"). Empty and (0, 0): not captured.
     outcome, why, verified: of a conversation, how it ended, its environment's error, and its reward, None for none; "" for a
-        single answer.
+        single answer. turn_rewards: what the environment gave for a turn, with the position of the turn's last token.
     """
 
     token_ids: list[int]
@@ -175,6 +175,7 @@ class Rollout:
     outcome: str = ""
     why: str = ""
     verified: float | None = None
+    turn_rewards: list[tuple[int, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)

@@ -7,9 +7,11 @@ from array import array
 from dataclasses import replace
 
 import pytest
+import torch
 
 from rlalign.objective import corrections
 from rlalign.run.conversation import OUTCOMES, converse
+from rlalign.run.step import turns_earned
 from rlalign.tasks.environments import Observation
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
 from rlalign.types import LogprobSpec, Rollout, collate
@@ -117,6 +119,10 @@ def test_every_prompt_begins_with_the_ids_of_the_last_one_and_its_answer(tokeniz
     assert long.turns[-1].token_ids[: len(naive)] == naive  # this template keeps the prefix law
 
 
+def ends(mask):
+    return [t for t, now in enumerate(mask) if now and not (mask[t + 1] if t + 1 < len(mask) else False)]
+
+
 def test_a_conversation_is_one_rollout_with_a_segment_for_each_turn(tokenizer):
     _, (found,) = play(tokenizer, {0: ["one", "three"]}, [Counts(2)])
     whole = found.rollout()
@@ -132,6 +138,13 @@ def test_a_conversation_is_one_rollout_with_a_segment_for_each_turn(tokenizer):
         moved, batch.rollout_logprobs_BL, batch.loss_mask_BL, level="segment", mode="truncate", high=10.0
     ).weights[0]
     assert weights[sampled].tolist() == pytest.approx([1.0] * 4 + [1.6487213] * 6)
+    assert whole.turn_rewards == [(p, r) for p, r in zip(ends(sampled.tolist()), [3.0, 5.0], strict=True)]
+    earned_BL = turns_earned([whole], torch.tensor([8.0]), batch)
+    assert earned_BL[0].nonzero().flatten().tolist() == ends(sampled.tolist()) and float(earned_BL.sum()) == 8.0
+    assert (
+        turns_earned([whole], torch.tensor([4.0]), batch) is None
+    )  # a mixture of other things than the environment's word
+    assert turns_earned([replace(whole, turn_rewards=[])], torch.tensor([8.0]), batch) is None
     lost = replace(found.turns[0], kept_ids=array("i"), kept_counts=array("q"))
     found.turns[0] = lost  # sets of some turns alone are none
     assert not found.rollout().kept_counts

@@ -72,6 +72,11 @@ class Conversation:
         return replace(
             last,
             verified=self.reward,
+            turn_rewards=[
+                (len(turn.token_ids) - 1, float(reward))
+                for turn, reward in zip(self.turns, self.rewards, strict=True)
+                if reward is not None
+            ],
             outcome=self.outcome,
             why=self.why,
             text="\n".join(f"{m['role']}: {m['content']}" for m in self.messages[self.asked :]),

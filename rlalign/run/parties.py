@@ -120,6 +120,7 @@ class Collected:
     texts: list[str]
     metrics: dict[str, float]  # of sampling and rewarding
     spans: list[Span] = field(default_factory=list)  # when that was
+    earned_BL: Tensor | None = None  # of conversations: what of the reward each turn's last token earned
     probe: RolloutBatch | None = None  # samples at lag 0 to measure the engine mismatch on, no part of the batch
 
 

@@ -152,7 +152,7 @@ def _run(ask: Callable[[RolloutEngine], Sampled], engine: RolloutEngine, batch: 
 
 
 def _rollout(fields: dict) -> Rollout:
-    spans = {name: [tuple(span) for span in fields[name]] for name in ("version_spans", "kv_spans")}
+    spans = {name: [tuple(span) for span in fields[name]] for name in ("version_spans", "kv_spans", "turn_rewards")}
     kept = {"kept_ids": array("i", fields["kept_ids"]), "kept_counts": array("q", fields["kept_counts"])}
     wide = max(fields["experts"], default=0) > 255
     routes = {

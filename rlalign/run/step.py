@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from rlalign import mismatch
@@ -67,7 +68,22 @@ def collect(step: int, parties: Parties, config: RunConfig, sampler: Sampler | N
         rewards = parties.reward([sample_of(r, prompts[r.group_id], parties.task) for r in rollouts])
     metrics |= rewards.metrics()
     texts = [r.text for r in rollouts]
-    return Collected(batch=batch, rewards=rewards, texts=texts, metrics=metrics, spans=spans, probe=probe)
+    earned_BL = turns_earned(rollouts, rewards.values_B, batch)
+    return Collected(
+        batch=batch, rewards=rewards, texts=texts, metrics=metrics, spans=spans, earned_BL=earned_BL, probe=probe
+    )
+
+
+def turns_earned(rollouts: Sequence[Rollout], values_B: Tensor, batch: RolloutBatch) -> Tensor | None:
+    """[B, L]: the turns' rewards at the ends of turns; None where no turn has one, or a sample's reward is not just their sum."""
+    turns = [(row, position, reward) for row, r in enumerate(rollouts) for position, reward in r.turn_rewards]
+    if not turns:
+        return None
+    earned_BL = torch.zeros(batch.token_ids_BL.shape)
+    for row, position, reward in turns:
+        earned_BL[row, position] += reward
+    apart_B = (values_B - earned_BL.sum(1)).abs()[~values_B.isnan()]
+    return earned_BL if bool((apart_B < 1e-5).all()) else None
 
 
 def learn(
@@ -89,7 +105,14 @@ def learn(
 
     coefficient = 0.0 if parties.kl_penalty is None else parties.kl_penalty.coef
     credit = choice.credit(
-        rewards.values_B, batch, config.algo, old_BL=old_BL, ref_BL=ref_BL, values_BL=values_BL, kl_coef=coefficient
+        rewards.values_B,
+        batch,
+        config.algo,
+        old_BL=old_BL,
+        ref_BL=ref_BL,
+        values_BL=values_BL,
+        kl_coef=coefficient,
+        earned_BL=collected.earned_BL,
     )
     metrics |= credit.metrics
     result = StepResult(

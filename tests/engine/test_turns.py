@@ -42,7 +42,12 @@ def test_a_run_talks_with_its_environment_and_trains_on_every_turn(tmp_path, mon
         "tracking=off",
     ]
     run = [f"model.path={model}", f"output_dir={tmp_path / 'run'}", "steps=2", "model.dtype=float32", *small]
-    talks = ["task.environment=tests.talks:TwoSums", "task.max_turns=3", "tracking.eval_samples=1"]
+    talks = [
+        "task.environment=tests.talks:TwoSums",
+        "task.max_turns=3",
+        "tracking.eval_samples=1",
+        "tracking.trace_every=1",
+    ]
     summary = train(load(compose("demo", [*run, *talks])))
 
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -52,6 +57,8 @@ def test_a_run_talks_with_its_environment_and_trains_on_every_turn(tmp_path, mon
         assert (
             math.isclose(sum(ended.values()), 1.0) and ended.keys() <= {"done", "error", "cut"} and ended["done"] > 0.3
         )
+        apart = {key: value for key, value in row.items() if key.startswith("trace/apart/")}
+        assert row["trace/norm/layer01"] > 0 < row["trace/logit_std"] and len(apart) > 0 and max(apart.values()) < 1e-4
         assert row["turns/max"] == 2 and row["mismatch/turn1/k3"] < 1e-9 and row["mismatch/turn2/k3"] < 1e-9
         assert row["mismatch/turn1/tokens"] + row["mismatch/turn2/tokens"] == row["rollout/tokens"]
         assert (

@@ -9,10 +9,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlalign.config import TrainerConfig
+from rlalign.config import TrainerConfig, load
+from rlalign.config.compose import compose
 from rlalign.diagnose.families.recipes import RECIPES
+from rlalign.diagnose.replay import _Trainer
 from rlalign.ragged import Routes
 from rlalign.rollout.worker.expert_routes import Kept
+from rlalign.tracking.token_files import SavedStep
 from rlalign.trainer.forced_experts import ForcedExperts, routers
 from rlalign.trainer.passes import Passes
 from rlalign.types import LogprobSpec, Rollout, collate
@@ -265,3 +268,29 @@ def test_routes_are_ragged_and_rows_keep_theirs():
     assert torch.equal(part.experts_ELK, torch.cat([start[13:16], start[:8]]))
     wide = Routes.of([(array("H", [300, 1]), (1, 2)), (array("B", [2, 3]), (1, 2)), (array("B"), (0, 0))])
     assert wide.experts_ELK.tolist() == [[[300, 1]], [[2, 3]]] and wide.count_B.tolist() == [1, 1, 0]
+
+
+def test_a_replayed_step_takes_its_routes(tmp_path):
+    network = network_of("qwen3-moe", torch.float32)
+    network.save_pretrained(tmp_path / "model")
+    forced = ForcedExperts(network)
+    batch = batch_of(random_experts(forced.layers), forced.layers)
+    with forced.of(batch, None), torch.no_grad():
+        logits = network(batch.token_ids_BL, attention_mask=batch.attention_mask_BL).logits[:, :-1].log_softmax(-1)
+    wanted = torch.nn.functional.pad(logits.gather(-1, batch.token_ids_BL[:, 1:, None])[..., 0], (1, 0))
+    saved = SavedStep(
+        step=0,
+        version=0,
+        trainer_ranks=1,
+        model=tmp_path / "model",
+        batch=batch,
+        old_logprobs_BL=wanted,
+        master_VD=None,
+    )
+
+    def again(replayed):
+        options = [f"model.path={tmp_path / 'model'}", "model.dtype=float32", f"rollout.replay_experts={replayed}"]
+        trainer = _Trainer.of(saved, load(compose("demo", options)))
+        return (trainer.score(batch, trainer_ranks=1) - wanted)[batch.loss_mask_BL].abs().max()
+
+    assert again("all") < 1e-4 and again("off") > 1e-2

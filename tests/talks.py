@@ -23,3 +23,10 @@ class TwoSums:
             right = self.task.reward(self.prompt, answer)
             return Observation(messages=[{"role": "user", "content": self.SECOND}], reward=right)
         return Observation(reward=float(answer == self.SUM), done=True)
+
+
+class AlwaysRight:
+    """A task that likes every answer."""
+
+    def reward(self, prompt, answer):
+        return 1.0

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from rlalign.ragged import KeptSets, Routes
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -25,6 +27,7 @@ __all__ = [
     "RewardScore",
     "Rollout",
     "RolloutBatch",
+    "Routes",
     "TrainBatch",
     "collate",
     "spread",
@@ -137,62 +140,6 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", *_UNREPEATABLE[:-1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeptSets:
-    """The ids that each position of a batch was sampled from (top-p, top-k, min-p), ragged: 4 bytes an id.
-
-    ids_E: int32 on CPU, the sets one behind the other, row by row. count_BL: [B, L] int64, ids of each position; 0 where no
-    set is known or asked for.
-    """
-
-    ids_E: Tensor
-    count_BL: Tensor
-
-    def __post_init__(self) -> None:
-        import torch
-
-        total = int(self.count_BL.sum())
-        if self.ids_E.dtype != torch.int32 or self.count_BL.dtype != torch.int64 or self.ids_E.shape != (total,):
-            raise ValueError(
-                f"KeptSets: ids_E must be int32 [{total}], as the counts (int64) say; got {self.ids_E.dtype} "
-                f"{tuple(self.ids_E.shape)} with counts {self.count_BL.dtype}"
-            )
-
-    def at(self, position_N: Tensor) -> tuple[Tensor, Tensor]:
-        """(ids_E int32, count_N int64) of flat positions (row * L + column), in their order."""
-        import torch
-
-        count = self.count_BL.flatten()
-        start_N, count_N = (count.cumsum(0) - count)[position_N], count[position_N]
-        before_N = count_N.cumsum(0) - count_N
-        entry_E = torch.arange(int(count_N.sum())) + (start_N - before_N).repeat_interleave(count_N)
-        return self.ids_E[entry_E], count_N
-
-    def rows(self, index: slice | Tensor, length: int | None = None) -> KeptSets:
-        """Of the sequences in `index`, or of their first `length` positions."""
-        import torch
-
-        position_bl = torch.arange(self.count_BL.numel()).view(self.count_BL.shape)[index, :length]
-        ids_E, count_N = self.at(position_bl.flatten())
-        return KeptSets(ids_E=ids_E, count_BL=count_N.view(position_bl.shape))
-
-    @staticmethod
-    def spread(ids_E: Tensor, count_N: Tensor, position_N: Tensor, shape: Sequence[int]) -> KeptSets:
-        """The inverse of `at`: sets of ascending flat positions, and none anywhere else."""
-        count = count_N.new_zeros(shape[0] * shape[1])
-        count[position_N] = count_N
-        return KeptSets(ids_E=ids_E, count_BL=count.view(*shape))
-
-    @staticmethod
-    def dense(kept_BLK: Tensor) -> KeptSets:
-        """From [B, L, K] int64 filled up with -1."""
-        import torch
-
-        kept_BLK = kept_BLK.cpu()
-        there_BLK = kept_BLK >= 0
-        return KeptSets(ids_E=kept_BLK[there_BLK].to(torch.int32), count_BL=there_BLK.sum(-1))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """One sampled sequence in wire form: plain lists, picklable, JSON-able.
 
@@ -205,6 +152,10 @@ class Rollout:
     kv_recomputed: True where updates in flight had all keys and values computed again: each token saw keys of its own version.
     kept_ids, kept_counts: the ids each sampled token was drawn from, one token's behind the other's, and how many those are;
         0 where the engine did not give the whole set. Both empty: not captured. array("i") and array("q").
+    experts, experts_shape: the experts that the first positions went through in the engine, and (mixture layers, experts of a
+        token); array("B") for at most 256 experts, else array("H"). Empty and (0, 0): not captured.
+    outcome, why, verified: of a conversation, how it ended, its environment's error, and its reward, None for none; "" for a
+        single answer. turn_rewards: what the environment gave for a turn, with the position of the turn's last token.
     """
 
     token_ids: list[int]
@@ -219,6 +170,12 @@ class Rollout:
     text: str = ""
     kept_ids: Sequence[int] = field(default_factory=lambda: array("i"))
     kept_counts: Sequence[int] = field(default_factory=lambda: array("q"))
+    experts: array = field(default_factory=lambda: array("B"))
+    experts_shape: tuple[int, int] = (0, 0)
+    outcome: str = ""
+    why: str = ""
+    verified: float | None = None
+    turn_rewards: list[tuple[int, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)
@@ -236,6 +193,7 @@ class Rollout:
                 f"of kept_ids; got {len(self.kept_counts)} entries, sum {sum(self.kept_counts)}, for {sum(self.loss_mask)} sampled "
                 f"tokens and {len(self.kept_ids)} ids"
             )
+        Routes.require_whole(len(self.experts), self.experts_shape, n, what=f"rollout of prompt {self.prompt_id}")
         if n and self.loss_mask[0]:
             raise ValueError(
                 f"rollout of prompt {self.prompt_id}: token 0 has no context, so it cannot be in loss_mask"
@@ -261,6 +219,7 @@ class RolloutBatch:
     policy_version_BL int64: the version that sampled the token, -1 outside the loss mask. kv_version_BL int64: the oldest
     version among the keys and values it was sampled with, -1 outside the loss mask and where nobody knows.
     kept: where `spec.truncated`, the set each token was drawn from, as the engine gave it or the trainer computed it.
+    routes: the experts that the engine sent each position to, for a trainer that repeats them.
     """
 
     token_ids_BL: Tensor
@@ -273,6 +232,7 @@ class RolloutBatch:
     kv_version_BL: Tensor
     spec: LogprobSpec
     kept: KeptSets | None = None
+    routes: Routes | None = None
 
     def __post_init__(self) -> None:
         import torch
@@ -298,6 +258,8 @@ class RolloutBatch:
             raise ValueError(f"RolloutBatch needs at least one sequence and one token; got shape {tuple(shape)}")
         if self.kept is not None and self.kept.count_BL.shape != shape:
             raise ValueError(f"RolloutBatch.kept: sets of {tuple(self.kept.count_BL.shape)} for tokens {tuple(shape)}")
+        if self.routes is not None and len(self.routes.count_B) != shape[0]:
+            raise ValueError(f"RolloutBatch.routes: of {len(self.routes.count_B)} sequences for {shape[0]}")
         if bool(self.loss_mask_BL[:, 0].any()):
             raise ValueError("RolloutBatch.loss_mask_BL marks token 0, which has no context to be predicted from")
 
@@ -306,11 +268,12 @@ class RolloutBatch:
         tensors = {name: tensor[index] for name, tensor in self.tensors().items()}
         cut = {name: tensor[:, :length] if tensor.ndim == 2 else tensor for name, tensor in tensors.items()}
         kept = None if self.kept is None else self.kept.rows(index, length)
-        return RolloutBatch(**cut, spec=self.spec, kept=kept)
+        routes = None if self.routes is None else self.routes.rows(index)
+        return RolloutBatch(**cut, spec=self.spec, kept=kept, routes=routes)
 
     def tensors(self) -> dict[str, Tensor]:
         """The padded tensors by their names."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("spec", "kept")}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("spec", "kept", "routes")}
 
     def __len__(self) -> int:
         return self.token_ids_BL.shape[0]
@@ -352,6 +315,7 @@ def collate(rollouts: Sequence[Rollout], *, pad_token_id: int, spec: LogprobSpec
         kv_version_BL=kv_versions,
         spec=spec,
         kept=_kept(rollouts, loss_mask),
+        routes=Routes.of([(r.experts, r.experts_shape) for r in rollouts]),
     )
 
 

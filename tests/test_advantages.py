@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlalign.objective.advantages import gae, group_relative, whiten
+from rlalign.objective.advantages import gae, group_relative, token_rewards, whiten
 
 quick = settings(max_examples=30, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -70,3 +70,20 @@ def test_whiten_gives_mean_zero_and_unit_variance():
     assert float(white[mask].std()) == pytest.approx(1.0, rel=1e-5) and not white[~mask].any()
     with pytest.raises(ValueError, match="two masked tokens"):
         whiten(x, torch.zeros_like(mask))
+
+
+def test_rewards_earned_in_turns_stay_where_they_were_earned_and_add_up():
+    mask_BL = torch.tensor([[False, True, True, False, True, True], [False, True, True, False, False, False]])
+    earned_BL = torch.zeros(2, 6)
+    earned_BL[0, 2], earned_BL[0, 5] = 3.0, 5.0
+    found_BL = token_rewards(torch.tensor([10.0, 1.0]), mask_BL, earned_BL=earned_BL)
+    assert found_BL.tolist() == [[0.0, 0.0, 3.0, 0.0, 0.0, 7.0], [0.0, 0.0, 1.0, 0.0, 0.0, 0.0]]
+    values_BL = torch.zeros(2, 6)
+    returns_BL = gae(found_BL, values_BL, mask_BL, gamma=1.0, lam=1.0)[1]
+    assert returns_BL[0, mask_BL[0]].tolist() == [10.0, 10.0, 7.0, 7.0], (
+        "a later turn earns nothing for an earlier one's reward"
+    )
+    assert torch.equal(
+        token_rewards(torch.tensor([10.0, 1.0]), mask_BL, earned_BL=torch.zeros(2, 6)),
+        token_rewards(torch.tensor([10.0, 1.0]), mask_BL),
+    )

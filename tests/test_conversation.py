@@ -7,9 +7,12 @@ from array import array
 from dataclasses import replace
 
 import pytest
+import torch
 
 from rlalign.objective import corrections
-from rlalign.run.conversation import OUTCOMES, Observation, converse
+from rlalign.run.conversation import OUTCOMES, converse
+from rlalign.run.step import turns_earned
+from rlalign.tasks.environments import Observation
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
 from rlalign.types import LogprobSpec, Rollout, collate
 
@@ -69,6 +72,25 @@ class Breaks:
         raise ConnectionError("the tool hung up")
 
 
+class Cancels:
+    async def step(self, messages):
+        raise asyncio.CancelledError
+
+
+class Remembers:
+    """Holds something that lives in one event loop, as a connection does."""
+
+    def __init__(self):
+        self.open = None
+
+    async def step(self, messages):
+        if self.open is None:
+            self.open = asyncio.get_running_loop().create_future()
+            return Observation(messages=[{"role": "user", "content": "and?"}])
+        self.open.get_loop().call_soon(self.open.set_result, 1.0)
+        return Observation(reward=await self.open, done=True)
+
+
 class Sleeps:
     async def step(self, messages):
         await asyncio.sleep(60)
@@ -97,6 +119,10 @@ def test_every_prompt_begins_with_the_ids_of_the_last_one_and_its_answer(tokeniz
     assert long.turns[-1].token_ids[: len(naive)] == naive  # this template keeps the prefix law
 
 
+def ends(mask):
+    return [t for t, now in enumerate(mask) if now and not (mask[t + 1] if t + 1 < len(mask) else False)]
+
+
 def test_a_conversation_is_one_rollout_with_a_segment_for_each_turn(tokenizer):
     _, (found,) = play(tokenizer, {0: ["one", "three"]}, [Counts(2)])
     whole = found.rollout()
@@ -112,6 +138,13 @@ def test_a_conversation_is_one_rollout_with_a_segment_for_each_turn(tokenizer):
         moved, batch.rollout_logprobs_BL, batch.loss_mask_BL, level="segment", mode="truncate", high=10.0
     ).weights[0]
     assert weights[sampled].tolist() == pytest.approx([1.0] * 4 + [1.6487213] * 6)
+    assert whole.turn_rewards == [(p, r) for p, r in zip(ends(sampled.tolist()), [3.0, 5.0], strict=True)]
+    earned_BL = turns_earned([whole], torch.tensor([8.0]), batch)
+    assert earned_BL[0].nonzero().flatten().tolist() == ends(sampled.tolist()) and float(earned_BL.sum()) == 8.0
+    assert (
+        turns_earned([whole], torch.tensor([4.0]), batch) is None
+    )  # a mixture of other things than the environment's word
+    assert turns_earned([replace(whole, turn_rewards=[])], torch.tensor([8.0]), batch) is None
     lost = replace(found.turns[0], kept_ids=array("i"), kept_counts=array("q"))
     found.turns[0] = lost  # sets of some turns alone are none
     assert not found.rollout().kept_counts
@@ -126,6 +159,7 @@ def test_a_conversation_is_one_rollout_with_a_segment_for_each_turn(tokenizer):
         ("cut", Counts(9), {"cut": True}),
         ("error", Breaks(), {}),
         ("timeout", Sleeps(), {}),
+        ("cancelled", Cancels(), {}),
     ],
 )
 def test_every_end_has_a_name_and_no_failure_is_a_reward_of_zero(tokenizer, outcome, environment, options):
@@ -133,7 +167,8 @@ def test_every_end_has_a_name_and_no_failure_is_a_reward_of_zero(tokenizer, outc
     assert found.outcome == outcome and outcome in OUTCOMES
     assert len(found.rewards) == len(found.turns) == 1
     assert found.reward == (2.0 if outcome in ("done", "turns", "context") else None)
-    assert found.why == {"error": "ConnectionError: the tool hung up"}.get(outcome, found.why)
+    assert not found.why or found.outcome in ("error", "timeout", "cancelled")
+    assert found.rollout().why == found.why == {"error": "ConnectionError: the tool hung up"}.get(outcome, found.why)
 
 
 def test_a_failing_environment_leaves_the_others_alone(tokenizer):
@@ -141,7 +176,18 @@ def test_a_failing_environment_leaves_the_others_alone(tokenizer):
     assert (broken.outcome, fine.outcome, fine.reward) == ("error", "done", 3.0)
 
 
+def test_what_an_environment_opens_in_one_turn_is_open_in_the_next(tokenizer):
+    _, (found,) = play(tokenizer, {0: ["a", "b"]}, [Remembers()])
+    assert (found.outcome, found.why, found.reward) == ("done", "", 1.0)
+
+
 def test_what_cannot_be_played_is_refused(tokenizer):
+    class Answers:
+        async def step(self, messages):
+            return 1.0
+
+    with pytest.raises(TypeError, match="must return an Observation, got float: 1.0"):
+        play(tokenizer, {0: ["a"]}, [Answers()])
     with pytest.raises(ValueError, match="one environment for each conversation"):
         converse(Engine(tokenizer, {}), tokenizer, [], [Counts()], seed=0, max_turns=1, room=9)
     with pytest.raises(ValueError, match="a first prompt has"):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from rlalign.config.sections import positive, require
 
 BACKENDS = ("embedded", "server")
+REPLAY_EXPERTS = ("off", "all", "known")
 
 
 @dataclass(kw_only=True)
@@ -75,6 +76,9 @@ class RolloutConfig(ServersConfig):
     min_p: float = 0.0
     bar_unknown_ids: bool = False  # never sample ids behind the tokenizer's last one (embedded engine)
     capture_ids: int = 128  # largest kept set the embedded engine reports; 0: the trainer computes them all
+    replay_experts: str = (
+        "off"  # of mixtures: off | all (every token's, or an error) | known (else the trainer's own choice)
+    )
     max_tokens: int = 512  # sampled tokens of one completion
     max_model_len: int = 2048  # prompt + completion, tokens
     max_num_seqs: int = 128  # sequences the engine decodes at once
@@ -121,6 +125,15 @@ class RolloutConfig(ServersConfig):
             0 <= self.capture_ids < 4096,
             f"rollout.capture_ids={self.capture_ids}: must lie in 0..4095; the trainer computes larger kept sets from its own "
             "logits",
+        )
+        require(
+            self.replay_experts in REPLAY_EXPERTS,
+            f"rollout.replay_experts={self.replay_experts!r}: choose one of {', '.join(REPLAY_EXPERTS)}",
+        )
+        require(
+            self.replay_experts == "off" or self.backend == "embedded",
+            f"rollout.replay_experts={self.replay_experts} with rollout.backend={self.backend}: routes are read off the embedded "
+            "engine's workers; use rollout.backend=embedded",
         )
         require(
             self.max_tokens < self.max_model_len,

@@ -97,10 +97,20 @@ class TaskConfig:
     chat_template: bool = False  # wrap each prompt in the tokenizer's chat template
     eval_size: int = 128  # distinct prompts, none of them in the training split
     seed: int = 0
+    environment: str = (
+        ""  # answers between turns: calculator | higher_lower | module:attribute; "": one answer, no turns
+    )
+    max_turns: int = 8  # answers of one conversation
+    turn_timeout_s: float = 60.0  # of one answer of the environment; afterwards the conversation has no reward
     unusable_prompts: str = "stop"  # stop | drop: those too long for the engine, all looked at before the first step
 
     def __post_init__(self) -> None:
-        positive(self, "task", "train_size", "eval_size")
+        positive(self, "task", "train_size", "eval_size", "max_turns", "turn_timeout_s")
+        require(
+            not (self.environment and self.chat_template),
+            f"task.environment={self.environment!r} with task.chat_template=true: its messages always go through the tokenizer's "
+            "chat template; leave task.chat_template out",
+        )
         require(
             self.unusable_prompts in ("stop", "drop"),
             f"task.unusable_prompts={self.unusable_prompts!r}: choose stop or drop",
@@ -129,6 +139,7 @@ class TrackingConfig:
     eval_every: int = 10  # steps; the first and the last are always evaluated
     eval_samples: int = 2  # completions of each held-out prompt, sampled as in training
     tokens_every: int = 10  # steps between per-token parquet files; 0: never
+    trace_every: int = 0  # steps between looks at what a growing mismatch may follow (trace/*); 0: never
     replay_every: int = 0  # steps between those that `rlalign replay` can repeat; each saves the weights; 0: never
 
     def __post_init__(self) -> None:
@@ -145,6 +156,7 @@ class TrackingConfig:
         )
         positive(self, "tracking", "eval_every", "eval_samples")
         require(self.tokens_every >= 0, f"tracking.tokens_every={self.tokens_every}: cannot be negative")
+        require(self.trace_every >= 0, f"tracking.trace_every={self.trace_every}: cannot be negative")
         require(self.replay_every >= 0, f"tracking.replay_every={self.replay_every}: cannot be negative")
 
 

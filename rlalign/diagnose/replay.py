@@ -17,7 +17,7 @@ from torch import Tensor
 from rlalign import mismatch
 from rlalign.config import HeadDtype, RunConfig
 from rlalign.rollout.engine import noise_floor
-from rlalign.run.assembly import load_tokenizer, resolve_model, start_embedded
+from rlalign.run.assembly import load_task_of, load_tokenizer, resolve_model, sampling, start_embedded
 from rlalign.run.sampler import step_seed
 from rlalign.tracking import environment
 from rlalign.tracking.record import RunRecord, config_of, read_run
@@ -195,11 +195,13 @@ def _sampled_again(engine: VLLMEngine, saved: SavedStep, config: RunConfig) -> t
     first = batch.loss_mask_BL.int().argmax(1).tolist()
     prompts = [batch.token_ids_BL[i, : first[i]].tolist() for i in range(0, len(batch), samples)]
     ids = batch.prompt_id_B[::samples].tolist()
-    pad = cast("int", load_tokenizer(saved.model).pad_token_id)
+    tokenizer = load_tokenizer(saved.model)
+    pad = cast("int", tokenizer.pad_token_id)
+    through = sampling(config, load_task_of(config), tokenizer)(engine) if config.task.environment else engine
     seed = step_seed(config, saved.step)
 
     def sampled(count: int) -> RolloutBatch:
-        rollouts = engine.generate(prompts[:count], prompt_ids=ids[:count], samples=samples, seed=seed)
+        rollouts = through.generate(prompts[:count], prompt_ids=ids[:count], samples=samples, seed=seed)
         return collate(rollouts, pad_token_id=pad, spec=engine.spec)
 
     again = sampled(len(prompts))
@@ -223,6 +225,7 @@ class _Trainer:
 
     @classmethod
     def of(cls, saved: SavedStep, config: RunConfig) -> _Trainer:
+        from rlalign.trainer.forced_experts import ForcedExperts
         from rlalign.trainer.head_mirror import mirror
         from rlalign.trainer.network import ScoringNetwork, load
         from rlalign.trainer.passes import Passes
@@ -243,8 +246,10 @@ class _Trainer:
             put_in(network, saved.model / FOLDER)
         network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         mirror(network, head_dtype=config.head_dtype.value, chunk=t.logprob_chunk).master_VD = saved.master_VD
+        replayed = config.rollout.replay_experts
         passes = Passes(
             config=t,
+            experts=None if replayed == "off" else ForcedExperts(network, known=replayed == "known"),
             device=cast("torch.device", network.device),
             attention=cast("PreTrainedConfig", network.config)._attn_implementation or "",
             temperature=config.rollout.temperature,

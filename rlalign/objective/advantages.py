@@ -111,21 +111,28 @@ def gae(
     return advantages_BL.float(), (advantages_BL + values_BL).float()
 
 
-def token_rewards(rewards_B: Tensor, loss_mask_BL: Tensor, penalty_BL: Tensor | None = None) -> Tensor:
+def token_rewards(
+    rewards_B: Tensor, loss_mask_BL: Tensor, penalty_BL: Tensor | None = None, earned_BL: Tensor | None = None
+) -> Tensor:
     """[B, L] float32: minus the penalty on every masked token, and the sequence's reward on its last one; 0 outside.
 
-    rewards_B: [B]; only read where a token is masked. penalty_BL: [B, L], such as kl_coef times `reference_kl.per_token`.
+    rewards_B: [B]; only read where a token is masked. earned_BL: [B, L], what of it was earned where, as at the ends of turns; the
+    last token then has the rest, and the sum stays. penalty_BL: [B, L], such as kl_coef times `reference_kl.per_token`.
     Raises ValueError on shapes that differ, a mask that is not bool, or rewards that are not [B].
     Reference: the KL-penalised reward of arXiv 1909.08593 and 2203.02155.
     """
-    require_aligned("token_rewards", mask=loss_mask_BL, penalty=penalty_BL)
+    require_aligned("token_rewards", mask=loss_mask_BL, penalty=penalty_BL, earned=earned_BL)
     if rewards_B.shape != loss_mask_BL.shape[:1]:
         raise ValueError(
             f"token_rewards: one reward for each sequence of the mask {tuple(loss_mask_BL.shape)}, got {tuple(rewards_B.shape)}"
         )
     positions_L = torch.arange(loss_mask_BL.shape[1], device=loss_mask_BL.device)
     last_B1 = torch.where(loss_mask_BL, positions_L, -1).amax(1, keepdim=True)
-    token_BL = torch.where(positions_L == last_B1, rewards_B[:, None].float(), 0.0)
+    earned_BL = (
+        torch.zeros_like(loss_mask_BL, dtype=torch.float32) if earned_BL is None else earned_BL.float() * loss_mask_BL
+    )
+    rest_B1 = rewards_B[:, None].float() - earned_BL.sum(1, keepdim=True)
+    token_BL = torch.where(positions_L == last_B1, rest_B1 + earned_BL, earned_BL)
     if penalty_BL is not None:
         token_BL = token_BL - penalty_BL
     return torch.where(loss_mask_BL, token_BL, 0.0)

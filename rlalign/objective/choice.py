@@ -37,10 +37,12 @@ def credit(
     ref_BL: Tensor | None = None,
     values_BL: Tensor | None = None,
     kl_coef: float = 0.0,
+    earned_BL: Tensor | None = None,
 ) -> Credit:
     """The configured advantages of a step's samples. A sample without a reward (NaN) is in no statistic and gets 0.
 
-    values_BL: the critic's, which gae needs. kl_coef: of the penalty on every token's reward, in units of the reward per nat.
+    values_BL: the critic's, which gae needs. earned_BL: where turns earned their part of the reward, for gae.
+    kl_coef: of the penalty on every token's reward, in units of the reward per nat.
     """
     if algo.advantage == "group":
         advantage_B = advantages.group_relative(rewards_B, batch.group_id_B, normalize_std=algo.normalize_std)
@@ -55,7 +57,7 @@ def credit(
         kl_BL = reference_kl.per_token(old_BL, ref_BL, mask_BL, algo.kl_penalty.estimator)
         penalty_BL, kl = kl_coef * kl_BL, float(kl_BL.sum(1)[mask_BL.any(1)].mean())
         metrics = {"token": float(kl_BL[mask_BL].mean()), "sequence": kl, "coef": kl_coef, "penalty": kl_coef * kl}
-    reward_BL = advantages.token_rewards(rewards_B, mask_BL, penalty_BL)
+    reward_BL = advantages.token_rewards(rewards_B, mask_BL, penalty_BL, earned_BL)
     raw_BL, returns_BL = advantages.gae(reward_BL, values_BL, mask_BL, gamma=algo.gae.gamma, lam=algo.gae.lam)
     earned_BL = advantages.gae(reward_BL, torch.zeros_like(values_BL), mask_BL, gamma=algo.gae.gamma, lam=1.0)[1]
     measured = advantages.explained(values_BL, earned_BL, mask_BL) | {

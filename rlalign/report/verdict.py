@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from statistics import median
 
+from rlalign.mismatch.growth import Followed, follows
 from rlalign.report.figures import k3_limit, number_at
 from rlalign.report.html import short
 from rlalign.tracking.record import RunRecord
+from rlalign.types import LogprobSpec
 
-__all__ = ["comparison", "drift_problems", "problems", "sentences", "watched"]
+__all__ = ["comparison", "drift_problems", "growth", "problems", "sentences", "watched"]
 
 DRIFT, DRIFTED = "reward/drift/", 2
 ENDINGS = {"running": "is still running", "interrupted": "was interrupted", "killed": "was killed"}
@@ -107,7 +110,44 @@ def sentences(run: RunRecord) -> str:
     agree = f"Rollout engine and trainer differ by k3 = {short(lag0['k3'])} nats per token at lag 0 (median over steps"
     agree += f"; worst step {short(lag0['k3_max'])}" + (f", limit {short(limit)})" if limit is not None else ")")
     agree += f", with {s['publishes']:,} publishes verified" if s["publishes"] else ""
-    return f"{learned}. {agree}."
+    return f"{learned}. {agree}.{_support(run)}{_growth(run)}"
+
+
+def growth(run: RunRecord) -> list[Followed]:
+    """What k3 at lag 0 follows of trace/* and the entropy, over the steps that were traced; empty where too few were."""
+    wanted = "mismatch/lag0/k3"
+    rows = [row for row in run.metrics.rows if any(key.startswith("trace/") for key in row)]
+    rows = [row for row in rows if math.isfinite(row.get(wanted, math.nan))]
+    names = [key for key in (rows[0] if rows else ()) if key.startswith("trace/") or key == "train/entropy"]
+    whole = [name for name in names if all(math.isfinite(row.get(name, math.nan)) for row in rows)]
+    return follows([row[wanted] for row in rows], {name: [row[name] for row in rows] for name in whole})
+
+
+def _growth(run: RunRecord) -> str:
+    """A sentence on what the k3 follows; empty without a trace."""
+    found = growth(run)
+    if not found:
+        return ""
+    best = [f for f in found if f.beyond_chance][:3]
+    chance = f"beyond the {found[0].chance:.2f} of chance (rank correlation of changes from row to row)"
+    if not best:
+        return f" Of {len(found)} traced series none changes with k3 {chance}."
+    told = "; ".join(f"{f.name} ({f.changes:+.2f}, {f.lead} rows ahead)" for f in best)
+    return f" k3 changes with {told}, {chance}."
+
+
+def _support(run: RunRecord) -> str:
+    """A sentence on the sets that a truncated run's probabilities are over; empty where nothing was truncated."""
+    spec = LogprobSpec.of_sampling(run.config.get("rollout", {}), processed=True)
+    if not spec.truncated:
+        return ""
+    size, mass, outside = (
+        median(run.series(f"support/{name}")[1] or [math.nan]) for name in ("size_mean", "log_mass", "outside")
+    )
+    return (
+        f" Ratios, entropies and KLs are over {spec.support}: {size:.1f} ids a token, with a log mass of {mass:+.3g} nats; "
+        f"{outside:.2%} of the tokens lie outside the trainer's own set (medians over steps)."
+    )
 
 
 COMPARED = {

@@ -6,6 +6,7 @@ and the loss. B samples.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,13 +22,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One completion. verified: what the task's verifier says; group: equal for completions of one prompt; tokens: sampled."""
+    """One completion. verified: what the task's verifier says, NaN where it said nothing, and unverified then says why; group:
+    equal for completions of one prompt; tokens: sampled.
+    """
 
     prompt: str
     completion: str
     verified: float
     group: int
     tokens: int
+    unverified: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +164,10 @@ def _verified(samples: Sequence[Sample]) -> ComponentScore:
     import torch
 
     verified_B = torch.tensor([s.verified for s in samples], dtype=torch.float32)
-    return ComponentScore(score=RewardScore(raw=verified_B, calibrated=verified_B))
+    failed = {
+        at: s.unverified or "the verifier gave no number" for at, s in enumerate(samples) if math.isnan(s.verified)
+    }
+    return ComponentScore(score=RewardScore(raw=verified_B, calibrated=verified_B), failed=failed)
 
 
 def _require_reasons(rewards: Rewards) -> None:

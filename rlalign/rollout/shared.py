@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from rlalign import ranks
 from rlalign.types import Rollout
@@ -15,6 +15,14 @@ from rlalign.types import Rollout
 if TYPE_CHECKING:
     from rlalign.rollout.engine.embedded import VLLMEngine
     from rlalign.rollout.server.pool import ServerPool
+
+
+class Samples(Protocol):
+    """Makes completions of prompts."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, prompt_ids: Sequence[int], samples: int, seed: int
+    ) -> list[Rollout]: ...
 
 
 class SharedEngine:
@@ -29,6 +37,7 @@ class SharedEngine:
             e = self._engine
             return e.spec, e.mode, e.version, e.in_flight_updates
 
+        self.through: Callable[[VLLMEngine | ServerPool], Samples] = lambda engine: engine
         self.spec, self.mode, self.version, self.in_flight_updates = ranks.on_first(begin)
 
     @property
@@ -42,11 +51,18 @@ class SharedEngine:
         assert self._engine is not None, "only the first rank holds the engine"
         return self._engine
 
+    @property
+    def sampling(self) -> Samples:
+        """What completions come from: the engine, or what `through` makes of it, such as conversations. On the first rank only."""
+        return self.through(self.local)
+
     def generate(
         self, prompts: Sequence[Sequence[int]], *, prompt_ids: Sequence[int], samples: int, seed: int
     ) -> list[Rollout]:
         """As `VLLMEngine.generate`; every rank gets all rollouts."""
-        return ranks.on_first(lambda: self.local.generate(prompts, prompt_ids=prompt_ids, samples=samples, seed=seed))
+        return ranks.on_first(
+            lambda: self.sampling.generate(prompts, prompt_ids=prompt_ids, samples=samples, seed=seed)
+        )
 
     def ask(self, method: str, *args: object) -> list[dict]:
         """As `VLLMEngine.ask`; every rank gets all answers."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rlalign import ranks
 from rlalign.config import RewardConfig, RunConfig, ScheduleMode
 from rlalign.reward.mixture import RewardMixture, Rewards, Sample
+from rlalign.run import conversation
 from rlalign.types import collate
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from rlalign.rollout.engine.embedded import VLLMEngine
     from rlalign.rollout.server.pool import ServerPool
     from rlalign.rollout.shared import SharedEngine
-    from rlalign.run.parties import Parties
+    from rlalign.run.parties import Parties, RolloutEngine
     from rlalign.tasks import Task
     from rlalign.trainer.critic import Critic
     from rlalign.trainer.policy import Policy
@@ -80,6 +81,20 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool) -> list
     return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
 
 
+def prompt_encoder(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
+    """From a prompt's text to its ids: of the text alone, or of the first messages of its environment."""
+    if config.task.environment:
+        return conversation.prompts_of(config, task, tokenizer)
+    return partial(encode, tokenizer, chat=config.task.chat_template)
+
+
+def sampling(
+    config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[RolloutEngine], RolloutEngine]:
+    """From an engine to what completions come from: itself, or conversations with the run's environment over it."""
+    return conversation.talking(config, task, tokenizer) if config.task.environment else lambda engine: engine
+
+
 def load_task_of(config: RunConfig) -> Task:
     """The configured task."""
     from rlalign.tasks import load_task
@@ -100,8 +115,8 @@ def fitted_task(
     from rlalign.run.fitting_prompts import fitted
 
     rows = AutoConfig.from_pretrained(model).get_text_config().vocab_size
-    ids_of = partial(encode, tokenizer, chat=config.task.chat_template)
-    task, dropped = fitted(load_task_of(config), config, ids_of, rows)
+    task = load_task_of(config)
+    task, dropped = fitted(task, config, prompt_encoder(config, task, tokenizer), rows)
     if dropped:
         say(f"{dropped} prompts dropped that are too long for the engine or hold ids that the model has no row for")
     return task
@@ -192,6 +207,7 @@ def start_policy(model: Path, config: RunConfig, probed: ProbedBody | None = Non
         seed=config.seed,
         exact=config.exact,
         mirrored=None if probed is None else probed.settled.plan,
+        replay_experts=config.rollout.replay_experts,
     )
 
 
@@ -343,7 +359,7 @@ def parties(
         task=task,
         reward=reward,
         publish=partial(publish_from_ranks, receiver=lambda: engine.local, transport=transport),
-        encode=partial(encode, tokenizer, chat=config.task.chat_template),
+        encode=prompt_encoder(config, task, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         floor=floor,
         say=say,

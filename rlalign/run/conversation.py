@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
+from rlalign.tasks.environments import Environment, Message, Observation, environment_of
 from rlalign.tasks.prefix_law import extend
-from rlalign.types import Rollout
+from rlalign.types import LogprobSpec, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from rlalign.config import RunConfig
     from rlalign.run.parties import RolloutEngine
+    from rlalign.tasks import Task
 
-__all__ = ["OUTCOMES", "Conversation", "Environment", "Observation", "converse"]
+__all__ = ["OUTCOMES", "Conversation", "Talking", "converse", "prompts_of", "talking"]
 
-Message = Mapping[str, object]
 OUTCOMES = {
     "done": "the environment ended it",
     "turns": "as many turns as were allowed, and the environment would go on",
@@ -31,44 +33,21 @@ OUTCOMES = {
     "cut": "an answer was cut at its token limit; the environment did not see it",
     "error": "the environment raised",
     "timeout": "the environment did not answer in time",
+    "cancelled": "the environment was cancelled, or cancelled itself",
 }
+FAILED = ("error", "timeout", "cancelled")
 _TURN_SEED = 7919
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Observation:
-    """What an environment says of an answer. messages: to append, empty where done. reward: of this turn, None for none."""
-
-    messages: Sequence[Message] = ()
-    reward: float | None = None
-    done: bool = False
-
-    def __post_init__(self) -> None:
-        if self.done == bool(self.messages):
-            raise ValueError(
-                f"an observation either ends the conversation or has messages for the next turn; got done={self.done} with "
-                f"{len(self.messages)} messages"
-            )
-        if any(message["role"] == "assistant" for message in self.messages):
-            raise ValueError("an observation holds an assistant's message; only sampled answers are the assistant's")
-
-
-class Environment(Protocol):
-    """One conversation's counterpart: tools, a game, a simulated user."""
-
-    async def step(self, messages: Sequence[Message]) -> Observation:
-        """What follows the last message, the assistant's answer. May raise; it may be cancelled at its time limit."""
-        ...
 
 
 @dataclass(slots=True, kw_only=True)
 class Conversation:
     """One finished conversation. outcome: a key of OUTCOMES. rewards: one for each turn, None where the environment gave none or
-    did not answer: never 0 for a failure. why: the environment's error.
+    did not answer: never 0 for a failure. why: the environment's error. asked: messages of the first prompt.
     """
 
     messages: list[Message]
     ids: list[int]
+    asked: int = 0
     turns: list[Rollout] = field(default_factory=list)
     rewards: list[float | None] = field(default_factory=list)
     outcome: str = ""
@@ -78,7 +57,7 @@ class Conversation:
     def reward(self) -> float | None:
         """The sum of the turns' rewards; None without any, and for one that failed."""
         given = [reward for reward in self.rewards if reward is not None]
-        return sum(given) if given and self.outcome not in ("error", "timeout") else None
+        return sum(given) if given and self.outcome not in FAILED else None
 
     def rollout(self) -> Rollout:
         """All turns as one sequence: ids as they went through the engine, each turn with its own logprobs, versions and sets."""
@@ -89,14 +68,118 @@ class Conversation:
                 if sampled:
                     mask[at], logprobs[at] = True, turn.rollout_logprobs[at]
         captured = all(turn.kept_counts for turn in self.turns)
+        experts, shape = self._experts()
         return replace(
             last,
+            verified=self.reward,
+            turn_rewards=[
+                (len(turn.token_ids) - 1, float(reward))
+                for turn, reward in zip(self.turns, self.rewards, strict=True)
+                if reward is not None
+            ],
+            outcome=self.outcome,
+            why=self.why,
+            text="\n".join(f"{m['role']}: {m['content']}" for m in self.messages[self.asked :]),
+            experts=experts,
+            experts_shape=shape,
             loss_mask=mask,
             rollout_logprobs=logprobs,
             version_spans=[span for turn in self.turns for span in turn.version_spans],
             kept_ids=array("i", [i for turn in self.turns for i in turn.kept_ids] if captured else []),
             kept_counts=array("q", [n for turn in self.turns for n in turn.kept_counts] if captured else []),
         )
+
+    def _experts(self) -> tuple[array, tuple[int, int]]:
+        """Of each position as the turn that first went through it did; a later turn may have computed it again."""
+        last = self.turns[-1]
+        each = last.experts_shape[0] * last.experts_shape[1]
+        if not all(turn.experts for turn in self.turns):
+            return array("B"), (0, 0)
+        found = array(last.experts.typecode)
+        for turn in self.turns:
+            found.extend(turn.experts[len(found) // each * each :])
+        return found, last.experts_shape
+
+
+def prompts_of(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
+    """The ids of a prompt by its text, as the first messages of its environment render. ValueError without a chat template."""
+    make = environment_of(config.task.environment)
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"task.environment={config.task.environment!r}: the tokenizer has no chat template, so nobody can tell turns apart; "
+            "give model.path a folder whose tokenizer has one"
+        )
+    prompts = {p.text: p for p in (*task.train, *task.held_out)}
+    return lambda text: _rendered(tokenizer, make(prompts[text], task).start(), {})
+
+
+def talking(
+    config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[RolloutEngine], RolloutEngine]:
+    """What a run with task.environment samples through: conversations over the engine it is given."""
+    make = environment_of(config.task.environment)
+    prompts = {p.prompt_id: p for p in (*task.train, *task.held_out)}
+    return lambda engine: Talking(
+        engine=engine,
+        tokenizer=tokenizer,
+        environment=lambda prompt_id: make(prompts[prompt_id], task),
+        max_turns=config.task.max_turns,
+        room=config.rollout.max_model_len - config.rollout.max_tokens,
+        timeout_s=config.task.turn_timeout_s,
+    )
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template: Mapping[str, object]
+) -> list[int]:
+    options = {"add_generation_prompt": True, "return_dict": False, **template}
+    return list(tokenizer.apply_chat_template(list(messages), **options))
+
+
+@dataclass(slots=True, kw_only=True)
+class Talking:
+    """An engine whose completions are conversations: `generate` plays one for each completion that it is asked for.
+
+    environment: makes one conversation's counterpart from the number of its prompt.
+    """
+
+    engine: RolloutEngine
+    tokenizer: PreTrainedTokenizerBase
+    environment: Callable[[int], Environment]
+    max_turns: int
+    room: int
+    timeout_s: float
+
+    @property
+    def spec(self) -> LogprobSpec:
+        return self.engine.spec
+
+    @property
+    def policy_version(self) -> int:
+        return self.engine.policy_version
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, prompt_ids: Sequence[int], samples: int, seed: int
+    ) -> list[Rollout]:
+        """One rollout of several segments for each conversation, grouped by prompt.
+
+        Raises ValueError where a prompt is not what its environment starts with.
+        """
+        counterparts = [self.environment(p) for p in prompt_ids for _ in range(samples)]
+        found = converse(
+            self.engine, self.tokenizer, [c.start() for c in counterparts], counterparts, seed=seed, max_turns=self.max_turns,
+            room=self.room, timeout_s=self.timeout_s,
+        )  # fmt: skip
+        for at, conversation in enumerate(found):
+            asked = prompts[at // samples]
+            if conversation.turns[0].token_ids[: len(asked)] != list(asked):
+                raise ValueError(
+                    f"prompt {prompt_ids[at // samples]}: its ids are not those that its environment's first messages render to"
+                )
+        return [
+            replace(c.rollout(), prompt_id=prompt_ids[at // samples], group_id=at // samples)
+            for at, c in enumerate(found)
+        ]
 
 
 def converse(
@@ -116,29 +199,28 @@ def converse(
     starts: messages of each conversation's first prompt. room: tokens that a prompt may have (context less the longest answer).
     timeout_s: of one environment's answer. template: further arguments of the chat template. A turn is reproducible from the
     seed, its number and the place among the conversations that still go on. Raises ValueError for lists of different lengths, a
-    limit below 1, or a first prompt without room; what goes wrong later is an outcome.
+    limit below 1, a first prompt without room, or a template that hides an answer (`extend`); TypeError for a step that returns no
+    Observation. What an environment raises is an outcome.
     """
     if len(starts) != len(environments) or max_turns < 1 or room < 1:
         raise ValueError(
             f"converse: one environment for each conversation, max_turns and room of at least 1; got {len(environments)} for "
             f"{len(starts)}, max_turns={max_turns}, room={room}"
         )
-    options = {"add_generation_prompt": True, "return_dict": False, **template}
-    found = [
-        Conversation(messages=list(m), ids=list(tokenizer.apply_chat_template(list(m), **options))) for m in starts
-    ]
+    found = [Conversation(messages=list(m), asked=len(m), ids=_rendered(tokenizer, m, template)) for m in starts]
     longest = max((len(c.ids) for c in found), default=0)
     if longest > room:
         raise ValueError(f"converse: a first prompt has {longest} tokens, room for {room}")
-    for turn in range(max_turns):
-        going = [i for i, conversation in enumerate(found) if not conversation.outcome]
-        if not going:
-            break
-        _sample(engine, [found[i] for i in going], going, seed + _TURN_SEED * turn)
-        asked = [i for i in going if not found[i].outcome]
-        answers = asyncio.run(_answers([(environments[i], found[i].messages) for i in asked], timeout_s))
-        for i, answer in zip(asked, answers, strict=True):
-            _go_on(found[i], answer, tokenizer, template, room=room, last=turn == max_turns - 1)
+    with asyncio.Runner() as runner:  # one loop for all turns: what an environment opens in one is open in the next
+        for turn in range(max_turns):
+            going = [i for i, conversation in enumerate(found) if not conversation.outcome]
+            if not going:
+                break
+            _sample(engine, [found[i] for i in going], going, seed + _TURN_SEED * turn)
+            asked = [i for i in going if not found[i].outcome]
+            answers = runner.run(_answers([(environments[i], found[i].messages) for i in asked], timeout_s))
+            for i, answer in zip(asked, answers, strict=True):
+                _go_on(found[i], answer, tokenizer, template, room=room, last=turn == max_turns - 1)
     return found
 
 
@@ -169,11 +251,13 @@ def _go_on(
     last: bool,
 ) -> None:
     if isinstance(answer, BaseException):
-        conversation.outcome = "timeout" if isinstance(answer, TimeoutError) else "error"
-        conversation.why = f"{type(answer).__name__}: {answer}"
+        kinds = {TimeoutError: "timeout", asyncio.CancelledError: "cancelled"}
+        conversation.outcome = next((kinds[kind] for kind in kinds if isinstance(answer, kind)), "error")
+        conversation.why = f"{type(answer).__name__}: {answer}".removesuffix(": ")
         conversation.rewards.append(None)
         return
-    assert isinstance(answer, Observation)
+    if not isinstance(answer, Observation):
+        raise TypeError(f"an environment's step must return an Observation, got {type(answer).__name__}: {answer!r}")
     conversation.rewards.append(answer.reward)
     if answer.done:
         conversation.outcome = "done"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlalign import ranks
 from rlalign.config import RunConfig
-from rlalign.run.parties import Parties, StepResult
+from rlalign.run.parties import Parties, StepResult, verified_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,10 +22,15 @@ HEAD_TOKENS = 256  # tokens of a step on which the heads are compared in isolati
 
 
 def evaluate(parties: Parties, *, samples: int) -> float:
-    """Mean reward on the held-out prompts, `samples` completions each, sampled as in training and always with the same seeds."""
+    """Mean reward on the held-out prompts, `samples` completions each, sampled as in training and always with the same seeds.
+
+    Conversations that ended without a reward are left out; NaN where all did.
+    """
     prompts = parties.task.eval_prompts()
     rollouts = parties.sample(prompts, samples=samples, seed=EVAL_SEED)
-    return sum(parties.task.reward(prompts[r.group_id], r.text) for r in rollouts) / len(rollouts)
+    verified = [verified_of(r, prompts[r.group_id], parties.task) for r in rollouts]
+    known = [value for value in verified if value is not None]
+    return sum(known) / len(known) if known else math.nan
 
 
 def head_in_isolation(engine: SharedEngine, policy: Policy, result: StepResult, config: RunConfig) -> dict[str, float]:

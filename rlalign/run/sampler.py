@@ -152,6 +152,11 @@ def _run(ask: Callable[[RolloutEngine], Sampled], engine: RolloutEngine, batch: 
 
 
 def _rollout(fields: dict) -> Rollout:
-    spans = {name: [tuple(span) for span in fields[name]] for name in ("version_spans", "kv_spans")}
+    spans = {name: [tuple(span) for span in fields[name]] for name in ("version_spans", "kv_spans", "turn_rewards")}
     kept = {"kept_ids": array("i", fields["kept_ids"]), "kept_counts": array("q", fields["kept_counts"])}
-    return Rollout(**fields | spans | kept)
+    wide = max(fields["experts"], default=0) > 255
+    routes = {
+        "experts": array("H" if wide else "B", fields["experts"]),
+        "experts_shape": tuple(fields["experts_shape"]),
+    }
+    return Rollout(**fields | spans | kept | routes)

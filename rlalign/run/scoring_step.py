@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from rlalign.logprobs.truncation import LIMIT
-from rlalign.run.step_metrics import support_metrics
+from rlalign.run.step_metrics import route_metrics, support_metrics
 from rlalign.types import RolloutBatch
 
 if TYPE_CHECKING:
@@ -23,9 +23,10 @@ def scored(trainer: Trainer, batch: RolloutBatch) -> tuple[RolloutBatch, Tensor,
     """
     batch.spec.require_repeatable(what="scoring rollouts")
     if not batch.spec.truncated:
-        return batch, *trainer.score(batch), {}
+        old_BL, entropy_BL = trainer.score(batch)
+        return batch, old_BL, entropy_BL, _routes(trainer, batch)
     old_BL, entropy_BL, found = trainer.score_truncated(batch)
-    metrics = support_metrics(found, batch)
+    metrics = support_metrics(found, batch) | _routes(trainer, batch)
     left_BL = batch.loss_mask_BL & ~found.too_large_BL
     if not bool(left_BL.any()):
         raise RuntimeError(
@@ -33,3 +34,7 @@ def scored(trainer: Trainer, batch: RolloutBatch) -> tuple[RolloutBatch, Tensor,
             "smaller top_p or a top_k"
         )
     return replace(batch, kept=found.kept, loss_mask_BL=left_BL), old_BL, entropy_BL, metrics
+
+
+def _routes(trainer: Trainer, batch: RolloutBatch) -> dict[str, float]:
+    return {} if batch.routes is None else route_metrics(trainer.routes_taken(), batch)

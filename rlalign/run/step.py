@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from rlalign import mismatch
@@ -14,7 +16,7 @@ from rlalign.config import RunConfig, ScheduleMode
 from rlalign.objective import choice
 from rlalign.reward.mixture import Sample
 from rlalign.run import acceptance, limits
-from rlalign.run.parties import Collected, Learner, Parties, Prompt, StepResult, Task, Trainer
+from rlalign.run.parties import Collected, Learner, Parties, Prompt, StepResult, Task, Trainer, verified_of
 from rlalign.run.sampler import Sampler, request, sample_probe
 from rlalign.run.scoring_step import scored
 from rlalign.run.step_metrics import (
@@ -22,9 +24,11 @@ from rlalign.run.step_metrics import (
     correction_metrics,
     lags_of,
     mismatch_metrics,
+    outcome_metrics,
     publish_metrics,
     rollout_metrics,
     staleness_metrics,
+    turn_metrics,
 )
 from rlalign.tracking.timeline import Clock, Span
 from rlalign.types import Rollout, RolloutBatch, TrainBatch, collate
@@ -52,7 +56,7 @@ def collect(step: int, parties: Parties, config: RunConfig, sampler: Sampler | N
         sampled = request(step, parties, config)(parties.engine) if sampler is None else sampler.take(step)
         rollouts = sampled.rollouts
         batch = collate(rollouts, pad_token_id=parties.pad_token_id, spec=parties.engine.spec)
-    metrics |= rollout_metrics(rollouts, sampled.seconds)
+    metrics |= rollout_metrics(rollouts, sampled.seconds) | outcome_metrics(rollouts)
     probe = None
     if sampler is not None:
         spans.append(Span("rollout", sampled.start, sampled.start + sampled.seconds, step))
@@ -64,7 +68,22 @@ def collect(step: int, parties: Parties, config: RunConfig, sampler: Sampler | N
         rewards = parties.reward([sample_of(r, prompts[r.group_id], parties.task) for r in rollouts])
     metrics |= rewards.metrics()
     texts = [r.text for r in rollouts]
-    return Collected(batch=batch, rewards=rewards, texts=texts, metrics=metrics, spans=spans, probe=probe)
+    earned_BL = turns_earned(rollouts, rewards.values_B, batch)
+    return Collected(
+        batch=batch, rewards=rewards, texts=texts, metrics=metrics, spans=spans, earned_BL=earned_BL, probe=probe
+    )
+
+
+def turns_earned(rollouts: Sequence[Rollout], values_B: Tensor, batch: RolloutBatch) -> Tensor | None:
+    """[B, L]: the turns' rewards at the ends of turns; None where no turn has one, or a sample's reward is not just their sum."""
+    turns = [(row, position, reward) for row, r in enumerate(rollouts) for position, reward in r.turn_rewards]
+    if not turns:
+        return None
+    earned_BL = torch.zeros(batch.token_ids_BL.shape)
+    for row, position, reward in turns:
+        earned_BL[row, position] += reward
+    apart_B = (values_B - earned_BL.sum(1)).abs()[~values_B.isnan()]
+    return earned_BL if bool((apart_B < 1e-5).all()) else None
 
 
 def learn(
@@ -79,13 +98,21 @@ def learn(
         metrics |= sets
         ref_BL = trainer.score_reference(batch)
         at_lag = _compare(old_BL, replace(collected, batch=batch), trainer, config)
+        metrics |= turn_metrics(old_BL, batch) if "turns/mean" in metrics else {}
         metrics |= mismatch_metrics(at_lag, parties.floor) | staleness_metrics(batch, trainer.version, at_lag)
         metrics["train/entropy"] = float(entropy_BL[batch.loss_mask_BL].mean())
         values_BL = None if parties.critic is None else parties.critic.values(batch)
 
     coefficient = 0.0 if parties.kl_penalty is None else parties.kl_penalty.coef
     credit = choice.credit(
-        rewards.values_B, batch, config.algo, old_BL=old_BL, ref_BL=ref_BL, values_BL=values_BL, kl_coef=coefficient
+        rewards.values_B,
+        batch,
+        config.algo,
+        old_BL=old_BL,
+        ref_BL=ref_BL,
+        values_BL=values_BL,
+        kl_coef=coefficient,
+        earned_BL=collected.earned_BL,
     )
     metrics |= credit.metrics
     result = StepResult(
@@ -216,10 +243,14 @@ def _counted(minibatch: TrainBatch) -> TrainBatch:
 
 def sample_of(rollout: Rollout, prompt: Prompt, task: Task) -> Sample:
     """What the reward needs to know of a rollout, the verifier's word included."""
+    verified = verified_of(rollout, prompt, task)
     return Sample(
         prompt=prompt.text,
         completion=rollout.text,
-        verified=task.reward(prompt, rollout.text),
+        verified=math.nan if verified is None else verified,
+        unverified=f"the conversation ended without a reward ({': '.join(filter(None, (rollout.outcome, rollout.why)))})"
+        if verified is None
+        else "",
         group=rollout.group_id,
         tokens=sum(rollout.loss_mask),
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -130,6 +132,51 @@ def support_metrics(found: Found, batch: RolloutBatch) -> dict[str, float]:
             "differ_mass": share(found.differ_mass_BL, compared_BL),
         }
     return {f"support/{name}": value for name, value in metrics.items()}
+
+
+def outcome_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Of conversations: turns of one, and the share that ended in each way; empty where there are none."""
+    talks = [r for r in rollouts if r.outcome]
+    if not talks:
+        return {}
+    turns = [sum(now and not before for before, now in pairwise([False, *r.loss_mask])) for r in talks]
+    ended = Counter(r.outcome for r in talks)
+    return {"turns/mean": sum(turns) / len(talks), "turns/max": float(max(turns))} | {
+        f"turns/ended/{outcome}": count / len(talks) for outcome, count in sorted(ended.items())
+    }
+
+
+def turn_metrics(old_BL: Tensor, batch: RolloutBatch) -> dict[str, float]:
+    """Old against rollout of each turn: mismatch/turnN/k3 and abs_mean in nats, tokens; N from 1."""
+    mask_BL = batch.loss_mask_BL
+    starts_BL = mask_BL & ~torch.nn.functional.pad(mask_BL[:, :-1], (1, 0))
+    turn_BL = starts_BL.cumsum(1) * mask_BL
+    ratio_BL = old_BL - batch.rollout_logprobs_BL
+    found = {}
+    for turn in range(1, int(turn_BL.max()) + 1):
+        ratio_N = ratio_BL[turn_BL == turn].double()
+        found |= {
+            f"mismatch/turn{turn}/k3": float((ratio_N.exp() - 1.0 - ratio_N).mean()),
+            f"mismatch/turn{turn}/abs_mean": float(ratio_N.abs().mean()),
+            f"mismatch/turn{turn}/tokens": float(len(ratio_N)),
+        }
+    return found
+
+
+def route_metrics(taken: Mapping[str, float], batch: RolloutBatch) -> dict[str, float]:
+    """Of positions that the trainer sent to the rollout engine's experts.
+
+    differ: share of the engine's choices that the trainer's gates would not have made; tokens_differ: share of positions with such
+    a choice in any layer. own: share of the positions that sampled tokens depend on without a route, where the trainer chose.
+    bytes_per_token: what a position's route takes.
+    """
+    missing_B, known_B = batch.routes.missing(batch.loss_mask_BL), batch.routes.count_B
+    return {
+        "routes/differ": taken["differ"] / taken["choices"] if taken["choices"] else math.nan,
+        "routes/tokens_differ": taken["tokens_differ"] / taken["tokens"] if taken["tokens"] else math.nan,
+        "routes/own": float(missing_B.sum() / (missing_B + known_B).sum()),
+        "routes/bytes_per_token": float(batch.routes.experts_ELK[:1].nbytes),
+    }
 
 
 def correction_metrics(correction: Correction, old_BL: Tensor, batch: RolloutBatch) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rlalign import ranks
 from rlalign.config import RunConfig, ScheduleMode, to_plain
-from rlalign.run import assembly, checkpointing, joining, observation
+from rlalign.run import assembly, checkpointing, joining, observation, trace
 from rlalign.run.limits import Watch, self_test
 from rlalign.run.parties import MismatchLimitError, Parties, StepRefused, StepResult
 from rlalign.run.sampler import Sampler
@@ -104,9 +104,10 @@ def _run(
                 config, engine, policy, critic, task, reward, tokenizer, transport, progress.phase
             )
             drift = assembly.start_drift_watch(reward, config, run, progress.stage)
+            engine.through = assembly.sampling(config, task, tokenizer)
             sampler = None
             if config.schedule.mode is not ScheduleMode.synchronous:
-                sampler = Sampler(parties, config, engine=lambda: engine.local, say=partial(run.event, "rollouts"))
+                sampler = Sampler(parties, config, engine=lambda: engine.sampling, say=partial(run.event, "rollouts"))
             parts = {"drift": drift, "rollouts": sampler}
             shared = {"critic": critic, "kl_penalty": parties.kl_penalty}
             checkpoints = checkpointing.Checkpoints(
@@ -237,12 +238,26 @@ class _Steps:
         if config.mismatch.head_every and step % config.mismatch.head_every == 0:
             with self.run.timed(step, "head"):
                 metrics |= observation.head_in_isolation(self.engine, self.policy, result, config)
+        if config.tracking.trace_every and step % config.tracking.trace_every == 0:
+            with self.run.timed(step, "trace"):
+                metrics |= trace.traced(self.policy, result, config.trainer.micro_batch_size) | self._apart()
         if last:  # of the final weights; every earlier row evaluates those before its step
             metrics["eval/accuracy"] = self._evaluate(step)
         every = config.tracking.tokens_every
         tokens = bool(every) and (step % every == 0 or last)
         observation.log_step(self.run, step, metrics, result, self.tokenizer, tokens=tokens)
         return metrics
+
+    def _apart(self) -> dict[str, float]:
+        """trace/apart/STEP: how far each step of the engine is from the trainer's, where they can be compared."""
+        from rlalign.diagnose.attribution import steps
+
+        if self._not_provable():
+            return {}
+        if self.sampler is not None:
+            self.sampler.settle()  # the engine answers one caller at a time
+        found = steps.prove(self.engine.local, self.policy.network)
+        return {f"trace/apart/{name}": apart for name, apart in found.items()}
 
     def _evaluate(self, step: int) -> float:
         with self.run.timed(step, "eval"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from rlalign.config import RunConfig
 from rlalign.reward.training.examples import Labelled, write_rows
 from rlalign.run import assembly
+from rlalign.run.parties import verified_of
 
 SEED_OFFSET = 7_919  # another stream than the run's own, whose first steps would else be repeated
 
@@ -26,20 +27,24 @@ def write_verified_samples(
     tokenizer = assembly.load_tokenizer(model)
     engine = assembly.start_embedded(model, config)
     try:
-        rollouts = engine.generate(
-            [assembly.encode(tokenizer, p.text, chat=config.task.chat_template) for p in chosen],
+        ids_of = assembly.prompt_encoder(config, task, tokenizer)
+        rollouts = assembly.sampling(config, task, tokenizer)(engine).generate(
+            [ids_of(p.text) for p in chosen],
             prompt_ids=[p.prompt_id for p in chosen],
             samples=config.rollout.group_size,
             seed=config.seed * 1_000_003 + SEED_OFFSET,
         )
     finally:
         engine.close()
+    verified = [verified_of(r, chosen[r.group_id], task) for r in rollouts]
     rows = [
-        Labelled(prompt=chosen[r.group_id].text, completion=r.text, label=task.reward(chosen[r.group_id], r.text))
-        for r in rollouts
-        if r.text
+        Labelled(prompt=chosen[r.group_id].text, completion=r.text, label=label)
+        for r, label in zip(rollouts, verified, strict=True)
+        if r.text and label is not None
     ]
     write_rows(out, rows)
     right = sum(row.label for row in rows) / max(len(rows), 1)
-    say(f"{out}: {len(rows)} samples, {right:.1%} right; {len(rollouts) - len(rows)} empty ones left out")
+    say(
+        f"{out}: {len(rows)} samples, {right:.1%} right; {len(rollouts) - len(rows)} empty or without a reward left out"
+    )
     return rows

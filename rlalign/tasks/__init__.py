@@ -96,7 +96,7 @@ def _order(size: int, seed: int, epoch: int) -> tuple[int, ...]:
 def load_task(name: str, params: Mapping[str, Any], *, train_size: int, eval_size: int, seed: int) -> Task:
     """The task called `name`, split into `eval_size` held-out and `train_size` training prompts.
 
-    name: `reasoning_gym:TASK` or plain `TASK`, `jsonl:PATH`, `hf:NAME_OR_FOLDER`.
+    name: `reasoning_gym:TASK` or plain `TASK`, `game:higher_lower`, `jsonl:PATH`, `hf:NAME_OR_FOLDER`.
     params of all: `template` ("{prompt} ="), `prompt_field`. reasoning-gym: every other key configures the task, and
     prompt_field is "question" or a key of the entry's metadata. jsonl and hf: `answer_field`, `match` (exact, numeric,
     last_number), `answer_after` (keep what follows this mark in the reference); hf also `split` and `subset`.
@@ -113,10 +113,14 @@ def load_task(name: str, params: Mapping[str, Any], *, train_size: int, eval_siz
         raise ValueError(f"task {name!r}: template {template!r} does not contain {PLACEHOLDER}")
     if kind == "reasoning_gym":
         prompts, verify = _from_reasoning_gym(rest, options, template, train_size + eval_size, seed)
+    elif kind == "game":
+        prompts, verify = _game(rest, options, train_size + eval_size, seed)
     elif kind in ("jsonl", "hf"):
         prompts, verify = _from_rows(kind, rest, options, template, seed)
     else:
-        raise ValueError(f"task {name!r}: unknown kind {kind!r}; use reasoning_gym:TASK, jsonl:PATH or hf:NAME")
+        raise ValueError(
+            f"task {name!r}: unknown kind {kind!r}; use reasoning_gym:TASK, game:higher_lower, jsonl:PATH or hf:NAME"
+        )
     if len(prompts) < train_size + eval_size:
         raise ValueError(
             f"task {name!r}: found {len(prompts)} distinct prompts, need {train_size + eval_size} "
@@ -211,6 +215,25 @@ def _scored_by(task: str, dataset: _Procedural) -> Verifier:
             return False
 
     return verify
+
+
+# games
+
+
+def _game(name: str, options: dict[str, object], wanted: int, seed: int) -> tuple[list[Prompt], Verifier]:
+    """Secret numbers for `environments.HigherLower`; params: high, the largest of them."""
+    high = options.pop("high", 100)
+    if name != "higher_lower" or options or not isinstance(high, int) or high < 2:
+        raise ValueError(
+            f"task game:{name} with {options | {'high': high}}: there is game:higher_lower, with high of at least 2"
+        )
+    draw = random.Random(f"{seed}/higher_lower")
+    prompts = []
+    for i in range(wanted):
+        secret = draw.randint(1, high)
+        text = f"Game {i + 1}: guess my number from 1 to {high}."
+        prompts.append(Prompt(prompt_id=i, text=text, answer=str(secret), source={"secret": secret}))
+    return prompts, lambda prompt, answer: MATCHERS["last_number"](prompt.answer, answer)
 
 
 # files and datasets

@@ -13,7 +13,7 @@ import numpy as np
 
 import rlalign
 from rlalign.tracking.files import RUN, TOKENS, read_json, write_json
-from rlalign.types import KeptSets, LogprobSpec, RolloutBatch
+from rlalign.types import KeptSets, LogprobSpec, RolloutBatch, Routes
 
 if TYPE_CHECKING:
     import pyarrow
@@ -186,6 +186,8 @@ def save_batch(
     tensors = {name: tensor.cpu().contiguous() for name, tensor in batch.tensors().items()}
     if batch.kept is not None:
         tensors |= {"kept_ids_E": batch.kept.ids_E, "kept_count_BL": batch.kept.count_BL}
+    if batch.routes is not None:
+        tensors |= {"routes_experts_ELK": batch.routes.experts_ELK, "routes_count_B": batch.routes.count_B}
     tensors["old_logprobs_BL"] = old_logprobs_BL.cpu().contiguous()
     about = {"format": FORMAT, "step": step, "version": version, "trainer_ranks": trainer_ranks}
     metadata = {KEY: json.dumps(about | {"spec": asdict(batch.spec)})}
@@ -224,12 +226,18 @@ def read_step(run: Path, step: int) -> SavedStep:
         name.removeprefix("kept_"): tensors.pop(name) for name in ("kept_ids_E", "kept_count_BL") if name in tensors
     }
     kept = KeptSets(**sets) if sets else None
+    known = {
+        name.removeprefix("routes_"): tensors.pop(name)
+        for name in ("routes_experts_ELK", "routes_count_B")
+        if name in tensors
+    }
+    routes = Routes(**known) if known else None
     return SavedStep(
         step=about["step"],
         version=about["version"],
         trainer_ranks=about["trainer_ranks"],
         model=folder / MODEL,
-        batch=RolloutBatch(**tensors, spec=LogprobSpec(**about["spec"]), kept=kept),
+        batch=RolloutBatch(**tensors, spec=LogprobSpec(**about["spec"]), kept=kept, routes=routes),
         old_logprobs_BL=old_BL,
         master_VD=master,
     )

@@ -7,6 +7,7 @@ B sequences of a step, b of one micro-batch, L padded length, T tokens of a pack
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -16,6 +17,7 @@ from rlalign import ranks
 from rlalign.config import TrainerConfig
 from rlalign.logprobs.truncation import Found, Truncation
 from rlalign.trainer import packed_attention
+from rlalign.trainer.forced_experts import ForcedExperts
 from rlalign.trainer.head_mirror import Tokens
 from rlalign.trainer.network import padded_inputs
 from rlalign.trainer.packing import MicroBatch, pack, plan
@@ -28,12 +30,16 @@ LossFunction = Callable[[Tensor, TrainBatch], tuple[Tensor, dict[str, float]]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Passes:
-    """How one network is gone through. attention: its body's implementation; temperature: divides its logits, if it has any."""
+    """How one network is gone through. attention: its body's implementation; temperature: divides its logits, if it has any.
+
+    experts: its routers, forced to the routes of a batch that has them.
+    """
 
     config: TrainerConfig
     device: torch.device
     attention: str
     temperature: float = 1.0
+    experts: ForcedExperts | None = None
 
     @torch.no_grad()
     def score(self, module: nn.Module, batch: RolloutBatch, *, columns: int) -> Tensor:
@@ -46,7 +52,9 @@ class Passes:
         """What one rank of so many adds to `score`: [C, B, L], 0.0 where another has the sequence."""
         found_CBL = torch.zeros(columns, *batch.token_ids_BL.shape)
         for micro in self._micro_batches(batch, rank, of):
-            given = self._forward(module, batch.rows(micro.index_b, micro.length), exact=True)
+            rows = batch.rows(micro.index_b, micro.length)
+            with self._routed(rows):
+                given = self._forward(module, rows, exact=True)
             found_CBL[:, micro.index_b, : micro.length] = torch.stack(given).cpu()
         return found_CBL
 
@@ -57,9 +65,10 @@ class Passes:
         sets: dict[int, tuple[Tensor, Tensor]] = {}
         for micro in self._micro_batches(batch, ranks.rank(), ranks.world_size()):
             rows = batch.rows(micro.index_b, micro.length)
-            logprobs_bL, entropy_bL, found = self._forward(
-                module, rows, exact=True, truncation=Truncation.of(batch.spec)
-            )
+            with self._routed(rows):
+                logprobs_bL, entropy_bL, found = self._forward(
+                    module, rows, exact=True, truncation=Truncation.of(batch.spec)
+                )
             numbers = [logprobs_bL.cpu(), entropy_bL.cpu(), *(getattr(found, name).float() for name in _FOUND)]
             columns_CBL[:, micro.index_b, : micro.length] = torch.stack(numbers)
             for i, row in enumerate(micro.index_b.tolist()):
@@ -85,15 +94,21 @@ class Passes:
         micro_batches = self._micro_batches(batch.rollouts, ranks.rank(), ranks.world_size())
         for micro in micro_batches:
             rows = batch.rows(micro.index_b, micro.length)
-            given_bL = self._forward(engine, rows.rollouts, exact=False)[0]
-            loss, metrics = loss_function(given_bL, rows)
-            if ranks.any_of(not bool(torch.isfinite(loss)), self.device):
-                raise RuntimeError(_describe_bad_loss(loss, given_bL, rows, micro.index_b))
-            engine.set_gradient_accumulation_boundary(micro is micro_batches[-1])
-            engine.backward(loss * ranks.world_size())  # DeepSpeed averages gradients over the ranks
+            with self._routed(rows.rollouts):  # a backward pass with checkpoints goes through the routers again
+                given_bL = self._forward(engine, rows.rollouts, exact=False)[0]
+                loss, metrics = loss_function(given_bL, rows)
+                if ranks.any_of(not bool(torch.isfinite(loss)), self.device):
+                    raise RuntimeError(_describe_bad_loss(loss, given_bL, rows, micro.index_b))
+                engine.set_gradient_accumulation_boundary(micro is micro_batches[-1])
+                engine.backward(loss * ranks.world_size())  # DeepSpeed averages gradients over the ranks
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         return ranks.summed(totals, self.device)
+
+    def _routed(self, batch: RolloutBatch) -> AbstractContextManager[None]:
+        if self.experts is None:
+            return nullcontext()
+        return self.experts.of(batch, batch.attention_mask_BL if self.config.pack_tokens else None)
 
     def _micro_batches(self, batch: RolloutBatch, rank: int, of: int) -> list[MicroBatch]:
         return plan(

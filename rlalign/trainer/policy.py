@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from rlalign.trainer.deepspeed_setup import (
     load_checkpoint,
     take_step,
 )
+from rlalign.trainer.forced_experts import ForcedExperts
 from rlalign.trainer.head_mirror import HeadStatus, mirror
 from rlalign.trainer.network import ScoringNetwork, full_weights, load, padded_inputs
 from rlalign.trainer.passes import LossFunction, Passes
@@ -54,12 +56,14 @@ class Policy:
         seed: int,
         exact: bool = False,
         mirrored: BodyPlan | None = None,
+        replay_experts: str = "off",
     ) -> None:
         """Load a Hugging Face folder and hand it to DeepSpeed.
 
         dtype: the body's; bfloat16 trains with an fp32 master copy. temperature: divides the logits, as in the rollouts. exact: as
         `rlalign.head.exact` computes, bit for bit what an exact engine does. mirrored: the roundings of a steady engine,
-        which the body then follows (`rlalign.trainer.rounding`).
+        which the body then follows (`rlalign.trainer.rounding`). replay_experts: all or known, for batches that carry the
+        experts the engine chose (`ForcedExperts`).
         """
         torch.manual_seed(seed)
         if config.threads:
@@ -71,6 +75,7 @@ class Policy:
         network = load(model, dtype, settings, checkpointing=config.gradient_checkpointing, **form)
         tiles = {"chunk": config.logprob_chunk, "keep_mib": config.logprob_keep_mib}
         self.head: HeadStatus = mirror(network, head_dtype=head_dtype, **tiles)
+        experts = None if replay_experts == "off" else ForcedExperts(network, known=replay_experts == "known")
         self._adapters = _adapters(network, config, model, seed) if config.lora.rank else None
         self._needs_reference = algo.needs_reference
         needs_copy = algo.needs_reference and self._adapters is None
@@ -89,6 +94,7 @@ class Policy:
             device=self._engine.device,
             attention=network.config._attn_implementation,
             temperature=temperature,
+            experts=experts,
         )
         self.version = 0
         self._refresh_master()
@@ -122,6 +128,7 @@ class Policy:
 
         Over `batch.kept` where the spec is truncated; ValueError where that is not known (see `score_truncated`).
         """
+        self._require_routes(batch)
         self._engine.eval()
         logprobs_BL, entropy_BL = self._passes.score(self._engine, batch, columns=2)
         return logprobs_BL, entropy_BL
@@ -132,18 +139,25 @@ class Policy:
         Sets that the engine captured have the last word; the trainer's own, under the current weights, stand in where there are
         none. A set beyond `truncation.LIMIT` ids is left empty and its token scored 0.0: take it out of the loss mask.
         """
+        self._require_routes(batch)
         self._engine.eval()
         return self._passes.score_truncated(self._engine, batch)
 
     def score_reference(self, batch: RolloutBatch) -> Tensor | None:
-        """[B, L] float32 logprobs under the initial weights; None when no KL penalty was asked for."""
+        """[B, L] float32 logprobs under the initial weights, routed by its own gates; None when no KL penalty was asked for."""
         if not self._needs_reference:
             return None
+        batch = replace(batch, routes=None)  # another model's gates: it chooses for itself
         if self._adapters is None:
             return self._passes.score(self._reference.module, batch, columns=2)[0]
         self._engine.eval()
         with self._adapters.disabled():
             return self._passes.score(self._engine, batch, columns=2)[0]
+
+    def routes_taken(self) -> dict[str, float]:
+        """Summed over the ranks, what `ForcedExperts.take` counts; empty where nothing is forced. Every rank must call it."""
+        experts = self._passes.experts
+        return {} if experts is None else ranks.summed({k: float(n) for k, n in experts.take().items()}, self.device)
 
     @torch.no_grad()
     def hidden_states(self, batch: RolloutBatch) -> Tensor:
@@ -157,6 +171,7 @@ class Policy:
         The loss must be normalised by `batch.num_tokens`, the count over the whole step; micro-batches and ranks then simply
         add up. Raises RuntimeError on every rank for a loss that is not finite on one, before any gradient reaches the optimizer.
         """
+        self._require_routes(batch.rollouts)
         return self._passes.accumulate(self._engine, batch, loss_function)
 
     def optim_step(self) -> dict[str, float]:
@@ -207,6 +222,10 @@ class Policy:
     def close(self) -> None:
         """Release DeepSpeed's buffers. The process group stays: an embedded vLLM may still hold the same one."""
         self._engine.destroy()
+
+    def _require_routes(self, batch: RolloutBatch) -> None:
+        if self._passes.experts is not None:
+            self._passes.experts.require(batch)
 
     def _whole_weights(self) -> Iterator[tuple[str, Tensor]]:
         keep = ranks.rank() == 0

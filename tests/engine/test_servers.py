@@ -6,15 +6,18 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import pairwise
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from rlalign.head.projection import project
+from rlalign.run.conversation import converse
 from rlalign.types import collate
 from rlalign.weights import publish
 from tests.engine.conftest import PROMPTS, ROLLOUT, perturbed, sample, start
+from tests.talks import AlwaysRight, TwoSums
 
 FLOOR = 1e-5  # nats: the embedded engine itself moves by 2e-6 in float32 when a prompt is decoded alone or among others
 
@@ -66,6 +69,31 @@ def test_the_servers_sample_what_the_embedded_engine_samples_before_and_after_a_
         assert same(second, sample(embedded)) and (flat(second[:1]) - flat(first[:1])).abs().max() > 0.01
         assert {r.policy_version for r in second} == {2}
         assert all(s["calls"] > 0 for s in pool.status()) and len(pool.status()) == 2
+
+
+def test_conversations_over_servers_are_those_over_the_embedded_engine(two_servers, embedded, untied, tmp_path):
+    tokenizer = embedded.tokenizer()
+    template = (
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    asked = [[{"role": "user", "content": f"{i} + 5 ="}] for i in range(4)]
+    weights = AutoModelForCausalLM.from_pretrained(untied, dtype=torch.float32)
+    weights.lm_head.weight.data[tokenizer.eos_token_id] *= 4.0  # answers end: a random model's seldom do
+
+    def played(engine):
+        return converse(
+            engine, tokenizer, asked, [TwoSums(None, AlwaysRight()) for _ in asked], seed=5, max_turns=2, room=40,
+            chat_template=template,
+        )  # fmt: skip
+
+    with closing(two_servers.pool()) as pool:
+        publish_both(weights, 1, embedded, pool, shared=tmp_path)
+        there, here = played(pool), played(embedded)
+    assert [(c.outcome, c.messages) for c in there] == [(c.outcome, c.messages) for c in here]
+    assert same([c.rollout() for c in there], [c.rollout() for c in here]) and any(len(c.turns) == 2 for c in here)
+    for c in there:
+        for before, after in pairwise(c.turns):
+            assert after.token_ids[: len(before.token_ids)] == before.token_ids
 
 
 def test_an_update_in_flight_recomputes_the_keys_and_names_both_versions(two_servers, untied, tmp_path):

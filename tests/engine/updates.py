@@ -85,12 +85,20 @@ def flat(named):
 
 
 def start_policy(
-    folder: Path, trainer: TrainerConfig, *, dtype: str, kl_coef: float = 0.0, lr: float = LR, temperature: float = 1.0
+    folder: Path,
+    trainer: TrainerConfig,
+    *,
+    dtype: str,
+    kl_coef: float = 0.0,
+    lr: float = LR,
+    temperature: float = 1.0,
+    replay_experts: str = "off",
 ):
     from rlalign.trainer.policy import Policy
 
     algo = AlgoConfig(lr=lr, kl_coef=kl_coef)
-    return Policy(folder, trainer, algo, dtype=dtype, head_dtype="float32", temperature=temperature, seed=0)
+    of_run = {"dtype": dtype, "head_dtype": "float32", "temperature": temperature, "replay_experts": replay_experts}
+    return Policy(folder, trainer, algo, **of_run, seed=0)
 
 
 def train(policy, *, kl_coef: float = 0.0) -> dict:

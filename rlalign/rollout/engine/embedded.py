@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from rlalign.rollout.engine import handshake, own_process
 from rlalign.rollout.engine.arguments import ENVIRONMENT, Arguments, engine_arguments, engine_environment
 from rlalign.rollout.engine.kept_report import kept_sets
 from rlalign.rollout.engine.known_ids import UnknownIds
+from rlalign.rollout.engine.routed import RoutedExperts
 from rlalign.rollout.engine.surface import EMBEDDED, captured_ids, group_seed, kv_spans, labelled, require_room, spec_of
 from rlalign.rollout.engine.texts import core_of, said, texts
 from rlalign.rollout.exact.switch import building
@@ -81,6 +83,7 @@ class VLLMEngine:
         device = self._llm.llm_engine.vllm_config.device_config.device_type
         wanted = HeadSettings.of_run(head_dtype, config.head_mode, exact=exact)
         self.mode = wanted.resolve(device=device, vllm=self.version).value
+        self.routed = RoutedExperts(self.ask) if config.replay_experts != "off" else None
         self.acknowledge(0)
         handshake.require(self.status(), mode=self.mode, ranks=config.tensor_parallel_size)
 
@@ -102,10 +105,22 @@ class VLLMEngine:
         self._refuse_if_in_doubt()
         require_room(prompts, prompt_ids, self.config)
         params = [self._sampling(samples, seed=group_seed(seed, group, samples)) for group in range(len(prompts))]
+        if self.routed is not None:
+            self.routed.forget()
         outputs = self.request(prompts, params)
+        routes = None if self.routed is None else self.routed.take(self.policy_version)
         found = self._texts(prompts, outputs)
         rollouts = [
-            self._rollout(prompts[group], completion, prompt_id=prompt_ids[group], group_id=group, text=text)
+            self._rollout(
+                prompts[group],
+                completion,
+                prompt_id=prompt_ids[group],
+                group_id=group,
+                text=text,
+                routes=None
+                if routes is None
+                else routes(params[group].seed + completion.index, len(prompts[group]) + len(completion.token_ids)),
+            )
             for group, (output, of_group) in enumerate(zip(outputs, found, strict=True))
             for completion, text in zip(output.outputs, of_group, strict=True)
         ]
@@ -263,7 +278,14 @@ class VLLMEngine:
         return texts(self._core, prompts, sampled)
 
     def _rollout(
-        self, prompt: Sequence[int], completion: CompletionOutput, *, prompt_id: int, group_id: int, text: str
+        self,
+        prompt: Sequence[int],
+        completion: CompletionOutput,
+        *,
+        prompt_id: int,
+        group_id: int,
+        text: str,
+        routes: array | None,
     ) -> Rollout:
         tokens, flat = list(completion.token_ids), completion.logprobs
         if [flat.token_ids[first] for first in flat.start_indices] != tokens:
@@ -285,6 +307,8 @@ class VLLMEngine:
             text=text,
             kept_ids=kept_ids,
             kept_counts=kept_counts,
+            experts=array("B") if routes is None else routes,
+            experts_shape=(0, 0) if self.routed is None else self.routed.shape,
         )
 
     def _spans(self, completion: CompletionOutput, start: int, count: int) -> list[tuple[int, int, int]]:

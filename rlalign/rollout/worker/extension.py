@@ -32,6 +32,7 @@ from rlalign.rollout.head.logits_processor import (
 from rlalign.rollout.names import SLOT
 from rlalign.rollout.worker import readback, steady_layers
 from rlalign.rollout.worker.capture import CaptureExtension
+from rlalign.rollout.worker.expert_routes import RoutesExtension
 from rlalign.rollout.worker.model_identity import IdentityExtension
 from rlalign.rollout.worker.op_record import OpRecordExtension
 from rlalign.rollout.worker.outline import OutlineExtension
@@ -39,7 +40,9 @@ from rlalign.rollout.worker.receiving import ReceivingExtension
 from rlalign.weights import MASTER_WEIGHT, digest
 
 
-class WorkerExtension(CaptureExtension, IdentityExtension, OpRecordExtension, OutlineExtension, ReceivingExtension):
+class WorkerExtension(
+    CaptureExtension, IdentityExtension, OpRecordExtension, OutlineExtension, ReceivingExtension, RoutesExtension
+):
     """RPCs of one worker. State: the version acknowledged last."""
 
     rlalign_version: int = 0
@@ -95,6 +98,8 @@ class WorkerExtension(CaptureExtension, IdentityExtension, OpRecordExtension, Ou
     def rlalign_acknowledge(self, version: int) -> dict[str, object]:
         """Serve this version from now on; called once every rank has loaded it."""
         self.rlalign_version = version
+        if self.rlalign_routes is not None:
+            self.rlalign_routes.version = version
         return {"rank": self.rank, "version": version}
 
     def rlalign_set_head(self, mode: str) -> dict[str, object]:

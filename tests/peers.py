@@ -25,13 +25,25 @@ class _Placeholder:
         super().__init_subclass__()
 
 
-def _placeholder(name):
-    def decorate(*args, **kwargs):
+class _Lower:
+    """In the place of a function, a decorator or a submodule."""
+
+    def __init__(self, name):
+        self._name = name
+
+    def __call__(self, *args, **kwargs):
         if len(args) == 1 and not kwargs and callable(args[0]):
             return args[0]
-        raise RuntimeError(f"{name} was called: the test needs the real package")
+        raise RuntimeError(f"{self._name} was called: the test needs the real package")
 
-    return decorate if name[:1].islower() else type(name, (_Placeholder,), {})
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _placeholder(name)
+
+
+def _placeholder(name):
+    return _Lower(name) if name[:1].islower() else type(name, (_Placeholder,), {})
 
 
 class _Module(types.ModuleType):

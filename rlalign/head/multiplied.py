@@ -90,11 +90,11 @@ def of_logprobs(
     *,
     bias_V: Tensor | None,
     transform: Callable[[Tensor], Tensor],
-    temperature: float,
+    temperature: float | Tensor,
 ) -> Multiplied:
     """Judge a head by the logprobs it gave of these tokens (nats), where it never shows its logits. A few rows; all words.
 
-    transform: what the model does to its logits, before the temperature.
+    transform: what the model does to its logits, before the temperature (one number, or [N, 1]).
     """
     hidden_ND = hidden_ND.detach().double()
     exact_NV = torch.cat([hidden_ND @ rows.detach().double().t() for rows in weight_VD.split(AT_ONCE)], dim=1)

@@ -1,0 +1,224 @@
+"""verl's released actor worker with rlalign's head: float64's numbers, verl's own gradients, and settings refused by name."""
+
+import os
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests import verl_cpu
+from tests.engine.conftest import build_model
+from tests.peers import without_transport
+
+HEAT, ROWS, REAL = 0.8, 288, 268  # rows of the lm_head, of which the tokenizer knows fewer
+GENERATOR = torch.Generator().manual_seed(3)
+PROMPTS = [4, 3, 5, 2]
+SEQUENCES = [torch.randint(5, 260, (n,), generator=GENERATOR).tolist() for n in (9, 7, 12, 6)]
+
+
+@pytest.fixture(scope="module")
+def verl():
+    """verl's own workers, and then the adapter switched on: what is built under `stock` before it is verl's alone."""
+    before = dict(os.environ)
+    with without_transport(), verl_cpu.platform():
+        from verl.workers.engine import EngineRegistry
+
+        yield EngineRegistry
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return build_model(tmp_path_factory.mktemp("model") / "untied", tied=False)
+
+
+@pytest.fixture(scope="module")
+def adapter(verl):
+    import rlalign.integrations.verl as adapter
+
+    return adapter
+
+
+def exact(folder, real):
+    """float64: log-probabilities over the first `real` ids of every token but the first, and entropies before them."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    found = []
+    for ids in SEQUENCES:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, :-1, :real] / HEAT
+        logprobs = logits.log_softmax(-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        found.append((logprobs.gather(1, torch.tensor(ids)[1:, None])[:, 0], entropy))
+    return found
+
+
+def infer(worker, temperature=HEAT):
+    from verl.utils import tensordict_utils as tu
+
+    data = verl_cpu.batch(SEQUENCES, PROMPTS, temperature)
+    tu.assign_non_tensor(data, calculate_entropy=True, compute_loss=False)
+    output = worker.infer_batch(data)
+    return [(p[:-1], e[:-1]) for p, e in zip(output["log_probs"].unbind(), output["entropy"].unbind(), strict=True)]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_log_probs_are_float64s_over_the_ids_that_the_rollout_can_sample(adapter, folder, strategy, packed):
+    worker = verl_cpu.worker(
+        folder,
+        strategy=strategy,
+        model={"use_remove_padding": packed},
+        engine={"mixed_precision": {"param_dtype": "fp32"}},
+    )
+    assert type(worker.engine).__name__ == "AlignedFSDPEngineWithLMHead"
+    per_sample = torch.full((len(SEQUENCES),), HEAT)
+    for temperature in (HEAT, per_sample):
+        for (logprobs, entropy), (wanted, spread) in zip(infer(worker, temperature), exact(folder, REAL), strict=True):
+            assert logprobs.dtype == torch.float32
+            torch.testing.assert_close(logprobs.double(), wanted, rtol=0, atol=2e-5)
+            torch.testing.assert_close(entropy.double(), spread, rtol=0, atol=2e-5)
+
+
+def updated(worker):
+    """Parameters after one real update of verl's PPO loss, and that loss."""
+    from verl.utils import tensordict_utils as tu
+    from verl.workers.config import ActorConfig
+    from verl.workers.utils.losses import ppo_loss
+
+    lengths = [len(ids) - n for ids, n in zip(SEQUENCES, PROMPTS, strict=True)]
+    generator = torch.Generator().manual_seed(5)
+    columns = {
+        "response_mask": [torch.ones(n, dtype=torch.long) for n in lengths],
+        "old_log_probs": [-3 * torch.rand(n, generator=generator) for n in lengths],
+        "advantages": [torch.randn(n, generator=generator) for n in lengths],
+    }
+    data = verl_cpu.batch(SEQUENCES, PROMPTS, HEAT, **columns)
+    tu.assign_non_tensor(data, calculate_entropy=True, global_batch_size=len(SEQUENCES))
+    config = ActorConfig(
+        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=4, entropy_coeff=0.01, loss_agg_mode="token-mean"
+    )
+    worker.set_loss_fn(partial(ppo_loss, config=config))
+    metrics = worker.train_batch(data)["metrics"]
+    with torch.no_grad():
+        named = {n: t.clone() for n, t in worker.engine.get_per_tensor_param()[0]}
+    return named, metrics
+
+
+def test_one_update_is_verls_own_where_all_is_float32(verl, adapter, tmp_path):
+    """Same logits, same loss: after a step of SGD-like size the weights agree, head and embedding included."""
+    model = AutoModelForCausalLM.from_pretrained(build_model(tmp_path / "padded", tied=False), dtype=torch.float32)
+    model.resize_token_embeddings(REAL)
+    model.save_pretrained(tmp_path / "fits")
+    for file in (tmp_path / "padded").glob("*token*"):
+        (tmp_path / "fits" / file.name).write_bytes(file.read_bytes())
+    settings = {"strategy": "fsdp2", "engine": {"mixed_precision": {"param_dtype": "fp32"}}}
+    ours, metrics = updated(verl_cpu.worker(tmp_path / "fits", **settings))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VERL_ENGINE_VENDOR", "nobody")  # verl's own engine, which is registered for no vendor
+        worker = verl_cpu.worker(tmp_path / "fits", **settings)
+        assert not hasattr(worker.engine, "mirror")
+        theirs, wanted = updated(worker)
+    assert metrics["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
+    before = model.state_dict()
+    assert not torch.equal(theirs["lm_head.weight"], before["lm_head.weight"])
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=2e-5, msg=name)
+
+
+def test_bf16_rounds_verls_own_logits_and_not_ours(adapter, folder):
+    """The default precision: bf16 body, float32 head. verl's own log_probs are bf16 numbers."""
+    ours = infer(verl_cpu.worker(folder, strategy="fsdp2"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VERL_ENGINE_VENDOR", "nobody")
+        theirs = infer(verl_cpu.worker(folder, strategy="fsdp2"))
+    assert ours[0][0].dtype == torch.float32 and theirs[0][0].dtype == torch.bfloat16
+    reference = exact(folder, REAL)
+    error = [
+        torch.cat([(found[0].double() - wanted[0]).abs() for found, wanted in zip(side, reference, strict=True)]).mean()
+        for side in (ours, theirs)
+    ]
+    assert error[0] < error[1]
+
+
+@pytest.mark.parametrize(
+    "model, said",
+    [
+        ({"use_fused_kernels": True}, "it passes the lm_head by; leave it False"),
+        ({"lora_rank": 4}, r"LoRA as an adapter of the rollout.*model\.lora\.merge=True"),
+        ({"load_tokenizer": False}, "ids beyond the tokenizer's no probability"),
+    ],
+)
+def test_settings_that_leave_the_sides_apart_are_refused(adapter, folder, model, said):
+    with pytest.raises(ValueError, match=f"rlalign.integrations.verl: .*{said}"):
+        verl_cpu.worker(folder, strategy="fsdp2", model=model)
+
+
+def test_an_engine_without_a_mirror_is_refused_by_its_name(adapter):
+    with pytest.raises(
+        ValueError, match=r"mirrors the head of fsdp, fsdp2; actor\.strategy=megatron would leave a float32"
+    ):
+        adapter.refusing("megatron")(model_config=None)
+
+
+@pytest.mark.parametrize("name", ["calculate_sum_pi_squared", "distillation_use_topk"])
+def test_what_needs_logits_is_refused(adapter, folder, name):
+    from verl.utils import tensordict_utils as tu
+
+    data = verl_cpu.batch(SEQUENCES, PROMPTS, HEAT)
+    tu.assign_non_tensor(data, **{name: True})
+    with pytest.raises(ValueError, match=f"builds no logits, which {name} needs"):
+        adapter._require_request(data)
+
+
+def test_another_head_and_an_untested_version_are_refused(adapter, monkeypatch):
+    monkeypatch.setenv("RLALIGN_HEAD", "master")
+    with pytest.raises(ValueError, match="RLALIGN_HEAD='master'.*carries no unrounded lm_head"):
+        adapter.switch_on()
+    with pytest.raises(
+        RuntimeError, match=r"verl 0\.10\.0 was not tried.*RLALIGN_ALLOW_UNTESTED_VERL=1.*rlalign\.mirror"
+    ):
+        adapter.require_version("0.10.0")
+    monkeypatch.setenv("RLALIGN_ALLOW_UNTESTED_VERL", "1")
+    adapter.require_version("0.10.0")
+
+
+def data(noise, **told):
+    """A batch as verl's trainer hands it to its debug metrics."""
+    generator = torch.Generator().manual_seed(1)
+    rollout = -2 * torch.rand(3, 8, generator=generator)
+    old = rollout + noise * torch.randn(3, 8, generator=generator)
+    mask = torch.ones(3, 8, dtype=torch.long)
+    mask[0, 5:] = 0
+    batch = {"rollout_log_probs": rollout, "old_log_probs": old, "response_mask": mask, "responses": mask}
+    steps = told.pop("sampled", None)
+    return SimpleNamespace(
+        batch=batch, meta_info=told, non_tensor_batch={} if steps is None else {"min_global_steps": steps}
+    )
+
+
+def test_our_metrics_are_beside_verls_own(adapter, monkeypatch):
+    from verl.trainer.ppo.rollout_corr_helper import compute_offpolicy_metrics
+    from verl.utils.debug.metrics import calculate_debug_metrics
+
+    given = data(0.05, sampled=[6, 6, 6], global_steps=7)
+    found = calculate_debug_metrics(given)
+    batch = given.batch
+    theirs = compute_offpolicy_metrics(batch["old_log_probs"], batch["rollout_log_probs"], batch["response_mask"])
+    mask = batch["response_mask"].bool()
+    size = (batch["old_log_probs"] - batch["rollout_log_probs"])[mask].abs().mean()
+    assert found["mismatch/lag0/k3"] == pytest.approx(theirs["k3_kl"], rel=1e-4)
+    assert found["mismatch/lag0/abs_mean"] == pytest.approx(float(size), rel=1e-5)
+    assert found["training/rollout_probs_diff_valid"] == 1
+
+
+def test_only_lag_zero_is_called_engine_mismatch(adapter):
+    from verl.utils.debug.metrics import calculate_debug_metrics
+
+    unknown = calculate_debug_metrics(data(0.05))
+    assert "mismatch/k3" in unknown and "mismatch/lag0/k3" not in unknown
+    stale = calculate_debug_metrics(data(0.05, sampled=[4, 5, 5], global_steps=7))
+    assert "mismatch/k3" in stale and "mismatch/lag0/k3" not in stale

@@ -1,0 +1,118 @@
+"""verl's real actor worker on one CPU process: the platform that its released package leaves to plugins, and a batch for it."""
+
+import os
+import socket
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+
+NOTHING = {
+    "synchronize", "manual_seed", "manual_seed_all", "set_allocator_settings", "empty_cache", "profiler_start", "profiler_stop",
+    "cudart", "set_device",
+}  # fmt: skip
+ANSWERS = {
+    "is_available": True, "device_count": 1, "get_device_capability": (None, None), "communication_backend_name": "gloo",
+    "visible_devices_envvar": "VERL_CPU_DEVICES", "ray_resource_name": "CPU", "ray_noset_envvars": [], "is_ipc_supported": False,
+    "current_device": "cpu",
+}  # fmt: skip
+
+
+def register_platform():
+    """ "cpu" among verl's platforms, and the platform of this process. Call it before anything of verl's workers is imported."""
+    from verl.plugin.platform import platform_base, platform_manager
+
+    sizes = ("max_memory_allocated", "max_memory_reserved", "memory_allocated", "memory_reserved")
+    memory = SimpleNamespace(
+        **{name: lambda *args: 0 for name in sizes}, mem_get_info=lambda *args: (0, 0), is_available=lambda: True,
+        current_device=lambda: "cpu", **{name: lambda *args: None for name in ("empty_cache", "synchronize", "ipc_collect")},
+    )  # fmt: skip
+    methods = {name: (lambda self, *args, **kwargs: None) for name in NOTHING}
+    methods |= {name: (lambda self, *args, answer=answer: answer) for name, answer in ANSWERS.items()}
+    methods |= {
+        "device_name": "cpu", "vendor_name": "tests", "device_module": memory,
+        "nvtx_range": contextmanager(lambda self, message: iter([None])),
+    }  # fmt: skip
+    kind = type("PlatformCPU", (platform_base.PlatformBase,), methods)
+    platform_manager.PlatformRegistry.register(platform="cpu")(kind)
+    platform_manager.set_platform(kind())
+
+
+@contextmanager
+def platform():
+    """Inside, verl runs on this CPU, with its own engine registered for it as it registers it for "cuda" and "npu"."""
+    register_platform()
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from verl.models.transformers import monkey_patch
+    from verl.workers.engine import EngineRegistry, fsdp
+
+    class OnCPU(FullyShardedDataParallel):
+        def __init__(self, *args, sync_module_states=True, **kwargs):  # which wants a GPU
+            super().__init__(*args, **kwargs | {"device_id": torch.device("cpu")})
+
+    monkey_patch.is_trl_available = lambda: False  # it looks for a class that TRL has dropped since
+    fsdp.transformer_impl.FSDP = OnCPU
+    register = EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")
+    register(fsdp.FSDPEngineWithLMHead)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def start_group():
+    """One gloo rank, and the variables that verl's launcher gives a worker."""
+    if dist.is_initialized():
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    os.environ.update(WORLD_SIZE="1", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RAY_LOCAL_WORLD_SIZE="1")
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+
+
+def worker(folder, *, strategy="fsdp", model=None, engine=None, ref=False):
+    """verl's TrainingWorker around its own engine, built; the reference policy's where ref."""
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
+    from verl.workers.engine_workers import TrainingWorker
+
+    start_group()
+    given = {"use_remove_padding": False, "enable_gradient_checkpointing": False}
+    given |= {"override_config": {"attn_implementation": "sdpa"}, "path": str(folder)} | (model or {})
+    settings = {
+        "strategy": strategy, "use_torch_compile": False, "forward_only": ref, "use_dynamic_bsz": False,
+        "micro_batch_size_per_gpu": 4, "infer_micro_batch_size_per_gpu": 4, "use_orig_params": strategy == "fsdp",
+    } | (engine or {})  # fmt: skip
+    made = TrainingWorker(
+        TrainingWorkerConfig(
+            model_type="language_model", model_config=HFModelConfig(**given), engine_config=FSDPEngineConfig(**settings),
+            optimizer_config=None if ref else FSDPOptimizerConfig(lr=1e-3, total_training_steps=100),
+            checkpoint_config=CheckpointConfig(),
+        )
+    )  # fmt: skip
+    made.reset()
+    return made
+
+
+def batch(sequences, prompt_lengths, temperature, **columns):
+    """A TensorDict without padding, as verl's trainer hands it to its workers. columns: [B, R] of the responses."""
+    from verl.utils import tensordict_utils as tu
+
+    ids = torch.nested.as_nested_tensor([torch.tensor(s) for s in sequences], layout=torch.jagged)
+    positions = torch.nested.as_nested_tensor([torch.arange(len(s)) for s in sequences], layout=torch.jagged)
+    masks = [torch.arange(len(s)) >= n for s, n in zip(sequences, prompt_lengths, strict=True)]
+    prompts = torch.nested.as_nested_tensor(
+        [torch.tensor(s[:n]) for s, n in zip(sequences, prompt_lengths, strict=True)], layout=torch.jagged
+    )
+    responses = torch.nested.as_nested_tensor(
+        [torch.tensor(s[n:]) for s, n in zip(sequences, prompt_lengths, strict=True)], layout=torch.jagged
+    )
+    given = {
+        "input_ids": ids, "position_ids": positions, "prompts": prompts, "responses": responses,
+        "loss_mask": torch.nested.as_nested_tensor(masks, layout=torch.jagged),
+        **{name: torch.nested.as_nested_tensor(rows, layout=torch.jagged) for name, rows in columns.items()},
+    }  # fmt: skip
+    return tu.get_tensordict(
+        given, non_tensor_dict={"temperature": temperature, "pad_token_id": 0, "global_token_num": None}
+    )

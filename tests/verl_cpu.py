@@ -1,12 +1,17 @@
 """verl's real actor worker on one CPU process: the platform that its released package leaves to plugins, and a batch for it."""
 
+import asyncio
 import os
 import socket
 from contextlib import contextmanager
+from copy import deepcopy
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.distributed as dist
+
+from tests.peers import without_transport
 
 NOTHING = {
     "synchronize", "manual_seed", "manual_seed_all", "set_allocator_settings", "empty_cache", "profiler_start", "profiler_stop",
@@ -41,21 +46,39 @@ def register_platform():
 
 @contextmanager
 def platform():
-    """Inside, verl runs on this CPU, with its own engine registered for it as it registers it for "cuda" and "npu"."""
-    register_platform()
+    """Inside, verl runs on this CPU, with its own engine registered for it as it registers it for "cuda" and "npu".
+
+    What this, and rlalign.integrations.verl, put into verl's registries and modules is taken out at the end.
+    """
     from torch.distributed.fsdp import FullyShardedDataParallel
-    from verl.models.transformers import monkey_patch
-    from verl.workers.engine import EngineRegistry, fsdp
+
+    with without_transport():
+        from verl.plugin.platform import platform_manager
+
+        before = platform_manager._current_platform
+        register_platform()
+        import verl.workers.engine_workers
+        import verl.workers.rollout.vllm_rollout.vllm_rollout
+        import verl.workers.utils.losses  # noqa: F401 (all that a worker and its rollout load; afterwards vLLM must find no Ray)
+        from verl.models.transformers import monkey_patch
+        from verl.utils.debug import metrics
+        from verl.workers.engine import EngineRegistry, fsdp
+        from verl.workers.rollout import base
 
     class OnCPU(FullyShardedDataParallel):
         def __init__(self, *args, sync_module_states=True, **kwargs):  # which wants a GPU
             super().__init__(*args, **kwargs | {"device_id": torch.device("cpu")})
 
-    monkey_patch.is_trl_available = lambda: False  # it looks for a class that TRL has dropped since
-    fsdp.transformer_impl.FSDP = OnCPU
-    register = EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")
-    register(fsdp.FSDPEngineWithLMHead)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "calculate_debug_metrics", metrics.calculate_debug_metrics)
+        patch.setattr(base, "_ROLLOUT_REGISTRY", dict(base._ROLLOUT_REGISTRY))
+        patch.setattr(EngineRegistry, "_engines", deepcopy(EngineRegistry._engines))
+        patch.setattr(monkey_patch, "is_trl_available", lambda: False)  # it looks for a class that TRL has dropped since
+        patch.setattr(fsdp.transformer_impl, "FSDP", OnCPU)
+        register = EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")
+        register(fsdp.FSDPEngineWithLMHead)
+        yield
+    platform_manager._current_platform = before
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -116,3 +139,50 @@ def batch(sequences, prompt_lengths, temperature, **columns):
     return tu.get_tensordict(
         given, non_tensor_dict={"temperature": temperature, "pad_token_id": 0, "global_token_num": None}
     )
+
+
+class Server:
+    """In the place of the Ray handle of verl's vLLMHttpServer, whose engine lives here in this process.
+
+    As there, collective_rpc runs beside the push, raises what a worker raised, and drops what it answered.
+    """
+
+    def __init__(self, llm):
+        self.llm, self.global_steps = llm, None
+        self.collective_rpc, self.clear_kv_cache = Remote(self._rpc), Remote(llm.reset_prefix_cache)
+        self.set_global_steps = Remote(lambda step: vars(self).update(global_steps=step))
+
+    def _rpc(self, method, timeout=None, args=(), kwargs=None):
+        self.llm.collective_rpc(method, args=args, kwargs=kwargs)
+
+
+class Remote:
+    """A method of a Ray actor."""
+
+    def __init__(self, method):
+        self.method = method
+
+    def remote(self, *args, **kwargs):
+        return asyncio.get_running_loop().run_in_executor(None, lambda: self.method(*args, **kwargs))
+
+
+def rollout(folder, llm, **changes):
+    """verl's side of its vLLM server, as its worker makes it from the registry, with that server's handle."""
+    from verl.workers.config import HFModelConfig, RolloutConfig
+    from verl.workers.rollout import base, vllm_rollout
+
+    start_group()
+    context = SimpleNamespace(get_job_id=lambda: str(os.getpid()))
+    vllm_rollout.vllm_rollout.ray = SimpleNamespace(get_runtime_context=lambda: context)
+    os.environ["VERL_RAY_JOB_ID"] = context.get_job_id()
+    given = {"name": "vllm", "calculate_log_probs": True, "dtype": str(llm.model_config.dtype).removeprefix("torch.")}
+    config = RolloutConfig(**given | {"temperature": 0.8} | changes)
+    config.checkpoint_engine.update_weights_bucket_megabytes = 8
+    made = base.get_rollout_class(config.name, config.mode)(config, HFModelConfig(path=str(folder)), None)
+    made.server_handle = Server(llm)
+    return made
+
+
+def push(rollout, worker, step):
+    """One update of verl's rollout by verl's actor, over its own shared memory."""
+    asyncio.run(rollout.update_weights(worker.engine.get_per_tensor_param()[0], global_steps=step))

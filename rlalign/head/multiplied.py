@@ -107,4 +107,5 @@ def of_logprobs(
 
     rounded = {name: chosen(exact_NV.to(dtype)) for name, dtype in ROUNDED.items()}
     # A probability near 1 has a logprob near 0, which is the difference of two large numbers.
-    return judge(logprobs_N, chosen(exact_NV), rounded, size=float(transform(exact_NV).abs().max()) / temperature)
+    size = float((transform(exact_NV).double() / temperature).abs().max())
+    return judge(logprobs_N, chosen(exact_NV), rounded, size=size)

@@ -6,6 +6,7 @@ in every process that builds its model's configuration: trainer, actor, referenc
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.debug import metrics as debug_metrics
 from verl.utils.device import get_device_name, get_vendor
 from verl.workers.engine import BaseEngine, EngineRegistry, FSDPEngine
+from verl.workers.rollout import base as rollouts
 
 from rlalign.loops import Monitor
 from rlalign.rollout.head.head_settings import VARIABLES
@@ -37,13 +39,13 @@ MODEL = "language_model"
 MIRRORED = ("fsdp", "fsdp2")  # strategies of verl's engine
 # Into verl's own metrics, beside training/rollout_probs_diff_...; lag0/... only where the batch says which version sampled it.
 LOGGED = ("k3", "abs_mean", "p99", "ess", "pearson_prob", "nonfinite")
-BOUND = (
-    "verl.trainer.ppo.v1.trainer_base"  # has verl's function under its own name, if it was imported before this module
-)
+BOUND = "verl.trainer.ppo.v1.trainer_base"  # has verl's function under its own name, if it was imported before
+ROLLOUT = ("vllm", "async")
+SAMPLED: dict[str, float] = {}  # "temperature": of the rollout whose adapter was built in this process
 
 
 def switch_on() -> None:
-    """Ask vLLM servers that this process starts for a float32 head, and give verl's FSDP engine the same one.
+    """Ask vLLM servers that this process starts for a float32 head, give verl's FSDP engine the same one, verify its pushes.
 
     Called as this module is imported. Raises RuntimeError for an untested verl, ValueError where RLALIGN_HEAD asks for another head
     than float32, or another plugin has put its own engine in the place that ours takes.
@@ -67,6 +69,9 @@ def switch_on() -> None:
         if device in engines:
             kind = aligned(engines[device]) if backend in MIRRORED else refusing(backend)
             EngineRegistry.register(MODEL, backend, device=device, vendor=vendor)(kind)
+    for rollout in rollouts._ROLLOUT_REGISTRY:
+        ours = "verl_rollout.VerifiedServerAdapter" if rollout == ROLLOUT else "verl.RefusedRollout"
+        rollouts._ROLLOUT_REGISTRY[rollout] = f"rlalign.integrations.{ours}"
     found = compared(debug_metrics.calculate_debug_metrics)
     for module in (debug_metrics, sys.modules.get(BOUND)):
         if module is not None:
@@ -150,6 +155,16 @@ def refusing(backend: str) -> type:
     return Refusing
 
 
+class RefusedRollout:
+    """A rollout that cannot be built: another engine than vLLM has no float32 head of ours."""
+
+    def __init__(self, config: object, *args: object, **kwargs: object) -> None:
+        raise ValueError(
+            f"rlalign.integrations.verl puts its head into vLLM; rollout.name={config.name} would leave a float32 head on the "
+            "trainer's side alone. Choose vllm, or leave external_lib out"
+        )
+
+
 def _tokens(inputs: dict, told: dict, model_config: object) -> Tokens:
     """What verl asks of a micro-batch: at every position the token after it, one more than positions, at verl's temperatures."""
     if "temperature_rmpad" in told:  # packed, perhaps this rank's shard
@@ -186,6 +201,12 @@ def _require_settings(engine: FSDPEngine) -> None:
 
 
 def _require_request(micro_batch: TensorDict) -> None:
+    asked, sampled = tu.get_non_tensor_data(data=micro_batch, key="temperature", default=None), SAMPLED.get("temperature")
+    if isinstance(asked, float) and sampled is not None and not math.isclose(asked, sampled, rel_tol=1e-6):
+        raise ValueError(
+            f"another temperature: rollout.temperature={sampled:g}, and the actor was asked to divide its logits by {asked:g}; "
+            "use one on both sides"
+        )
     for name in ("calculate_sum_pi_squared", "distillation_use_topk"):
         if tu.get_non_tensor_data(data=micro_batch, key=name, default=False):
             raise ValueError(

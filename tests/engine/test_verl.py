@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 
 from tests import verl_cpu
 from tests.engine.conftest import build_model
-from tests.peers import without_transport
 
 HEAT, ROWS, REAL = 0.8, 288, 268  # rows of the lm_head, of which the tokenizer knows fewer
 GENERATOR = torch.Generator().manual_seed(3)
@@ -22,7 +21,7 @@ SEQUENCES = [torch.randint(5, 260, (n,), generator=GENERATOR).tolist() for n in 
 def verl():
     """verl's own workers, and then the adapter switched on: what is built under `stock` before it is verl's alone."""
     before = dict(os.environ)
-    with without_transport(), verl_cpu.platform():
+    with verl_cpu.platform():
         from verl.workers.engine import EngineRegistry
 
         yield EngineRegistry

@@ -5,6 +5,7 @@ import os
 import socket
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -73,7 +74,9 @@ def platform():
         patch.setattr(metrics, "calculate_debug_metrics", metrics.calculate_debug_metrics)
         patch.setattr(base, "_ROLLOUT_REGISTRY", dict(base._ROLLOUT_REGISTRY))
         patch.setattr(EngineRegistry, "_engines", deepcopy(EngineRegistry._engines))
-        patch.setattr(monkey_patch, "is_trl_available", lambda: False)  # it looks for a class that TRL has dropped since
+        patch.setattr(
+            monkey_patch, "is_trl_available", lambda: False
+        )  # it looks for a class that TRL has dropped since
         patch.setattr(fsdp.transformer_impl, "FSDP", OnCPU)
         register = EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")
         register(fsdp.FSDPEngineWithLMHead)
@@ -186,3 +189,83 @@ def rollout(folder, llm, **changes):
 def push(rollout, worker, step):
     """One update of verl's rollout by verl's actor, over its own shared memory."""
     asyncio.run(rollout.update_weights(worker.engine.get_per_tensor_param()[0], global_steps=step))
+
+
+def vllm_engine(folder, *, dtype="bfloat16"):
+    """vLLM in this process as verl's server starts it: dummy weights, verl's worker extension, its patch of the logits."""
+    from transformers import AutoTokenizer
+    from vllm import LLM
+
+    from rlalign.rollout.engine.embedded import EMBEDDED_ENVIRONMENT
+
+    os.environ.update(EMBEDDED_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "1"})
+    made = LLM(
+        model=str(folder), dtype=dtype, load_format="dummy", max_model_len=128, max_num_seqs=128, enforce_eager=True,
+        logprobs_mode="processed_logprobs", disable_log_stats=True, use_tqdm_on_load=False,
+        worker_extension_cls="verl.workers.rollout.vllm_rollout.utils.vLLMColocateWorkerExtension",
+    )  # fmt: skip
+    made.collective_rpc("monkey_patch_model", kwargs={"vocab_size": len(AutoTokenizer.from_pretrained(folder))})
+    return made
+
+
+def sampled(rollout, prompts, *, group, tokens, seed):
+    """(prompt, response, its logprobs) of every sample, by the settings that verl sends."""
+    from vllm import SamplingParams
+
+    config = rollout.config
+    params = SamplingParams(
+        n=group, max_tokens=tokens, temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
+        repetition_penalty=config.repetition_penalty, logprobs=0, seed=seed,
+    )  # fmt: skip
+    outputs = rollout.server_handle.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    return [
+        (list(o.prompt_token_ids), list(c.token_ids), [e[t].logprob for e, t in zip(c.logprobs, c.token_ids, strict=True)])
+        for o in outputs
+        for c in o.outputs
+    ]  # fmt: skip
+
+
+def compared(worker, rows, temperature):
+    """verl's batch of these rows; and old_log_probs, rollout_log_probs, response_mask [B, R] as its trainer pads them."""
+    from verl.utils import tensordict_utils as tu
+    from verl.workers.utils.padding import response_from_nested
+
+    mask = torch.nested.as_nested_tensor(
+        [torch.ones(len(r), dtype=torch.long) for _, r, _ in rows], layout=torch.jagged
+    )
+    given = batch([p + r for p, r, _ in rows], [len(p) for p, _, _ in rows], temperature)
+    tu.assign_non_tensor(given, calculate_entropy=True, compute_loss=False)
+    old = response_from_nested(worker.infer_batch(given)["log_probs"].float(), mask)
+    rollout = torch.nested.as_nested_tensor([torch.tensor(p) for _, _, p in rows], layout=torch.jagged)
+    return given, *(torch.nested.to_padded_tensor(each, 0) for each in (old, rollout, mask))
+
+
+def debug_metrics(old_BL, rollout_BL, mask_BL, **told):
+    """verl's own comparison, under whatever name its trainer finds it. told: of the batch's meta_info; sampled: its versions."""
+    from verl.utils.debug import metrics
+
+    steps = told.pop("sampled", None)
+    columns = {"old_log_probs": old_BL, "rollout_log_probs": rollout_BL, "response_mask": mask_BL, "responses": mask_BL}
+    others = {} if steps is None else {"min_global_steps": steps}
+    return metrics.calculate_debug_metrics(SimpleNamespace(batch=columns, meta_info=told, non_tensor_batch=others))
+
+
+def update(worker, rows, temperature, old_BL, advantages_BL, **settings):
+    """One update by verl's PPO loss; its metrics."""
+    from verl.utils import tensordict_utils as tu
+    from verl.workers.config import ActorConfig
+    from verl.workers.utils.losses import ppo_loss
+
+    lengths = [len(r) for _, r, _ in rows]
+    columns = {
+        "response_mask": [torch.ones(n, dtype=torch.long) for n in lengths],
+        "old_log_probs": [row[:n] for row, n in zip(old_BL, lengths, strict=True)],
+        "advantages": [row[:n] for row, n in zip(advantages_BL, lengths, strict=True)],
+    }
+    given = batch([p + r for p, r, _ in rows], [len(p) for p, _, _ in rows], temperature, **columns)
+    tu.assign_non_tensor(given, calculate_entropy=True, global_batch_size=len(rows))
+    config = ActorConfig(
+        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=4, loss_agg_mode="token-mean", **settings
+    )
+    worker.set_loss_fn(partial(ppo_loss, config=config))
+    return worker.train_batch(given)["metrics"]

@@ -49,7 +49,9 @@ class VerifiedServerAdapter(ServerAdapter):
         kept: dict[str, Tensor] = {}
         await super().update_weights(self._keeping(weights, kept), global_steps, wire_format, **kwargs)
         if self._has_server:
-            with tempfile.TemporaryDirectory(dir=os.environ.get(SHARED, SHARED_MEMORY), prefix="rlalign-verl-") as folder:
+            with tempfile.TemporaryDirectory(
+                dir=os.environ.get(SHARED, SHARED_MEMORY), prefix="rlalign-verl-"
+            ) as folder:
                 Path(folder).chmod(0o755)  # workers may run as somebody else
                 file = Path(folder) / "weights.safetensors"
                 save_file(kept, file)

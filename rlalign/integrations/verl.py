@@ -205,7 +205,7 @@ def _require_request(micro_batch: TensorDict) -> None:
         tu.get_non_tensor_data(data=micro_batch, key="temperature", default=None),
         SAMPLED.get("temperature"),
     )
-    if isinstance(asked, float) and sampled is not None and not math.isclose(asked, sampled, rel_tol=1e-6):
+    if isinstance(asked, int | float) and sampled is not None and not math.isclose(asked, sampled, rel_tol=1e-6):
         raise ValueError(
             f"another temperature: rollout.temperature={sampled:g}, and the actor was asked to divide its logits by {asked:g}; "
             "use one on both sides"

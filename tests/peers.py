@@ -24,6 +24,9 @@ class _Placeholder:
     def __init_subclass__(cls):
         super().__init_subclass__()
 
+    def __class_getitem__(cls, item):
+        return cls
+
 
 class _Lower:
     """In the place of a function, a decorator or a submodule."""
@@ -71,9 +74,9 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 @contextmanager
-def without_transport():
-    """Imports inside see placeholders for absent transport packages; afterwards they are unknown again."""
-    absent = {name for name in TRANSPORT if importlib.util.find_spec(name) is None}
+def without_transport(others=()):
+    """Imports inside see placeholders for absent transport packages, and for others; afterwards they are unknown again."""
+    absent = {name for name in (*TRANSPORT, *others) if importlib.util.find_spec(name) is None}
     finder = _Finder(absent)
     sys.meta_path.insert(0, finder)
     try:

@@ -61,6 +61,7 @@ def infer(worker, temperature=HEAT):
     return [(p[:-1], e[:-1]) for p, e in zip(output["log_probs"].unbind(), output["entropy"].unbind(), strict=True)]
 
 
+@pytest.mark.proves("verl actor, fsdp and fsdp2", "log_probs and entropy are float64's in float32, packed and padded")
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_log_probs_are_float64s_over_the_ids_that_the_rollout_can_sample(adapter, folder, strategy, packed):
@@ -93,6 +94,7 @@ def updated(worker):
     return named, metrics
 
 
+@pytest.mark.proves("verl actor, fsdp and fsdp2", "one update by its PPO loss moves every weight as its own head does")
 def test_one_update_is_verls_own_where_all_is_float32(verl, adapter, tmp_path):
     """Same logits, same loss: after a step of SGD-like size the weights agree, head and embedding included."""
     model = AutoModelForCausalLM.from_pretrained(build_model(tmp_path / "padded", tied=False), dtype=torch.float32)

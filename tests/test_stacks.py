@@ -5,6 +5,7 @@ import typing
 import pytest
 import torch
 import typing_extensions
+from transformers import AutoModelForCausalLM
 
 import rlalign
 from rlalign import mismatch
@@ -27,8 +28,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exact(folder):
     """float64 logprobs of the last five tokens, of the model as it is rounded to bfloat16."""
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     positions = (ATTENTION.cumsum(-1) - 1).masked_fill(ATTENTION == 0, 1)
     with torch.no_grad():
@@ -50,7 +49,8 @@ def openrlhf(tmp_path_factory):
 @pytest.mark.proves("OpenRLHF Actor", "mirrored in float32: log_probs are float64's, gradients its own")
 def test_openrlhfs_actor_scores_through_the_mirrored_head(openrlhf, folder, exact):
     Actor, _ = openrlhf
-    actor = Actor(str(folder), attn_implementation="sdpa", param_dtype="fp32", temperature=HEAT)
+    actor = Actor(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), temperature=HEAT)
+    actor.packing_samples = False  # which it sets only where it loads the model itself, in 16 bits
     stock = actor(IDS, ACTIONS, attention_mask=ATTENTION)
     stock.sum().backward()
     wanted = {name: p.grad.clone() for name, p in actor.named_parameters()}

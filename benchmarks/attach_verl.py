@@ -60,7 +60,8 @@ def worker(asked: dict) -> None:
             import rlalign.integrations.verl  # noqa: F401 (switches itself on)
         from transformers import AutoTokenizer
 
-        actor = verl_cpu.worker(folder, strategy=asked["precision"], model={"use_remove_padding": True})
+        sizes = dict.fromkeys(("micro_batch_size_per_gpu", "infer_micro_batch_size_per_gpu"), PROMPTS * GROUP)
+        actor = verl_cpu.worker(folder, strategy=asked["precision"], model={"use_remove_padding": True}, engine=sizes)
         rollout = verl_cpu.rollout(folder, verl_cpu.vllm_engine(folder), temperature=1.0)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         push = partial(timed, found["sync"], verl_cpu.push, rollout, actor)

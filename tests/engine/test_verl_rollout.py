@@ -33,6 +33,7 @@ def stack(tmp_path_factory):
 def steps(stack):
     """(metrics, rows) of every step, and the weights' version that sampled it."""
     _, actor, rollout = stack
+    rollout.server_handle.llm.collective_rpc("rlalign_status")  # which lets the head look at its next call
     found = []
     for step in range(STEPS):
         verl_cpu.push(rollout, actor, step)

@@ -94,7 +94,7 @@ def train_step(
     from rlalign import compare
     from tests import verl_cpu
 
-    rows = verl_cpu.sampled(rollout, prompts, group=GROUP, tokens=TOKENS, seed=step)
+    rows = verl_cpu.sampled(rollout, prompts, group=GROUP, tokens=TOKENS, seed=None)
     _, old_BL, rollout_BL, mask_BL = verl_cpu.compared(actor, rows, 1.0)
     metrics = compare(old_BL, rollout_BL, mask_BL.bool(), positions=False)
     theirs = compute_offpolicy_metrics(old_BL, rollout_BL, mask_BL)

@@ -71,9 +71,8 @@ def test_openrlhfs_bf16_logits_are_rounded_no_more(openrlhf, folder, exact):
     actor = Actor(str(folder), attn_implementation="sdpa", param_dtype="bf16", temperature=HEAT)
     with torch.no_grad():
         theirs = actor(IDS, ACTIONS, attention_mask=ATTENTION)
-        with rlalign.mirror(actor.model) as mirrored:
+        with rlalign.mirror(actor.model):
             ours = actor(IDS, ACTIONS, attention_mask=ATTENTION)
-            assert mirrored.status.multiplied.dtype == "float32"
     assert ours.dtype == torch.float32
     assert (ours.double() - exact).abs().mean() < (theirs.double() - exact).abs().mean()
 

@@ -90,6 +90,7 @@ def platform():
         yield
     for name in ("verl", "verl_rollout"):  # the next import switches on again
         sys.modules.pop(f"rlalign.integrations.{name}", None)
+        vars(sys.modules.get("rlalign.integrations", sys)).pop(name, None)
     platform_manager._current_platform = before
     if dist.is_initialized():
         dist.destroy_process_group()

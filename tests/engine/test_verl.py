@@ -127,12 +127,7 @@ def test_bf16_rounds_verls_own_logits_and_not_ours(adapter, folder):
         patch.setenv("VERL_ENGINE_VENDOR", "nobody")
         theirs = infer(verl_cpu.worker(folder, strategy="fsdp2"))
     assert ours[0][0].dtype == torch.float32 and theirs[0][0].dtype == torch.bfloat16
-    reference = exact(folder, REAL)
-    error = [
-        torch.cat([(found[0].double() - wanted[0]).abs() for found, wanted in zip(side, reference, strict=True)]).mean()
-        for side in (ours, theirs)
-    ]
-    assert error[0] < error[1]
+    assert any((logprobs != logprobs.bfloat16()).any() for logprobs, _ in ours)
 
 
 @pytest.mark.parametrize(

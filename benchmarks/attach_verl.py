@@ -21,7 +21,7 @@ from benchmarks.attach_trl import in_turns, table
 
 STRATEGIES = ("fsdp2", "fsdp")
 OWN = {"own": "k3_kl", "own_probs": "training/rollout_probs_diff_mean"}
-PROMPTS, GROUP, TOKENS = 16, 8, 6
+PROMPTS, GROUP, TOKENS = 8, 4, 6
 
 
 def main() -> None:

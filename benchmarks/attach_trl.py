@@ -72,7 +72,7 @@ class Arm:
         environment |= {"RLALIGN_HEAD": "float32"} if asked["arm"] == "rollout only" else {}
         self.name, self.errors = asked["arm"], tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", json.dumps(asked)],
+            [sys.executable, asked.get("script", __file__), "--worker", json.dumps(asked)],
             env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
         )  # fmt: skip
         self.answer("READY")
@@ -196,10 +196,10 @@ HEAD = (
 )
 
 
-def table(precision: str, found: dict[str, dict]) -> list[str]:
+def table(precision: str, found: dict[str, dict], own: tuple[str, ...] = ("own",)) -> list[str]:
     """Means over all steps; costs as the median over steps of the ratio to stock's same step, quartiles in brackets.
 
-    TRL's own metric is its sampling/sampling_logp_difference/mean.
+    own: the stack's own metrics; TRL's is its sampling/sampling_logp_difference/mean.
     """
     lines = []
     for arm, mine in found.items():
@@ -209,8 +209,8 @@ def table(precision: str, found: dict[str, dict]) -> list[str]:
             ratios = [a / b for a, b in zip(mine[kind][WARM:], stock[kind][WARM:], strict=True)]
             low, middle, high = quantiles(ratios, n=4)
             shown.append("1" if arm == "stock" else f"{middle:.3f} [{low:.3f}, {high:.3f}]")
-        k3, size, own, push = (mean(mine[name]) for name in ("k3", "abs_mean", "own", "sync"))
-        numbers = f"{k3:.2e} | {size:.2e} | {own:.2e} | {1e3 * push:.0f} | {1e3 * median(mine['wall'][WARM:]):.0f}"
+        gaps = " | ".join(f"{mean(mine[name]):.2e}" for name in ("k3", "abs_mean", *own))
+        numbers = f"{gaps} | {1e3 * mean(mine['sync']):.0f} | {1e3 * median(mine['wall'][WARM:]):.0f}"
         lines.append(f"| {arm} | {precision} | {numbers} | {shown[0]} | {shown[1]} |")
     return lines
 

@@ -24,14 +24,29 @@ class _Placeholder:
     def __init_subclass__(cls):
         super().__init_subclass__()
 
+    def __class_getitem__(cls, item):
+        return cls
 
-def _placeholder(name):
-    def decorate(*args, **kwargs):
+
+class _Lower:
+    """In the place of a function, a decorator or a submodule."""
+
+    def __init__(self, name):
+        self._name = name
+
+    def __call__(self, *args, **kwargs):
         if len(args) == 1 and not kwargs and callable(args[0]):
             return args[0]
-        raise RuntimeError(f"{name} was called: the test needs the real package")
+        raise RuntimeError(f"{self._name} was called: the test needs the real package")
 
-    return decorate if name[:1].islower() else type(name, (_Placeholder,), {})
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _placeholder(name)
+
+
+def _placeholder(name):
+    return _Lower(name) if name[:1].islower() else type(name, (_Placeholder,), {})
 
 
 class _Module(types.ModuleType):
@@ -59,9 +74,9 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 @contextmanager
-def without_transport():
-    """Imports inside see placeholders for absent transport packages; afterwards they are unknown again."""
-    absent = {name for name in TRANSPORT if importlib.util.find_spec(name) is None}
+def without_transport(others=()):
+    """Imports inside see placeholders for absent transport packages, and for others; afterwards they are unknown again."""
+    absent = {name for name in (*TRANSPORT, *others) if importlib.util.find_spec(name) is None}
     finder = _Finder(absent)
     sys.meta_path.insert(0, finder)
     try:

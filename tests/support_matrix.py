@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests import released
+
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "support.md"
 PACKAGES = {  # first word of a stack -> its distribution
@@ -78,13 +80,14 @@ def _marks(decorator: ast.expr) -> Iterator[tuple[str, ast.Call | None]]:
 
 
 def pinned() -> dict[str, str]:
-    """Versions of the locked environment that the tests run in."""
+    """Versions of the locked environment that the tests run in, and of the wheels that nightly tests fetch."""
     lines = [
         line
         for name in ("cpu.txt", "test.txt")
         for line in (HERE.parent / "requirements" / name).read_text().splitlines()
     ]
-    return dict(re.match(r"([A-Za-z0-9_.-]+)==([^\s;\\]+)", line).groups() for line in lines if "==" in line)
+    locked = (re.match(r"([A-Za-z0-9_.-]+)==([^\s;\\]+)", line).groups() for line in lines if "==" in line)
+    return dict(locked) | released.VERSIONS
 
 
 def page() -> str:

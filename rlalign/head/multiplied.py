@@ -90,11 +90,11 @@ def of_logprobs(
     *,
     bias_V: Tensor | None,
     transform: Callable[[Tensor], Tensor],
-    temperature: float,
+    temperature: float | Tensor,
 ) -> Multiplied:
     """Judge a head by the logprobs it gave of these tokens (nats), where it never shows its logits. A few rows; all words.
 
-    transform: what the model does to its logits, before the temperature.
+    transform: what the model does to its logits, before the temperature (one number, or [N, 1]).
     """
     hidden_ND = hidden_ND.detach().double()
     exact_NV = torch.cat([hidden_ND @ rows.detach().double().t() for rows in weight_VD.split(AT_ONCE)], dim=1)
@@ -107,4 +107,5 @@ def of_logprobs(
 
     rounded = {name: chosen(exact_NV.to(dtype)) for name, dtype in ROUNDED.items()}
     # A probability near 1 has a logprob near 0, which is the difference of two large numbers.
-    return judge(logprobs_N, chosen(exact_NV), rounded, size=float(transform(exact_NV).abs().max()) / temperature)
+    size = float((transform(exact_NV).double() / temperature).abs().max())
+    return judge(logprobs_N, chosen(exact_NV), rounded, size=size)

@@ -70,7 +70,7 @@ def status_of(lm_head: nn.Module) -> HeadStatus:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What the head is asked about: ids_BL int64; mask_BL bool, the tokens to score; temperature divides the logits.
+    """What the head is asked about: ids_BL int64; mask_BL bool, the tokens to score; temperature divides the logits ([B], [B, L]).
 
     kept: the sets to renormalise over, for tokens sampled from a truncated distribution. truncation: find those sets first;
     `kept` is then what the engine captured. vocab_size: ids from here on have no probability; 0: all rows have some.
@@ -78,7 +78,7 @@ class Tokens:
 
     ids_BL: Tensor
     mask_BL: Tensor
-    temperature: float
+    temperature: float | Tensor
     kept: KeptSets | None = None
     truncation: Truncation | None = None
     vocab_size: int = 0
@@ -86,7 +86,10 @@ class Tokens:
 
 @dataclass(slots=True)
 class Asked:
-    """A question that travels with a forward of the whole model, for who holds the model and not its head."""
+    """A question that travels with a forward of the whole model, for who holds the model and not its head.
+
+    tokens may hold one more per row than the model is given: the one after its last, as where a sequence is cut in shards.
+    """
 
     tokens: Tokens
     exact: bool
@@ -157,13 +160,15 @@ def mirror(model: nn.Module, *, head_dtype: str, chunk: int, keep_mib: int = 0) 
         self: nn.Linear, hidden: Tensor, tokens: Tokens | None = None, *, exact: bool = False
     ) -> Tensor | tuple[Tensor, ...]:
         status.calls += 1
-        asked = status.asked
+        asked, length = status.asked, hidden.shape[-2]
         if tokens is None and asked is None:
             return plain(hidden) if own else projection.project(hidden, weight_of(self, hidden), self.bias)
         if asked is None:
             hidden = transform.hidden(hidden)  # as the model's own forward does before it calls this module
         else:
             tokens, exact = asked.tokens, asked.exact
+            if tokens.ids_BL.shape[1] == length + 1:
+                hidden = nn.functional.pad(hidden, (0, 0, 0, 1))  # its last row predicts nobody's token
         given = scored(self, hidden, tokens, exact)
         if status.calls <= LOOKS and status.multiplied is None and (tokens.kept is None or len(given) == 3):
             real = slice(tokens.vocab_size or None)
@@ -172,7 +177,7 @@ def mirror(model: nn.Module, *, head_dtype: str, chunk: int, keep_mib: int = 0) 
         if asked is None:
             return given
         asked.logprobs_BL, asked.entropy_BL = given[:2]
-        return given[0][..., None] * 0.0  # in the place of logits: whatever the model does to them
+        return given[0][:, :length, None] * 0.0  # in the place of logits: whatever the model does to them
 
     def over_all_ids(tokens: Tokens, given: tuple) -> tuple[Tokens, Tensor]:
         """The tokens that have one, and their logprobs before any truncation."""
@@ -215,6 +220,13 @@ def mirror(model: nn.Module, *, head_dtype: str, chunk: int, keep_mib: int = 0) 
     return status
 
 
+def _at(temperature: float | Tensor, rows: Tensor, columns: Tensor) -> float | Tensor:
+    """Of single tokens, [n, 1]: from one number, [B] or [B, L]."""
+    if not isinstance(temperature, Tensor):
+        return temperature
+    return (temperature[rows] if temperature.dim() == 1 else temperature[rows, columns])[:, None]
+
+
 def _weight(module: nn.Module | None) -> Tensor | None:
     """Its weight; None where FSDP has taken it away into a flat parameter."""
     return getattr(module, "weight", None)
@@ -241,7 +253,7 @@ def _look(
         tokens.ids_BL[rows, columns],
         bias_V=bias_V,
         transform=transform.apply,
-        temperature=tokens.temperature,
+        temperature=_at(tokens.temperature, rows, columns),
     )
     if found.dtype is None:
         return

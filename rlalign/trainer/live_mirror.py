@@ -77,14 +77,26 @@ class Mirror:
         Raises ValueError for inputs without input_ids and what `rlalign.token_logprobs` refuses, RuntimeError after `restore` and
         for a model whose forward does not call its lm_head.
         """
-        self.require_in_place()
         if not isinstance(inputs.get("input_ids"), Tensor):
             raise ValueError(f"mirror: inputs need input_ids as a tensor [B, L]; got {', '.join(inputs) or 'nothing'}")
-        asked = self.status.asked = Asked(Tokens(inputs["input_ids"], mask_BL, temperature), exact)
+        self.ask(Tokens(inputs["input_ids"], mask_BL, temperature), exact=exact)
         try:
             output = (through or self.model)(**inputs)
-        finally:
+        except BaseException:
             self.status.asked = None
+            raise
+        return self.answer(output)
+
+    def ask(self, tokens: Tokens, *, exact: bool) -> None:
+        """Let the next forward of the model, whoever calls it, answer this in place of building logits: `answer` has it."""
+        self.require_in_place()
+        self.status.asked = Asked(tokens, exact)
+
+    def answer(self, output: object) -> tuple[Tensor, Tensor]:
+        """Logprobs and entropies, as in `token_logprobs`, of the forward since `ask`, which returned `output`."""
+        asked, self.status.asked = self.status.asked, None
+        if asked is None:
+            raise RuntimeError("mirror: nothing was asked before this forward; ask(tokens) first")
         if asked.logprobs_BL is None:
             raise RuntimeError(
                 f"the forward of {type(self.inner).__name__} did not call its lm_head ({self.status.name}): a fused loss or "

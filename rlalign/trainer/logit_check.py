@@ -37,7 +37,7 @@ def transform_of(model: nn.Module) -> HeadTransform:
     hidden_LD, given_LD, raw_LV, logits_LV = observed(model)
     wanted_LD, wanted_LV = transform.hidden(hidden_LD), transform.apply_as_transformers(raw_LV)
     fields = model.config.get_text_config()
-    if not _equal(given_LD, wanted_LD):
+    if not _equal(given_LD.float(), wanted_LD.to(given_LD.dtype).float()):
         what = f"gives its lm_head hidden states {_slope(given_LD, hidden_LD):.6g} times the last ones"
         wanted = f"{1 / transform.hidden_divisor:.6g}"
         _refuse(model, what, wanted, likely_fields(fields, _slope(given_LD, hidden_LD)))
@@ -60,7 +60,8 @@ def observed(model: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     device = next(model.parameters()).device
     config = model.config.get_text_config()
-    hidden_1LD = torch.randn(1, ROWS, head.in_features, generator=generator).to(device)
+    hidden_1LD = torch.randn(1, ROWS, head.in_features, generator=generator).bfloat16().float()  # FSDP2 may cast it
+    hidden_1LD = hidden_1LD.to(device)
     raw_1LV = (torch.randn(1, ROWS, head.out_features, generator=generator) * SPREAD).to(device)
     given: list[Tensor] = []
 

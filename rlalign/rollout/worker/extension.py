@@ -136,6 +136,17 @@ class WorkerExtension(
         problems += self._rlalign_head_problems(offset) + self._rlalign_copy_problems()
         return {"rank": self.rank, "problems": problems}
 
+    def rlalign_require_landed(self, file: str, offset: int) -> None:
+        """Raise RuntimeError for what `rlalign_unlanded` finds, and for vLLM's own head: where a stack drops workers' answers."""
+        problems = self.rlalign_unlanded(file, offset)["problems"]
+        layer = self._rlalign_layer()
+        if not isinstance(layer, AlignedLogitsProcessor) or layer.mode is HeadMode.OFF:
+            problems.append("it runs vLLM's own head: RLALIGN_HEAD did not reach the process that started it")
+        if problems:
+            raise RuntimeError(
+                f"rank {self.rank} does not compute with what the trainer does: {'; '.join(problems[:5])}"
+            )
+
     def _rlalign_multiplied(self, layer: AlignedLogitsProcessor, lm_head: VocabParallelEmbedding) -> dict[str, object]:
         seen = layer.watch.seen
         whole_path = self.vllm_config.lora_config is None  # adapters need the metadata of a batch

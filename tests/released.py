@@ -1,0 +1,45 @@
+"""Wheels of stacks that are no requirement of the tests, since they have none for every Python here: fetched and unpacked."""
+
+import subprocess
+import sys
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.peers import without_transport
+
+VERSIONS = {"openrlhf": "0.11.2", "skyrl": "0.3.0"}  # as the support matrix names them
+
+
+@contextmanager
+def released(name, folder, *, absent):
+    """Inside, the released package can be imported, with placeholders for what it imports and is absent here."""
+    asked = f"{name}=={VERSIONS[name]}"
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "-d",
+        folder,
+        asked,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"the nightly tests fetch {asked} for this Python: {done.stderr[-500:]}"
+    (wheel,) = Path(folder).glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder)
+    (root,) = {p.parent.parent for p in Path(folder).rglob(f"{name}/__init__.py") if p.parent.name == name}
+    sys.path.append(str(root))
+    sys.modules["flash_attn.ops"] = None  # both fall back from its kernel where it is absent
+    try:
+        with without_transport(absent):
+            yield
+    finally:
+        sys.path.remove(str(root))
+        sys.modules.pop("flash_attn.ops", None)
+        for module in [m for m in sys.modules if m.partition(".")[0] == name]:
+            del sys.modules[module]

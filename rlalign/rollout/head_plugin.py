@@ -44,6 +44,7 @@ def register() -> None:
             yielding.install()
             cpu_layers.install()
     if steady_layers.enabled():
+        cpu_layers.install()  # without bf16 instructions the one order of additions is that of widened products
         steady_layers.install()
     if versions.has_weight_transfer(vllm.__version__):
         from vllm.distributed.weight_transfer import WeightTransferEngineFactory

@@ -64,6 +64,7 @@ def install() -> None:
     def dispatch(layer: nn.Module, remove_weight: bool) -> None:
         if not isinstance(layer, LinearBase) or not getattr(layer, MARK, enabled()):
             return own_dispatch(layer, remove_weight)
+        widened.decide(layer.weight.dtype)
         fits = not layer.weight.is_meta and layer.weight.ndim == 2 and _fits(*layer.weight.shape, layer.weight.dtype)
         packed[0] = fits
         try:

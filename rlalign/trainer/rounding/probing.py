@@ -33,7 +33,8 @@ Compared = tuple[str, list[Way], Tensor]  # an op, its ways, what the engine gav
 @dataclass(frozen=True, slots=True)
 class OpDifference:
     """part: the engine's module below its layer, kind: its class. prefill, decode: share of elements with other bits than the
-    engine's, all recorded layers together. cost: place among the op's variants; ms: of one thread, for the recorded tokens."""
+    engine's, all recorded layers together; None where no token was of that kind. cost: place among the op's variants; ms: of one
+    thread, for the recorded tokens."""
 
     op: str
     part: str
@@ -42,8 +43,8 @@ class OpDifference:
     cost: int
     ms: float
     elements: int
-    prefill: float
-    decode: float
+    prefill: float | None
+    decode: float | None
     apart: int
 
     def as_dict(self) -> dict[str, object]:
@@ -113,7 +114,13 @@ class Probed:
 
 
 def _cell(name: str, value: object) -> str:
+    if value is None:
+        return "-"
     return str(value) if isinstance(value, str) else f"{value:.1f}" if name == "time" else f"{value:.3%}"
+
+
+def _share(apart: float, of: float) -> float | None:
+    return apart / of if of else None
 
 
 @torch.no_grad()
@@ -181,7 +188,7 @@ class _Counts:
         prefilled: float, decoded: float, total: float, of_prefill: float, ms: float,
     ) -> OpDifference:  # fmt: skip
         cost = next(v.cost for v in variants.of(op) if v.name == variant)
-        shares = prefilled / max(of_prefill, 1), decoded / max(total - of_prefill, 1)
+        shares = _share(prefilled, of_prefill), _share(decoded, total - of_prefill)
         return OpDifference(op, part, kind, variant, cost, ms, int(total), *shares, int(prefilled + decoded))
 
 

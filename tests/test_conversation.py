@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from array import array
 from dataclasses import replace
 
@@ -179,6 +180,54 @@ def test_a_failing_environment_leaves_the_others_alone(tokenizer):
 def test_what_an_environment_opens_in_one_turn_is_open_in_the_next(tokenizer):
     _, (found,) = play(tokenizer, {0: ["a", "b"]}, [Remembers()])
     assert (found.outcome, found.why, found.reward) == ("done", "", 1.0)
+
+
+def test_a_thread_that_an_environment_waits_for_does_not_hold_the_step_beyond_its_time(tokenizer):
+    let_go = threading.Event()
+
+    class Blocks:
+        async def step(self, messages):
+            return await asyncio.to_thread(let_go.wait)
+
+    try:
+        _, (found,) = play(tokenizer, {0: ["a"]}, [Blocks()])  # would never return
+        assert found.outcome == "timeout"
+    finally:
+        let_go.set()
+
+
+def test_a_step_that_is_no_coroutine_is_told_so_and_every_environment_is_closed(tokenizer):
+    closed = []
+
+    class Plain:
+        def __init__(self, name):
+            self.name = name
+
+        def step(self, messages):
+            return Observation(reward=1.0, done=True)
+
+        def close(self):
+            closed.append(self.name)
+
+    _, (plain, counted) = play(tokenizer, {0: ["a"], 1: ["bc"]}, [Plain("first"), Counts(1)])
+    assert plain.outcome == "error" and "Plain.step must be `async def`" in plain.why
+    assert (counted.outcome, counted.reward) == ("done", 2.0)
+    with pytest.raises(IndexError):  # the engine's script is at its end
+        play(tokenizer, {0: []}, [Plain("second")])
+    assert closed == ["first", "second"]
+
+
+def test_rewards_of_turns_are_placed_whatever_their_size():
+    """The sum that a sample's reward is was rounded to float32: of 298.3 by 1e-5."""
+    rewards = [29.0, 84.3, 92.9, 92.1]
+    rollout = Rollout(
+        token_ids=[1] * 9, loss_mask=[False, *[True, False] * 4], rollout_logprobs=[0.0] * 9, prompt_id=0, group_id=0,
+        finish_reason="stop", version_spans=[(0, 9, 0)], turn_rewards=[(2 * i + 1, r) for i, r in enumerate(rewards)],
+    )  # fmt: skip
+    batch = collate([rollout], pad_token_id=0, spec=LogprobSpec())
+    placed_BL = turns_earned([rollout], torch.tensor([sum(rewards)]), batch)
+    assert placed_BL[0, 1::2].tolist() == pytest.approx(rewards)
+    assert turns_earned([rollout], torch.tensor([sum(rewards) + 0.1]), batch) is None
 
 
 def test_what_cannot_be_played_is_refused(tokenizer):

@@ -55,6 +55,16 @@ def test_chance_is_the_luckiest_of_all_series():
     assert lucky <= 8
 
 
+def test_noise_around_a_level_is_not_beyond_chance_either():
+    """Its changes swing back by themselves, on both sides: shuffled changes alone would call one in five beyond chance."""
+    lucky = 0
+    for trial in range(60):
+        rows_KT = torch.randn(9, 30, generator=torch.Generator().manual_seed(trial), dtype=torch.float64)
+        series = {f"{i}": row.tolist() for i, row in enumerate(rows_KT[1:])}
+        lucky += any(f.beyond_chance for f in follows(rows_KT[0].exp().tolist(), series, seed=trial))
+    assert lucky <= 8
+
+
 def test_too_few_rows_constants_and_gaps():
     assert follows([1.0] * 5, {"a": [1.0, 2.0, 3.0, 4.0, 5.0]}) == []
     assert follows(walk(1).tolist(), {"constant": [2.0] * 60}) == []

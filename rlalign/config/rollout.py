@@ -136,6 +136,11 @@ class RolloutConfig(ServersConfig):
             "engine's workers; use rollout.backend=embedded",
         )
         require(
+            self.replay_experts == "off" or self.enforce_eager,
+            f"rollout.replay_experts={self.replay_experts} with rollout.enforce_eager=false: captured graphs hide the routes; use "
+            "rollout.enforce_eager=true",
+        )
+        require(
             self.max_tokens < self.max_model_len,
             f"rollout.max_tokens={self.max_tokens} leaves no room for a prompt in rollout.max_model_len={self.max_model_len}",
         )

@@ -48,7 +48,7 @@ def switch_on() -> None:
     """Ask vLLM servers that this process starts for a float32 head, give verl's FSDP engine the same one, verify its pushes.
 
     Called as this module is imported. Raises RuntimeError for an untested verl, ValueError where RLALIGN_HEAD asks for another head
-    than float32, or another plugin has put its own engine in the place that ours takes.
+    than float32, or another plugin has registered its own engine where the adapter registers its.
     """
     require_version(version("verl"))
     variable = VARIABLES["head_dtype"]
@@ -79,7 +79,7 @@ def switch_on() -> None:
 
 
 def compared(calculate: Callable[[DataProto], dict]) -> Callable[[DataProto], dict]:
-    """verl's calculate_debug_metrics with ours in its dictionary: mismatch/k3 and others, mismatch/lag0/... where lag is known.
+    """verl's calculate_debug_metrics with the adapter's in its dictionary: mismatch/k3 ..., mismatch/lag0/... where lag is known.
 
     Causes are said where a metric is past its limit. verl calls it wherever old_log_probs are recomputed (bypass_mode=False).
     """
@@ -156,7 +156,7 @@ def refusing(backend: str) -> type:
 
 
 class RefusedRollout:
-    """A rollout that cannot be built: another engine than vLLM has no float32 head of ours."""
+    """A rollout that cannot be built: another engine than vLLM has no float32 head of rlalign."""
 
     def __init__(self, config: object, *args: object, **kwargs: object) -> None:
         raise ValueError(

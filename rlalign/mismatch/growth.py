@@ -21,7 +21,8 @@ DRAWS, TINY = 200, 1e-18
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Followed:
     """One series against k3. levels, changes: Spearman's correlations, -1 to 1; lead: rows it runs ahead, where that of the changes
-    is largest. chance: 95 % quantile of the largest |changes| over all series and leads with the rows of k3 in random order.
+    is largest. chance: 95 % quantile of the largest |changes| over all series and leads with the changes, or the rows, of k3 in
+    random order, whichever is larger.
     """
 
     name: str
@@ -58,8 +59,13 @@ def follows(k3: Sequence[float], series: Mapping[str, Sequence[float]], *, seed:
     lead_K = at_LK.abs().argmax(0)
     best_K = at_LK.gather(0, lead_K[None])[0]
     draws = torch.Generator().manual_seed(seed)
-    orders_DT = torch.rand(DRAWS, len(wanted) - 1, generator=draws, dtype=torch.float64)
-    chance = float(_leads(steps_KT, orders_DT).abs().amax((0, 1)).quantile(0.95))
+    orders_DT, orders_DR = (
+        torch.rand(DRAWS, n, generator=draws, dtype=torch.float64) for n in (len(wanted) - 1, len(wanted))
+    )
+    chance = max(  # of changes in random order, and of the changes of rows in random order: what walks and what noise would reach
+        float(_leads(steps_KT, shuffled_DT).abs().amax((0, 1)).quantile(0.95))
+        for shuffled_DT in (orders_DT, wanted[orders_DR.argsort(1)].diff(dim=1))
+    )
     found = [
         Followed(
             name=name, levels=float(_spearman(values[None, : len(values) - lead], wanted[lead:][None])[0, 0]), changes=float(best),
@@ -85,6 +91,6 @@ def _spearman(values_KT: Tensor, wanted_DT: Tensor) -> Tensor:
 
 def _ranks(values_KT: Tensor) -> Tensor:
     """Ranks from 0, those of equal values averaged."""
-    less = (values_KT[:, :, None] > values_KT[:, None, :]).double().sum(2)
-    equal = (values_KT[:, :, None] == values_KT[:, None, :]).double().sum(2)
-    return less + (equal - 1) / 2
+    ordered_KT, given_KT = values_KT.sort(1).values.contiguous(), values_KT.contiguous()
+    below_KT, upto_KT = (torch.searchsorted(ordered_KT, given_KT, right=right) for right in (False, True))
+    return (below_KT + upto_KT - 1).double() / 2

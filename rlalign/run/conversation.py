@@ -8,8 +8,10 @@ behind an answer (`tasks.prefix_law.extend`). A rollout's loss mask has one unbr
 from __future__ import annotations
 
 import asyncio
+import inspect
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -200,7 +202,7 @@ def converse(
     timeout_s: of one environment's answer. template: further arguments of the chat template. A turn is reproducible from the
     seed, its number and the place among the conversations that still go on. Raises ValueError for lists of different lengths, a
     limit below 1, a first prompt without room, or a template that hides an answer (`extend`); TypeError for a step that returns no
-    Observation. What an environment raises is an outcome.
+    Observation. What an environment raises is an outcome. An environment's `close`, if any, is called at the end.
     """
     if len(starts) != len(environments) or max_turns < 1 or room < 1:
         raise ValueError(
@@ -211,17 +213,29 @@ def converse(
     longest = max((len(c.ids) for c in found), default=0)
     if longest > room:
         raise ValueError(f"converse: a first prompt has {longest} tokens, room for {room}")
-    with asyncio.Runner() as runner:  # one loop for all turns: what an environment opens in one is open in the next
-        for turn in range(max_turns):
-            going = [i for i, conversation in enumerate(found) if not conversation.outcome]
-            if not going:
-                break
-            _sample(engine, [found[i] for i in going], going, seed + _TURN_SEED * turn)
-            asked = [i for i in going if not found[i].outcome]
-            answers = runner.run(_answers([(environments[i], found[i].messages) for i in asked], timeout_s))
-            for i, answer in zip(asked, answers, strict=True):
-                _go_on(found[i], answer, tokenizer, template, room=room, last=turn == max_turns - 1)
+    try:
+        with asyncio.Runner() as runner:  # one loop for all turns: what an environment opens in one is open in the next
+            runner.get_loop().set_default_executor(_Threads(thread_name_prefix="environment"))
+            for turn in range(max_turns):
+                going = [i for i, conversation in enumerate(found) if not conversation.outcome]
+                if not going:
+                    break
+                _sample(engine, [found[i] for i in going], going, seed + _TURN_SEED * turn)
+                asked = [i for i in going if not found[i].outcome]
+                answers = runner.run(_answers([(environments[i], found[i].messages) for i in asked], timeout_s))
+                for i, answer in zip(asked, answers, strict=True):
+                    _go_on(found[i], answer, tokenizer, template, room=room, last=turn == max_turns - 1)
+    finally:
+        for environment in environments:
+            getattr(environment, "close", lambda: None)()
     return found
+
+
+class _Threads(ThreadPoolExecutor):
+    """Of `asyncio.to_thread` in environments; not waited for: a call beyond its time limit must not hold the step."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait=False, cancel_futures=True)
 
 
 def _sample(engine: RolloutEngine, going: Sequence[Conversation], numbers: Sequence[int], seed: int) -> None:
@@ -237,8 +251,15 @@ def _sample(engine: RolloutEngine, going: Sequence[Conversation], numbers: Seque
 
 
 async def _answers(asked: Sequence[tuple[Environment, Sequence[Message]]], timeout_s: float) -> list[object]:
-    steps = [asyncio.wait_for(environment.step(messages), timeout_s) for environment, messages in asked]
+    steps = [_answer(environment, messages, timeout_s) for environment, messages in asked]
     return await asyncio.gather(*steps, return_exceptions=True)
+
+
+async def _answer(environment: Environment, messages: Sequence[Message], timeout_s: float) -> Observation:
+    step = environment.step(messages)
+    if not inspect.isawaitable(step):
+        raise TypeError(f"{type(environment).__name__}.step must be `async def`; it returned {type(step).__name__}")
+    return await asyncio.wait_for(step, timeout_s)
 
 
 def _go_on(

@@ -21,16 +21,20 @@ EVAL_SEED = 2**20  # far from the steps' own seeds
 HEAD_TOKENS = 256  # tokens of a step on which the heads are compared in isolation
 
 
-def evaluate(parties: Parties, *, samples: int) -> float:
+def evaluate(parties: Parties, *, samples: int) -> dict[str, float]:
     """Mean reward on the held-out prompts, `samples` completions each, sampled as in training and always with the same seeds.
 
-    Conversations that ended without a reward are left out; NaN where all did.
+    eval/accuracy: over those with a reward; NaN where none has one. eval/without_reward: the share of conversations that ended
+    without one, where there are any: an accuracy that rises with it is that of the survivors.
     """
     prompts = parties.task.eval_prompts()
     rollouts = parties.sample(prompts, samples=samples, seed=EVAL_SEED)
     verified = [verified_of(r, prompts[r.group_id], parties.task) for r in rollouts]
     known = [value for value in verified if value is not None]
-    return sum(known) / len(known) if known else math.nan
+    found = {"eval/accuracy": sum(known) / len(known) if known else math.nan}
+    if len(known) < len(verified):
+        found["eval/without_reward"] = 1.0 - len(known) / len(verified)
+    return found
 
 
 def head_in_isolation(engine: SharedEngine, policy: Policy, result: StepResult, config: RunConfig) -> dict[str, float]:

@@ -69,6 +69,8 @@ def collect(step: int, parties: Parties, config: RunConfig, sampler: Sampler | N
     metrics |= rewards.metrics()
     texts = [r.text for r in rollouts]
     earned_BL = turns_earned(rollouts, rewards.values_B, batch)
+    if any(r.turn_rewards for r in rollouts):
+        metrics["turns/placed"] = float(earned_BL is not None)
     return Collected(
         batch=batch, rewards=rewards, texts=texts, metrics=metrics, spans=spans, earned_BL=earned_BL, probe=probe
     )
@@ -79,11 +81,12 @@ def turns_earned(rollouts: Sequence[Rollout], values_B: Tensor, batch: RolloutBa
     turns = [(row, position, reward) for row, r in enumerate(rollouts) for position, reward in r.turn_rewards]
     if not turns:
         return None
-    earned_BL = torch.zeros(batch.token_ids_BL.shape)
+    earned_BL = torch.zeros(batch.token_ids_BL.shape, dtype=torch.float64)
     for row, position, reward in turns:
         earned_BL[row, position] += reward
-    apart_B = (values_B - earned_BL.sum(1)).abs()[~values_B.isnan()]
-    return earned_BL if bool((apart_B < 1e-5).all()) else None
+    known_B = ~values_B.isnan()
+    apart_B, size_B = (values_B.double() - earned_BL.sum(1)).abs(), earned_BL.abs().sum(1)
+    return earned_BL.float() if bool((apart_B <= 1e-6 * (1.0 + size_B))[known_B].all()) else None  # float32 sums
 
 
 def learn(
@@ -98,7 +101,7 @@ def learn(
         metrics |= sets
         ref_BL = trainer.score_reference(batch)
         at_lag = _compare(old_BL, replace(collected, batch=batch), trainer, config)
-        metrics |= turn_metrics(old_BL, batch) if "turns/mean" in metrics else {}
+        metrics |= turn_metrics(old_BL, batch, collected.batch.loss_mask_BL) if "turns/mean" in metrics else {}
         metrics |= mismatch_metrics(at_lag, parties.floor) | staleness_metrics(batch, trainer.version, at_lag)
         metrics["train/entropy"] = float(entropy_BL[batch.loss_mask_BL].mean())
         values_BL = None if parties.critic is None else parties.critic.values(batch)

@@ -146,15 +146,19 @@ def outcome_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     }
 
 
-def turn_metrics(old_BL: Tensor, batch: RolloutBatch) -> dict[str, float]:
-    """Old against rollout of each turn: mismatch/turnN/k3 and abs_mean in nats, tokens; N from 1."""
-    mask_BL = batch.loss_mask_BL
-    starts_BL = mask_BL & ~torch.nn.functional.pad(mask_BL[:, :-1], (1, 0))
-    turn_BL = starts_BL.cumsum(1) * mask_BL
+def turn_metrics(old_BL: Tensor, batch: RolloutBatch, sampled_BL: Tensor) -> dict[str, float]:
+    """Old against rollout of each turn: mismatch/turnN/k3 and abs_mean in nats, tokens; N from 1.
+
+    sampled_BL: the mask before any token was taken out of the loss; its unbroken runs are the turns.
+    """
+    starts_BL = sampled_BL & ~torch.nn.functional.pad(sampled_BL[:, :-1], (1, 0))
+    turn_BL = starts_BL.cumsum(1) * batch.loss_mask_BL
     ratio_BL = old_BL - batch.rollout_logprobs_BL
     found = {}
     for turn in range(1, int(turn_BL.max()) + 1):
         ratio_N = ratio_BL[turn_BL == turn].double()
+        if not len(ratio_N):
+            continue
         found |= {
             f"mismatch/turn{turn}/k3": float((ratio_N.exp() - 1.0 - ratio_N).mean()),
             f"mismatch/turn{turn}/abs_mean": float(ratio_N.abs().mean()),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlalign.trainer.head_isolation import predicting
+from rlalign.weights import MASTER_WEIGHT
 
 if TYPE_CHECKING:
     from rlalign.run.parties import StepResult
@@ -26,9 +27,13 @@ def traced(policy: Policy, result: StepResult, micro_batch_size: int) -> dict[st
     """
     squares: dict[str, float] = {}
     for name, weight in policy.named_weights():
+        if name == MASTER_WEIGHT:  # the lm_head once more, unrounded
+            continue
         found = _LAYER.search(f".{name}")
         layer = f"layer{int(found.group(1)):02d}" if found else "rest"
-        squares[layer] = squares.get(layer, 0.0) + float(weight.detach().double().square().sum())
+        squares[layer] = (
+            squares.get(layer, 0.0) + float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64)) ** 2
+        )
     few = result.batch.rows(slice(0, 4 * micro_batch_size))
     hidden_ND, _ = predicting(policy.hidden_states(few), few.token_ids_BL, few.loss_mask_BL, limit=TOKENS)
     with policy.whole_head(), torch.no_grad():

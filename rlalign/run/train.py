@@ -210,7 +210,7 @@ class _Steps:
 
     def _step(self, step: int) -> dict[str, float]:
         config, last = self.config, step == self.config.steps - 1
-        before = {"eval/accuracy": self._evaluate(step)} if step % config.tracking.eval_every == 0 else {}
+        before = self._evaluate(step) if step % config.tracking.eval_every == 0 else {}
         version, replay_every = self.policy.version, config.tracking.replay_every
         keep = bool(replay_every) and step % replay_every == 0
         if keep:
@@ -242,7 +242,7 @@ class _Steps:
             with self.run.timed(step, "trace"):
                 metrics |= trace.traced(self.policy, result, config.trainer.micro_batch_size) | self._apart()
         if last:  # of the final weights; every earlier row evaluates those before its step
-            metrics["eval/accuracy"] = self._evaluate(step)
+            metrics |= self._evaluate(step)
         every = config.tracking.tokens_every
         tokens = bool(every) and (step % every == 0 or last)
         observation.log_step(self.run, step, metrics, result, self.tokenizer, tokens=tokens)
@@ -256,10 +256,10 @@ class _Steps:
             return {}
         if self.sampler is not None:
             self.sampler.settle()  # the engine answers one caller at a time
-        found = steps.prove(self.engine.local, self.policy.network)
+        found = steps.measured(self.engine.local, self.policy.network)
         return {f"trace/apart/{name}": apart for name, apart in found.items()}
 
-    def _evaluate(self, step: int) -> float:
+    def _evaluate(self, step: int) -> dict[str, float]:
         with self.run.timed(step, "eval"):
             return observation.evaluate(self.parties, samples=self.config.tracking.eval_samples)
 

@@ -6,6 +6,7 @@ An environment sees messages and never tokens. It lives for one conversation.
 from __future__ import annotations
 
 import ast
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -39,10 +40,10 @@ class Observation:
 
 
 class Environment(Protocol):
-    """One conversation's counterpart: tools, a game, a simulated user."""
+    """One conversation's counterpart: tools, a game, a simulated user. A `close()` of its own, where it has one, ends it."""
 
     def start(self) -> list[Message]:
-        """The messages of the first prompt."""
+        """The messages of the first prompt. Called of throw-away instances too: cheap, repeatable, and it opens nothing."""
         ...
 
     async def step(self, messages: Sequence[Message]) -> Observation:
@@ -132,7 +133,10 @@ def calculate(expression: str) -> str:
         raise ValueError("this is no expression of numbers, + - * / // % and brackets") from None
     except (ZeroDivisionError, OverflowError) as error:
         raise ValueError(str(error)) from None
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("the value is too large to be computed")
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    return str(int(value)) if whole else str(value)
 
 
 def _value(node: ast.expr) -> int | float:

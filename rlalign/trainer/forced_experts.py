@@ -80,7 +80,7 @@ class ForcedExperts:
         unknown = Routes(experts_ELK=torch.zeros(0, 1, 1), count_B=torch.zeros(len(batch), dtype=torch.int64))
         missing_B = (routes or unknown).missing(batch.loss_mask_BL)
         if bool(missing_B.any()):
-            row = int(missing_B.argmax())
+            row = int((missing_B > 0).int().argmax())
             raise RuntimeError(
                 f"{int((missing_B > 0).sum())} of {len(batch)} rollouts lack the experts of positions that their tokens depend on; "
                 f"sequence {row} lacks {int(missing_B[row])} of them. Sample with rollout.replay_experts=all, or let the trainer "

@@ -168,7 +168,7 @@ def mirror(model: nn.Module, *, head_dtype: str, chunk: int, keep_mib: int = 0) 
         else:
             tokens, exact = asked.tokens, asked.exact
             if tokens.ids_BL.shape[1] == length + 1:
-                hidden = nn.functional.pad(hidden, (0, 0, 0, 1))  # its last row predicts nobody's token
+                hidden = nn.functional.pad(hidden, (0, 0, 0, 1))  # no token follows its last row
         given = scored(self, hidden, tokens, exact)
         if status.calls <= LOOKS and status.multiplied is None and (tokens.kept is None or len(given) == 3):
             real = slice(tokens.vocab_size or None)

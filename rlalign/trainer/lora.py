@@ -138,9 +138,11 @@ def put_in(network: nn.Module, folder: Path) -> nn.Module:
 
 
 def _read_past(network: nn.Module, name: str) -> bool:
-    """True for the output projection of a Mamba mixer."""
+    """True for a projection of a Mamba mixer that its kernels read as a weight: out_proj, and x_proj and dt_proj of Mamba 1."""
     mixer, _, leaf = name.rpartition(".")
-    return leaf == "out_proj" and {"A_log", "D"} <= network.get_submodule(mixer)._parameters.keys()
+    return (
+        leaf in ("out_proj", "x_proj", "dt_proj") and {"A_log", "D"} <= network.get_submodule(mixer)._parameters.keys()
+    )
 
 
 def _refusal(network: nn.Module, name: str, layer: nn.Module, head: nn.Module) -> str:

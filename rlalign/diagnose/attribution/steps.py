@@ -34,23 +34,8 @@ SHOWN = 4
 
 
 def prove(engine: VLLMEngine, network: nn.Module, *, scratch: Path | None = None) -> dict[str, float]:
-    """{step: mean relative difference} on random tokens. network: whole on this rank, with the weights that were published.
-
-    Raises RuntimeError naming the steps beyond LIMIT, ValueError where no step of this architecture can be compared.
-    """
-    network.eval()
-    batch = _random_tokens(network.config.get_text_config().vocab_size, engine.config.max_model_len)
-    mapping = mapping_of(engine, network, batch, None, scratch)
-    with tempfile.TemporaryDirectory(prefix="rlalign-steps-", dir=scratch) as folder:
-        forced = teacher_forcing.record(
-            engine, batch, mapping.rollout_taps, Path(folder) / "engine", route=Route.prefill
-        )
-        isolated = trainer_side.record(Side(network, mapping), batch, Path(folder) / "trainer", inputs=forced.recording)
-        found = {
-            point: float(compared(forced.recording, isolated, point, batch, isolated.width(point)).relative_N.mean())
-            for point in mapping.points()
-            if point != LOGITS
-        }
+    """What `measured` gives. Raises RuntimeError naming the steps beyond LIMIT."""
+    found = measured(engine, network, scratch=scratch)
     wrong = sorted((point for point, apart in found.items() if not apart <= LIMIT), key=lambda p: -found[p])
     if wrong:
         told = ", ".join(f"{point} by {found[point]:.0%}" for point in wrong[:SHOWN])
@@ -61,6 +46,26 @@ def prove(engine: VLLMEngine, network: nn.Module, *, scratch: Path | None = None
             "different models by this configuration; rlalign attribute shows every step"
         )
     return found
+
+
+def measured(engine: VLLMEngine, network: nn.Module, *, scratch: Path | None = None) -> dict[str, float]:
+    """{step: mean relative difference} on random tokens. network: whole on this rank, with the weights that were published.
+
+    Raises ValueError where no step of this architecture can be compared.
+    """
+    network.eval()
+    batch = _random_tokens(network.config.get_text_config().vocab_size, engine.config.max_model_len)
+    mapping = mapping_of(engine, network, batch, None, scratch)
+    with tempfile.TemporaryDirectory(prefix="rlalign-steps-", dir=scratch) as folder:
+        forced = teacher_forcing.record(
+            engine, batch, mapping.rollout_taps, Path(folder) / "engine", route=Route.prefill
+        )
+        isolated = trainer_side.record(Side(network, mapping), batch, Path(folder) / "trainer", inputs=forced.recording)
+        return {
+            point: float(compared(forced.recording, isolated, point, batch, isolated.width(point)).relative_N.mean())
+            for point in mapping.points()
+            if point != LOGITS
+        }
 
 
 def _random_tokens(vocabulary: int, longest: int) -> RolloutBatch:

@@ -104,13 +104,13 @@ def _latent(fields: dict[str, object]) -> bool:
 
 
 def require_one_window(model: Path, max_model_len: int) -> None:
-    """Raise ValueError for Cohere 2 beyond its window, of which vLLM and transformers have two ideas (docs/upstream.md)."""
+    """Raise ValueError for Cohere 2 beyond its window, which is one token wider in vLLM than in transformers (docs/upstream.md)."""
     fields = _fields(model)
     window = fields.get("sliding_window")
     if str(fields.get("model_type", "")).startswith("cohere2") and window and max_model_len > window:
         raise ValueError(
-            f"rollout.max_model_len={max_model_len}: beyond {window} tokens Cohere 2 has other logprobs in vLLM, whose sliding "
-            f"layers see {window + 1}, than in transformers, whose see sliding_window={window}; use at most {window}"
+            f"rollout.max_model_len={max_model_len}: beyond {window} tokens Cohere 2's logprobs in vLLM are others: its sliding "
+            f"layers see {window + 1} tokens; in transformers they see sliding_window={window}. Use at most {window}"
         )
 
 

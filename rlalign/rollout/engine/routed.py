@@ -20,7 +20,7 @@ class RoutedExperts:
         self.bytes_per_token = self.shape[0] * self.shape[1] * array(self._code).itemsize
 
     def forget(self) -> None:
-        """Drop what was recorded so far: of requests that failed or were nobody's rollouts."""
+        """Drop what was recorded so far: of requests that failed, or that were scored and not sampled."""
         self._ask("rlalign_routes_take")
 
     def take(self, version: int) -> Callable[[int, int], array]:

@@ -54,6 +54,7 @@ class RouteRecorder:
             RoutedExpertsCapturer,
             bind_routed_experts_capturer,
         )
+        from vllm.v1.kv_cache_interface import FullAttentionSpec
 
         model = runner.get_model()
         found = {m.layer_id for m in model.modules() if isinstance(m, MoERunner)}
@@ -65,6 +66,8 @@ class RouteRecorder:
         self._seen: set[int] = set()
         self._capturer = RoutedExpertsCapturer(runner.max_num_tokens, vllm_config)
         bind_routed_experts_capturer(model, self)
+        groups = runner.kv_cache_config.kv_cache_groups  # a sliding window's blocks are given back, with what they held
+        self._group = next((i for i, g in enumerate(groups) if isinstance(g.kv_cache_spec, FullAttentionSpec)), 0)
         self.shape = (len(self.layers), self._capturer.shape_per_token[1])
         self.wide = self._capturer.output_dtype_name == "uint16"
         self._slots = Kept(self._none())
@@ -108,7 +111,7 @@ class RouteRecorder:
             )
         whole = self._capturer.snapshot_routing_data(count)
         routes = (whole.view(torch.int16) if self.wide else whole)[:, self.layers].cpu()
-        table = batch.block_table[0]
+        table = batch.block_table[self._group]
         self._slots.put(table.slot_mapping.gpu[:count].cpu(), routes, self.version)
         for i, request_id in enumerate(batch.req_ids[: batch.num_reqs]):
             seed = getattr(self.runner.requests[request_id].sampling_params, "seed", None)

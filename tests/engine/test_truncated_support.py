@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from functools import partial
 
@@ -10,16 +9,13 @@ import pytest
 import torch
 
 from rlalign import mismatch
-from rlalign.config import AlgoConfig, RolloutConfig, TrainerConfig, load
-from rlalign.config.compose import compose
+from rlalign.config import AlgoConfig, RolloutConfig, TrainerConfig
 from rlalign.logprobs.truncation import Truncation, kept_mask
 from rlalign.mismatch.causes import Evidence, likely_causes
 from rlalign.objective import choice, corrections
 from rlalign.rollout.engine.known_ids import UnknownIds
 from rlalign.rollout.engine.surface import spec_of
 from rlalign.run.scoring_step import scored
-from rlalign.run.train import train
-from rlalign.tasks import Task
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
 from rlalign.types import TrainBatch, collate
 from tests.engine.conftest import ROLLOUT, sample, start
@@ -161,40 +157,3 @@ def test_an_update_is_taken_back_bit_for_bit(sides, tmp_path):
     after = [weight.detach() for _, weight in policy.named_weights()]
     assert policy.version == 0 and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert torch.equal(policy.score(batch)[0], old_BL)
-
-
-def test_a_run_over_top_p_top_k_and_min_p_goes_on_from_its_checkpoint(tmp_path, untied, monkeypatch):
-    """Its last step, done again after a resume, has the numbers it had; the page says what they are over."""
-    monkeypatch.setattr(Task, "reward", lambda self, prompt, completion: float(len(completion) % 2))
-    folder = tmp_path / "run"
-    support = ["rollout.top_p=0.9", "rollout.top_k=50", "rollout.min_p=0.01", "rollout.temperature=0.7"]
-    small = [
-        "rollout.prompts_per_step=4",
-        "rollout.group_size=4",
-        "task.train_size=32",
-        "task.eval_size=4",
-        "tracking=off",
-    ]
-    options = [
-        f"model.path={untied}",
-        f"output_dir={folder}",
-        "steps=3",
-        "model.dtype=float32",
-        "algo.lr=1e-3",
-        *small,
-        *support,
-    ]
-
-    def run(*more):
-        summary = train(load(compose("demo", [*options, *more])))
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        rows = list({row["step"]: row for row in lines}.values())  # the last of each step
-        timed = ("time/", "seconds", "_per_s")
-        return summary, [{k: v for k, v in row.items() if not any(t in k for t in timed)} for row in rows]
-
-    summary, rows = run("checkpoint.every=2")
-    assert summary["mismatch"]["lag0"]["k3_max"] < FLOOR
-    assert all(row["support/captured"] == 1.0 and row["support/log_mass"] < -0.01 for row in rows)
-    assert rows[2]["rollout/policy_version"] == 2 and rows[2]["train/grad_norm"] > 0
-    assert run("checkpoint.resume=must")[1] == rows
-    assert "top_p 0.9, top_k 50, min_p 0.01 of the whole vocabulary" in (folder / "report.html").read_text()

@@ -285,7 +285,7 @@ class VLLMEngine:
         prompt_id: int,
         group_id: int,
         text: str,
-        routes: array | None,
+        routes: array | None = None,
     ) -> Rollout:
         tokens, flat = list(completion.token_ids), completion.logprobs
         if [flat.token_ids[first] for first in flat.start_indices] != tokens:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-
 from rlalign.config import load
 from rlalign.config.compose import compose
 from rlalign.run.train import train

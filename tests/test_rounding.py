@@ -277,3 +277,35 @@ def test_a_tie_goes_to_the_engines_order_where_an_op_adds_up_and_to_the_cheapest
         for cost, (name, apart) in enumerate([(variants.MODEL, model), (second.get(op, variants.ROUNDED_ONCE), other)])
     )
     assert getattr(Probed(rows, {}, tokens=50).choices, op) == chosen
+
+
+def test_a_truncated_rope_is_the_upper_half_of_the_float32_one_and_has_its_gradient():
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(2, 3, 7, 16, generator=generator).bfloat16()
+    cos, sin = (f(torch.randn(7, 8, generator=generator)).bfloat16().repeat(1, 2) for f in (torch.cos, torch.sin))
+    x, y = states.double().chunk(2, dim=-1)
+    c, s = cos.double()[:, :8], sin.double()[:, :8]
+    exact = torch.cat([x * c - y * s, y * c + x * s], dim=-1)
+    found = variants.rotated(states, cos, sin, toward_zero=True)
+    short = exact.abs() - found.double().abs()
+    assert bool((short >= -(2.0**-22) * exact.abs()).all()), "never longer, but for float32's own rounding"
+    assert bool((short <= 2.0**-7 * exact.abs() + 1e-30).all()), "by less than a unit in the last place of bfloat16"
+    assert 0.3 < float((found != exact.bfloat16()).double().mean()) < 0.7
+    along = torch.randn(found.shape, generator=generator).bfloat16()
+    grads = []
+    for toward_zero in (False, True):
+        given = states.clone().requires_grad_()
+        variants.rotated(given, cos, sin, toward_zero=toward_zero).backward(along)
+        grads.append(given.grad)
+    assert torch.equal(*grads)
+
+
+def test_an_attention_that_rounds_to_nearest_is_left_where_the_engine_truncates():
+    unknown = transformers.Phi3ForCausalLM(
+        transformers.Phi3Config(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, pad_token_id=0, max_position_embeddings=64, original_max_position_embeddings=64,
+        )
+    ).bfloat16()  # fmt: skip
+    done = mirror_body(unknown, Choices(rope=variants.TRUNCATED_ONCE))
+    assert "rope" not in done.applied and "rounds to nearest" in done.left["rope"]

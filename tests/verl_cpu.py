@@ -102,13 +102,14 @@ def _reload(self, weights, peft_config, base_sync_done):
 
 
 def start_group():
-    """One gloo rank, and the variables that verl's launcher gives a worker."""
-    if dist.is_initialized():
-        return
+    """One gloo rank, or the one that another file's tests left, and the variables that verl's launcher gives a worker."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     os.environ.update(WORLD_SIZE="1", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RAY_LOCAL_WORLD_SIZE="1")
+    if dist.is_initialized():
+        assert dist.get_world_size() == 1
+        return
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
 
 

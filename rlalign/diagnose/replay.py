@@ -246,10 +246,9 @@ class _Trainer:
             put_in(network, saved.model / FOLDER)
         network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         mirror(network, head_dtype=config.head_dtype.value, chunk=t.logprob_chunk).master_VD = saved.master_VD
-        replayed = config.rollout.replay_experts
         passes = Passes(
             config=t,
-            experts=None if replayed == "off" else ForcedExperts(network, known=replayed == "known"),
+            experts=ForcedExperts.asked(network, config.rollout.replay_experts),
             device=cast("torch.device", network.device),
             attention=cast("PreTrainedConfig", network.config)._attn_implementation or "",
             temperature=config.rollout.temperature,

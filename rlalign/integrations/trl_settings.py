@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from accelerate.utils import is_peft_model
+
+from rlalign.integrations.tested import require_tested
 
 if TYPE_CHECKING:
     from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
@@ -18,13 +19,8 @@ ALLOW_UNTESTED = "RLALIGN_ALLOW_UNTESTED_TRL"
 
 def require_version(found: str) -> None:
     """Raise RuntimeError for a TRL that this adapter was not tried on, unless RLALIGN_ALLOW_UNTESTED_TRL=1."""
-    if ".".join(found.split(".")[:2]) in TESTED or os.environ.get(ALLOW_UNTESTED) == "1":
-        return
-    raise RuntimeError(
-        f"TRL {found} was not tried with this adapter ({', '.join(TESTED)} were), which replaces methods of its trainers and of "
-        f"VLLMGeneration by name. Install a tested one; or set {ALLOW_UNTESTED}=1 and read the first step's mismatch/lag0/k3; or "
-        "use rlalign.attach and rlalign.mirror in your own subclass"
-    )
+    does = "replaces methods of its trainers and of VLLMGeneration"
+    require_tested("TRL", found, TESTED, allow=ALLOW_UNTESTED, does=does, own="subclass")
 
 
 def require_settings(trainer: GRPOTrainer | RLOOTrainer, *, weights: str) -> None:

@@ -23,6 +23,7 @@ from verl.utils.device import get_device_name, get_vendor
 from verl.workers.engine import BaseEngine, EngineRegistry, FSDPEngine
 from verl.workers.rollout import base as rollouts
 
+from rlalign.integrations.tested import require_tested
 from rlalign.loops import Monitor
 from rlalign.rollout.head.head_settings import VARIABLES
 from rlalign.trainer.head_mirror import Tokens
@@ -219,13 +220,8 @@ def _require_request(micro_batch: TensorDict) -> None:
 
 def require_version(found: str) -> None:
     """Raise RuntimeError for a verl that this adapter was not tried on, unless RLALIGN_ALLOW_UNTESTED_VERL=1."""
-    if ".".join(found.split(".")[:2]) in TESTED or os.environ.get(ALLOW_UNTESTED) == "1":
-        return
-    raise RuntimeError(
-        f"verl {found} was not tried with this adapter ({', '.join(TESTED)} were), which subclasses its FSDP engine and its vLLM "
-        f"ServerAdapter by name. Install a tested one; or set {ALLOW_UNTESTED}=1 and read the first step's mismatch/lag0/k3; or "
-        "use rlalign.attach and rlalign.mirror in your own engine"
-    )
+    does = "subclasses its FSDP engine and its vLLM ServerAdapter"
+    require_tested("verl", found, TESTED, allow=ALLOW_UNTESTED, does=does, own="engine")
 
 
 switch_on()

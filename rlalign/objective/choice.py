@@ -59,11 +59,11 @@ def credit(
         metrics = {"token": float(kl_BL[mask_BL].mean()), "sequence": kl, "coef": kl_coef, "penalty": kl_coef * kl}
     reward_BL = advantages.token_rewards(rewards_B, mask_BL, penalty_BL, earned_BL)
     raw_BL, returns_BL = advantages.gae(reward_BL, values_BL, mask_BL, gamma=algo.gae.gamma, lam=algo.gae.lam)
-    earned_BL = advantages.gae(reward_BL, torch.zeros_like(values_BL), mask_BL, gamma=algo.gae.gamma, lam=1.0)[1]
-    measured = advantages.explained(values_BL, earned_BL, mask_BL) | {
+    whole_BL = advantages.gae(reward_BL, torch.zeros_like(values_BL), mask_BL, gamma=algo.gae.gamma, lam=1.0)[1]
+    measured = advantages.explained(values_BL, whole_BL, mask_BL) | {
         "value_mean": float(values_BL[mask_BL].mean()),
-        "return_mean": float(earned_BL[mask_BL].mean()),
-        "return_std": float(earned_BL[mask_BL].std(correction=0)),
+        "return_mean": float(whole_BL[mask_BL].mean()),
+        "return_std": float(whole_BL[mask_BL].std(correction=0)),
         "advantage_mean": float(raw_BL[mask_BL].mean()),
         "advantage_std": float(raw_BL[mask_BL].std(correction=0)),
     }

@@ -329,9 +329,14 @@ def _at_level(d_BL: Tensor, usable_BL: Tensor, mask_BL: Tensor, level: Level) ->
     return total_B1.expand_as(d_BL)
 
 
-def _segment_mean(d_BL: Tensor, usable_BL: Tensor, mask_BL: Tensor) -> Tensor:
+def segments(mask_BL: Tensor) -> Tensor:
+    """[B, L] int64: 0 before the first masked token, then 1, 2, ... for each unbroken run and the gap behind it."""
     before_BL = torch.nn.functional.pad(mask_BL, (1, 0))[:, :-1]
-    segment_BL = (mask_BL & ~before_BL).cumsum(-1)  # 0 before the first masked token, then 1, 2, ... per run
+    return (mask_BL & ~before_BL).cumsum(-1)
+
+
+def _segment_mean(d_BL: Tensor, usable_BL: Tensor, mask_BL: Tensor) -> Tensor:
+    segment_BL = segments(mask_BL)
     totals_BK = d_BL.new_zeros(d_BL.shape[0], d_BL.shape[1] + 1).scatter_add_(1, segment_BL, d_BL)
     counts_BK = torch.zeros_like(totals_BK).scatter_add_(1, segment_BL, usable_BL.double())
     return (totals_BK / counts_BK.clamp(min=1.0)).gather(1, segment_BL)

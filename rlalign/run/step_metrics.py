@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlalign import mismatch
 from rlalign.mismatch.breakdown import token_lags
-from rlalign.mismatch.stats import Stats, merge
+from rlalign.mismatch.stats import Stats, bounded_expm1, merge
 from rlalign.objective import corrections
 from rlalign.types import UNKNOWN_VERSION, Correction, Rollout, RolloutBatch
 
@@ -151,8 +151,7 @@ def turn_metrics(old_BL: Tensor, batch: RolloutBatch, sampled_BL: Tensor) -> dic
 
     sampled_BL: the mask before any token was taken out of the loss; its unbroken runs are the turns.
     """
-    starts_BL = sampled_BL & ~torch.nn.functional.pad(sampled_BL[:, :-1], (1, 0))
-    turn_BL = starts_BL.cumsum(1) * batch.loss_mask_BL
+    turn_BL = corrections.segments(sampled_BL) * batch.loss_mask_BL
     ratio_BL = old_BL - batch.rollout_logprobs_BL
     found = {}
     for turn in range(1, int(turn_BL.max()) + 1):
@@ -160,7 +159,7 @@ def turn_metrics(old_BL: Tensor, batch: RolloutBatch, sampled_BL: Tensor) -> dic
         if not len(ratio_N):
             continue
         found |= {
-            f"mismatch/turn{turn}/k3": float((ratio_N.exp() - 1.0 - ratio_N).mean()),
+            f"mismatch/turn{turn}/k3": float((bounded_expm1(ratio_N) - ratio_N).mean()),
             f"mismatch/turn{turn}/abs_mean": float(ratio_N.abs().mean()),
             f"mismatch/turn{turn}/tokens": float(len(ratio_N)),
         }

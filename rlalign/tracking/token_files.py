@@ -222,16 +222,15 @@ def read_step(run: Path, step: int) -> SavedStep:
         )
     master = load_file(folder / MASTER)["master_VD"] if (folder / MASTER).is_file() else None
     old_BL = tensors.pop("old_logprobs_BL")
-    sets = {
-        name.removeprefix("kept_"): tensors.pop(name) for name in ("kept_ids_E", "kept_count_BL") if name in tensors
+    ragged = {
+        what: {
+            name.removeprefix(f"{what}_"): tensors.pop(name) for name in list(tensors) if name.startswith(f"{what}_")
+        }
+        for what in ("kept", "routes")
     }
-    kept = KeptSets(**sets) if sets else None
-    known = {
-        name.removeprefix("routes_"): tensors.pop(name)
-        for name in ("routes_experts_ELK", "routes_count_B")
-        if name in tensors
-    }
-    routes = Routes(**known) if known else None
+    kept, routes = (
+        kind(**ragged[what]) if ragged[what] else None for what, kind in (("kept", KeptSets), ("routes", Routes))
+    )
     return SavedStep(
         step=about["step"],
         version=about["version"],

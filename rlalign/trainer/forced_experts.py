@@ -67,6 +67,11 @@ class ForcedExperts:
             router.forward = self._forced(router, router.forward, layer)
         self.take()
 
+    @classmethod
+    def asked(cls, network: nn.Module, replay_experts: str) -> ForcedExperts | None:
+        """As rollout.replay_experts says: off, all or known."""
+        return None if replay_experts == "off" else cls(network, known=replay_experts == "known")
+
     def require(self, batch: RolloutBatch) -> None:
         """Raise ValueError for routes of another model; RuntimeError for tokens without any, unless `known`."""
         routes, width = batch.routes, {router.top_k for router in routers(self.network).values()}

@@ -53,10 +53,8 @@ def transform_of(model: nn.Module) -> HeadTransform:
 
 def observed(model: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Last hidden states [L, D], what the lm_head was given for them, what it answered [L, V], and the model's logits of that."""
-    bodies, head = (
-        {model.base_model, model.base_model.get_decoder()},
-        model.get_output_embeddings(),
-    )  # OPT calls the inner one
+    bodies = {model.base_model, model.base_model.get_decoder()}  # OPT calls the inner one
+    head = model.get_output_embeddings()
     generator = torch.Generator().manual_seed(0)
     device = next(model.parameters()).device
     config = model.config.get_text_config()

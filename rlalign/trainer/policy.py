@@ -75,7 +75,7 @@ class Policy:
         network = load(model, dtype, settings, checkpointing=config.gradient_checkpointing, **form)
         tiles = {"chunk": config.logprob_chunk, "keep_mib": config.logprob_keep_mib}
         self.head: HeadStatus = mirror(network, head_dtype=head_dtype, **tiles)
-        experts = None if replay_experts == "off" else ForcedExperts(network, known=replay_experts == "known")
+        experts = ForcedExperts.asked(network, replay_experts)
         self._adapters = _adapters(network, config, model, seed) if config.lora.rank else None
         self._needs_reference = algo.needs_reference
         needs_copy = algo.needs_reference and self._adapters is None

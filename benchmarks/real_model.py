@@ -1,4 +1,4 @@
-"""A model of your own through doctor, parity, attribution and three GRPO steps: one table with time and memory.
+"""A model of your own through doctor, parity, attribution, three GRPO steps, a replay and exact mode: time and memory of each.
 
 python -m benchmarks.real_model FOLDER [--out DIR]
 python -m benchmarks.real_model --from-gguf FILE FOLDER        # make FOLDER from a GGUF first, once
@@ -28,7 +28,7 @@ from rlalign.tracking.files import write_json
 from rlalign.tracking.stages import Stages
 
 QUESTIONS = Path(__file__).with_name("questions.jsonl")
-PROMPTS, HELD_OUT, STEPS = 32, 4, 3
+PROMPTS, EXACT_PROMPTS, HELD_OUT, STEPS = 32, 8, 4, 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,33 +66,26 @@ def phases(about: About, out: Path, *, max_tokens: int, chosen: Sequence[str] = 
         shared.append("+task.params.template='Question: {prompt} Answer:'")
     config = ["--config-name", "train"]
 
-    def asked(command: str, *options: str, result: str) -> Phase:
-        file = out / result
-        return Phase(
-            name=result.removesuffix(".json"),
-            result=file,
-            words=(command, *config, "--json", str(file), *options, *shared),
-        )
+    def asked(name: str, command: str, *options: str) -> Phase:
+        file = out / f"{name}.json"
+        return Phase(name=name, result=file, words=(command, *config, "--json", str(file), *options, *shared))
 
+    few = ("--prompts", "8", "--samples", "1", "--tokens", "1024", "--html", str(out / "attribution.html"))
+    train = ("train", *config, f"steps={STEPS}", "overwrite=true", f"tracking.replay_every={STEPS - 1}", *shared)
+    replayed = out / "replay.json"
     found = [
-        asked("doctor", result="doctor.json"),
-        asked("parity", "--body", "bfloat16", "--prompts", str(PROMPTS), result="parity_bfloat16.json"),
-        asked("parity", "--body", "float32", "--prompts", str(PROMPTS), result="parity_float32.json"),
-        asked(
-            "attribute",
-            "--prompts",
-            "8",
-            "--samples",
-            "1",
-            "--tokens",
-            "1024",
-            "--html",
-            str(out / "attribution.html"),
-            result="attribute.json",
+        asked("doctor", "doctor"),
+        asked("parity_bfloat16", "parity", "--body", "bfloat16", "--prompts", str(PROMPTS)),
+        asked("parity_float32", "parity", "--body", "float32", "--prompts", str(PROMPTS)),
+        asked("attribute", "attribute", *few),
+        Phase(name="train", words=train, result=out / "run" / "summary.json", judges=False),
+        Phase(
+            name="replay",
+            words=("replay", str(out / "run"), "--step", str(STEPS - 1), "--json", str(replayed)),
+            result=replayed,
         ),
+        asked("exact", "parity", "--body", "bfloat16", "--prompts", str(EXACT_PROMPTS), "exact=true"),
     ]
-    train = ("train", *config, f"steps={STEPS}", "overwrite=true", *shared)
-    found.append(Phase(name="train", words=train, result=out / "run" / "summary.json", judges=False))
     return [p for p in found if not chosen or p.name in chosen]
 
 
@@ -188,9 +181,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = (options.out or Path("runs/real_model") / about.folder.name).resolve()
         todo = phases(about, out, max_tokens=options.max_tokens, chosen=options.phase)
         if not todo:
-            raise ValueError(
-                f"--phase {' '.join(options.phase)}: choose from doctor, parity_bfloat16, parity_float32, attribute, train"
-            )
+            names = ", ".join(p.name for p in phases(about, out, max_tokens=options.max_tokens))
+            raise ValueError(f"--phase {' '.join(options.phase)}: choose from {names}")
         if not options.no_estimate:
             require_room(about, out)
         return measure(about, out, todo)

@@ -13,6 +13,7 @@ LIBRARIES = 3 * GIB  # torch, vLLM and DeepSpeed in their processes, and the sma
 # Bytes for each parameter in the phase that holds most: fp32 master, two moments and gradient, bf16 weights on both sides.
 TRAINING = 4 + 8 + 4 + 2 + 2
 BATCHED = 1024  # tokens of one engine step
+SAVED = 2 * 2  # bytes for each parameter: bf16 weights of the two steps that can be replayed
 LOGITS = 8 * 4 * BATCHED  # bytes for each word: float32 logits of an engine step and what is made of them
 ACTIVATIONS = 6 * 1024 * 10 * 4  # bytes: six recordings of 1024 tokens, about ten points a layer, four bytes
 
@@ -99,7 +100,9 @@ def require_room(about: About, out: Path) -> None:
     folder = out
     while not folder.exists():
         folder = folder.parent
-    need = GIB + 4 * about.parameters + ACTIVATIONS * about.layers * about.hidden + 16 * 1024 * about.vocabulary
+    need = (
+        GIB + (4 + SAVED) * about.parameters + ACTIVATIONS * about.layers * about.hidden + 16 * 1024 * about.vocabulary
+    )
     free = shutil.disk_usage(folder).free
     if free < need:
         raise ValueError(

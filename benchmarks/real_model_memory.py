@@ -1,10 +1,11 @@
-"""Peak memory of a process and all its children: the largest sum of their shares, sampled from /proc."""
+"""Peak memory of a process and all its children: the largest sum of their shares, by psutil."""
 
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 from types import TracebackType
+
+import psutil
 
 EVERY = 0.5  # seconds
 
@@ -29,29 +30,21 @@ class Peak:
 
     def _watch(self) -> None:
         while not self._stop.is_set():
-            self.mib = max(self.mib, sum(_pss_kib(pid) for pid in family(self._pid)) / 1024)
+            self.mib = max(self.mib, sum(_pss(each) for each in family(self._pid)) / 2**20)
             self._stop.wait(EVERY)
 
 
-def family(pid: int) -> list[int]:
+def family(pid: int) -> list[psutil.Process]:
     """The process and its descendants, as far as they are alive."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # gone meanwhile
-            continue
-        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    found, todo = [], [pid]
-    while todo:
-        found.append(todo.pop())
-        todo += children.get(found[-1], [])
-    return found
-
-
-def _pss_kib(pid: int) -> int:
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
+        first = psutil.Process(pid)
+        return [first, *first.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _pss(process: psutil.Process) -> int:
+    try:
+        return process.memory_full_info().pss
+    except psutil.Error:  # ended meanwhile
         return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)

@@ -36,9 +36,20 @@ def _found(name: str, row: Mapping, out: Path) -> str:
         floor = f"noise floor {both['floor_abs_mean']:.1e}, the body's rounding {both['rounding_abs_mean']:.1e}"
         found = f"float32 heads on both sides: k3 {both['k3']:.1e}, mean {both['abs_mean']:.1e} nats ({floor})"
         return found + (f"; {row['reason']}" if row["state"] == "finding" else "")
+    if name == "exact":
+        rows = _read(out / "exact.json")["rows"]
+        worst = max(row["abs_max"] for row in rows)
+        return f"{rows[0]['tokens']:,} sampled tokens; largest |log_ratio| {worst:.3g} nats"
+    if name == "replay":
+        return _replay(_read(out / "replay.json"))
     if name == "attribute":
         return _attribution(_read(out / "attribute.json"))
     return _steps(out / "run")
+
+
+def _replay(found: Mapping) -> str:
+    sides = [f"{a['name']}: {a['equal']:,} of {a['tokens']:,} tokens equal, {a['verdict']}" for a in found["answers"]]
+    return f"step {found['step']}; " + "; ".join(sides)
 
 
 def _attribution(found: Mapping) -> str:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import real_model, real_model_check, real_model_memory
+from benchmarks import real_model, real_model_check, real_model_memory, real_model_table
 from benchmarks.from_gguf import convert
 from rlalign.tasks import load_task
+from rlalign.tracking import environment
 from tests.engine.conftest import build_model
 
 
@@ -136,6 +137,9 @@ def test_the_commands_of_all_phases_are_configurations_that_exist(about, tmp_pat
     for model in (replace(about, chat=True), replace(about, chat=False)):
         for each in real_model.phases(model, tmp_path, max_tokens=64):
             found = parsed(list(each.words))
+            if each.name == "replay":
+                assert found.run_directory == tmp_path / "run" and found.step == real_model.STEPS - 1
+                continue
             config = load(compose(found.config_name, found.overrides))
             assert config.model.path == str(about.folder) and config.task.chat_template is model.chat
     assert [p.name for p in real_model.phases(about, tmp_path, max_tokens=64, chosen=["train"])] == ["train"]
@@ -168,3 +172,15 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="is there already"):
         convert(tmp_path / "x.gguf", tmp_path / "out")
+
+
+def test_a_replay_and_exact_mode_are_cells_with_their_numbers(about, tmp_path, monkeypatch):
+    answers = [{"name": "trainer", "tokens": 9, "equal": 8, "verdict": "within the floor"}]
+    (tmp_path / "replay.json").write_text(json.dumps({"step": 2, "answers": answers}))
+    rows = [{"mode": "exact", "tokens": 1234, "abs_max": worst} for worst in (0.0, 2.5e-7)]
+    (tmp_path / "exact.json").write_text(json.dumps({"rows": rows}))
+    row = {"state": "fine", "seconds": 1.0, "peak_mib": 1, "reason": ""}
+    result = {"model": about.as_json(), "machine": environment.snapshot(), "phases": {"replay": row, "exact": row}}
+    table = real_model_table.markdown(result, tmp_path)
+    assert "step 2; trainer: 8 of 9 tokens equal, within the floor |" in table
+    assert "1,234 sampled tokens; largest |log_ratio| 2.5e-07 nats" in table.replace("\\|", "|")

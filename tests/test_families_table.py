@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlalign.diagnose.doctor.examine import TABLE, judged_family
+from rlalign.diagnose.doctor.examine import TABLE, judged_family, of_latent_norms
 from rlalign.diagnose.families import cell, recipes
 from rlalign.diagnose.families.cell import FAILED, OK, Cell
 
@@ -28,6 +28,14 @@ def test_doctor_shows_the_row_of_the_model_and_calls_nothing_sound_that_was_not(
     )
     unknown = judged_family("llama", table)
     assert unknown.state == "unknown" and "no tiny model of it was measured" in unknown.found
+
+
+def test_doctor_names_an_epsilon_that_vllm_reads_and_transformers_does_not():
+    (other,) = of_latent_norms({"model_type": "minicpm3", "rms_norm_eps": 1e-5})
+    assert other.state == "problem" and "rms_norm_eps=1e-05, transformers with 1e-06" in other.found and other.remedy
+    assert [c.state for c in of_latent_norms({"model_type": "minicpm3"})] == ["problem"]
+    assert [c.state for c in of_latent_norms({"model_type": "minicpm3", "rms_norm_eps": 1e-6})] == ["ok"]
+    assert not list(of_latent_norms({"model_type": "llama", "rms_norm_eps": 1e-5}))
 
 
 def test_a_reason_is_given_once_below_the_table():

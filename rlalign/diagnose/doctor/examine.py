@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rlalign.config import RunConfig
 from rlalign.diagnose.doctor import check, live, machine, tokens
@@ -45,7 +46,26 @@ TABLE = Path(cell.__file__).with_name("table.json")  # by `rlalign families --js
 def of_family(config: RunConfig) -> Iterator[Check]:
     """One line about the family; a cell of it that is not sound is unknown for this model, and said."""
     about = json.loads((resolve_model(config.model.path, say=lambda _: None) / "config.json").read_text())
-    yield judged_family(str(about.get("text_config", about).get("model_type", "")), cell.read(TABLE))
+    fields = about.get("text_config", about)
+    yield judged_family(str(fields.get("model_type", "")), cell.read(TABLE))
+    yield from of_latent_norms(fields)
+
+
+def of_latent_norms(fields: dict[str, Any]) -> Iterator[Check]:
+    """MiniCPM 3's latents: transformers norms them with its class's epsilon, vLLM with the configuration's (docs/upstream.md)."""
+    own, given = 1e-6, fields.get("rms_norm_eps", 1e-5)
+    if fields.get("model_type") != "minicpm3":
+        return
+    if given == own:
+        yield Check("latent norms", "ok", f"rms_norm_eps={given:g} is the one that transformers gives the latents too")
+        return
+    found = f"vLLM norms the latents with rms_norm_eps={given:g}, transformers with {own:g}: 7e-05 nats on a tiny float32 model"
+    yield Check(
+        "latent norms",
+        "problem",
+        found,
+        f"accept the gap, or set rms_norm_eps={own:g}, which moves every norm of both sides alike",
+    )
 
 
 def judged_family(model_type: str, table: dict[str, dict[str, cell.Cell]]) -> Check:

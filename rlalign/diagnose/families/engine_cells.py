@@ -163,7 +163,7 @@ class _Sides:
             policy.close()
         trained_BL = building.reference(building.perturbed(saved, seed=0, dtype="float32", size=0.0), self.sequences)
         self._require_moved(trained_BL)
-        return f"lag-0 k3 {result.metrics['mismatch/lag0/k3']:.0e}, then {self._judged(trained_BL)}"
+        return f"{result.metrics['mismatch/lag0/k3']:.0e}; {self._judged(trained_BL)}"
 
     def close(self) -> None:
         """End the engine."""

@@ -1,4 +1,4 @@
-"""Ten minutes on a GPU: the laws of the Triton head first, then its speed, memory and error beside torch's and the peers'.
+"""Ten minutes on a GPU: the laws of the Triton head, where the body rounds, then the head's speed, memory and error beside peers.
 
     python -m benchmarks.gpu --json FILE [--markdown FILE] [--minutes 8]
 
@@ -141,7 +141,8 @@ class Measurement:
 
 
 def run(results: dict, device: torch.device, deadline: float, save: Callable[[], None]) -> None:
-    """Laws, then rows, each saved as it comes; what is there already is left alone."""
+    """Laws, the body's roundings, then rows, each saved as it comes; what is there already is left alone."""
+    from benchmarks import gpu_rounding
     from benchmarks.gpu_laws import LAWS, check
 
     for name in LAWS:
@@ -149,6 +150,9 @@ def run(results: dict, device: torch.device, deadline: float, save: Callable[[],
             results["laws"].append(check(name, device))
             print(results["laws"][-1], flush=True)
             save()
+    if not results.get("rounding") and time.monotonic() < deadline:
+        results["rounding"] = list(gpu_rounding.rows(device))
+        save()
     for what, shape in tasks(device.type == "cpu"):
         done = {(row["what"], tuple(row["shape"])) for row in results["rows"]}
         if (what, shape) in done or time.monotonic() > deadline:
@@ -226,6 +230,8 @@ def launches(shape: tuple[int, int, int]) -> list[str]:
 
 def markdown(results: dict) -> str:
     """The table of results, or of predictions where there are none."""
+    from benchmarks import gpu_rounding
+
     where = results["machine"]
     lines = [
         "# The head on a GPU",
@@ -242,6 +248,7 @@ def markdown(results: dict) -> str:
     if results["laws"]:
         lines += ["| law | holds | found |", "|---|---|---|"]
         lines += [f"| {law['law']} | {ANSWER[law['holds']]} | {law['found']} |" for law in results["laws"]] + [""]
+    lines += gpu_rounding.markdown(results.get("rounding", []))
     lines += [
         "| N x D x V | what | way | float32 logits | ms | predicted ms | of the products | extra MiB | max error | mean error |"
     ]

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import rlalign
 from rlalign.config import RunConfig
-from rlalign.rollout.server import key_guard as guard
-from rlalign.rollout.server import ready
+from rlalign.rollout.server import process_guard as guard
+from rlalign.rollout.server import roster
 
 if TYPE_CHECKING:
     from rlalign.rollout.server.greeting import Greeting
@@ -67,7 +67,7 @@ def run(config: RunConfig, model: Path, arguments: Namespace, options: list[str]
         if server.wait_ready(time.monotonic() + config.rollout.start_timeout_s, ending):
             greeting = asyncio.run(_greet(server.url, key, launch))
             if folder is not None:
-                announced = ready.write(folder, _announcement(server, greeting, model, key))
+                announced = roster.announce(folder, _announcement(server, greeting, model, key))
             print(f"rollout server ready: {server.url} (vLLM {greeting.version}, head {greeting.mode})", flush=True)
         while server.process.poll() is None and not ending():
             time.sleep(0.2)
@@ -87,13 +87,13 @@ async def _greet(url: str, key: str | None, launch: Launch) -> Greeting:
 
     client = Client(url, key=key)
     try:
-        return await greet(client, launch.wanted())
+        return await greet(client, launch)
     finally:
         await client.close()
 
 
-def _announcement(server: ServerProcess, greeting: Greeting, model: Path, key: str | None) -> ready.Announcement:
-    return ready.Announcement(
+def _announcement(server: ServerProcess, greeting: Greeting, model: Path, key: str | None) -> roster.Announcement:
+    return roster.Announcement(
         url=server.url,
         host=socket.gethostname(),
         pid=server.process.pid,

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
     from rlalign.types import LogprobSpec
 
+STOPS = (Action.stop, Action.checkpoint_stop)
+PROBED = ("mismatch/lag0/", "mismatch/excess/")  # what only tokens of the current version measure
+LEAST_STEPS = 9  # of the self-test at learning rate 0: fewer say nothing about a trend
+
 
 def check(scored: StepResult, config: RunConfig, *, step: int) -> list[str]:
     """Warnings of a scored step, or its StepRefused, as mismatch.action says. NaN passes no limit.
@@ -61,11 +65,6 @@ def _staleness(scored: StepResult, config: RunConfig, step: int) -> StepRefused 
     )
 
 
-STOPS = (Action.stop, Action.checkpoint_stop)
-PROBED = ("mismatch/lag0/", "mismatch/excess/")  # what only tokens of the current version measure
-LEAST_STEPS = 9  # of the self-test at learning rate 0: fewer say nothing about a trend
-
-
 class EventLog(Protocol):
     """Where alerts are written down."""
 
@@ -97,7 +96,7 @@ class Watch:
             "rollout_temperature": spec.temperature,
             "trainer_temperature": config.rollout.temperature,
             "truncated": spec.truncated,
-            "replayed": spec.truncated,  # `scoring_step.scored` renormalises over the kept sets
+            "replayed": spec.truncated,  # `step.scored` renormalises over the kept sets
             "floor_k3": None if floor is None else floor["k3"],
         }
 

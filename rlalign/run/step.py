@@ -1,24 +1,26 @@
-"""One step, written out. `collect`: sample, reward. `learn`: score, compare, correct, train, publish."""
+"""One step, written out. `collect`: sample, reward. `learn`: score, compare, correct, train, publish; accept the update or not."""
 
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rlalign import mismatch
+from rlalign import mismatch, ranks
 from rlalign.config import RunConfig, ScheduleMode
+from rlalign.logprobs.truncation import LIMIT
 from rlalign.objective import choice
 from rlalign.reward.mixture import Sample
-from rlalign.run import acceptance, limits
+from rlalign.run import limits
 from rlalign.run.parties import Collected, Learner, Parties, Prompt, StepResult, Task, Trainer, verified_of
 from rlalign.run.sampler import Sampler, request, sample_probe
-from rlalign.run.scoring_step import scored
 from rlalign.run.step_metrics import (
     by_lag,
     correction_metrics,
@@ -27,11 +29,15 @@ from rlalign.run.step_metrics import (
     outcome_metrics,
     publish_metrics,
     rollout_metrics,
+    route_metrics,
     staleness_metrics,
+    support_metrics,
     turn_metrics,
 )
 from rlalign.tracking.timeline import Clock, Span
 from rlalign.types import Rollout, RolloutBatch, TrainBatch, collate
+
+ACCEPT_SEED = 2**20  # far from the seeds of steps and probes
 
 
 def train_step(step: int, parties: Parties, config: RunConfig, sampler: Sampler | None = None) -> StepResult:
@@ -137,7 +143,7 @@ def learn(
     judged = config.mismatch.accept_k3 > 0
     with clock("train"):
         if judged:
-            acceptance.keep(trainer, config)
+            trainer.save_state(_candidate(config))
         rewarded = replace(batch, loss_mask_BL=batch.loss_mask_BL & rewards.known_B[:, None])
         correction = choice.correct(old_BL, rewarded, result.advantages_BL, config.algo, version=result.version)
         metrics |= correction_metrics(correction, old_BL, rewarded)
@@ -161,6 +167,31 @@ def learn(
         if judged:
             result.warnings.extend(_accept(step, parties, config, metrics, clock))
     return result
+
+
+def scored(trainer: Trainer, batch: RolloutBatch) -> tuple[RolloutBatch, Tensor, Tensor, dict[str, float]]:
+    """(batch, logprobs, entropies, metrics) under the current weights, over the support that the tokens were sampled from.
+
+    Of a truncated spec the batch comes back with its kept sets, which every later pass renormalises over, and without the tokens
+    whose set is too large to keep.
+    """
+    batch.spec.require_repeatable(what="scoring rollouts")
+    if not batch.spec.truncated:
+        old_BL, entropy_BL = trainer.score(batch)
+        return batch, old_BL, entropy_BL, _routes(trainer, batch)
+    old_BL, entropy_BL, found = trainer.score_truncated(batch)
+    metrics = support_metrics(found, batch) | _routes(trainer, batch)
+    left_BL = batch.loss_mask_BL & ~found.too_large_BL
+    if not bool(left_BL.any()):
+        raise RuntimeError(
+            f"every token's kept set has more than {LIMIT} ids ({batch.spec.support}): nothing is left to train on. Sample with a "
+            "smaller top_p or a top_k"
+        )
+    return replace(batch, kept=found.kept, loss_mask_BL=left_BL), old_BL, entropy_BL, metrics
+
+
+def _routes(trainer: Trainer, batch: RolloutBatch) -> dict[str, float]:
+    return {} if batch.routes is None else route_metrics(trainer.routes_taken(), batch)
 
 
 def _probe(step: int, batch: RolloutBatch, parties: Parties, config: RunConfig) -> RolloutBatch | None:
@@ -190,15 +221,45 @@ def _compare(old_BL: Tensor, collected: Collected, trainer: Trainer, config: Run
 
 
 def _accept(step: int, parties: Parties, config: RunConfig, metrics: dict[str, float], clock: Clock) -> list[str]:
-    """Keep the update that was just published, or take it back everywhere; says why, and adds to the metrics."""
+    """Keep the update that was just published, or take it back everywhere; says why, and adds to the metrics.
+
+    The gate of a step judges the batch it trains on, sampled before the update; what the update does to the gap would be seen
+    one step later. Here a few held-out completions are sampled and scored first: past the limit the policy goes back to what it
+    was, bit for bit, optimizer and version included, and the engine gets those weights again. Reference: arXiv 2606.29526.
+    """
     with clock("probe"):
-        found, refused = acceptance.judge(step, parties, config)
+        found, refused = _judge(step, parties, config)
     metrics |= found
     if refused is not None:
-        acceptance.restore(parties.trainer, config)
+        parties.trainer.load_state(_candidate(config))
         metrics |= _publish(parties, None, clock)
-    acceptance.forget(config)
+    ranks.on_first(lambda: shutil.rmtree(_candidate(config), ignore_errors=True))
     return [] if refused is None else [refused]
+
+
+def _candidate(config: RunConfig) -> Path:
+    """Where the policy lies as it was before the update that is being judged."""
+    return Path(config.output_dir) / "candidate"
+
+
+def _judge(step: int, parties: Parties, config: RunConfig) -> tuple[dict[str, float], str | None]:
+    """(metrics, why the update is refused or None), with the engine already on the new weights. NaN is refused."""
+    prompts = parties.task.eval_prompts()[: config.mismatch.accept_prompts]
+    rollouts = parties.sample(prompts, samples=1, seed=config.seed * 1_000_003 + step + ACCEPT_SEED)
+    batch = collate(rollouts, pad_token_id=parties.pad_token_id, spec=parties.engine.spec)
+    batch, old_BL, *_ = scored(parties.trainer, batch)
+    found = mismatch.compare(
+        old_BL, batch.rollout_logprobs_BL, batch.loss_mask_BL, lag_B=torch.zeros(len(batch)).long(), positions=False
+    )
+    k3, limit = found["lag0/k3"], config.mismatch.accept_k3
+    refused = not k3 <= limit
+    metrics = {"accept/k3": k3, "accept/tokens": found["tokens"], "accept/refused": float(refused)}
+    if not refused:
+        return metrics, None
+    return metrics, (
+        f"step {step}: update refused: with its weights the engine is k3 = {k3:.3g} nats/token from the trainer on "
+        f"{found['tokens']:.0f} held-out tokens, over mismatch.accept_k3 = {limit:.3g}; the policy is back at the version before"
+    )
 
 
 def _publish(parties: Parties, sampler: Sampler | None, clock: Clock) -> dict[str, float]:

@@ -17,7 +17,8 @@ from transformers.utils import logging
 
 from rlalign import logprobs
 from rlalign.config import CriticConfig, TrainerConfig
-from rlalign.trainer import packed_attention
+from rlalign.trainer import packing
+from rlalign.trainer.checkpoint_names import named_weights
 from rlalign.trainer.deepspeed_setup import (
     STATE_TAG,
     adamw,
@@ -27,7 +28,7 @@ from rlalign.trainer.deepspeed_setup import (
     take_step,
 )
 from rlalign.trainer.head_mirror import Tokens
-from rlalign.trainer.network import ScoringNetwork, full_weights, load
+from rlalign.trainer.network import ScoringNetwork, load
 from rlalign.trainer.passes import LossFunction, Passes
 from rlalign.types import RolloutBatch, TrainBatch
 
@@ -86,7 +87,7 @@ class Critic:
         self._passes = Passes(config=trainer, device=self._engine.device, attention=attention)
         if trainer.pack_tokens:
             self._engine.eval()
-            packed_attention.confirm(body, lambda inputs: self._engine(inputs, None), self._engine.device)
+            packing.confirm(body, lambda inputs: self._engine(inputs, None), self._engine.device)
 
     def values(self, batch: RolloutBatch) -> Tensor:
         """[B, L] float32 on CPU: what is still to be earned before each sampled token; 0.0 elsewhere."""
@@ -103,7 +104,8 @@ class Critic:
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Names and whole tensors. All ranks must iterate."""
-        yield from full_weights(self._engine.module.network, keep=True)
+        network = self._engine.module.network
+        return named_weights(network, network)
 
     def save_state(self, folder: Path) -> None:
         """Weights and optimizer. Every rank must call it."""

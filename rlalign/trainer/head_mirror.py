@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from rlalign.logprobs.truncation import Found, Truncation
     from rlalign.types import KeptSets
 
+LOOKS = 4  # calls looked at, until one can tell
+
 
 @dataclass(slots=True)
 class HeadStatus:
@@ -60,7 +62,6 @@ class HeadStatus:
 
 
 _STATUS: weakref.WeakKeyDictionary[nn.Module, HeadStatus] = weakref.WeakKeyDictionary()
-LOOKS = 4  # calls looked at, until one can tell
 
 
 def status_of(lm_head: nn.Module) -> HeadStatus:

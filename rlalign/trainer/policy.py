@@ -18,8 +18,8 @@ from torch import Tensor
 
 from rlalign import ranks
 from rlalign.config import AlgoConfig, TrainerConfig
-from rlalign.trainer import packed_attention
-from rlalign.trainer.checkpoint_names import as_checkpoint
+from rlalign.trainer import packing
+from rlalign.trainer.checkpoint_names import as_checkpoint, named_weights
 from rlalign.trainer.deepspeed_setup import (
     STATE_TAG,
     adamw,
@@ -30,7 +30,7 @@ from rlalign.trainer.deepspeed_setup import (
 )
 from rlalign.trainer.forced_experts import ForcedExperts
 from rlalign.trainer.head_mirror import HeadStatus, mirror
-from rlalign.trainer.network import ScoringNetwork, full_weights, load, padded_inputs
+from rlalign.trainer.network import ScoringNetwork, load, padded_inputs
 from rlalign.trainer.passes import LossFunction, Passes
 from rlalign.trainer.rounding.mirroring import BodyPlan, MirroredBody, body_of
 from rlalign.types import RolloutBatch, TrainBatch
@@ -101,7 +101,7 @@ class Policy:
         self.head.prove(network.get_output_embeddings(), self.device)
         if config.pack_tokens:
             self._engine.eval()
-            packed_attention.confirm(network, lambda inputs: self._engine(inputs, None), self.device)
+            packing.confirm(network, lambda inputs: self._engine(inputs, None), self.device)
 
     @property
     def attention(self) -> str:
@@ -228,8 +228,7 @@ class Policy:
             self._passes.experts.require(batch)
 
     def _whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        keep = ranks.rank() == 0
-        return full_weights(self.network, keep=keep) if self._adapters is None else self._adapters.weights(keep=keep)
+        return named_weights(self.network, self.network, keep=ranks.rank() == 0)
 
     def _refresh_master(self) -> None:
         """With head_dtype=master, fetch the fp32 lm_head from the optimizer. Collective: its shards lie on all ranks."""

@@ -19,9 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlalign.weights.bucket import DTYPES, MIB, NAMES, Entry, differing, dtype_name
+from rlalign.weights.bucket import DTYPES, MIB, NAMES, Entry, Receiver, differing, dtype_name
 from rlalign.weights.digest import bytes_of
-from rlalign.weights.receiver import Receiver
 
 if TYPE_CHECKING:
     from torch import Tensor

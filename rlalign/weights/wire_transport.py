@@ -16,8 +16,7 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from rlalign.weights.bucket import BufferBucket, Group
-from rlalign.weights.receiver import Receiver
+from rlalign.weights.bucket import BufferBucket, Group, Receiver
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,10 +106,9 @@ class WireTransport:
             raise ValueError(f"weights.transport=nccl: no CUDA device at {names}; use weights.transport=gloo")
 
     def _form(self, receiver: Receiver, workers: list[dict], address: str) -> Group:
-        if self.kind == "gloo":
-            from rlalign.weights.gloo import form
-        else:
-            from rlalign.weights.nccl import form
+        from rlalign.weights.groups import form_gloo, form_nccl
+
+        form = form_gloo if self.kind == "gloo" else form_nccl
         return form(receiver, workers, address=address, port=self._port, timeout_s=self.timeout_s)
 
     def _update(self, bucket: BufferBucket) -> dict[str, Any]:
@@ -126,7 +124,7 @@ class WireTransport:
 
 def _address_for(engines: Sequence[str]) -> str:
     """This host's address as every server sees it: the one on the way to them, and a loopback address only if all are here."""
-    from rlalign.weights.gloo import towards
+    from rlalign.weights.groups import towards
 
     found = [towards(urlsplit(engine).hostname or engine) for engine in engines]
     return next((address for address in found if not ip_address(address).is_loopback), found[0])
@@ -134,7 +132,7 @@ def _address_for(engines: Sequence[str]) -> str:
 
 def _raise_what_failed(taken: Future[list[dict]]) -> None:
     """The answers come after the last byte; one that is there while bytes are under way tells of a failure, or is just early."""
-    from rlalign.weights.gloo import refuse_problems
+    from rlalign.weights.groups import refuse_problems
 
     if taken.done():
         refuse_problems(taken.result())

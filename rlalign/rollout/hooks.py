@@ -136,21 +136,15 @@ def require_head(worker: WorkerBase) -> None:
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-    from rlalign.rollout.head.head_settings import HeadMode
-    from rlalign.rollout.head.logits_processor import (
-        AlignedLogitsProcessor,
-        mode_of,
-        require_no_rival,
-        require_plain_weight,
-    )
+    from rlalign.rollout.head import logits_processor as head
     from rlalign.rollout.worker import readback
 
     config = worker.vllm_config
-    if config.model_config.runner_type == "pooling" or mode_of(config) is HeadMode.OFF:
+    if config.model_config.runner_type == "pooling" or head.mode_of(config) is head.HeadMode.OFF:
         return
-    require_no_rival()
+    head.require_no_rival()
     model, layer = worker.get_model(), worker._rlalign_layer()
-    if not isinstance(layer, AlignedLogitsProcessor):
+    if not isinstance(layer, head.AlignedLogitsProcessor):
         raise RuntimeError(
             f"rlalign's head was asked for, and {type(model).__name__} was built with "
             f"{type(layer).__module__}.{type(layer).__qualname__}: the plugin came too late in this process. Build the engine "
@@ -158,7 +152,7 @@ def require_head(worker: WorkerBase) -> None:
         )
     heads = {n: m for n, m in model.named_modules() if isinstance(m, ParallelLMHead)}
     for name, lm_head in (heads or dict([readback.find_head(model)])).items():
-        require_plain_weight(lm_head, name)
+        head.require_plain_weight(lm_head, name)
 
 
 def bump_epochs() -> None:

@@ -19,21 +19,9 @@ from rlalign.logprobs.truncation import LIMIT
 from rlalign.objective import choice
 from rlalign.reward.mixture import Sample
 from rlalign.run import limits
+from rlalign.run import step_metrics as logged
 from rlalign.run.parties import Collected, Learner, Parties, Prompt, StepResult, Task, Trainer, verified_of
 from rlalign.run.sampler import Sampler, request, sample_probe
-from rlalign.run.step_metrics import (
-    by_lag,
-    correction_metrics,
-    lags_of,
-    mismatch_metrics,
-    outcome_metrics,
-    publish_metrics,
-    rollout_metrics,
-    route_metrics,
-    staleness_metrics,
-    support_metrics,
-    turn_metrics,
-)
 from rlalign.tracking.timeline import Clock, Span
 from rlalign.types import Rollout, RolloutBatch, TrainBatch, collate
 
@@ -62,7 +50,7 @@ def collect(step: int, parties: Parties, config: RunConfig, sampler: Sampler | N
         sampled = request(step, parties, config)(parties.engine) if sampler is None else sampler.take(step)
         rollouts = sampled.rollouts
         batch = collate(rollouts, pad_token_id=parties.pad_token_id, spec=parties.engine.spec)
-    metrics |= rollout_metrics(rollouts, sampled.seconds) | outcome_metrics(rollouts)
+    metrics |= logged.rollout_metrics(rollouts, sampled.seconds) | logged.outcome_metrics(rollouts)
     probe = None
     if sampler is not None:
         spans.append(Span("rollout", sampled.start, sampled.start + sampled.seconds, step))
@@ -107,8 +95,10 @@ def learn(
         metrics |= sets
         ref_BL = trainer.score_reference(batch)
         at_lag = _compare(old_BL, replace(collected, batch=batch), trainer, config)
-        metrics |= turn_metrics(old_BL, batch, collected.batch.loss_mask_BL) if "turns/mean" in metrics else {}
-        metrics |= mismatch_metrics(at_lag, parties.floor) | staleness_metrics(batch, trainer.version, at_lag)
+        metrics |= logged.turn_metrics(old_BL, batch, collected.batch.loss_mask_BL) if "turns/mean" in metrics else {}
+        metrics |= logged.mismatch_metrics(at_lag, parties.floor) | logged.staleness_metrics(
+            batch, trainer.version, at_lag
+        )
         metrics["train/entropy"] = float(entropy_BL[batch.loss_mask_BL].mean())
         values_BL = None if parties.critic is None else parties.critic.values(batch)
 
@@ -146,7 +136,7 @@ def learn(
             trainer.save_state(_candidate(config))
         rewarded = replace(batch, loss_mask_BL=batch.loss_mask_BL & rewards.known_B[:, None])
         correction = choice.correct(old_BL, rewarded, result.advantages_BL, config.algo, version=result.version)
-        metrics |= correction_metrics(correction, old_BL, rewarded)
+        metrics |= logged.correction_metrics(correction, old_BL, rewarded)
         whole = TrainBatch(
             rollouts=batch,
             old_logprobs_BL=old_BL,
@@ -180,7 +170,7 @@ def scored(trainer: Trainer, batch: RolloutBatch) -> tuple[RolloutBatch, Tensor,
         old_BL, entropy_BL = trainer.score(batch)
         return batch, old_BL, entropy_BL, _routes(trainer, batch)
     old_BL, entropy_BL, found = trainer.score_truncated(batch)
-    metrics = support_metrics(found, batch) | _routes(trainer, batch)
+    metrics = logged.support_metrics(found, batch) | _routes(trainer, batch)
     left_BL = batch.loss_mask_BL & ~found.too_large_BL
     if not bool(left_BL.any()):
         raise RuntimeError(
@@ -191,7 +181,7 @@ def scored(trainer: Trainer, batch: RolloutBatch) -> tuple[RolloutBatch, Tensor,
 
 
 def _routes(trainer: Trainer, batch: RolloutBatch) -> dict[str, float]:
-    return {} if batch.routes is None else route_metrics(trainer.routes_taken(), batch)
+    return {} if batch.routes is None else logged.route_metrics(trainer.routes_taken(), batch)
 
 
 def _probe(step: int, batch: RolloutBatch, parties: Parties, config: RunConfig) -> RolloutBatch | None:
@@ -207,7 +197,7 @@ def _compare(old_BL: Tensor, collected: Collected, trainer: Trainer, config: Run
     """Old against rollout, by lag. Raises RuntimeError for lags that the schedule cannot have made."""
 
     def at_lags(batch: RolloutBatch, old_BL: Tensor, allowed: int | None) -> mismatch.Stats:
-        lag_BL, rollout_BL = lags_of(batch, trainer.version, allowed=allowed), batch.rollout_logprobs_BL
+        lag_BL, rollout_BL = logged.lags_of(batch, trainer.version, allowed=allowed), batch.rollout_logprobs_BL
         return mismatch.collect(old_BL, rollout_BL, batch.loss_mask_BL, lag_B=lag_BL, group_B=batch.group_id_B)
 
     algo, schedule, probe = config.algo, config.schedule, collected.probe
@@ -215,9 +205,9 @@ def _compare(old_BL: Tensor, collected: Collected, trainer: Trainer, config: Run
     allowed = None if synchronous else schedule.max_lag * algo.minibatches * algo.epochs
     measured = at_lags(collected.batch, old_BL, allowed)
     if probe is None:
-        return by_lag(measured, None)
+        return logged.by_lag(measured, None)
     probe, probe_BL, *_ = scored(trainer, probe)
-    return by_lag(measured, at_lags(probe, probe_BL, 0))
+    return logged.by_lag(measured, at_lags(probe, probe_BL, 0))
 
 
 def _accept(step: int, parties: Parties, config: RunConfig, metrics: dict[str, float], clock: Clock) -> list[str]:
@@ -268,7 +258,7 @@ def _publish(parties: Parties, sampler: Sampler | None, clock: Clock) -> dict[st
             sampler.before_publish()
     with clock("publish"):
         report = parties.publish(parties.trainer.named_weights(), parties.trainer.version)
-    return publish_metrics(report)
+    return logged.publish_metrics(report)
 
 
 def update(step: int, parties: Parties, whole: TrainBatch, config: RunConfig) -> dict[str, float]:

@@ -189,9 +189,7 @@ def accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, task: 
     batch = tokenizer([prompt.text for prompt in prompts], padding=True, return_tensors="pt")
     with torch.no_grad():
         written = cast("Any", model).generate(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            generation_config=settings,
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=settings
         )
     texts = tokenizer.batch_decode(written[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
     return sum(task.reward(prompt, text) for prompt, text in zip(prompts, texts, strict=True)) / len(prompts)

@@ -232,5 +232,5 @@ def _require_complete(member: Member, request: Request, completions: Sequence[Co
     for c in completions:
         if c.weight_versions is None or len(c.logprobs.content) != len(c.token_ids):
             raise Refused(
-                f"{member.url}: an answer without a logprob or a weight version for every token; vLLM 0.32 or later gives both",
+                f"{member.url}: an answer without a logprob or a weight version for every token; vLLM 0.32 or later gives both"
             )

@@ -93,7 +93,7 @@ async def greet(client: Client, wanted: Launch) -> Greeting:
     version = await client.version(PATIENCE)
     if not has_output_spans(version):
         raise Refused(
-            f"{client.url} runs vLLM {version}, which does not say which weights sampled a token; install vLLM 0.32 or later there",
+            f"{client.url} runs vLLM {version}, which does not say which weights sampled a token; install vLLM 0.32 or later there"
         )
     await client.require_generate(PATIENCE)
     identities = await client.rpc("rlalign_identity", (), PATIENCE)
@@ -101,7 +101,7 @@ async def greet(client: Client, wanted: Launch) -> Greeting:
         reason = _wrong(identities, wanted)
     except KeyError as missing:
         raise Refused(
-            f"{client.url} says nothing of its {missing}: it runs another rlalign; install the same version everywhere",
+            f"{client.url} says nothing of its {missing}: it runs another rlalign; install the same version everywhere"
         ) from missing
     if reason:
         raise Refused(f"{client.url} (host {identities[0]['host']}) {reason}")
@@ -117,7 +117,7 @@ async def greet(client: Client, wanted: Launch) -> Greeting:
         raise Refused(
             f"{client.url} (host {identities[0]['host']}): rlalign's plugin is in its workers, but not in its HTTP process, which "
             "passes on what the first of its data-parallel engines answers and nothing of the others; start it with `rlalign "
-            "rollout-server`",
+            "rollout-server`"
         )
     life = str(identities[0]["life"])
     return Greeting(
@@ -131,7 +131,7 @@ def require_same_numbers(greeting: Greeting, others: Iterable[Greeting]) -> None
         if other.version != greeting.version:
             raise Refused(
                 f"{greeting.url} runs vLLM {greeting.version}, {other.url} runs {other.version}: their numbers differ; install "
-                "one version",
+                "one version"
             )
         try:
             handshake.require_same_bits({other.url: other.head, greeting.url: greeting.head})

@@ -23,12 +23,7 @@ from rlalign.head.cache import Epoch, MasterHead, fingerprint, rounds_to
 from rlalign.rollout import SLOT, exact
 from rlalign.rollout.head import logits_processor
 from rlalign.rollout.head.head_settings import HeadMode
-from rlalign.rollout.head.logits_processor import (
-    CACHE,
-    AlignedLogitsProcessor,
-    require_plain_weight,
-    route_of,
-)
+from rlalign.rollout.head.logits_processor import CACHE, AlignedLogitsProcessor, require_plain_weight, route_of
 from rlalign.rollout.worker import cpu, readback
 from rlalign.rollout.worker.capture import CaptureExtension
 from rlalign.rollout.worker.expert_routes import RoutesExtension

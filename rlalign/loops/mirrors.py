@@ -47,7 +47,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 NO_ARITHMETIC = ("_name_or_path", "dtype", "transformers_version", "architectures", "use_cache")  # of a model's config
 SEQUENCES, LENGTH = 6, 40  # of made-up tokens, for an engine whose prompts are not known
-SHOWN = ("k1", "k3", "abs_mean", "p99", "abs_max", "pearson_prob")
 HEAD_TOKENS = 256
 
 
@@ -229,9 +228,9 @@ class LagZero:
     heads: dict[str, float] | None
 
     def __str__(self) -> str:
-        rows = [("", *SHOWN), ("whole model", *(f"{self.whole[n]:.2e}" for n in SHOWN))]
+        rows = [("", *head_isolation.KEPT), ("whole model", *(f"{self.whole[n]:.2e}" for n in head_isolation.KEPT))]
         if self.heads is not None:
-            rows.append(("heads alone", *(f"{self.heads[n]:.2e}" for n in SHOWN)))
+            rows.append(("heads alone", *(f"{self.heads[n]:.2e}" for n in head_isolation.KEPT)))
         table = "\n".join(f"{row[0]:<12}" + "".join(f"{cell:>14}" for cell in row[1:]) for row in rows)
         return f"{table}\n{self.tokens} tokens, nats, temperature 1"
 
@@ -265,7 +264,7 @@ def mirror_check(engine: AttachedEngine, model: Mirror, token_ids: Sequence[Sequ
     finally:
         model.model.train(training)
     whole = mismatch.compare(old_BL.cpu(), rollout_BL, mask_BL, positions=False)
-    return LagZero(tokens=int(whole["tokens"]), whole={name: whole[name] for name in SHOWN}, heads=heads)
+    return LagZero(tokens=int(whole["tokens"]), whole={name: whole[name] for name in head_isolation.KEPT}, heads=heads)
 
 
 def require_same_head(engine: AttachedEngine, model: Mirror | None) -> None:

@@ -22,10 +22,10 @@ E4M3_MAX = 448.0
 E2M1_MAX = 6.0
 BLOCK = 128  # of DeepSeek's FP8: weights 128 x 128, activations 1 x 128
 MX, NV = 32, 16  # values that share one scale
-FUSED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-)  # one matrix in vLLM: one scale where a tensor has one
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}  # one matrix in vLLM, with one scale
 
 
 def e4m3(x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
@@ -237,7 +237,7 @@ def _fused(layer: nn.Module) -> list[list[nn.Linear]]:
     for name, module in layer.named_modules():
         if isinstance(module, nn.Linear):
             parent, _, own = name.rpartition(".")
-            at = next((i for i, names in enumerate(FUSED) if own in names), None)
+            at = next((i for i, names in enumerate(FUSED.values()) if own in names), None)
             groups.setdefault((name, -1) if at is None else (parent, at), []).append(module)
     return list(groups.values())
 

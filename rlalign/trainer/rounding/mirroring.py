@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlalign.head import steady
+from rlalign.trainer.fake_quantised import layers_of
 from rlalign.trainer.rounding import mirrored_modules, variants
 from rlalign.trainer.rounding.mirrored_modules import EngineKernels
 from rlalign.trainer.rounding.variants import ACTIVATION, ADD_AND_NORM, ATTENTION, MODEL, PRODUCTS, RESIDUAL, ROPE
@@ -155,14 +156,6 @@ def unmirror_body(model: PreTrainedModel) -> None:
             del module.forward
     if before := _ATTENTION.pop(model, None):
         model.set_attn_implementation(before)
-
-
-def layers_of(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers. Raises ValueError for a model that keeps them elsewhere than `base_model.layers`."""
-    layers = getattr(model.base_model, "layers", None)
-    if layers is None:
-        raise ValueError(f"{type(model).__name__}: no layers under its base model; a mirrored body knows decoders only")
-    return list(layers)
 
 
 def _mirror_stream(model: PreTrainedModel, name: str) -> str:

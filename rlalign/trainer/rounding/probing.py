@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlalign.head import steady
+from rlalign.trainer.fake_quantised import FUSED
 from rlalign.trainer.rounding import mirrored_modules, variants
 from rlalign.trainer.rounding.mirrored_modules import EngineKernels
 from rlalign.trainer.rounding.mirroring import Choices
 from rlalign.trainer.rounding.variants import ACTIVATION, ADD_AND_NORM, ATTENTION, MODEL, PRODUCTS, RESIDUAL, ROPE
 
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 Values = Mapping[str, Tensor]  # {in0, in1, ..., out0, ...} of one module
 Way = tuple[str, Callable[[], Tensor]]  # a variant's name, and what it gives
 Compared = tuple[str, list[Way], Tensor]  # an op, its ways, what the engine gave

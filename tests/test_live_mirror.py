@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import rlalign
+from rlalign.trainer import head_mirror
 from rlalign.trainer.live_mirror import _tensors, causal_model
 
 SIZES = {
@@ -166,6 +167,15 @@ def test_every_head_that_it_cannot_be_is_refused_by_name():
         ValueError, match="its lm_head is torch.nn.modules.container.Sequential; the mirror covers a plain"
     ):
         rlalign.mirror(odd)
+
+
+@pytest.mark.parametrize("head_dtype", ["model", "float32"])
+def test_the_head_of_a_copy_multiplies_by_the_copys_weight(head_dtype):
+    model = qwen()
+    head_mirror.mirror(model, head_dtype=head_dtype, chunk=0)
+    twin = copy.deepcopy(model)
+    twin.lm_head.weight.data.zero_()
+    assert model(**INPUTS).logits.abs().max() > 0 and twin(**INPUTS).logits.abs().max() == 0
 
 
 def test_adapters_are_merged_for_the_engine_and_stay_apart_in_the_model():

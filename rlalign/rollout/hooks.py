@@ -98,7 +98,14 @@ def append_rpcs() -> None:
     @wraps(init_device)
     def appending(self: WorkerWrapperBase, *args: object, **kwargs: object) -> None:
         append(type(self.worker))
-        self.worker.load_model = _checked(self.worker, self.worker.load_model)
+        load_model = self.worker.load_model
+
+        @wraps(load_model)
+        def checking(*args: object, **kwargs: object) -> None:
+            load_model(*args, **kwargs)
+            require_head(self.worker)
+
+        self.worker.load_model = checking
         init_device(self, *args, **kwargs)
 
     WorkerWrapperBase.init_device = appending
@@ -117,15 +124,6 @@ def append(worker_class: type[WorkerBase]) -> None:
             " that worker_extension_cls out: the plugin brings these methods itself"
         )
     worker_class.__bases__ = (*worker_class.__bases__, WorkerExtension)
-
-
-def _checked(worker: WorkerBase, load_model: Callable[..., None]) -> Callable[..., None]:
-    @wraps(load_model)
-    def checking(*args: object, **kwargs: object) -> None:
-        load_model(*args, **kwargs)
-        require_head(worker)
-
-    return checking
 
 
 def require_head(worker: WorkerBase) -> None:

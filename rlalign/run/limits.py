@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from rlalign.config import GateAction, RunConfig, ScheduleMode
 from rlalign.mismatch.causes import Evidence, frozen_run_verdict
@@ -14,6 +14,7 @@ from rlalign.run.parties import MismatchLimitError, StalenessLimitError, StepRef
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from rlalign.reward.drift_watch import EventLog
     from rlalign.types import LogprobSpec
 
 STOPS = (Action.stop, Action.checkpoint_stop)
@@ -63,12 +64,6 @@ def _staleness(scored: StepResult, config: RunConfig, step: int) -> StepRefused 
         "schedule.mode=synchronous",
         scored,
     )
-
-
-class EventLog(Protocol):
-    """Where alerts are written down."""
-
-    def event(self, kind: str, message: str) -> None: ...
 
 
 class Watch:

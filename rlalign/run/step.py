@@ -20,8 +20,9 @@ from rlalign.objective import choice
 from rlalign.reward.mixture import Sample
 from rlalign.run import limits
 from rlalign.run import step_metrics as logged
-from rlalign.run.parties import Collected, Learner, Parties, Prompt, StepResult, Task, Trainer, verified_of
+from rlalign.run.parties import Collected, Learner, Parties, StepResult, Trainer, verified_of
 from rlalign.run.sampler import Sampler, request, sample_probe
+from rlalign.tasks import Prompt, Task
 from rlalign.tracking.timeline import Clock, Span
 from rlalign.types import Rollout, RolloutBatch, TrainBatch, collate
 

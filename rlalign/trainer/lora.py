@@ -61,7 +61,7 @@ class Adapters:
                     f"trainer.lora.targets={config.targets}: {name} {reason}; target linear layers of the body"
                 )
         for name, parameter in network.named_parameters():
-            parameter.requires_grad_(_is_adapter(name))
+            parameter.requires_grad_(".lora_A." in name or ".lora_B." in name)
 
     def save(self, directory: Path) -> None:
         """Write them beside a saved model, from rank 0, as `peft.PeftModel.from_pretrained` reads them. Every rank must call it."""
@@ -134,10 +134,6 @@ def _refusal(network: nn.Module, name: str, layer: nn.Module, head: nn.Module) -
     if type(layer) is not Linear or type(base) not in LINEAR:
         return "is no linear layer"
     return "is read by fused kernels past an adapter" if _read_past(network, name) else ""
-
-
-def _is_adapter(name: str) -> bool:
-    return ".lora_A." in name or ".lora_B." in name
 
 
 def _pair(layer: Linear) -> list[nn.Parameter]:

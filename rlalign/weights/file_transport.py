@@ -137,7 +137,8 @@ class FileTransport:
     def deliver(self, receiver: Receiver, bucket: FileBucket) -> list[dict]:
         """Have every rank take the bucket; its file is gone afterwards."""
         try:
-            return receiver.ask("rlalign_take", self._description(bucket))
+            told = {"file": str(bucket.path), "mapped": not self.durable, "timeout_s": self.timeout_s}
+            return receiver.ask("rlalign_take", told | {"entries": [entry.plain() for entry in bucket.entries]})
         finally:
             bucket.discard()
 
@@ -160,14 +161,6 @@ class FileTransport:
 
     def close(self) -> None:
         """Nothing is held between publishes."""
-
-    def _description(self, bucket: FileBucket) -> dict[str, Any]:
-        return {
-            "file": str(bucket.path),
-            "mapped": not self.durable,
-            "timeout_s": self.timeout_s,
-            "entries": [entry.plain() for entry in bucket.entries],
-        }
 
 
 def greet(hello: Path, timeout_s: float) -> list[str]:
@@ -250,18 +243,13 @@ def _require_header(path: Path, entries: list[Entry]) -> int:
             )
         header = json.loads(file.read(HEADER_BYTES))
         size = os.fstat(file.fileno()).st_size
-    told = {n: _stated(n, e) for n, e in header.items()}
+    told = {n: Entry(n, DTYPES[h["dtype"]], h["shape"], *h["data_offsets"], "") for n, h in header.items()}
     if told != {e.name: Entry(e.name, e.dtype, e.shape, e.start, e.end, "") for e in entries}:
         raise ValueError("its header names other tensors than the trainer announced")
     whole = 8 + HEADER_BYTES + max((e.end for e in entries), default=0)
     if size != whole:
         raise ValueError(f"has {size} bytes instead of {whole}: half written")
     return size
-
-
-def _stated(name: str, header: dict[str, Any]) -> Entry:
-    start, end = header["data_offsets"]
-    return Entry(name, DTYPES[header["dtype"]], header["shape"], start, end, "")
 
 
 def _own_prefix() -> str:

@@ -44,12 +44,15 @@ class WireTransport:
 
     def meet(self, receiver: Receiver, workers: list[dict]) -> dict[str, Any]:
         """Form the group, unless the one of the last publish still has exactly these members."""
+        from rlalign.weights.groups import form_gloo, form_nccl
+
         self._refuse(workers)
         members = [(w["engine"], w["rank"], w["host"], w["pid"]) for w in workers]
         if self._group is None or members != self._members:
             self.close()
             address = self._address or _address_for(receiver.engines)
-            self._group = self._form(receiver, workers, address)
+            form = form_gloo if self.kind == "gloo" else form_nccl
+            self._group = form(receiver, workers, address=address, port=self._port, timeout_s=self.timeout_s)
             self._members = members
         return {"route": "wire"}
 
@@ -104,12 +107,6 @@ class WireTransport:
         if self.kind == "nccl" and (lame := [w for w in workers if w["device"] != "cuda"]):
             names = ", ".join(f"{w['engine']}, rank {w['rank']} on {w['host']} ({w['device']})" for w in lame)
             raise ValueError(f"weights.transport=nccl: no CUDA device at {names}; use weights.transport=gloo")
-
-    def _form(self, receiver: Receiver, workers: list[dict], address: str) -> Group:
-        from rlalign.weights.groups import form_gloo, form_nccl
-
-        form = form_gloo if self.kind == "gloo" else form_nccl
-        return form(receiver, workers, address=address, port=self._port, timeout_s=self.timeout_s)
 
     def _update(self, bucket: BufferBucket) -> dict[str, Any]:
         """What vLLM's engine of this kind is told about one update."""

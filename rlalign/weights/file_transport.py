@@ -243,8 +243,8 @@ def _require_header(path: Path, entries: list[Entry]) -> int:
             )
         header = json.loads(file.read(HEADER_BYTES))
         size = os.fstat(file.fileno()).st_size
-    told = {n: Entry(n, DTYPES[h["dtype"]], h["shape"], *h["data_offsets"], "") for n, h in header.items()}
-    if told != {e.name: Entry(e.name, e.dtype, e.shape, e.start, e.end, "") for e in entries}:
+    told = {name: (DTYPES[said["dtype"]], said["shape"], said["data_offsets"]) for name, said in header.items()}
+    if told != {e.name: (e.dtype, e.shape, [e.start, e.end]) for e in entries}:
         raise ValueError("its header names other tensors than the trainer announced")
     whole = 8 + HEADER_BYTES + max((e.end for e in entries), default=0)
     if size != whole:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rlalign.diagnose.families.recipes import RECIPES
 from rlalign.mismatch.growth import follows
 from rlalign.report import verdict
-from rlalign.run.trace import traced
+from rlalign.run.observation import traced
 from rlalign.types import LogprobSpec, Rollout, collate
 
 

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlalign.head import kernel, widened
 from rlalign.head.widened import NATIVE, WIDENED, Choice
-from rlalign.trainer import sdpa
+from rlalign.trainer import attention as attentions
 from tests.kernel_parts import compiled, forget, needs_compiler  # noqa: F401
 
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a unit in the last place, relative
@@ -145,7 +145,7 @@ def test_models_get_gradients_as_good_as_torchs_own(family):
     network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention).eval()
     if family == "qwen3_moe":
         network.set_experts_implementation("eager")
-    sdpa.install(network)
+    attentions.install(network)
     ids = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(1))
     exact = gradients(copy.deepcopy(network).double(), ids)
     with widened.using(NATIVE):

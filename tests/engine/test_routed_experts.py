@@ -13,7 +13,7 @@ from rlalign import mismatch
 from rlalign.config import TrainerConfig, load
 from rlalign.config.compose import compose
 from rlalign.diagnose.families.recipes import RECIPES
-from rlalign.run.scoring_step import scored
+from rlalign.run.step import scored
 from rlalign.run.train import train
 from rlalign.tasks import Task
 from rlalign.tiny_policy.tokenizer import byte_tokenizer

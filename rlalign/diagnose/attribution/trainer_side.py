@@ -20,7 +20,7 @@ from rlalign.diagnose.attribution.mapping import LOGITS, ROUTER, ModelMap, Pair
 from rlalign.head.transform import HeadTransform
 from rlalign.rollout.worker.recording import LOGITS as LOGIT_ROWS
 from rlalign.rollout.worker.recording import TOKENS, Recorder, Recording, Tap
-from rlalign.trainer.attention_heads import Change, heads_changed
+from rlalign.trainer.attention import Change, heads_changed
 from rlalign.types import RolloutBatch
 
 # Given a point and its value [B, L, D], returns what the model shall go on with, or None for the value itself.

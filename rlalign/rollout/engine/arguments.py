@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 from rlalign.config import RolloutConfig
+from rlalign.rollout import SETTINGS_KEY
+from rlalign.rollout.engine.own_process import YIELDING
 from rlalign.rollout.engine.surface import captured_ids
-from rlalign.rollout.engine.yielding import VARIABLE as YIELDING
 from rlalign.rollout.head.head_settings import HeadSettings
-from rlalign.rollout.names import SETTINGS_KEY
 
 ENVIRONMENT = {  # read when vLLM and our plugin are imported; only for where the user has not chosen
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise every engine pins itself to core 0
@@ -66,7 +66,8 @@ def caches_prefixes(model: Path, config: RolloutConfig) -> bool:
     vLLM 0.32 caches prefixes of such a model only with chunked prefills, which a CPU engine does without (`_must_not_chunk`), and
     would not start. The cache saves time; no number depends on it.
     """
-    return config.prefix_caching and not (_must_not_chunk(config) and _keeps_state(model))
+    keeps_state = any(name.startswith(STATE_FIELDS) for name in _fields(model))
+    return config.prefix_caching and not (_must_not_chunk(config) and keeps_state)
 
 
 def require_dtype(model: Path, dtype: str) -> None:
@@ -112,10 +113,6 @@ def require_one_window(model: Path, max_model_len: int) -> None:
             f"rollout.max_model_len={max_model_len}: beyond {window} tokens Cohere 2's logprobs in vLLM are others: its sliding "
             f"layers see {window + 1} tokens; in transformers they see sliding_window={window}. Use at most {window}"
         )
-
-
-def _keeps_state(model: Path) -> bool:
-    return any(name.startswith(STATE_FIELDS) for name in _fields(model))
 
 
 def _fields(model: Path) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""A process group of its own over gloo: the trainer's first rank and every rollout worker. The default group is not touched."""
+"""The groups that weights travel over, beside torch's default one: gloo (ours, any device), NCCL (vLLM's own). Rank 0 sends."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from rlalign.weights.receiver import Receiver
+from rlalign import ranks
+from rlalign.weights.bucket import Receiver
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import PrefixStore, TCPStore
+    from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
 
     from rlalign.weights.bucket import BufferBucket
-
 else:
     from torch.distributed import PrefixStore, TCPStore
 
 TRAINER = 0
-BACKEND = "rlalign_gloo"  # the engine that our plugin registers in vLLM's WeightTransferEngineFactory
+GLOO_BACKEND = "rlalign_gloo"  # the engine that our plugin registers in vLLM's WeightTransferEngineFactory
 NAMESPACE = "rlalign"  # of the keys in the store
 RANKS = f"{NAMESPACE}/ranks"  # counts the workers that came; each takes the number as its rank
 POLL_S, JOIN_POLL_S = 0.0005, 0.02
+NCCL_BACKEND = "nccl"
 
 
 class GlooGroup:
@@ -90,7 +92,7 @@ class GlooGroup:
         return self._group.broadcast([data], options)
 
 
-def form(receiver: Receiver, workers: list[dict], *, address: str, port: int, timeout_s: float) -> GlooGroup:
+def form_gloo(receiver: Receiver, workers: list[dict], *, address: str, port: int, timeout_s: float) -> GlooGroup:
     """The trainer's side: open a store at address:port (0: any port), call all workers there, and wait until they have come.
 
     Raises ValueError for a port that is taken or an address that is not this host's, RuntimeError naming who did not come.
@@ -105,7 +107,7 @@ def form(receiver: Receiver, workers: list[dict], *, address: str, port: int, ti
         ) from error
     init = {"address": address, "port": store.port, "size": size, "timeout_s": timeout_s}
     with ThreadPoolExecutor(1, thread_name_prefix="rlalign-join") as lane:
-        args = [({"backend": BACKEND, "init": init | {"engine": engine}},) for engine in receiver.engines]
+        args = [({"backend": GLOO_BACKEND, "init": init | {"engine": engine}},) for engine in receiver.engines]
         joining = lane.submit(receiver.ask_each, "rlalign_join", args)
         _wait_for_all(store, joining, workers, timeout_s)
         group = GlooGroup(store, TRAINER, size, address=address, timeout_s=timeout_s)
@@ -156,3 +158,50 @@ def towards(host: str) -> str:
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(target)
         return probe.getsockname()[0]
+
+
+class NcclGroup:
+    """Rank 0 of vLLM's communicator between a trainer and its workers."""
+
+    def __init__(self, communicator: PyNcclCommunicator, *, timeout_s: float) -> None:
+        self._communicator, self._timeout_s = communicator, timeout_s
+
+    def send(self, bucket: BufferBucket, *, watch: Callable[[], None]) -> None:
+        """Broadcast the bucket's tensors in their order, as vLLM's engine receives them. Raises RuntimeError after the timeout."""
+        stream = torch.cuda.current_stream()
+        for entry in bucket.entries:
+            self._communicator.broadcast(entry.view(bucket.buffer), src=TRAINER, stream=stream)
+        sent, deadline = stream.record_event(), time.monotonic() + self._timeout_s
+        while not sent.query():
+            watch()
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"NCCL did not carry the bucket within weights.timeout_s={self._timeout_s:g}")
+            time.sleep(POLL_S)
+
+    def close(self) -> None:
+        """Destroy the communicator."""
+        self._communicator.destroy()
+
+
+def form_nccl(receiver: Receiver, workers: list[dict], *, address: str, port: int, timeout_s: float) -> NcclGroup:
+    """Call all workers to address:port (0: a free one) and make the communicator with them. Raises ValueError for a taken port."""
+    from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
+
+    port, size = port or ranks.free_port(), 1 + len(workers)
+    counts = [sum(w["engine"] == engine for w in workers) for engine in receiver.engines]
+    init = {"master_address": address, "master_port": port, "world_size": size, "packed": False}
+    args = [
+        ({"backend": NCCL_BACKEND, "init": init | {"rank_offset": 1 + sum(counts[:place])}},)
+        for place in range(len(counts))
+    ]
+    with ThreadPoolExecutor(1, thread_name_prefix="rlalign-join") as lane:
+        joining = lane.submit(receiver.ask_each, "rlalign_join", args)
+        try:
+            communicator = stateless_init_process_group(address, port, TRAINER, size, torch.cuda.current_device())
+        except OSError as error:
+            raise ValueError(
+                f"weights.transport=nccl: {socket.gethostname()} cannot listen at {address}:{port}: {error}. Choose another "
+                "weights.port (0 takes any free one), or this host's weights.address"
+            ) from error
+        refuse_problems(joining.result())
+    return NcclGroup(communicator, timeout_s=timeout_s)

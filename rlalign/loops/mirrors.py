@@ -1,4 +1,8 @@
-"""mirror(), and the probe behind a mirrored body: how the living engine was found to round, now and at earlier starts."""
+"""mirror() and mirror_check(): the engine's head, and body, in a living model; given tokens through both sides at equal weights.
+
+The probe behind a mirrored body says how the living engine was found to round, now and at earlier starts.
+Suffixes: B sequences, L padded length, N tokens, D hidden.
+"""
 
 from __future__ import annotations
 
@@ -11,27 +15,39 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from rlalign import mismatch
 from rlalign.cache_folder import cache_folder
 from rlalign.head import widened
 from rlalign.rollout.attached import AttachedEngine
-from rlalign.rollout.worker import cpu_kernels
+from rlalign.rollout.worker import cpu
 from rlalign.tracking import environment
 from rlalign.tracking.files import write_json
-from rlalign.trainer import live_mirror
+from rlalign.trainer import head_isolation, live_mirror
 from rlalign.trainer.live_mirror import Mirror
 from rlalign.trainer.rounding import mirroring, variants
 from rlalign.trainer.rounding.mirroring import BodyPlan, Choices
 from rlalign.trainer.rounding.probing import Probed, probe
 
-__all__ = ["Settled", "examine", "kept_plan", "mirror", "recorded", "settle"]
+__all__ = [
+    "LagZero",
+    "Settled",
+    "examine",
+    "kept_plan",
+    "mirror",
+    "mirror_check",
+    "recorded",
+    "require_same_head",
+    "settle",
+]
 
 T = TypeVar("T")
 R = TypeVar("R")
 NO_ARITHMETIC = ("_name_or_path", "dtype", "transformers_version", "architectures", "use_cache")  # of a model's config
 SEQUENCES, LENGTH = 6, 40  # of made-up tokens, for an engine whose prompts are not known
+HEAD_TOKENS = 256
 
 
 class Asked(Protocol):
@@ -53,7 +69,7 @@ class Settled:
     @property
     def plan(self) -> BodyPlan:
         """What the trainer is given."""
-        return BodyPlan(cpu_kernels, self.choices, self.probed)
+        return BodyPlan(cpu, self.choices, self.probed)
 
     def describe(self) -> list[str]:
         """The table, and what is not chosen."""
@@ -91,7 +107,7 @@ def recorded(engine: Asked, drive: Callable[[], T], shared: Path, read: Callable
 
 def examine(network: nn.Module, answer: Mapping[str, object]) -> Probed:
     """Every variant of every op in an engine's recording against the trainer's modules, with the engine's kernels."""
-    return probe(network, Path(str(answer["file"])), answer["modules"], kernels=cpu_kernels)
+    return probe(network, Path(str(answer["file"])), answer["modules"], kernels=cpu)
 
 
 def settle(probed: Probed, network: nn.Module) -> Settled:
@@ -120,7 +136,7 @@ def kept_plan(config: PretrainedConfig, dtype: torch.dtype) -> BodyPlan:
             "no probe of a mirrored body is kept on this host for this model and these versions; `rlalign parity "
             "trainer.body=mirrored` makes one"
         )
-    return BodyPlan(cpu_kernels, choices)
+    return BodyPlan(cpu, choices)
 
 
 def _read(file: Path) -> Choices | None:
@@ -188,9 +204,10 @@ def _mirror_body(model: nn.Module, engine: AttachedEngine | None) -> mirroring.M
     finally:
         model.train(training)
     settled = settle(probed, model)
-    done = mirroring.mirror_body(model, settled.choices, kernels=cpu_kernels)
+    done = mirroring.mirror_body(model, settled.choices, kernels=cpu)
     left = dict(done.left) | dict(probed.left) | dict(settled.changed)
-    if unsteady := _unsteady(engine.status()):
+    unsteady = [name for status in engine.status() for name in status.get("unsteady", ())]
+    if unsteady:
         left["steadiness"] = (
             f"the engine's {unsteady[0]} and {len(unsteady) - 1} more change their bits with the number of rows: start it with "
             "RLALIGN_STEADY=1"
@@ -198,5 +215,92 @@ def _mirror_body(model: nn.Module, engine: AttachedEngine | None) -> mirroring.M
     return replace(done, left=left, probed=probed)
 
 
-def _unsteady(statuses: Sequence[Mapping[str, object]]) -> list[str]:
-    return [name for status in statuses for name in status.get("unsteady", ())]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LagZero:
+    """Mismatch at equal weights. whole: of the models; heads: of the two heads on the same hidden states, None for a sharded one.
+
+    Values as `rlalign.compare` names them, in nats; heads also has each side's mean distance from float64 (rollout_error,
+    trainer_error) and what rounding logits to bfloat16 would cost (bf16_error).
+    """
+
+    tokens: int
+    whole: dict[str, float]
+    heads: dict[str, float] | None
+
+    def __str__(self) -> str:
+        rows = [("", *head_isolation.KEPT), ("whole model", *(f"{self.whole[n]:.2e}" for n in head_isolation.KEPT))]
+        if self.heads is not None:
+            rows.append(("heads alone", *(f"{self.heads[n]:.2e}" for n in head_isolation.KEPT)))
+        table = "\n".join(f"{row[0]:<12}" + "".join(f"{cell:>14}" for cell in row[1:]) for row in rows)
+        return f"{table}\n{self.tokens} tokens, nats, temperature 1"
+
+
+def mirror_check(engine: AttachedEngine, model: Mirror, token_ids: Sequence[Sequence[int]]) -> LagZero:
+    """Score the same tokens on both sides and compare: engine mismatch without staleness, sampling or a loop around it.
+
+    engine: from `rlalign.attach`, an LLM or a server. model: from `rlalign.mirror`. token_ids: sequences of two tokens or more;
+    each token but the first is scored, at temperature 1 (vLLM applies none to prompt logprobs).
+    Weights must be equal on both sides: `publish` or `verify` first. Raises RuntimeError for a head on one side only, ValueError
+    for tokens that cannot be scored.
+    """
+    if not isinstance(model, Mirror):
+        raise ValueError(
+            f"mirror_check: got a {type(model).__name__} where a mirror belongs: its head is not the engine's; rlalign.mirror it"
+        )
+    require_same_head(engine, model)
+    model.require_in_place()
+    if not token_ids or min(len(each) for each in token_ids) < 2:
+        raise ValueError("mirror_check: give sequences of at least two tokens; the first of each has no context")
+    rollout_BL, ids_BL, mask_BL = _padded(engine.score(token_ids), token_ids)
+    device = next(model.inner.parameters()).device
+    inputs = {"input_ids": ids_BL.to(device), "attention_mask": mask_BL.long().to(device)}
+    inputs["attention_mask"][:, 0] = 1
+    training = model.model.training
+    model.model.eval()
+    try:
+        with torch.no_grad():
+            old_BL, _ = model.token_logprobs(inputs, mask_BL.to(device), exact=model.head_dtype == "float32")
+            heads = _heads(engine, model, inputs, ids_BL, mask_BL)
+    finally:
+        model.model.train(training)
+    whole = mismatch.compare(old_BL.cpu(), rollout_BL, mask_BL, positions=False)
+    return LagZero(tokens=int(whole["tokens"]), whole={name: whole[name] for name in head_isolation.KEPT}, heads=heads)
+
+
+def require_same_head(engine: AttachedEngine, model: Mirror | None) -> None:
+    """Raise RuntimeError where only one of the two sides has the head: no better than none, and its numbers look plausible."""
+    trainer = "the model's own" if model is None else model.head_dtype
+    if engine.head_dtype == "model" and model is not None:
+        raise RuntimeError(
+            f"a head on one side only: the trainer is mirrored ({trainer}), the engine runs vLLM's own head. Start the engine "
+            f"with RLALIGN_HEAD={trainer}, or restore() the mirror"
+        )
+    if engine.head_dtype != "model" and trainer != engine.head_dtype:
+        raise RuntimeError(
+            f"a head on one side only: the engine runs {engine.head_dtype} ({engine.mode}), the trainer {trainer}. Mirror it: "
+            f'rlalign.mirror(model, head_dtype="{engine.head_dtype}")'
+        )
+
+
+def _padded(logprobs: Sequence[Sequence[float]], token_ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    length = max(len(each) for each in token_ids)
+    shape = (len(token_ids), length)
+    rollout_BL, ids_BL = torch.zeros(shape), torch.zeros(shape, dtype=torch.int64)
+    mask_BL = torch.zeros(shape, dtype=torch.bool)
+    for b, (numbers, ids) in enumerate(zip(logprobs, token_ids, strict=True)):
+        rollout_BL[b, : len(ids)], ids_BL[b, : len(ids)] = torch.tensor(numbers), torch.tensor(ids)
+        mask_BL[b, 1 : len(ids)] = True
+    return rollout_BL, ids_BL, mask_BL
+
+
+def _heads(
+    engine: AttachedEngine, model: Mirror, inputs: dict[str, Tensor], ids_BL: Tensor, mask_BL: Tensor
+) -> dict[str, float] | None:
+    weight = getattr(model.inner.get_output_embeddings(), "weight", None)
+    if model.inner is not model.model or weight is None or not weight.numel() or hasattr(weight, "placements"):
+        return None  # wrapped: the head's weight is whole inside a forward only
+    hidden_BLD = model.inner.base_model(**inputs).last_hidden_state.to(engine.body_dtype)
+    hidden_ND, ids_N = head_isolation.predicting(hidden_BLD.cpu(), ids_BL, mask_BL, limit=HEAD_TOKENS)
+    return head_isolation.measure(
+        engine, model.inner, hidden_ND, ids_N, temperature=1.0, shared=engine.shared, master_VD=model.status.master_VD
+    )

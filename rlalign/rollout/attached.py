@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import socket
-import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlalign.rollout.attached.lines import ActorLine, Line, lines_to
-from rlalign.rollout.attached.sampling_convention import spec_of_sampling
+from rlalign.rollout import ENGINES
+from rlalign.rollout.attached_lines import ActorLine, Line, lines_to
 from rlalign.rollout.engine import handshake
+from rlalign.rollout.engine.surface import compared_in
 from rlalign.rollout.head.head_settings import HeadSettings
-from rlalign.rollout.server.every_engine import ENGINES
 from rlalign.types import LogprobSpec
 from rlalign.weights import MASTER_WEIGHT, SHARED_MEMORY, PublishReport, Transport
 from rlalign.weights import publish as publish_weights
+from rlalign.weights.bucket import who
 
 __all__ = ["AttachedEngine", "VerifyReport", "attach"]
 
 TOLD = 5  # problems that an error repeats
+PROCESSED = {"processed_logprobs": True, "raw_logprobs": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,20 +184,15 @@ class AttachedEngine:
         Raises RuntimeError naming what differs; with hold the engine then refuses to generate until a publish or verification
         of all weights passes.
         """
-        from safetensors.torch import save_file
-
         if sample is not None and sample < 1:
             raise ValueError(f"verify: sample must be a positive number of tensors, or None for all; got {sample}")
         before = time.perf_counter()
         chosen, offered = self._chosen(named_weights, sample)
         size = sum(tensor.nbytes for tensor in chosen.values())
-        with tempfile.TemporaryDirectory(prefix="rlalign-verify-", dir=self.shared) as directory:
-            Path(directory).chmod(0o755)  # workers may run as somebody else
-            file = Path(directory) / "weights.safetensors"
-            save_file(chosen, file)
-            answers = self.ask("rlalign_unlanded", str(file), self._turn)
+        with compared_in(self.shared, chosen) as file:
+            answers = self.ask("rlalign_unlanded", file, self._turn)
         self._turn += 1
-        problems = [f"{_who(a)}: {problem}" for a in answers for problem in a["problems"]]
+        problems = [f"{who(a)}: {problem}" for a in answers for problem in a["problems"]]
         if problems:
             more = f"; and {len(problems) - TOLD} more" if len(problems) > TOLD else ""
             what = (
@@ -279,7 +276,7 @@ class AttachedEngine:
 
     def _require_head(self, statuses: list[dict], ranks: int | None = None) -> None:
         said = self._identity[0]
-        self.mode = self._settings.resolve(device=str(said["device"]), vllm=str(statuses[0]["vllm"])).value
+        self.mode = self._settings.resolve(device=str(said["device"])).value
         if self.mode != "off" and all(s["mode"] == "off" for s in statuses):
             raise RuntimeError(
                 f"this engine runs vLLM's own head ({statuses[0]['body_dtype']}), and head_dtype={self.head_dtype} was asked for. "
@@ -354,5 +351,24 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _who(answer: dict) -> str:
-    return f"rank {answer['rank']}" if answer["engine"] == "embedded" else f"{answer['engine']}, rank {answer['rank']}"
+def spec_of_sampling(
+    params: object, *, logprobs_mode: str, head_dtype: str, defaults: Mapping[str, object] | None = None
+) -> LogprobSpec:
+    """The convention of logprobs that an engine returns for a request.
+
+    params: vLLM's SamplingParams, or a mapping of the settings sent over HTTP. defaults: what the engine puts in for settings that
+    a mapping leaves out (its generation_config).
+    Raises ValueError for a mode that gives logits, and for greedy sampling where logprobs are the sampler's.
+    """
+    if logprobs_mode not in PROCESSED:
+        raise ValueError(
+            f"this engine returns {logprobs_mode}, which are no log-probabilities; start it with logprobs_mode=processed_logprobs"
+        )
+    if isinstance(params, Mapping):
+        params = {**(defaults or {}), **{name: value for name, value in params.items() if value is not None}}
+    spec = LogprobSpec.of_sampling(params, processed=PROCESSED[logprobs_mode], head_dtype=head_dtype)
+    if spec.processed and not 0.0 < spec.temperature < math.inf:
+        raise ValueError(
+            f"sampling at temperature {spec.temperature:g}: greedy tokens are drawn from no distribution; sample above 0"
+        )
+    return spec

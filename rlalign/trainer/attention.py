@@ -1,15 +1,20 @@
-"""transformers' SDPA attention, with what it lacks: packed rows, and a fast gradient for short sequences on CPU.
+"""transformers' attention functions: SDPA with packed rows and a fast gradient on CPU; queries, keys and values seen from outside.
 
-H heads, G key/value heads, E head size, L length of each of B sequences, T tokens of a packed row.
+B sequences, L length of each, T tokens of a packed row, H heads, G key/value heads, E head size.
 """
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlalign.head import widened
 
@@ -17,17 +22,19 @@ NAME = "rlalign_sdpa"  # of our function in transformers' registries of attentio
 SHORT = (
     128  # tokens. Up to here torch 2.13's 16-bit gradient on CPU is slower than one in float32: at 14 tokens 10 times
 )
+# Given an attention module and its [query, key, value], each [B, H, L, E], returns what it shall attend with.
+Change = Callable[[nn.Module, list[Tensor]], list[Tensor]]
 
 
 def install(network: PreTrainedModel) -> None:
-    """Let a model that attends through transformers' SDPA do it through `attention`; leave any other alone."""
+    """Let a model that attends through transformers' SDPA do it through `sdpa`; leave any other alone."""
     if network._supports_attention_backend and network.config._attn_implementation == "sdpa":
-        AttentionInterface.register(NAME, attention)
+        AttentionInterface.register(NAME, sdpa)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         network.set_attn_implementation(NAME)
 
 
-def attention(
+def sdpa(
     module: nn.Module,
     query_BHLE: Tensor,
     key_BGLE: Tensor,
@@ -97,3 +104,32 @@ class _Float32Gradient(torch.autograd.Function):
             again, _ = sdpa_attention_forward(module, *given, wide, **options)
         found = torch.autograd.grad(again, given, grad.float())
         return *(x.to(grad.dtype) for x in found), None, None, None
+
+
+@contextmanager
+def heads_changed(network: PreTrainedModel, change: Change) -> Iterator[None]:
+    """Call `change` before every attention of every forward inside.
+
+    Raises ValueError where the model's attention cannot be seen: it then must be run with the sdpa or eager implementation.
+    """
+    name = network.config._attn_implementation
+    if name not in ("sdpa", "eager") and name not in ALL_ATTENTION_FUNCTIONS:
+        raise ValueError(
+            f"the trainer's attention implementation {name!r} cannot be seen; load the model with sdpa or eager"
+        )
+    known = ALL_ATTENTION_FUNCTIONS.get(name)
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: object
+    ) -> tuple:
+        own = known or sys.modules[type(module).__module__].eager_attention_forward
+        return own(module, *change(module, [query, key, value]), mask, **options)
+
+    ALL_ATTENTION_FUNCTIONS[name] = attend
+    try:
+        yield
+    finally:
+        if known is None:
+            del ALL_ATTENTION_FUNCTIONS[name]
+        else:
+            ALL_ATTENTION_FUNCTIONS[name] = known

@@ -1,7 +1,4 @@
-"""How an engine that somebody else started is reached: a live `LLM`, a live `AsyncLLM`, a server's address, Ray actors.
-
-A line asks all workers of one engine, holds its generation while its weights are in doubt, and lets it go on.
-"""
+"""How an engine that somebody else started is reached: a live `LLM`, a live `AsyncLLM`, a server's address, Ray actors."""
 
 from __future__ import annotations
 
@@ -9,14 +6,10 @@ import asyncio
 import sys
 import uuid
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
 
-from rlalign.rollout.engine.surface import EMBEDDED, labelled
+from rlalign.rollout.engine.surface import EMBEDDED, forcing, labelled, of_prompt
 from rlalign.rollout.server.client import Client
 from rlalign.rollout.server.pool import LoopThread
-
-if TYPE_CHECKING:
-    from vllm import SamplingParams
 
 PATIENCE = 600.0  # seconds for an answer: a worker may be compiling, or taking a large bucket
 MISSING = (
@@ -26,42 +19,57 @@ MISSING = (
 GENERATES = ("generate", "chat", "enqueue", "beam_search")  # of an LLM: refused while its weights are in doubt
 
 
-class Line(Protocol):
-    """The way to one engine."""
+class Line:
+    """The way to one engine: asks all its workers, holds its generation while its weights are in doubt, and lets it go on."""
 
-    name: str
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def ask(self, method: str, args: tuple) -> list[dict]:
         """One answer of every worker. Raises RuntimeError for an engine without our RPCs."""
+        try:
+            answers = self._rpc(method, args)
+        except Exception as error:
+            if isinstance(error, AttributeError | NotImplementedError) or method in str(error):
+                raise RuntimeError(MISSING.format(engine=self.name, method=method)) from error
+            raise
+        return [labelled(answer, rank, self.name, method) for rank, answer in enumerate(answers)]
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Logprobs of given tokens in one prefill each, entry 0 is 0.0; vLLM applies no temperature to them."""
+        raise NotImplementedError
 
     def hold(self, reason: str) -> None:
-        """No token from now on."""
+        """No token from now on, where the line can see to it."""
 
     def release(self, version: int) -> None:
         """Tokens again, without any key or value of older weights, labelled with this version where vLLM does that."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Let go of what the line itself holds; the engine stays."""
 
+    def _rpc(self, method: str, args: tuple) -> list:
+        raise NotImplementedError
 
-class LLMLine:
+
+class LLMLine(Line):
     """A `vllm.LLM` in this process; its workers may be elsewhere."""
 
     def __init__(self, llm: object) -> None:
-        self.name, self._llm = EMBEDDED, llm
+        super().__init__(EMBEDDED)
+        self._llm = llm
 
-    def ask(self, method: str, args: tuple) -> list[dict]:
-        """See Line."""
-        return _labelled(lambda: self._llm.collective_rpc(method, args=args), self.name, method)
+    def _rpc(self, method: str, args: tuple) -> list:
+        return self._llm.collective_rpc(method, args=args)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Logprobs of given tokens in one prefill each, entry 0 is 0.0; vLLM applies no temperature to them."""
         prompts = [{"prompt_token_ids": list(each)} for each in sequences]
-        outputs = self._llm.generate(prompts, _forcing(), use_tqdm=False)
-        return [_of_prompt(o, each) for o, each in zip(outputs, sequences, strict=True)]
+        outputs = self._llm.generate(prompts, forcing(), use_tqdm=False)
+        return [of_prompt(o, each) for o, each in zip(outputs, sequences, strict=True)]
 
     def hold(self, reason: str) -> None:
-        """See Line. The object's own methods refuse meanwhile."""
+        """The object's own methods refuse meanwhile."""
 
         def refuse(*args: object, **kwargs: object) -> None:
             raise RuntimeError(f"this engine must not generate: {reason}")
@@ -71,7 +79,7 @@ class LLMLine:
                 setattr(self._llm, name, refuse)
 
     def release(self, version: int) -> None:
-        """See Line. Raises RuntimeError where requests still hold blocks of the old weights."""
+        """Raises RuntimeError where requests still hold blocks of the old weights."""
         if not self._llm.reset_prefix_cache():
             raise RuntimeError(
                 "vLLM did not reset its prefix cache: requests that are still running use keys and values of the old weights; "
@@ -82,89 +90,72 @@ class LLMLine:
         for name in GENERATES:
             vars(self._llm).pop(name, None)
 
-    def close(self) -> None:
-        """See Line."""
 
-
-class AsyncLine:
+class AsyncLine(Line):
     """An `AsyncLLM`, asked on the event loop that it lives on, from any other thread."""
 
     def __init__(self, engine: object, loop: asyncio.AbstractEventLoop | None) -> None:
-        here = _running_loop()
-        if loop is None or loop is here:
+        if loop is None or loop is asyncio._get_running_loop():
             raise ValueError(
                 "an AsyncLLM is attached from outside of its event loop, which would otherwise wait for itself: inside it write "
                 "`engine = await asyncio.to_thread(rlalign.attach, llm, loop=asyncio.get_running_loop())`, and call the handle's "
                 "methods through asyncio.to_thread as well"
             )
-        self.name, self._engine, self._loop = "async", engine, loop
+        super().__init__("async")
+        self._engine, self._loop = engine, loop
 
-    def ask(self, method: str, args: tuple) -> list[dict]:
-        """See Line."""
-        return _labelled(
-            lambda: self._run(self._engine.collective_rpc(method, timeout=PATIENCE, args=args)), self.name, method
-        )
-
-    def hold(self, reason: str) -> None:
-        """See Line. Running requests stay, between two engine steps; their keys and values are computed again."""
-        self._run(self._engine.pause_generation(mode="keep", clear_cache=True))
-
-    def release(self, version: int) -> None:
-        """See Line."""
-        self._run(self._engine.update_weight_version(str(version)))
-        self._run(self._engine.resume_generation())
-
-    def close(self) -> None:
-        """See Line."""
+    def _rpc(self, method: str, args: tuple) -> list:
+        return self._run(self._engine.collective_rpc(method, timeout=PATIENCE, args=args))
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """As of an LLM."""
-
         async def one(ids: Sequence[int]) -> object:
             prompt, name = {"prompt_token_ids": list(ids)}, f"rlalign-{uuid.uuid4().hex}"
-            return [output async for output in self._engine.generate(prompt, _forcing(), name)][-1]
+            return [output async for output in self._engine.generate(prompt, forcing(), name)][-1]
 
         async def every() -> list:
             return await asyncio.gather(*map(one, sequences))
 
-        return [_of_prompt(o, each) for o, each in zip(self._run(every()), sequences, strict=True)]
+        return [of_prompt(o, each) for o, each in zip(self._run(every()), sequences, strict=True)]
+
+    def hold(self, reason: str) -> None:
+        """Running requests stay, between two engine steps; their keys and values are computed again."""
+        self._run(self._engine.pause_generation(mode="keep", clear_cache=True))
+
+    def release(self, version: int) -> None:
+        self._run(self._engine.update_weight_version(str(version)))
+        self._run(self._engine.resume_generation())
 
     def _run(self, coroutine: object) -> object:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(PATIENCE)
 
 
-class UrlLine:
+class UrlLine(Line):
     """A `vllm serve` with its development routes on (VLLM_SERVER_DEV_MODE=1)."""
 
     def __init__(self, url: str, key: str | None) -> None:
         self._loop = LoopThread("rlalign-attached")
         self._client = self._loop.call(_client(url, key))
-        self.name = self._client.url
+        super().__init__(self._client.url)
 
     def ask(self, method: str, args: tuple) -> list[dict]:
-        """See Line."""
         return self._loop.call(self._client.rpc(method, args, PATIENCE))
 
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        return self._loop.call(self._client.prompt_logprobs(sequences, PATIENCE))
+
     def hold(self, reason: str) -> None:
-        """See Line."""
         self._loop.call(self._client.pause(PATIENCE))
 
     def release(self, version: int) -> None:
-        """See Line."""
         self._loop.call(self._client.stamp(str(version), PATIENCE))
         self._loop.call(self._client.resume(PATIENCE))
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """As of an LLM."""
-        return self._loop.call(self._client.prompt_logprobs(sequences, PATIENCE))
-
     def close(self) -> None:
-        """See Line."""
         self._loop.call(self._client.close())
         self._loop.close()
 
 
-class ActorLine:
+class ActorLine(Line):
     """A Ray actor around an engine, with `collective_rpc(method, args=...)` and `reset_prefix_cache()` among its methods.
 
     Holding it is the caller's: nothing stops an actor that is asked to generate meanwhile.
@@ -177,22 +168,15 @@ class ActorLine:
                     f"the Ray actor {index} has no method {method}: attach needs collective_rpc(method, args=...) and "
                     "reset_prefix_cache() to reach vLLM inside it; add them to the actor's class"
                 )
-        self.name, self._actor, self._get = f"actor {index}", actor, get
+        super().__init__(f"actor {index}")
+        self._actor, self._get = actor, get
 
-    def ask(self, method: str, args: tuple) -> list[dict]:
-        """See Line."""
-        return _labelled(lambda: self._get(self._actor.collective_rpc.remote(method, args=args)), self.name, method)
-
-    def hold(self, reason: str) -> None:
-        """See Line and the class."""
+    def _rpc(self, method: str, args: tuple) -> list:
+        return self._get(self._actor.collective_rpc.remote(method, args=args))
 
     def release(self, version: int) -> None:
-        """See Line."""
         if self._get(self._actor.reset_prefix_cache.remote()) is False:
             raise RuntimeError(f"{self.name}: vLLM did not reset its prefix cache; let running requests finish first")
-
-    def close(self) -> None:
-        """See Line."""
 
 
 def lines_to(engine: object, *, loop: asyncio.AbstractEventLoop | None, key: str | None) -> list[Line]:
@@ -202,11 +186,10 @@ def lines_to(engine: object, *, loop: asyncio.AbstractEventLoop | None, key: str
     if isinstance(engine, Sequence):
         if not engine:
             raise ValueError("attach: an empty list holds no engine")
-        found = [
+        return [
             ActorLine(each, index, _ray_get()) if _is_actor(each) else lines_to(each, loop=loop, key=key)[0]
             for index, each in enumerate(engine)
         ]
-        return found
     if _is_actor(engine):
         return [ActorLine(engine, 0, _ray_get())]
     if asyncio.iscoroutinefunction(getattr(engine, "collective_rpc", None)):
@@ -219,17 +202,6 @@ def lines_to(engine: object, *, loop: asyncio.AbstractEventLoop | None, key: str
     )
 
 
-def _forcing() -> SamplingParams:
-    from vllm import SamplingParams
-
-    return SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
-
-
-def _of_prompt(output: object, ids: Sequence[int]) -> list[float]:
-    entries = zip(output.prompt_logprobs[1:], ids[1:], strict=True)
-    return [0.0] + [entry[token].logprob for entry, token in entries]
-
-
 async def _client(url: str, key: str | None) -> Client:
     return Client(url, key=key)
 
@@ -240,20 +212,3 @@ def _is_actor(engine: object) -> bool:
 
 def _ray_get() -> Callable[[object], object]:
     return sys.modules["ray"].get  # whoever holds an actor has imported it
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
-
-
-def _labelled(ask: Callable[[], list], engine: str, method: str) -> list[dict]:
-    try:
-        answers = ask()
-    except Exception as error:
-        if isinstance(error, AttributeError | NotImplementedError) or method in str(error):
-            raise RuntimeError(MISSING.format(engine=engine, method=method)) from error
-        raise
-    return [labelled(answer, rank, engine, method) for rank, answer in enumerate(answers)]

@@ -1,9 +1,12 @@
-"""A key in front of all of vLLM's routes. Its own --api-key leaves the development routes open, which can run code."""
+"""Inside a vLLM server's process: a key in front of all its routes, and an end with whoever started it. Imports little."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
+import signal
+import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 
 KEY_VARIABLE = "RLALIGN_ROLLOUT_KEY"
@@ -15,6 +18,7 @@ Message = MutableMapping[str, object]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
+PR_SET_PDEATHSIG = 1  # linux/prctl.h; survives exec
 
 
 class KeyGuard:
@@ -41,3 +45,16 @@ class KeyGuard:
     def _knows(self, scope: Message) -> bool:
         given = [value for name, value in scope.get("headers", ()) if name == b"authorization"]
         return len(given) == 1 and secrets.compare_digest(given[0], self._expected)
+
+
+def tether() -> None:
+    """`python -m rlalign.rollout.server.process_guard PARENT COMMAND ...`: become COMMAND, and get SIGTERM when PARENT dies."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent or parent != int(sys.argv[1]):  # it died before we were tied to it
+        sys.exit(1)
+    os.execv(sys.argv[2], sys.argv[2:])
+
+
+if __name__ == "__main__":
+    tether()

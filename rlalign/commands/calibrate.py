@@ -24,6 +24,7 @@ from rlalign.calibration.calibrators import (
     PlattCalibrator,
     TemperatureCalibrator,
 )
+from rlalign.calibration.calibrators.calibrator import judged_rows
 from rlalign.calibration.calibrators.cross_fit import (
     Quality,
     ScoreRows,
@@ -33,7 +34,6 @@ from rlalign.calibration.calibrators.cross_fit import (
     quality,
     read_score_rows,
 )
-from rlalign.calibration.calibrators.fit_report import judged_rows
 from rlalign.calibration.metrics.reliability import reliability_diagram, write_reliability
 
 METHODS: dict[str, Callable[[], Calibrator]] = {

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from rlalign.calibration.adaptive import AdaptiveTemperature, Confidence, Objective, TokenBatch, Training, confidence_at
+from rlalign.calibration.adaptive.batches import Completion, ModelBatches, encode, read_completions
 from rlalign.calibration.adaptive.heads import Kind
-from rlalign.calibration.adaptive.model_batches import Completion, ModelBatches, encode, read_completions
 from rlalign.calibration.calibrators.calibration_file import ModelIdentity
 from rlalign.calibration.metrics import auroc, brier_score, ece_noise_floor, expected_calibration_error
 from rlalign.calibration.metrics.reliability import reliability_diagram, write_reliability

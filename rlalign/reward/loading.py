@@ -14,16 +14,15 @@ from rlalign.calibration.calibrators import AffineCalibrator, Calibrator
 from rlalign.calibration.calibrators.cross_fit import fit_on, read_score_rows
 from rlalign.config import RewardConfig, RewardModelConfig
 from rlalign.config.reward import CALIBRATED, OWN
-from rlalign.reward.mixture import RewardMixture
-from rlalign.reward.model_reward import ModelReward, logits_by
+from rlalign.reward.mixture import ModelReward, RewardMixture, logits_by
 from rlalign.reward.shaping import BootstrapCalibration
+from rlalign.reward.training import CALIBRATION, SCORES
 from rlalign.reward.training.examples import Labelled, read_rows
-from rlalign.reward.training.quality import CALIBRATION, SCORES
 from rlalign.scoring.calibrated import require_same_model
 from rlalign.scoring.params import ScoringParams
 
 if TYPE_CHECKING:
-    from rlalign.reward.model_reward import Score
+    from rlalign.reward.mixture import Score
     from rlalign.scoring.params import ModelInfo
     from rlalign.scoring.scorer import Scoring
 

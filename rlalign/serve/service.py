@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from rlalign.calibration.calibrators import Calibrator
     from rlalign.scoring.result import ScoreResult
     from rlalign.scoring.scorer import Prepared, RewardScorer, Text
+    from rlalign.serve import ServerSettings
     from rlalign.serve.batcher import ServerMetrics
-    from rlalign.serve.settings import ServerSettings
 
 NUMBERS = ("logits", "scores", "pooled_hidden_states", "token_logprobs", "label_mass")
 

@@ -244,7 +244,7 @@ class AdaptiveTemperature:
 
     @classmethod
     def from_official(cls, folder: str | Path) -> Self:
-        """A checkpoint of the official code: the same calibrated logits. Errors as `official.read_official`."""
+        """A checkpoint of the official code: the same calibrated logits. Errors as `heads.read_official`."""
         head, model = heads.read_official(Path(folder))
         calibrator = cls(
             head=head.shape.kind,

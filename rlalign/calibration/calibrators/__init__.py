@@ -28,8 +28,14 @@ from rlalign.calibration.calibrators.calibration_file import (
     ModelIdentity,
     NotFittedError,
 )
-from rlalign.calibration.calibrators.calibrator import Calibrator, Outcome, PoolerFields, plain_probabilities
-from rlalign.calibration.calibrators.fit_report import FitReport, Support
+from rlalign.calibration.calibrators.calibrator import (
+    Calibrator,
+    FitReport,
+    Outcome,
+    PoolerFields,
+    Support,
+    plain_probabilities,
+)
 
 if TYPE_CHECKING:
     from rlalign.calibration.arrays import Floats, Numbers

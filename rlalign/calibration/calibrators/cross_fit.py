@@ -16,7 +16,7 @@ import numpy as np
 
 from rlalign.calibration.arrays import as_rows, numbers, whole
 from rlalign.calibration.calibrators import CalibrationWarning, Calibrator
-from rlalign.calibration.calibrators.fit_report import judged_rows
+from rlalign.calibration.calibrators.calibrator import judged_rows
 from rlalign.calibration.metrics import (
     Interval,
     auroc,

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 import torch
 
-from rlalign.scoring.hf.forward_pass import outputs, score_logits, vocabulary_logits
-from rlalign.scoring.hf.item_packing import Row
+from rlalign.scoring.hf.forward_pass import Row, outputs, score_logits, vocabulary_logits
 from rlalign.scoring.hf.model_loading import activation_named
 from rlalign.scoring.params import Activation, ModelInfo, PoolerDefaults, Task
 from rlalign.trainer import attention_choice

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from rlalign.calibration.arrays import whole
 from rlalign.scoring.hf import model_loading
 from rlalign.scoring.hf.describe import attention_balance, describe, window_of
-from rlalign.scoring.hf.forward_pass import outputs, read_row
-from rlalign.scoring.hf.item_packing import Row, split_by_budget, worthwhile_groups
+from rlalign.scoring.hf.forward_pass import Row, outputs, read_row, split_by_budget, worthwhile_groups
 from rlalign.scoring.params import PoolerDefaults, ScoringParams
 from rlalign.scoring.result import Answer, score_result
 from rlalign.scoring.scorer import Scoring, checked_inputs

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from rlalign.calibration.metrics.reliability import draw_reliability
 from rlalign.report.charts import FLOOR, Chart
 from rlalign.report.html import MACROS, chip, figure, short
 from rlalign.tracking.record import RunRecord
@@ -133,16 +134,11 @@ def stacked(steps: Sequence[float], phases: dict[str, Sequence[float]], *, top: 
 
 def reliability(bins: Sequence[Mapping[str, float]], *, color: str, name: str) -> Markup:
     """Observed rate against promised probability with 95 % ranges; a point's area grows with its share of the samples."""
-    p, rate, low, high, share = (
-        np.array([each[key] for each in bins]) for key in ("confidence", "outcome", "low", "high", "share")
-    )
 
     def draw(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], color=EDGE, linewidth=1.1, linestyle=(0, (4, 3)))
-        axes.vlines(p, low, high, color=color, linewidth=1.2, alpha=0.45)
-        axes.plot(p, rate, color=color, linewidth=1.4)
-        axes.scatter(p, rate, s=8 + 260 * share, color=color, alpha=0.85, zorder=3, linewidth=0)
-        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="calibrated probability", ylabel="share that is right")
+        draw_reliability(axes, bins, color=color)
+        axes.set(xlabel="calibrated probability", ylabel="share that is right")
 
     return _svg(draw, name)
 

@@ -6,7 +6,6 @@ B samples of a step.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from rlalign.calibration.drift.drift_monitor import DriftMonitor
 from rlalign.calibration.drift.drift_report import DriftLimits, DriftReport, DriftState
 from rlalign.config.reward import VERIFIER
+from rlalign.tracking.files import write_atomic
 
 if TYPE_CHECKING:
     from rlalign.calibration.calibrators import Calibrator
@@ -170,9 +170,7 @@ class DriftWatch:
 
     def _write(self, name: str, report: DriftReport) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        partial = self._folder / f".{name}.json.{os.getpid()}.partial"
-        partial.write_text(json.dumps(report.as_json(), allow_nan=False) + "\n")
-        os.replace(partial, self._folder / f"{name}.json")
+        write_atomic(self._folder / f"{name}.json", json.dumps(report.as_json(), allow_nan=False) + "\n")
 
 
 def _monitor(calibrator: Calibrator, config: DriftConfig) -> DriftMonitor:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from rlalign.calibration.arrays import Floats
     from rlalign.calibration.calibrators import Calibrator
-    from rlalign.calibration.calibrators.affine import AffineCalibrator
+    from rlalign.calibration.calibrators.methods import AffineCalibrator
     from rlalign.config import RewardModelConfig
     from rlalign.scoring.params import ScoringParams
     from rlalign.scoring.result import ScoreResult

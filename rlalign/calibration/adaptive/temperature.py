@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -186,10 +185,7 @@ class AdaptiveTemperature:
             "fit": None if self.diagnostics_ is None else self.diagnostics_.as_json(),
         }
         before = _weights_named_in(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = beside.with_name(f".{beside.name}.{os.getpid()}.partial")
-        partial.write_bytes(weights)
-        os.replace(partial, beside)
+        calibration_file.write_atomic(beside, weights)
         calibration_file.write(path, content, model or self.model_)
         if before is not None and before != beside:
             before.unlink(missing_ok=True)

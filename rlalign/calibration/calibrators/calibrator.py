@@ -111,63 +111,51 @@ class FitReport:
         return cls(**plain)
 
 
-def fit_report(
-    logits: Floats,
-    labels_N: np.ndarray,
-    weight_N: Floats,
-    *,
-    before: Floats,
-    after: Floats,
-    at_bound: bool,
-    separable: bool,
-    intervals: dict[str, tuple[float, float]],
-    pairs: bool,
-    seen: Floats,
-) -> FitReport:
-    """logits, before and after: [N] or [N, K]; labels: 0/1, soft, or classes. For pairs, logits are the margins.
-
-    seen: the logits that make up the support.
-    """
-    binary = logits.ndim == 1
+def fit_report(data: Labelled, after: Floats, outcome: Outcome, *, pairs: bool) -> FitReport:
+    """Of a fit that gives `after`, [N] or [N, K], for the fitted rows; for pairs these are the margins, of label 1."""
+    labels_N, weight_N, top_label = data.labels_N, data.weight_N, pairs or not data.binary
     digest = hashlib.sha256()
-    for array in (logits, labels_N.astype(np.float64), weight_N):
+    for array in (data.logits, labels_N.astype(np.float64), weight_N):
         digest.update(np.ascontiguousarray(array).tobytes())
-    errors = [_errors(p, labels_N, weight_N, top_label=pairs or not binary) for p in (before, after)]
-    shown_N, _ = judged_rows(after, labels_N, top_label=pairs or not binary)
+    nll, brier, ece = zip(
+        *(_errors(p, labels_N, weight_N, top_label=top_label) for p in (plain_probabilities(data.logits), after)),
+        strict=True,
+    )
+    ranks = data.binary and set(np.unique(labels_N)) == {0, 1}
     return FitReport(
         n=len(labels_N),
-        n_positive=float(weight_N @ labels_N) if binary else 0.0,
+        n_positive=float(weight_N @ labels_N) if data.binary else 0.0,
         effective_n=float(weight_N.sum() ** 2 / (weight_N**2).sum()),
         weighted=bool((weight_N != weight_N[0]).any()),
         pairs=pairs,
-        nll_before=errors[0]["nll"],
-        nll_after=errors[1]["nll"],
-        brier_before=errors[0]["brier"],
-        brier_after=errors[1]["brier"],
-        ece_before=errors[0]["ece"],
-        ece_after=errors[1]["ece"],
-        ece_null_p95=ece_noise_floor(shown_N, sample_weight=weight_N).p95,
-        auroc=auroc(logits, labels_N, sample_weight=weight_N)
-        if binary and set(np.unique(labels_N)) == {0, 1}
-        else None,
-        at_bound=at_bound,
-        separable=separable,
-        tied_fraction=_tied_fraction(logits, after) if binary else 0.0,
-        intervals={**intervals, "brier_after": _brier_interval(after, labels_N, weight_N)},
-        support=Support.of(seen, weight_N),
+        nll_before=nll[0],
+        nll_after=nll[1],
+        brier_before=brier[0],
+        brier_after=brier[1],
+        ece_before=ece[0],
+        ece_after=ece[1],
+        ece_null_p95=ece_noise_floor(judged_rows(after, labels_N, top_label=top_label)[0], sample_weight=weight_N).p95,
+        auroc=auroc(data.logits, labels_N, sample_weight=weight_N) if ranks else None,
+        at_bound=outcome.at_bound,
+        separable=outcome.separable,
+        tied_fraction=_tied_fraction(data.logits, after) if data.binary else 0.0,
+        intervals={**outcome.intervals, "brier_after": _brier_interval(after, labels_N, weight_N)},
+        support=Support.of(data.seen, weight_N),
         data_sha256=digest.hexdigest(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 
-def _errors(p: Floats, labels_N: np.ndarray, weight_N: Floats, *, top_label: bool) -> dict[str, float]:
+def _errors(p: Floats, labels_N: np.ndarray, weight_N: Floats, *, top_label: bool) -> tuple[float, float, float]:
+    """NLL in nats, Brier score and ECE."""
     soft = p.ndim == 1
-    shown_N, outcome_N = judged_rows(p, labels_N, top_label=top_label)
-    return {
-        "nll": negative_log_likelihood(p, labels_N, sample_weight=weight_N, soft_labels=soft),
-        "brier": brier_score(p, labels_N, sample_weight=weight_N, soft_labels=soft),
-        "ece": expected_calibration_error(shown_N, outcome_N, sample_weight=weight_N, soft_labels=True),
-    }
+    return (
+        negative_log_likelihood(p, labels_N, sample_weight=weight_N, soft_labels=soft),
+        brier_score(p, labels_N, sample_weight=weight_N, soft_labels=soft),
+        expected_calibration_error(
+            *judged_rows(p, labels_N, top_label=top_label), sample_weight=weight_N, soft_labels=True
+        ),
+    )
 
 
 def judged_rows(p: Floats, labels_N: np.ndarray, *, top_label: bool) -> tuple[Floats, Floats]:
@@ -218,6 +206,10 @@ class Calibrator(ABC):
 
     method: ClassVar[str]
     takes_classes: ClassVar[bool] = False
+    parameter_names: ClassVar[
+        tuple[str, ...]
+    ] = ()  # the fitted numbers; each is an attribute NAME_, set by `_set` in this order
+    option_names: ClassVar[tuple[str, ...]] = ()  # the constructor's arguments
     fitted: bool = False
 
     def __init__(self) -> None:
@@ -238,11 +230,7 @@ class Calibrator(ABC):
         data = labelled(
             logits, labels, sample_weight, soft_labels=soft_labels, classes=self.takes_classes, who=type(self).__name__
         )
-        outcome = self._solve(data)
-        self._describe(
-            data, outcome, before=plain_probabilities(data.logits), after=self.probabilities(data.logits), pairs=False
-        )
-        return self
+        return self._described(data, self._solve(data), pairs=False)
 
     def fit_pairs(self, chosen: Numbers, rejected: Numbers, *, sample_weight: Numbers | None = None) -> Self:
         """Fit P(chosen beats rejected) = sigmoid(scale * (chosen - rejected)), the Bradley-Terry model.
@@ -252,11 +240,7 @@ class Calibrator(ABC):
         responses score higher; TypeError where the method has more than a scale.
         """
         data = margins(chosen, rejected, sample_weight, who=type(self).__name__)
-        outcome = self._solve_pairs(data)
-        self._describe(
-            data, outcome, before=plain_probabilities(data.logits), after=self.probabilities(data.logits), pairs=True
-        )
-        return self
+        return self._described(data, self._solve_pairs(data), pairs=True)
 
     def transform(self, logits: Numbers) -> Floats:
         """Probabilities, float64: [N] for [N] or [N, 1], [N, K] for [N, K]. An empty batch stays empty.
@@ -356,16 +340,16 @@ class Calibrator(ABC):
         """
         raise TypeError(f"{type(self).__name__} is not affine: it has no mean and std; calibrate on the client")
 
-    def unfitted(self) -> Self:
-        """A new calibrator of the same kind with the same options."""
-        return type(self)(**self._options())
-
     @property
     def activation(self) -> str:
         """What follows the fitted part: "sigmoid" or "softmax"; "none" where the method gives scores itself."""
         return "none"
 
-    def _describe(self, data: Labelled, outcome: Outcome, *, before: Floats, after: Floats, pairs: bool) -> None:
+    def unfitted(self) -> Self:
+        """A new calibrator of the same kind with the same options."""
+        return type(self)(**self._options())
+
+    def _described(self, data: Labelled, outcome: Outcome, *, pairs: bool) -> Self:
         if outcome.separable:
             warn(
                 f"{type(self).__name__}: a threshold separates the labels perfectly, so the data do not determine how "
@@ -376,15 +360,13 @@ class Calibrator(ABC):
                 f"{type(self).__name__}: a parameter stopped at its bound; the data ask for a steeper or flatter curve"
             )
         self.model_ = ModelIdentity()
-        self.diagnostics_ = fit_report(
-            data.logits, data.labels_N, data.weight_N, before=before, after=after, at_bound=outcome.at_bound,
-            separable=outcome.separable, intervals=outcome.intervals, pairs=pairs, seen=data.seen,
-        )  # fmt: skip
+        self.diagnostics_ = fit_report(data, self.probabilities(data.logits), outcome, pairs=pairs)
         if self.diagnostics_.tied_fraction > 0.0 and self.method == "isotonic":
             warn(
                 f"{type(self).__name__}: {self.diagnostics_.tied_fraction:.0%} of the rows share their calibrated score "
                 "with a different logit; ties inside a group give no advantage. Prefer Platt for rewards"
             )
+        return self
 
     def _solve_pairs(self, data: Labelled) -> Outcome:
         raise TypeError(
@@ -411,16 +393,18 @@ class Calibrator(ABC):
         if x.ndim != 1:
             raise ValueError(f"{type(self).__name__}: fitted on one logit per row, got shape {x.shape}")
 
-    @abstractmethod
     def parameters(self) -> Json:
         """The fitted numbers, as they stand in the file."""
+        return {name: getattr(self, f"{name}_") for name in self.parameter_names}
+
+    def _restore(self, params: Json) -> None:
+        self._set(*(number(params, name) for name in self.parameter_names))
 
     @abstractmethod
-    def _restore(self, params: Json) -> None: ...
+    def _set(self, *args: Any, **kwargs: Any) -> None: ...
 
     def _options(self) -> Json:
-        """The constructor's arguments."""
-        return {}
+        return {name: getattr(self, name) for name in self.option_names}
 
 
 def _kinds(parent: type[Calibrator]) -> list[type[Calibrator]]:

@@ -11,7 +11,7 @@ N rows, K classes, M non-empty bins.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
@@ -25,18 +25,11 @@ from rlalign.calibration.arrays import (
     row_weights,
 )
 from rlalign.calibration.metrics.bootstrap import Interval, NoiseFloor, bootstrap_ci, ece_noise_floor
-from rlalign.calibration.metrics.ece import (
-    Closed,
-    Norm,
-    Strategy,
-    bin_stats,
-    classwise_ece,
-    expected_calibration_error,
-    smooth_ece,
-)
+from rlalign.calibration.metrics.ece import Norm, bin_stats, classwise_ece, expected_calibration_error, smooth_ece
 
 if TYPE_CHECKING:
     from rlalign.calibration.arrays import Numbers
+    from rlalign.calibration.metrics.ece import Binning
 
 __all__ = [
     "BrierDecomposition", "Interval", "NoiseFloor", "Norm", "auroc", "bootstrap_ci", "brier_decomposition", "brier_score",
@@ -69,18 +62,11 @@ class BrierDecomposition:
     within_bin: float
 
 
-def brier_decomposition(
-    p: Numbers,
-    y: Numbers,
-    *,
-    n_bins: int = 15,
-    strategy: Strategy = "uniform",
-    closed: Closed = "right",
-    sample_weight: Numbers | None = None,
-) -> BrierDecomposition:
+def brier_decomposition(p: Numbers, y: Numbers, **binning: Unpack[Binning]) -> BrierDecomposition:
     """The parts of the binary Brier score (Murphy 1973; within-bin terms of Stephenson et al. 2008). Bins as in ECE."""
-    p_N, y_N, weight_N = binary_rows(p, y, sample_weight)
-    bins = bin_stats(p_N, y_N, n_bins=n_bins, strategy=strategy, closed=closed, sample_weight=weight_N)
+    soft = binning.get("soft_labels", False)
+    p_N, y_N, weight_N = binary_rows(p, y, binning.get("sample_weight"), soft_labels=soft)
+    bins = bin_stats(p_N, y_N, **{**binning, "sample_weight": weight_N})
     share_N = weight_N / weight_N.sum()
     base = float(share_N @ y_N)
     p_inside_N = p_N - bins.confidence_M[bins.index_N]

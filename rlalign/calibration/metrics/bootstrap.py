@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import numpy as np
 
 from rlalign.calibration.arrays import binary_rows, numbers, one_of, probabilities, require_rows, whole
-from rlalign.calibration.metrics.ece import Closed, Strategy, bin_stats
+from rlalign.calibration.metrics.ece import bin_stats
 
 if TYPE_CHECKING:
     from rlalign.calibration.arrays import Floats, Numbers
+    from rlalign.calibration.metrics.ece import Binning
 
 DRAWN_AT_ONCE = 1 << 20  # labels: bounds the memory, not the result
 
@@ -90,16 +91,7 @@ def _members(cluster: Numbers | None, rows: int) -> list[np.ndarray] | range:
     return np.split(order_N, np.flatnonzero(np.diff(index_N[order_N])) + 1)
 
 
-def ece_noise_floor(
-    p: Numbers,
-    *,
-    n_bins: int = 15,
-    strategy: Strategy = "uniform",
-    closed: Closed = "right",
-    sample_weight: Numbers | None = None,
-    n_draws: int = 200,
-    seed: int = 0,
-) -> NoiseFloor:
+def ece_noise_floor(p: Numbers, *, n_draws: int = 200, seed: int = 0, **binning: Unpack[Binning]) -> NoiseFloor:
     """ECE (l1) of labels drawn from p itself, so with no miscalibration at all. An ECE below its p95 shows nothing.
 
     Labels are independent draws; bins and weights as in `expected_calibration_error`. For p uniform on [0, 1] and 15
@@ -107,8 +99,8 @@ def ece_noise_floor(
     """
     n_draws = whole(n_draws, "n_draws", at_least=2)
     p_N = probabilities(p)
-    p_N, _, weight_N = binary_rows(p_N, np.zeros(len(p_N)), sample_weight)
-    bins = bin_stats(p_N, np.zeros(len(p_N)), n_bins=n_bins, strategy=strategy, closed=closed, sample_weight=weight_N)
+    p_N, _, weight_N = binary_rows(p_N, np.zeros(len(p_N)), binning.get("sample_weight"))
+    bins = bin_stats(p_N, np.zeros(len(p_N)), **{**binning, "sample_weight": weight_N})
     random = np.random.default_rng(seed)
     order_N = np.argsort(bins.index_N, kind="stable")
     start_M = np.flatnonzero(np.diff(bins.index_N[order_N], prepend=-1))

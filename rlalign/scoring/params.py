@@ -94,25 +94,6 @@ class InvalidParams(ValueError):
         self.fields = tuple(fields)
 
 
-def resolve(params: ScoringParams, info: ModelInfo, task: Task | None) -> ScoringParams:
-    """See `ScoringParams.verify`."""
-    if task is not None and params.task is not None and task != params.task:
-        raise InvalidParams(f"cannot overwrite task={params.task!r} with {task!r}", ["task"])
-    params = msgspec.structs.replace(params, task=params.task or task or info.tasks[0])
-    problems = _Problems()
-    if params.task not in info.tasks:
-        problems.add("task", f"the model supports {', '.join(info.tasks)}")
-    _check_supported(params, info, problems)
-    _check_values(params, info, problems)
-    if problems:
-        raise problems.error(params, info)
-    params = _with_defaults(params, info)
-    _check_resolved(params, info, problems)
-    if problems:
-        raise problems.error(params, info)
-    return params
-
-
 def per_item_labels(labels: list[int | list[int]] | None) -> bool:
     """Whether label_token_ids has a list for each item."""
     return any(isinstance(entry, list | tuple) for entry in labels or ())
@@ -124,12 +105,12 @@ class _Problems(dict[str, str]):
     def add(self, field: str, what: str) -> None:
         self.setdefault(field, what)
 
-    def error(self, params: ScoringParams, info: ModelInfo) -> InvalidParams:
-        found = "; ".join(f"{field}={getattr(params, field)!r}: {what}" for field, what in self.items())
-        supported = ", ".join((*VALID[params.chosen], *COMMON))
-        return InvalidParams(
-            f"{info.id} ({info.architecture}), task {params.task!r}: {found}. The task supports {supported}", list(self)
-        )
+    def raise_any(self, params: ScoringParams, info: ModelInfo) -> None:
+        if self:
+            found = "; ".join(f"{field}={getattr(params, field)!r}: {what}" for field, what in self.items())
+            supported = ", ".join((*VALID[params.chosen], *COMMON))
+            said = f"{info.id} ({info.architecture}), task {params.task!r}: {found}. The task supports {supported}"
+            raise InvalidParams(said, list(self))
 
 
 def _check_supported(params: ScoringParams, info: ModelInfo, problems: _Problems) -> None:
@@ -348,7 +329,19 @@ class ScoringParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         task: what the caller is about to run. Resolving twice changes nothing. Raises InvalidParams (a ValueError) that
         names every invalid field and what the task supports, and refuses to overwrite a task.
         """
-        return resolve(self, model_info, task)
+        if task is not None and self.task is not None and task != self.task:
+            raise InvalidParams(f"cannot overwrite task={self.task!r} with {task!r}", ["task"])
+        params = msgspec.structs.replace(self, task=self.task or task or model_info.tasks[0])
+        problems = _Problems()
+        if params.task not in model_info.tasks:
+            problems.add("task", f"the model supports {', '.join(model_info.tasks)}")
+        _check_supported(params, model_info, problems)
+        _check_values(params, model_info, problems)
+        problems.raise_any(params, model_info)
+        params = _with_defaults(params, model_info)
+        _check_resolved(params, model_info, problems)
+        problems.raise_any(params, model_info)
+        return params
 
     def label_ids(self, num_items: int) -> list[list[int]]:
         """The judge's label tokens of each item. Raises ValueError where there is not one list an item."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeGuard, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard, TypeVar, cast
 
 import msgspec
 
@@ -109,19 +109,10 @@ Conversation = str | Sequence[Message]  # plain text, or a chat
 RewardFunc = Callable[..., Awaitable[list[float | None]]]
 
 
-class Scoring(Generic[P]):
+class Scoring(RewardScorer[P]):
     """The methods that every backend shares; a backend adds `info`, `tokenizer`, `prepare` and `run`."""
 
-    info: ModelInfo
     tokenizer: PreTrainedTokenizerBase | None
-
-    def prepare(self, query: Text, items: Text | Sequence[Text], params: ScoringParams | None = None) -> P:
-        """See `rlalign.scoring.scorer.RewardScorer`."""
-        raise NotImplementedError
-
-    def run(self, requests: Sequence[P]) -> list[ScoreResult]:
-        """See `rlalign.scoring.scorer.RewardScorer`."""
-        raise NotImplementedError
 
     def score(self, query: Text, items: Text | Sequence[Text], params: ScoringParams | None = None) -> ScoreResult:
         """Score items against a query, in their order. Raises ValueError before any computation on a bad request."""

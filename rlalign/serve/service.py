@@ -20,7 +20,6 @@ from rlalign.serve.bodies import ApiError, invalid
 from rlalign.serve.calibrations import Calibrations, InForce
 
 if TYPE_CHECKING:
-    from rlalign.calibration.calibrators import Calibrator
     from rlalign.scoring.result import ScoreResult
     from rlalign.scoring.scorer import Prepared, RewardScorer, Text
     from rlalign.serve import ServerSettings
@@ -46,14 +45,6 @@ def only_finite(result: ScoreResult) -> ScoreResult:
 
     errors = [error or (f"not_finite: {bad[i]}" if i in bad else None) for i, error in enumerate(result.errors)]
     return replace(result, **{name: kept(name) for name in NUMBERS}, errors=errors)
-
-
-def with_probabilities(result: ScoreResult, calibrator: Calibrator, *, generative: bool) -> ScoreResult:
-    """Calibrated scores. Raises ValueError on a judge with other than two labels, whose log-odds nobody defined."""
-    sizes = {len(row) for row in result.logits if row is not None}
-    if generative and sizes - {2}:
-        raise ValueError(f"a judge is calibrated by the log-odds of exactly two labels, got {max(sizes)}")
-    return calibrated(result, calibrator, generative=generative)
 
 
 def with_softmax(result: ScoreResult, temperature: float) -> ScoreResult:
@@ -218,7 +209,7 @@ class Service:
         result = only_finite(result)
         try:
             if ask.calibration is not None:
-                result = with_probabilities(result, ask.calibration.calibrator, generative=task == "generative")
+                result = calibrated(result, ask.calibration.calibrator, generative=task == "generative")
             elif ask.softmax_temperature is not None:
                 result = with_softmax(result, ask.softmax_temperature)
         except ValueError as error:

@@ -8,7 +8,7 @@ A failed item has null in place of its number, and its reason in `error`.
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any, Literal, TypedDict, cast
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 from fastapi import APIRouter, Request
@@ -100,13 +100,6 @@ class ClassifyBody(_Common):
     add_special_tokens: Literal[True] = True
 
 
-class _Head(TypedDict):
-    id: str
-    model: str
-    usage: Usage
-    calibration_id: str
-
-
 class _Answer(BaseModel):
     id: str
     model: str
@@ -169,7 +162,7 @@ def router(service: Service) -> APIRouter:
         request_id = f"score-{request.state.request_id}"
         scored = await service.score(_ask(body, service, _pairs(first, second), body.max_tokens_per_doc), request_id)
         data = [ScoreData(index=i, score=number, error=error) for i, (number, error) in enumerate(_numbers(scored))]
-        return _json(ScoreAnswer(**_head(scored, request_id, service), created=int(time.time()), data=data))
+        return _answered(ScoreAnswer, scored, request_id, service, created=int(time.time()), data=data)
 
     @paths.post("/rerank", response_model=RerankAnswer, responses=ERRORS)
     @paths.post("/v1/rerank", response_model=RerankAnswer, responses=ERRORS)
@@ -196,7 +189,7 @@ def router(service: Service) -> APIRouter:
         ]
         logits = scored.results[0].logits  # of two equal probabilities the higher logit comes first
         results.sort(key=lambda one: _rank(one.relevance_score, logits[one.index]), reverse=True)
-        return _json(RerankAnswer(**_head(scored, request_id, service), results=results[: body.top_n or None]))
+        return _answered(RerankAnswer, scored, request_id, service, results=results[: body.top_n or None])
 
     @paths.post("/classify", response_model=ClassifyAnswer, responses=ERRORS)
     @paths.post("/v1/classify", response_model=ClassifyAnswer, responses=ERRORS)
@@ -206,13 +199,8 @@ def router(service: Service) -> APIRouter:
         query = "" if not items or isinstance(items[0], str) else []
         request_id = f"classify-{request.state.request_id}"
         scored = await service.score(_ask(body, service, [(query, items)], 0, alone=True), request_id)
-        return _json(
-            ClassifyAnswer(
-                **_head(scored, request_id, service),
-                created=int(time.time()),
-                data=_classes(scored, service.scorer.info.labels),
-            )
-        )
+        data = _classes(scored, service.scorer.info.labels)
+        return _answered(ClassifyAnswer, scored, request_id, service, created=int(time.time()), data=data)
 
     return paths
 
@@ -314,14 +302,7 @@ def _document(text: AnyText) -> RerankDocument:
     return RerankDocument(text=text if isinstance(text, str) else None)
 
 
-def _head(scored: Scored, request_id: str, service: Service) -> _Head:
-    return {
-        "id": request_id,
-        "model": service.model_name,
-        "usage": usage(scored.prompt_tokens),
-        "calibration_id": scored.calibration_id,
-    }
-
-
-def _json(answer: _Answer) -> JSONResponse:
-    return JSONResponse(answer.model_dump())
+def _answered(kind: type[_Answer], scored: Scored, request_id: str, service: Service, **fields: Any) -> JSONResponse:
+    """What all answers begin with, and an answer's own fields."""
+    head = {"id": request_id, "model": service.model_name, "usage": usage(scored.prompt_tokens)}
+    return JSONResponse(kind(**head, calibration_id=scored.calibration_id, **fields).model_dump())

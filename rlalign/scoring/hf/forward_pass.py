@@ -22,6 +22,7 @@ import torch
 
 from rlalign.head import projection
 from rlalign.head.transform import HeadTransform
+from rlalign.scoring.result import Answer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -195,28 +196,6 @@ def vocabulary_logits(loaded: LoadedModel, states_ND: Tensor) -> Tensor:
     return transform.apply_as_transformers(logits_NV)
 
 
-def label_logprobs(loaded: LoadedModel, states_ND: Tensor, label_ids: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Log-probabilities (nats, over the whole vocabulary) of each state's own label tokens."""
-    logits_NV = vocabulary_logits(loaded, states_ND)
-    norm_N = logits_NV.logsumexp(-1)
-    return [logits_NV[n, list(ids)] - norm_N[n] for n, ids in enumerate(label_ids)]
-
-
-def token_columns(loaded: LoadedModel, states_ND: Tensor, token_ids: Sequence[int]) -> Tensor:
-    """float32 logits [N, K] of some tokens only: what a step-pooling causal LM scores with."""
-    chosen = torch.tensor(list(token_ids), device=states_ND.device)
-    with torch.inference_mode():
-        return vocabulary_logits(loaded, states_ND)[:, chosen]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
-    """values: float32 logits, label log-probabilities or states, on the CPU; state: what the head saw, if asked for."""
-
-    values: Tensor
-    state: Tensor | None = None
-
-
 def read_row(
     loaded: LoadedModel,
     info: ModelInfo,
@@ -224,32 +203,38 @@ def read_row(
     row: Row,
     output: Tensor,
     label_ids: Sequence[Sequence[int]],
-) -> list[Reading]:
-    """One reading an item of the row. output: [L, X] as `forward.outputs` gave it, or [K]. label_ids: of these items."""
+) -> list[Answer]:
+    """One answer an item of the row. output: [L, X] as `outputs` gave it, or [K]. label_ids: of these items."""
     if params.task == "classify":
         return _classified(loaded, params, row, output)
     if params.task == "generative":
         last_ND = output[[end - 1 for _, end in row.spans]]
-        return [Reading(values=found.float().cpu()) for found in label_logprobs(loaded, last_ND, label_ids)]
-    readings = []
+        logits_NV = vocabulary_logits(loaded, last_ND)
+        norm_N = logits_NV.logsumexp(-1)
+        return [_answer(logits_NV[n, list(ids)] - norm_N[n]) for n, ids in enumerate(label_ids)]
+    answers = []
     for item, (start, end) in zip(row.items, row.spans, strict=True):
         whole_TX = torch.cat([output[: len(row.query)], output[start:end]])
         if params.task == "token_classify":
             whole_TX = _steps(loaded, params, [*row.query, *item], whole_TX)
         elif params.task == "embed":
             whole_TX = _pooled(whole_TX, info.pooler.pooling)
-        readings.append(Reading(values=whole_TX.float().cpu()))
-    return readings
+        answers.append(_answer(whole_TX))
+    return answers
 
 
-def _classified(loaded: LoadedModel, params: ScoringParams, row: Row, output: Tensor) -> list[Reading]:
+def _answer(values: Tensor, state: Tensor | None = None) -> Answer:
+    return Answer(values=values.float().cpu().numpy(), state=state)
+
+
+def _classified(loaded: LoadedModel, params: ScoringParams, row: Row, output: Tensor) -> list[Answer]:
     if loaded.head is None:
-        return [Reading(values=output.float().cpu())]
+        return [_answer(output)]
     last_ND = output[[end - 1 for _, end in row.spans]]
     logits_NK = score_logits(loaded, last_ND).cpu()
     states = last_ND.float().cpu() if params.return_pooled_hidden_states else [None] * len(logits_NK)
     return [
-        Reading(values=logits_K, state=None if state is None else state.clone())
+        _answer(logits_K, None if state is None else state.clone())
         for logits_K, state in zip(logits_NK, states, strict=True)
     ]
 
@@ -260,7 +245,8 @@ def _steps(loaded: LoadedModel, params: ScoringParams, token_ids: list[int], out
         output_TX = output_TX[[t for t, token in enumerate(token_ids) if token == params.step_tag_id]]
     columns = params.returned_token_ids
     if loaded.task == "generative":
-        return token_columns(loaded, output_TX, columns or ())
+        chosen = torch.tensor(list(columns or ()), device=output_TX.device)
+        return vocabulary_logits(loaded, output_TX)[:, chosen]
     logits_TK = output_TX.float() if loaded.head is None else score_logits(loaded, output_TX)
     return logits_TK if columns is None else logits_TK[:, columns]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -132,13 +132,10 @@ class HFScorer(Scoring[HFRequest]):
             for (r, g), output in zip(batch, found, strict=True):
                 request, indices = requests[r], requests[r].indices[g]
                 labels = [request.label_ids[i] for i in indices]
-                readings = read_row(self._loaded, self.info, request.params, request.rows[g], output, labels)
-                for i, reading in zip(indices, readings, strict=True):
+                found_here = read_row(self._loaded, self.info, request.params, request.rows[g], output, labels)
+                for i, answer in zip(indices, found_here, strict=True):
                     sequence = request.sequences[i]
-                    answers[r][i] = Answer(
-                        values=reading.values.numpy(), state=reading.state, prompt_tokens=len(sequence),
-                        truncated=sequence.truncated,
-                    )  # fmt: skip
+                    answers[r][i] = replace(answer, prompt_tokens=len(sequence), truncated=sequence.truncated)
         return [score_result(row, request.params, self.info) for row, request in zip(answers, requests, strict=True)]
 
     def _rows(self, sequences: list[TokenSequence]) -> tuple[list[Row], list[list[int]]]:

@@ -13,7 +13,7 @@ import msgspec
 
 from rlalign.config.reward import DIALECTS
 from rlalign.scoring.http.dialect import Ask, Dialect, HTTPRequest, known
-from rlalign.scoring.http.sglang_dialect import OURS
+from rlalign.scoring.http.engine_dialects import OURS
 from rlalign.scoring.http.transport import Call, Json, RequestFailed, Transport
 from rlalign.scoring.params import InvalidParams, ScoringParams
 from rlalign.scoring.result import Answer, score_result

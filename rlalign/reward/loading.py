@@ -41,7 +41,10 @@ def _model_reward(name: str, config: RewardModelConfig, say: Callable[[str], Non
     what = f"reward.models.{name}"
     folder = _folder(config.path, say) if config.path else None
     scorer = _scorer(config, folder, what)
-    params = _params(config, what)
+    try:  # raw logits are what is asked for, whatever the model's own defaults are
+        params = msgspec.convert(dict(config.params), ScoringParams)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{what}.params: {error}") from error
     _require_one_number(config, scorer.info, params, what)
     score = logits_by(scorer, params, label_index=config.label_index, chat=config.chat_template)
     calibrator = _calibrator(config, folder, scorer, what) if config.calibration else None
@@ -76,33 +79,26 @@ def _folder(path: str, say: Callable[[str], None]) -> Path:
 
 def _scorer(config: RewardModelConfig, folder: Path | None, what: str) -> Scoring:
     if folder is not None:
+        import torch
+
         from rlalign.scoring.hf import HFScorer
 
-        return HFScorer(str(folder), dtype=config.dtype, device=_device(config.device))
+        here = "cuda" if torch.cuda.is_available() else "cpu"
+        return HFScorer(str(folder), dtype=config.dtype, device=here if config.device == "auto" else config.device)
     from rlalign.scoring.http import HTTPScorer
 
     server = config.server
+    if server.api_key_env and not os.environ.get(server.api_key_env):
+        raise ValueError(f"{what}.server.api_key_env: the environment variable {server.api_key_env} is not set")
     return HTTPScorer(
         server.url,
         server.dialect,
         model=server.model or None,
         tokenizer=server.tokenizer or None,
-        api_key=_secret(server.api_key_env, what) if server.api_key_env else None,
+        api_key=os.environ[server.api_key_env] if server.api_key_env else None,
         timeout=server.timeout_s,
         server_calibrated=None if server.raw is None else not server.raw,
     )
-
-
-def _device(name: str) -> str:
-    import torch
-
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _secret(variable: str, what: str) -> str:
-    if not os.environ.get(variable):
-        raise ValueError(f"{what}.server.api_key_env: the environment variable {variable} is not set")
-    return os.environ[variable]
 
 
 def _require_one_number(config: RewardModelConfig, info: ModelInfo, params: ScoringParams, what: str) -> None:
@@ -117,14 +113,6 @@ def _require_one_number(config: RewardModelConfig, info: ModelInfo, params: Scor
         raise ValueError(
             f"{what}: the model has {labels} labels; say which one is the reward with label_index, got {index}"
         )
-
-
-def _params(config: RewardModelConfig, what: str) -> ScoringParams:
-    """Raw logits are what is asked for, whatever the model's own defaults are."""
-    try:
-        return msgspec.convert(dict(config.params), ScoringParams)
-    except msgspec.ValidationError as error:
-        raise ValueError(f"{what}.params: {error}") from error
 
 
 def _calibrator(config: RewardModelConfig, folder: Path | None, scorer: Scoring, what: str) -> Calibrator:

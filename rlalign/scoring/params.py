@@ -156,7 +156,12 @@ def _check_values(params: ScoringParams, info: ModelInfo, problems: _Problems) -
     columns = info.num_labels or info.vocab_size
     if params.returned_token_ids is not None and (bad := _bad_ids(params.returned_token_ids, columns)):
         problems.add("returned_token_ids", bad)
-    if params.label_token_ids is not None and (bad := _bad_labels(params.label_token_ids, info.vocab_size)):
+    labels = params.label_token_ids
+    if per_item_labels(labels) and isinstance(labels, list | tuple):
+        for i, ids in enumerate(labels):
+            if bad := _bad_ids(ids, info.vocab_size):
+                problems.add("label_token_ids", f"item {i}: {bad}")
+    elif labels is not None and (bad := _bad_ids(labels, info.vocab_size)):
         problems.add("label_token_ids", bad)
     if params.dimensions is not None and "dimensions" not in problems and params.task in ("embed", "token_embed"):
         allowed = info.matryoshka_dimensions
@@ -242,13 +247,6 @@ def _bad_ids(ids: object, size: int) -> str | None:
         if not _whole(token) or not 0 <= token < size:
             return f"{token!r} is not an id from 0 to {size - 1}"
     return "the same id twice" if len(set(ids)) < len(ids) else None
-
-
-def _bad_labels(labels: object, vocab_size: int) -> str | None:
-    if isinstance(labels, list | tuple) and any(isinstance(entry, list | tuple) for entry in labels):
-        found = ((i, _bad_ids(ids, vocab_size)) for i, ids in enumerate(labels))
-        return next((f"item {i}: {bad}" for i, bad in found if bad), None)
-    return _bad_ids(labels, vocab_size)
 
 
 __all__ = ["Activation", "InvalidParams", "ModelInfo", "PoolerDefaults", "ScoringParams", "Task"]

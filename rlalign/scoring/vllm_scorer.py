@@ -9,7 +9,6 @@ ask for both (vllm-project/vllm#20624). It goes when vLLM's pooling output carri
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ import torch
 
 from rlalign.rollout import versions
 from rlalign.scoring.hf.describe import activation_of, label_names
-from rlalign.scoring.hf.model_loading import folder_facts
+from rlalign.scoring.hf.model_loading import folder_facts, template_digest
 from rlalign.scoring.params import ModelInfo, PoolerDefaults, ScoringParams, Task
 from rlalign.scoring.result import Answer, score_result
 from rlalign.scoring.scorer import Scoring, checked_inputs
@@ -152,7 +151,7 @@ def engine_info(
             logit_mean=mean,
             logit_sigma=sigma,
         ),
-        template_sha256=_template_digest(tokenizer),
+        template_sha256=template_digest(tokenizer),
         already_calibrated=mean is not None or sigma is not None,
     )
 
@@ -191,11 +190,6 @@ def _hidden_states(
             f"{len(closed)} of {len(opened)} vLLM ranks could not open their pooler: {'; '.join(closed)}"
         )
     return not closed, "; ".join(closed[:1])
-
-
-def _template_digest(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
-    template = None if tokenizer is None else tokenizer.chat_template
-    return hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None
 
 
 OLDEST = (0, 32)

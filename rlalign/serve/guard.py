@@ -62,10 +62,13 @@ class Guard:
             await response(error)(scope, receive, named)
         except TimeoutError:
             if status == UNANSWERED:
-                await response(self._late())(scope, receive, named)
+                seconds = self._settings.request_timeout_s
+                late = ApiError(504, f"no answer within {seconds:g} s; the request was given up", type="timeout")
+                await response(late)(scope, receive, named)
         except asyncio.CancelledError:  # by uvicorn, when the drain is over; the task ends here anyway
             if status == UNANSWERED:
-                await response(_ending())(scope, receive, named)
+                said = "the server is ending and cannot answer any more; ask another one"
+                await response(ApiError(503, said, type="shutting_down"))(scope, receive, named)
         except Exception:
             log.exception("request %s failed", request_id)
             if status == UNANSWERED:
@@ -145,11 +148,3 @@ class Guard:
             for task in (work, gone):
                 task.cancel()
             await asyncio.gather(work, gone, return_exceptions=True)
-
-    def _late(self) -> ApiError:
-        seconds = self._settings.request_timeout_s
-        return ApiError(504, f"no answer within {seconds:g} s; the request was given up", type="timeout")
-
-
-def _ending() -> ApiError:
-    return ApiError(503, "the server is ending and cannot answer any more; ask another one", type="shutting_down")

@@ -176,7 +176,11 @@ class Service:
         results = [self._complete(next(answers) if one[0] is not None else None, *one[1:]) for one in prepared]
         finished = [self._finished(result, ask, task) for result in results]
         self._count(finished)
-        self._remember(request_id, finished, task, ask)
+        # scores of one logit each, under `request_id/index`, the index running over all pairs
+        found = [logit for result in finished for logit in single_logits(result, generative=task == "generative")]
+        known = {f"{request_id}/{i}": logit for i, logit in enumerate(found) if logit is not None}
+        in_force = ask.calibration or self.calibrations.in_force
+        self.calibrations.remember(in_force, list(known), list(known.values()), ask.policy_version)
         used = "identity" if ask.calibration is None else ask.calibration.id
         return Scored(results=finished, calibration_id=used, task=task)
 
@@ -221,10 +225,3 @@ class Service:
         self.metrics.items.inc(sum(map(len, results)) - failed)
         self.metrics.failed_items.inc(failed)
         self.metrics.prompt_tokens.inc(sum(sum(result.prompt_tokens) for result in results))
-
-    def _remember(self, request_id: str, results: Sequence[ScoreResult], task: str, ask: Ask) -> None:
-        """Scores of one logit each, under `request_id/index`, the index running over all pairs."""
-        found = [logit for result in results for logit in single_logits(result, generative=task == "generative")]
-        ids = [f"{request_id}/{i}" for i, logit in enumerate(found) if logit is not None]
-        logits = [logit for logit in found if logit is not None]
-        self.calibrations.remember(ask.calibration or self.calibrations.in_force, ids, logits, ask.policy_version)

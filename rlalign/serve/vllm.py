@@ -181,14 +181,21 @@ def router(service: Service) -> APIRouter:
         results = [
             RerankResult(
                 index=i,
-                document=None if body.return_documents is False else _document(documents[i]),
+                document=None
+                if body.return_documents is False
+                else RerankDocument(text=text if isinstance(text := documents[i], str) else None),
                 relevance_score=number,
                 error=error,
             )
             for i, (number, error) in enumerate(_numbers(scored))
         ]
         logits = scored.results[0].logits  # of two equal probabilities the higher logit comes first
-        results.sort(key=lambda one: _rank(one.relevance_score, logits[one.index]), reverse=True)
+
+        def rank(one: RerankResult) -> tuple[bool, float, float]:
+            row = logits[one.index]
+            return one.relevance_score is not None, one.relevance_score or 0.0, 0.0 if row is None else float(row[0])
+
+        results.sort(key=rank, reverse=True)
         return _answered(RerankAnswer, scored, request_id, service, results=results[: body.top_n or None])
 
     @paths.post("/classify", response_model=ClassifyAnswer, responses=ERRORS)
@@ -291,15 +298,6 @@ def _classes(scored: Scored, labels: tuple[str, ...]) -> list[ClassifyData]:
             )
         )
     return found
-
-
-def _rank(score: float | None, logits: np.ndarray | None) -> tuple[bool, float, float]:
-    """What a result is sorted by: those with a score before others, of equal scores the higher (first) logit."""
-    return (score is not None, score or 0.0, 0.0 if logits is None else float(logits[0]))
-
-
-def _document(text: AnyText) -> RerankDocument:
-    return RerankDocument(text=text if isinstance(text, str) else None)
 
 
 def _answered(kind: type[_Answer], scored: Scored, request_id: str, service: Service, **fields: Any) -> JSONResponse:

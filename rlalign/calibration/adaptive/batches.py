@@ -8,7 +8,7 @@ B sequences, L padded length, N scored tokens or rows, D hidden, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
@@ -233,23 +233,25 @@ def token_batches(
                 f"token_batches: sequence {i} has {len(ids)} tokens, hidden states {tuple(h_LD.shape)} and start {start}; "
                 "expected one row per token and 1 <= start < length"
             )
-    pad = torch.nn.utils.rnn.pad_sequence
     batches = []
-    for at in _chunks(len(hidden), batch_size):
-        ids = pad([torch.tensor(each) for each in token_ids[at]], batch_first=True)
-        mask = pad(
-            [torch.arange(len(x)) >= s for x, s in zip(token_ids[at], starts[at], strict=True)], batch_first=True
-        )
-        hidden_BLD = pad(list(hidden[at]), batch_first=True)
-        device = hidden_BLD.device
-        batches.append(
-            TokenBatch(hidden=hidden_BLD, token_ids=ids.to(device), mask=mask.to(device), projection=projection)
-        )
+    for first in range(0, len(hidden), batch_size):
+        at = slice(first, first + batch_size)
+        hidden_BLD = torch.nn.utils.rnn.pad_sequence(list(hidden[at]), batch_first=True)
+        ids_BL, _, mask_BL = _padded(token_ids[at], starts[at], hidden_BLD.device)
+        batches.append(TokenBatch(hidden=hidden_BLD, token_ids=ids_BL, mask=mask_BL, projection=projection))
     return batches
 
 
-def _chunks(n: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+def _padded(
+    token_ids: Sequence[Sequence[int]], starts: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ids [B, L] padded on the right; bool: which are tokens, and which of those are to be calibrated."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids_BL = pad([torch.tensor(ids) for ids in token_ids], batch_first=True)
+    place_L = torch.arange(ids_BL.shape[1])
+    present_BL = place_L < torch.tensor([len(ids) for ids in token_ids])[:, None]
+    mask_BL = present_BL & (place_L >= torch.tensor(starts)[:, None])
+    return ids_BL.to(device), present_BL.to(device), mask_BL.to(device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -330,14 +332,9 @@ class ModelBatches:
     @torch.no_grad()
     def __getitem__(self, index: int) -> TokenBatch:
         group = self._groups[index]
-        pad = torch.nn.utils.rnn.pad_sequence
-        device = self._projection.weight_VD.device
-        ids_BL = pad([torch.tensor(row.token_ids) for row in group], batch_first=True).to(device)
-        length_B = torch.tensor([len(row.token_ids) for row in group], device=device)
-        start_B = torch.tensor([row.start for row in group], device=device)
-        position_L = torch.arange(ids_BL.shape[1], device=device)
-        present_BL = position_L < length_B[:, None]
+        ids_BL, present_BL, mask_BL = _padded(
+            [row.token_ids for row in group], [row.start for row in group], self._projection.weight_VD.device
+        )
         body = self._model.base_model(input_ids=ids_BL, attention_mask=present_BL.long(), use_cache=False)
-        mask_BL = present_BL & (position_L >= start_B[:, None])
         hidden = HeadTransform.of(self._model.config).hidden(body.last_hidden_state)
         return TokenBatch(hidden=hidden, token_ids=ids_BL, mask=mask_BL, projection=self._projection)

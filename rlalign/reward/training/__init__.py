@@ -75,8 +75,7 @@ def train_reward_model(
     if recipe.gradient_checkpointing:
         network.model.gradient_checkpointing_enable()
     items = _items(learned, tokenizer, recipe, str(base))
-    if not accelerator.is_main_process:
-        say = _silent
+    say = say if accelerator.is_main_process else (lambda _: None)
     say(f"{len(items)} {objective} to learn from, {len(learned) - len(items)} too long; {len(held_out)} rows held out")
     steps = fit(network, items, recipe, accelerator, pad=cast("int", tokenizer.pad_token_id), say=say)
     record: dict[str, Any] = {
@@ -129,13 +128,12 @@ def _rows_for(objective: str, rows: Sequence[Row], pairs_per_prompt: int, seed: 
 
 def _items(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, model: str) -> list[Item]:
     """Rows with their token ids; those with a sequence longer than max_length are left out."""
-    sides = [(r.chosen, r.rejected) if isinstance(r, Pair) else (r.completion,) for r in rows]
-    texts = [(r.prompt, text) for r, side in zip(rows, sides, strict=True) for text in side]
+    texts = [(row.prompt, text) for row in rows for text in row.texts]
     ids = iter(tokenised(tokenizer, texts, max_length=recipe.max_length, chat=recipe.chat_template, model=model))
     found = []
-    for row, side in zip(rows, sides, strict=True):
-        sequences = tuple(kept for kept in [next(ids) for _ in side] if kept is not None)
-        if len(sequences) == len(side):
+    for row in rows:
+        sequences = tuple(kept for kept in [next(ids) for _ in row.texts] if kept is not None)
+        if len(sequences) == len(row.texts):
             found.append(Item(row=row, sequences=sequences))
     return found
 
@@ -154,9 +152,6 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path,
     os.rename(unfinished, out)
 
 
-def _silent(_: str) -> None: ...
-
-
 SCORES, CALIBRATION = "scores.jsonl", "calibration.json"
 
 
@@ -167,17 +162,10 @@ def judge(folder: Path, held_out: Sequence[Row], *, chat: bool = False, model_id
     gets no calibration, and the record says why.
     """
     scorer = HFScorer(str(folder.resolve()), device="cuda" if torch.cuda.is_available() else "cpu")
-    sides = [(r.chosen, r.rejected) if isinstance(r, Pair) else (r.completion,) for r in held_out]
-    answers = iter(
-        logits_by(scorer, chat=chat)(
-            [(r.prompt, text) for r, side in zip(held_out, sides, strict=True) for text in side]
-        )
-    )
-    scored = [(row, [next(answers) for _ in side]) for row, side in zip(held_out, sides, strict=True)]
+    answers = iter(logits_by(scorer, chat=chat)([(row.prompt, text) for row in held_out for text in row.texts]))
+    scored = [(row, [next(answers) for _ in row.texts]) for row in held_out]
     numbers = [(row, [n for n in given if not isinstance(n, str)]) for row, given in scored]
-    usable = [
-        (row, found) for (row, found), (_, given) in zip(numbers, scored, strict=True) if len(found) == len(given)
-    ]
+    usable = [(row, found) for row, found in numbers if len(found) == len(row.texts)]
     if not usable:
         raise RuntimeError(f"none of {len(held_out)} held-out rows could be scored; the first reason: {scored[0][1]}")
     with (folder / SCORES).open("w", encoding="utf-8") as file:

@@ -27,6 +27,11 @@ class Labelled:
     label: float
     weight: float = 1.0
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What is scored."""
+        return (self.completion,)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
@@ -36,6 +41,11 @@ class Pair:
     chosen: str
     rejected: str
     weight: float = 1.0
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What is scored."""
+        return self.chosen, self.rejected
 
 
 Row = Labelled | Pair

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, TypedDict, Unpack
 
 from rlalign.calibration.arrays import whole
 from rlalign.scoring.hf import model_loading
@@ -41,6 +41,15 @@ class HFRequest:
         return sum(row.length for row in self.rows)
 
 
+class Options(TypedDict, total=False):
+    """How a model is described and run, see `HFScorer`."""
+
+    pooler: PoolerDefaults | None
+    packing: Packing
+    max_batch_tokens: int
+    max_pack_tokens: int
+
+
 class HFScorer(Scoring[HFRequest]):
     """Sequence and token classifiers, cross-encoders, generative judges and embedders, from a folder or a hub id.
 
@@ -61,17 +70,14 @@ class HFScorer(Scoring[HFRequest]):
         dtype: str = "auto",
         device: str = "cpu",
         attention: Literal["auto", "sdpa", "eager", "flex_attention"] = "auto",
-        pooler: PoolerDefaults | None = None,
-        packing: Packing = "auto",
-        max_batch_tokens: int = 4096,
-        max_pack_tokens: int = 4096,
         trust_remote_code: bool = False,
+        **options: Unpack[Options],
     ) -> None:
         loaded = model_loading.load(
             str(path), revision=revision, dtype=dtype, device=device, attention=attention,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
-        self._start(loaded, pooler, packing, max_batch_tokens, max_pack_tokens)
+        self._start(loaded, **options)
 
     @classmethod
     def wrap(
@@ -80,23 +86,21 @@ class HFScorer(Scoring[HFRequest]):
         tokenizer: PreTrainedTokenizerBase | None,
         *,
         id: str,
-        pooler: PoolerDefaults | None = None,
-        packing: Packing = "auto",
-        max_batch_tokens: int = 4096,
-        max_pack_tokens: int = 4096,
+        **options: Unpack[Options],
     ) -> Self:
         """A scorer of a model in memory, whose head is copied: wrap again after an update of its weights."""
         scorer = cls.__new__(cls)
-        scorer._start(model_loading.wrap(model, tokenizer, id=id), pooler, packing, max_batch_tokens, max_pack_tokens)
+        scorer._start(model_loading.wrap(model, tokenizer, id=id), **options)
         return scorer
 
     def _start(
         self,
         loaded: model_loading.LoadedModel,
-        pooler: PoolerDefaults | None,
-        packing: Packing,
-        max_batch_tokens: int,
-        max_pack_tokens: int,
+        *,
+        pooler: PoolerDefaults | None = None,
+        packing: Packing = "auto",
+        max_batch_tokens: int = 4096,
+        max_pack_tokens: int = 4096,
     ) -> None:
         self._loaded = loaded
         self.info = describe(loaded, pooler)

@@ -7,6 +7,7 @@ states before the head are there to return and to pack; any other (BERT, XLM-R, 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -63,6 +64,12 @@ def activation_named(name: Any) -> Activation:
             f"activation function {name!r} of the checkpoint is not known; expected {', '.join(ACTIVATIONS)}"
         )
     return ACTIVATIONS[kind]
+
+
+def template_digest(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    """sha256 of the chat template's text, None without one."""
+    template = None if tokenizer is None else tokenizer.chat_template
+    return hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None
 
 
 def read(path: str, name: str, revision: str | None) -> str | None:

@@ -122,7 +122,10 @@ class HTTPScorer(Scoring[HTTPRequest]):
             self.info = self._served.info
             self.tokenizer = _tokenizer(tokenizer)
             self._takes_ids = self._dialect.takes_ids and (self.info.causal or self.dialect != "vllm")  # /score is text
-            self._sequencer = self._make_sequencer()
+            # cuts and joins token ids, and text too where there is a tokenizer; not where the server reads query and item apart
+            joins = self._dialect.takes_ids and self.info.causal
+            limit, name = self.info.max_length, self.info.id
+            self._sequencer = Sequencer(self.tokenizer, pairs=False, max_length=limit, model=name) if joins else None
             self._settle(server_calibrated, known_logits)
         except BaseException:
             self.close()
@@ -193,12 +196,6 @@ class HTTPScorer(Scoring[HTTPRequest]):
             if error.status in OF_ITEMS and len(span) > 1:
                 return [answer for i in span for answer in await self._answered(request, range(i, i + 1))]
             return [replace(known(request, i), error=f"server: {error}") for i in span]
-
-    def _make_sequencer(self) -> Sequencer | None:
-        """Cuts and joins token ids, and text too where there is a tokenizer; None where the server reads query and item apart."""
-        if not self._dialect.takes_ids or not self.info.causal:
-            return None
-        return Sequencer(self.tokenizer, pairs=False, max_length=self.info.max_length, model=self.info.id)
 
     def _refuse(self, params: ScoringParams, *, here: bool, text: bool) -> None:
         """Raise InvalidParams on what neither this client nor the server can do. here: token ids are made in this client."""

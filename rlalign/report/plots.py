@@ -218,7 +218,6 @@ def _log_axis(axes: Axes, lines: Sequence[Line], limit: float | None) -> float:
 
 
 def _mark(axes: Axes, value: float, label: str, height: float, left: float, right: float) -> None:
-    """A vertical line with its number on the side that has room."""
     at = max(value, left)
     axes.axvline(at, color=INK, linewidth=1.1, linestyle=(0, (2, 2)))
     late = np.log10(at / left) > 0.6 * np.log10(right / left)
@@ -339,7 +338,6 @@ def _expanded(chart: Chart, runs: Sequence[Shown], name: str) -> tuple[dict[str,
 
 
 def _idle(chart: Chart, runs: Sequence[Shown], lines: Sequence[Line]) -> bool:
-    """Whether it would show something that never did anything."""
     if chart.idle is not None and all(value == chart.idle for line in lines for value in line.values):
         return True
     if chart.active is None:

@@ -44,7 +44,6 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
 
 
 def _content(runs: Sequence[Shown]) -> dict[str, Any]:
-    """What templates/run.html lays out."""
     records = [run.record for run in runs]
     views = [view_tokens(record.token_files) for record in records]
     differences = tables.config_differences(records)
@@ -79,7 +78,6 @@ FIGURES = ("REWARDS", "CAUSES", "LAG0", "HEAD", "STALENESS", "CORRECTIONS", "SPE
 
 
 def _said(runs: Sequence[Shown], differences: list[str]) -> list[str]:
-    """What the verdict says about the runs, a line each."""
     if len(runs) == 2:
         a, b = runs
         return [comparison(a.record, b.record, (a.plain, b.plain), differences)]
@@ -281,7 +279,6 @@ def growth(run: RunRecord) -> list[Followed]:
 
 
 def _growth(run: RunRecord) -> str:
-    """A sentence on what the k3 follows; empty without a trace."""
     found = growth(run)
     if not found:
         return ""
@@ -330,7 +327,6 @@ def comparison(a: RunRecord, b: RunRecord, names: tuple[str, str], different: li
 
 
 def _gain(run: RunRecord) -> float | None:
-    """Reward of the last tenth minus reward of the first tenth."""
     first, last = run.summary["reward_first"], run.summary["reward_last"]
     return None if first is None else last - first
 

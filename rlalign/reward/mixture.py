@@ -282,7 +282,6 @@ class ModelReward:
         return ComponentScore(score=score, failed=failed, measured=self._measured(logits_N, filtered=len(left_out)))
 
     def _raw(self, samples: Sequence[Sample]) -> tuple[Floats, dict[int, str]]:
-        """Logits [B], NaN where there is none, and the reasons."""
         pairs = list(dict.fromkeys((s.prompt, s.completion) for s in samples if s.completion))
         answers = dict(zip(pairs, self.score(pairs), strict=True)) if pairs else {}
         raw, failed = np.full(len(samples), math.nan), {}

@@ -172,7 +172,6 @@ def _check_values(params: ScoringParams, info: ModelInfo, problems: _Problems) -
 
 
 def _check_resolved(params: ScoringParams, info: ModelInfo, problems: _Problems) -> None:
-    """Combinations, once every choice is made."""
     if params.calibrate:
         if info.calibration_id is None:
             problems.add("calibrate", "no calibrator is attached to this scorer (with_calibration attaches one)")
@@ -240,7 +239,6 @@ def is_real(value: object) -> bool:
 
 
 def _bad_ids(ids: object, size: int) -> str | None:
-    """What is wrong with a list of token ids, None if nothing is."""
     if not isinstance(ids, list | tuple) or not ids:
         return "expected a list of token ids"
     for token in ids:

@@ -321,7 +321,6 @@ class VLLMScorer(Scoring[PreparedVLLM]):
     # --- inside ---
 
     def _outputs(self, requests: Sequence[PreparedVLLM]) -> list[PoolingRequestOutput] | list[RequestOutput]:
-        """One output an item, in order."""
         from vllm import SamplingParams
 
         if self._llm is None:
@@ -404,7 +403,6 @@ def _pooling(params: ScoringParams, sequence: TokenSequence) -> PoolingParams:
 
 
 def _judged(output: RequestOutput, labels: list[int], facts: Answer) -> Answer:
-    """Log-probabilities of the label tokens after the prompt."""
     completion = output.outputs[0] if output.outputs else None
     if completion is None or not completion.logprobs or completion.finish_reason in ("error", "abort"):
         reason = "no completion" if completion is None else f"finished with {completion.finish_reason!r}"

@@ -130,7 +130,6 @@ class Guard:
         return b"".join(parts)
 
     async def _while_connected(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-        """Run the application, and cancel it when the client goes away."""
         gone = asyncio.ensure_future(receive())  # with the body read, the next message is that the client has left
         unread = [body]
 

@@ -147,7 +147,6 @@ def fit_report(data: Labelled, after: Floats, outcome: Outcome, *, pairs: bool) 
 
 
 def _errors(p: Floats, labels_N: np.ndarray, weight_N: Floats, *, top_label: bool) -> tuple[float, float, float]:
-    """NLL in nats, Brier score and ECE."""
     soft = p.ndim == 1
     return (
         negative_log_likelihood(p, labels_N, sample_weight=weight_N, soft_labels=soft),

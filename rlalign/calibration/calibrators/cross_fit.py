@@ -31,7 +31,7 @@ from rlalign.tasks.rows import jsonl_rows
 if TYPE_CHECKING:
     from rlalign.calibration.arrays import Floats
 
-__all__ = ["Quality", "ScoreRows", "cross_fitted", "fit_on", "predicted", "quality", "read_score_rows"]
+__all__ = ["Quality", "ScoreRows", "cross_fitted", "fit_and_hear", "fit_on", "predicted", "quality", "read_score_rows"]
 
 RESAMPLES = 200
 
@@ -55,6 +55,14 @@ def fit_on(calibrator: Calibrator, rows: ScoreRows) -> Calibrator:
     if rows.shape == "pairs":
         return calibrator.fit_pairs(rows.logits[:, 0], rows.logits[:, 1], sample_weight=rows.weight_N)
     return calibrator.fit(rows.logits, rows.labels, sample_weight=rows.weight_N, soft_labels=rows.soft)
+
+
+def fit_and_hear(calibrator: Calibrator, rows: ScoreRows) -> list[str]:
+    """`fit_on`; returns what it warned of, instead of warning."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CalibrationWarning)
+        fit_on(calibrator, rows)
+    return [str(each.message) for each in caught if issubclass(each.category, CalibrationWarning)]
 
 
 def predicted(calibrator: Calibrator, rows: ScoreRows) -> Floats:

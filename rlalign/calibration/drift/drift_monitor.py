@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,14 +17,13 @@ import numpy as np
 
 from rlalign.calibration.arrays import binary_labels, row_weights, whole
 from rlalign.calibration.calibrators import (
-    CalibrationWarning,
     Calibrator,
     IdentityCalibrator,
     NotFittedError,
     PlattCalibrator,
     calibration_file,
 )
-from rlalign.calibration.calibrators.cross_fit import ScoreRows, cross_fitted
+from rlalign.calibration.calibrators.cross_fit import ScoreRows, cross_fitted, fit_and_hear
 from rlalign.calibration.drift.drift_report import DriftLimits, DriftReport, DriftState, judge
 from rlalign.calibration.drift.judgement import Judged, Shift, describe, mean_interval, shift
 from rlalign.calibration.drift.memory import LabelOutcome, RowId, Rows, checked_ids
@@ -339,10 +337,9 @@ def refitted(
     scored = ScoreRows(shape="binary", logits=logit_N, labels_N=label_N, weight_N=weight_N, group_N=group_N)
     before = current.calibration_id
     stays = RefitOutcome(adopted=False, before_id=before, after_id=before, version=version, labels=len(logit_N))
+    calibrator = _like(current)
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", CalibrationWarning)
-            calibrator = _like(current).fit(logit_N, label_N, sample_weight=weight_N)
+        said = fit_and_hear(calibrator, scored)
         held_N = cross_fitted(lambda: _like(current), scored, folds=FOLDS)
     except ValueError as error:
         return current, replace(stays, reason=f"the rows cannot be fitted ({error})")
@@ -353,7 +350,7 @@ def refitted(
         stays,
         brier_before=float(np.average(before_N, weights=weight_N)),
         brier_after=float(np.average(after_N, weights=weight_N)),
-        warnings=tuple(str(each.message) for each in caught if issubclass(each.category, CalibrationWarning)),
+        warnings=tuple(said),
     )
     if won is None or not (won.value if drifted else won.low) > 0:
         return current, replace(judged, reason=f"the new fit is not better{'' if drifted else ' beyond chance'}")

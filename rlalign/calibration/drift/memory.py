@@ -244,7 +244,6 @@ class Rows:
         return True
 
     def _move(self, new: dict[RowId, int], label_N: Floats, weight_N: Floats) -> None:
-        """From waiting to labelled."""
         scored = _columns([self.waiting.pop(row_id) for row_id in new])
         at_N = np.fromiter(new.values(), dtype=np.int64, count=len(new))
         numbers_N = self.labels.append(scored | {"label": label_N[at_N], "weight": weight_N[at_N]})
@@ -269,7 +268,6 @@ class Rows:
 
 
 def _columns(rows: Collection[tuple[float, int, int, int, int]]) -> Scored:
-    """Waiting rows as the columns of SCORED."""
     columns = zip(*rows, strict=True) if rows else [()] * len(SCORED)
     return {name: np.array(column, dtype=SCORED[name]) for name, column in zip(SCORED, columns, strict=True)}
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -22,8 +21,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from rlalign.calibration.calibrators import CalibrationWarning, Calibrator, PlattCalibrator, TemperatureCalibrator
-from rlalign.calibration.calibrators.cross_fit import ScoreRows, fit_on, read_score_rows
+from rlalign.calibration.calibrators import Calibrator, PlattCalibrator, TemperatureCalibrator
+from rlalign.calibration.calibrators.cross_fit import ScoreRows, fit_and_hear, read_score_rows
 from rlalign.calibration.metrics import auroc, negative_log_likelihood
 from rlalign.reward.mixture import logits_by
 from rlalign.reward.training.examples import Labelled, Pair, Row, pairs_of, read_rows, split, write_rows
@@ -174,14 +173,12 @@ def judge(folder: Path, held_out: Sequence[Row], *, chat: bool = False, model_id
     found = _quality(rows) | {"held_out_scored": len(usable), "held_out_unscored": len(held_out) - len(usable)}
     calibrator: Calibrator = TemperatureCalibrator() if rows.shape == "pairs" else PlattCalibrator()
     try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always", CalibrationWarning)
-            fit_on(calibrator, rows)
+        said = fit_and_hear(calibrator, rows)
     except ValueError as error:
         return found | {"calibration": None, "calibration_refused": str(error)}
     identity = identity_of(scorer.info)
     calibrator.save(folder / CALIBRATION, model=replace(identity, id=model_id or identity.id))
-    return found | {"calibration": calibrator.calibration_id, "calibration_warnings": [str(w.message) for w in said]}
+    return found | {"calibration": calibrator.calibration_id, "calibration_warnings": said}
 
 
 def _line(row: Row, numbers: Sequence[float]) -> dict[str, Any]:

@@ -221,7 +221,6 @@ def _num_labels(loaded: LoadedModel) -> int:
 
 
 def _max_length(loaded: LoadedModel) -> int | None:
-    """The smallest limit that the config, a table of learned positions, or the tokenizer states."""
     limits = [getattr(loaded.config, "max_position_embeddings", None), loaded.facts.max_length]
     for name, module in loaded.model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):

@@ -157,7 +157,6 @@ class HFScorer(Scoring[HFRequest]):
         return rows, indices
 
     def _groups(self, query_length: int, item_lengths: list[int]) -> list[list[int]]:
-        """Which items of one query go into a row together."""
         fits = self._window is None or query_length + max(item_lengths) <= self._window
         if self._packing == "never" or query_length == 0 or not fits:
             return [[i] for i in range(len(item_lengths))]

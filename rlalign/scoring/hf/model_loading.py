@@ -101,7 +101,6 @@ def _prompt(path: str, stated: dict[str, Any]) -> str:
 
 
 def _pooler(path: str, revision: str | None) -> PoolerDefaults | None:
-    """Pooling and normalisation of a sentence-transformers folder, None for other folders."""
     modules = _json(path, "modules.json", revision)
     if modules is None:
         return None

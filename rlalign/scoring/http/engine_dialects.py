@@ -171,7 +171,6 @@ def _pooler(ask: Ask) -> tuple[PoolerDefaults, str]:
 
 
 def _uncalibrated(found: Answer, pooler: PoolerDefaults) -> Answer:
-    """The logit before the server's mean and sigma."""
     if found.values is None or (pooler.logit_mean is None and pooler.logit_sigma is None):
         return found
     values = found.values.astype(np.float64) * (pooler.logit_sigma or 1.0) + (pooler.logit_mean or 0.0)

@@ -157,7 +157,7 @@ def _check_values(params: ScoringParams, info: ModelInfo, problems: _Problems) -
     if params.returned_token_ids is not None and (bad := _bad_ids(params.returned_token_ids, columns)):
         problems.add("returned_token_ids", bad)
     labels = params.label_token_ids
-    if per_item_labels(labels) and isinstance(labels, list | tuple):
+    if isinstance(labels, list | tuple) and per_item_labels(labels):
         for i, ids in enumerate(labels):
             if bad := _bad_ids(ids, info.vocab_size):
                 problems.add("label_token_ids", f"item {i}: {bad}")

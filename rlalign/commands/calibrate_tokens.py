@@ -6,7 +6,7 @@ import json
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +75,7 @@ def calibrate_tokens(
         write_reliability(plot, diagrams, title=f"tokens of {len(parts['test'])} test prompts")
         print(f"plot: {plot}")
     if json_path:
-        fit = {name: each.report.as_json() for name, each in fitted.items()}
+        fit = {name: asdict(each.report) for name, each in fitted.items()}
         content = {"calibration_id": calibrator.calibration_id, "fit": fit, "test": table}
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")

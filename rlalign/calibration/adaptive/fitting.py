@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -77,14 +77,9 @@ class AdaptiveFit:
     clipped: float
     kendall_tau: float | None = None
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain lists and numbers."""
-        lists = {"temperature_quantiles": list(self.temperature_quantiles), "rescaled": list(self.rescaled)}
-        return asdict(self) | lists
-
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> AdaptiveFit:
-        """Inverse of as_json. Raises TypeError on fields it does not know."""
+        """Inverse of `asdict` after a trip through JSON. Raises TypeError on fields it does not know."""
         tuples: dict[str, Any] = {name: tuple(content[name]) for name in ("temperature_quantiles", "rescaled")}
         return cls(**content | tuples)
 

@@ -182,7 +182,7 @@ class AdaptiveTemperature:
                 "training": asdict(self.training),
             },
             "params": function | {"weights": beside.name},
-            "fit": None if self.diagnostics_ is None else self.diagnostics_.as_json(),
+            "fit": None if self.diagnostics_ is None else asdict(self.diagnostics_),
         }
         before = _weights_named_in(path)
         calibration_file.write_atomic(beside, weights)

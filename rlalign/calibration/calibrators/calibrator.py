@@ -97,13 +97,9 @@ class FitReport:
     data_sha256: str
     created: str
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain lists and numbers."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> FitReport:
-        """The inverse of `as_json` after a trip through JSON. Raises TypeError on unknown or missing fields."""
+        """The inverse of `asdict` after a trip through JSON. Raises TypeError on unknown or missing fields."""
         support = dict(content["support"])
         support |= {name: tuple(support[name]) for name in ("deciles", "below")}
         intervals = {name: (low, high) for name, (low, high) in content["intervals"].items()}
@@ -285,7 +281,7 @@ class Calibrator(ABC):
             "params": self.parameters(),
             "input": "logit",
             "activation": self.activation,
-            "fit": None if self.diagnostics_ is None else self.diagnostics_.as_json(),
+            "fit": None if self.diagnostics_ is None else asdict(self.diagnostics_),
         }
 
     @classmethod

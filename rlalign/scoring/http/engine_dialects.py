@@ -233,10 +233,8 @@ class SGLangDialect:
                 "encoding_format": "base64",
                 "alone": params.alone,
             }
-            names = ("step_tag_id", "returned_token_ids")
-            body |= {name: getattr(params, name) for name in names if getattr(params, name) is not None}
-        if ours and request.sequences is None:
-            names = ("truncate_prompt_tokens", "truncation_side", "max_tokens_per_item")
+            cuts = ("truncate_prompt_tokens", "truncation_side", "max_tokens_per_item")
+            names = ("step_tag_id", "returned_token_ids", *(cuts if request.sequences is None else ()))
             body |= {name: getattr(params, name) for name in names if getattr(params, name) is not None}
         return [Call(path="/v1/score", body=body)]
 

@@ -108,6 +108,11 @@ def _require_one_number(config: RewardModelConfig, info: ModelInfo, params: Scor
         raise ValueError(
             f"{what}: task {task} gives more than one number a completion, or none; use a classifier or a judge"
         )
+    given = params.label_token_ids
+    if task == "generative" and given is not None and len(given) != 2:
+        raise ValueError(
+            f"{what}: a judge's reward is the log-odds of two labels, yes first, and label_token_ids has {len(given)}"
+        )
     labels, index = info.num_labels, config.label_index
     if task == "classify" and labels > 1 and (index is None or not 0 <= index < labels):
         raise ValueError(

@@ -223,6 +223,10 @@ def _logit(result: ScoreResult, i: int, label_index: int | None) -> float:
             "use a sequence classifier or a generative judge"
         )
     if result.label_mass is not None:
+        if len(logits) != 2:
+            raise ValueError(
+                f"{result.model}: a judge's reward is the log-odds of two labels, yes first, and label_token_ids has {len(logits)}"
+            )
         return float(logits[0] - logits[1])
     if logits.shape != (1,) and label_index is None:
         raise ValueError(

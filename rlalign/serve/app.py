@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.security import HTTPBearer
+from prometheus_client import generate_latest
 from pydantic import BaseModel, Field, StrictInt, model_validator
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, Response
@@ -135,7 +136,8 @@ def router(service: Service) -> APIRouter:
     @paths.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, 401: ERRORS[401]})
     async def metrics() -> Response:
         """For Prometheus."""
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        text = generate_latest(service.metrics.registry)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return paths
 
@@ -253,7 +255,6 @@ async def _label(service: Service, labels: list[Label]) -> LabelsAnswer:
     if len(labels) > service.settings.max_items:
         said = f"{len(labels)} labels, at most {service.settings.max_items} a request"
         raise ApiError(413, said, type="too_large", param="labels")
-    total = LabelsAnswer(accepted=0, duplicates=0, revised=0, unknown=[])
     named = [(one.id, one) for one in labels if one.id is not None]
     plain = [(one.logit, one) for one in labels if one.logit is not None]
     versions = [one.policy_version for _, one in plain if one.policy_version is not None]
@@ -264,17 +265,12 @@ async def _label(service: Service, labels: list[Label]) -> LabelsAnswer:
         ids, verdicts = [id for id, _ in named], [one.label for _, one in named]
         outcomes.append(await service.calibrations.label(ids, verdicts, [one.weight for _, one in named]))
     if plain:
-        outcomes.append(
-            await service.calibrations.label_logits(
-                [logit for logit, _ in plain],
-                [one.label for _, one in plain],
-                [one.weight for _, one in plain],
-                versions or None,
-            )
-        )
-    for outcome in outcomes:
-        total.accepted += outcome.accepted
-        total.duplicates += outcome.duplicates
-        total.revised += outcome.revised
-        total.unknown += map(str, outcome.unknown)
-    return total
+        logits, verdicts = [logit for logit, _ in plain], [one.label for _, one in plain]
+        weights = [one.weight for _, one in plain]
+        outcomes.append(await service.calibrations.label_logits(logits, verdicts, weights, versions or None))
+    return LabelsAnswer(
+        accepted=sum(each.accepted for each in outcomes),
+        duplicates=sum(each.duplicates for each in outcomes),
+        revised=sum(each.revised for each in outcomes),
+        unknown=[str(unknown) for each in outcomes for unknown in each.unknown],
+    )

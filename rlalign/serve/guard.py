@@ -75,8 +75,9 @@ class Guard:
                 await response(internal(request_id))(scope, receive, named)
         finally:
             route = scope.get("route")
-            path = "unmatched" if route is None else route.path
-            self._metrics.answered(path=path, status=status, seconds=time.perf_counter() - started)
+            path = "unmatched" if route is None else route.path  # the template, never what the client wrote
+            self._metrics.requests.labels(path=path, status=str(status)).inc()
+            self._metrics.seconds.labels(path=path).observe(time.perf_counter() - started)
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])

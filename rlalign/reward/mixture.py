@@ -86,11 +86,7 @@ class Rewards:
         frac_zero_std_groups: groups without two different rewards teach nothing; left out where every group has one sample.
         """
         known_N = self.values_B[self.known_B]
-        found = {
-            "mean": float(known_N.mean()),
-            "std": float(known_N.std(correction=0)),
-            "failed": float(len(self.failed)),
-        }
+        found = _spread(known_N) | {"failed": float(len(self.failed))}
         if len(self.group_B.unique()) < len(self.group_B):
             found["frac_zero_std_groups"] = self._same_reward_share()
         for name, component in self.components.items():
@@ -108,17 +104,10 @@ class Rewards:
     def _of(self, component: ComponentScore) -> dict[str, float]:
         known_B = ~component.score.calibrated.isnan()
         raw_N, calibrated_N = component.score.raw[known_B], component.score.calibrated[known_B]
-        found = {
-            "mean": float(calibrated_N.mean()),
-            "std": float(calibrated_N.std(correction=0)),
-            "failed": float(len(component.failed)),
-        }
+        found = _spread(calibrated_N) | {"failed": float(len(component.failed))}
         if component.score.raw is not component.score.calibrated:
-            found |= {
-                "raw_mean": float(raw_N.mean()),
-                "raw_std": float(raw_N.std(correction=0)),
-                "tied_frac": tied_share(raw_N, calibrated_N, self.group_B[known_B].tolist()),
-            }
+            found |= _spread(raw_N, "raw_")
+            found["tied_frac"] = tied_share(raw_N, calibrated_N, self.group_B[known_B].tolist())
         return found | dict(component.measured)
 
     def describe_failed(self) -> str:
@@ -127,6 +116,10 @@ class Rewards:
         return f"{len(self.failed)} of {len(self.values_B)} samples have no reward: " + "; ".join(
             f"{reason} ({count})" for reason, count in reasons
         )
+
+
+def _spread(values_N: Tensor, prefix: str = "") -> dict[str, float]:
+    return {f"{prefix}mean": float(values_N.mean()), f"{prefix}std": float(values_N.std(correction=0))}
 
 
 class RewardMixture:
@@ -219,7 +212,7 @@ def _logit(result: ScoreResult, i: int, label_index: int | None) -> float:
     logits = result.logits[i]
     if logits is None or logits.ndim != 1:
         raise ValueError(
-            f"{result.model}: a reward is one number a completion, but the scores have shape {_shape(result.scores[i])}; "
+            f"{result.model}: a reward is one number a completion, but the scores have shape {np.shape(result.scores[i])}; "
             "use a sequence classifier or a generative judge"
         )
     if result.label_mass is not None:
@@ -242,10 +235,6 @@ def _needed(part: T | None, what: str) -> T:
     if part is None:
         raise RuntimeError(f"this shape needs a {what}, and the reward was made without one")
     return part
-
-
-def _shape(score: np.ndarray | None) -> tuple[int, ...]:
-    return () if score is None else score.shape
 
 
 @dataclass

@@ -87,12 +87,17 @@ def behind(server: str, id: str) -> ModelInfo:
     )
 
 
-def chosen_card(ask: Ask, path: str, model: str | None) -> dict[str, Any]:
-    """The card of `model` in a list of models; without a name that of the first. Raises ValueError where it is not served."""
+def chosen_card(ask: Ask, path: str, model: str | None, *, alone: bool = False) -> dict[str, Any]:
+    """The card of `model` in a list of models; without a name that of the first, which with `alone` must be the only one.
+
+    Raises ValueError where it is not served.
+    """
     cards = [card for card in entries(ask(Call(path=path)), "data") if isinstance(card, dict)]
     chosen = [card for card in cards if model in (None, card.get("id"))]
+    names = ", ".join(str(card.get("id")) for card in cards) or "none"
+    if model is None and alone and len(cards) != 1:
+        raise ValueError(f"the server has {len(cards)} models ({names}): say which, with model=")
     if not chosen:
-        names = ", ".join(str(card.get("id")) for card in cards) or "none"
         raise ValueError(f"model {model!r} is not served here; the server has {names}")
     return chosen[0]
 

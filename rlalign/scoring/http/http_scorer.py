@@ -117,10 +117,15 @@ class HTTPScorer(Scoring[HTTPRequest]):
         self._concurrency = concurrency
         try:
             self.dialect = detect(self._transport.send) if dialect == "auto" else dialect
-            self._dialect = _dialect(self.dialect)
+            module, _, kind = DIALECTS[self.dialect].partition(".")
+            self._dialect: Dialect = getattr(import_module(f"rlalign.scoring.http.{module}"), kind)()
             self._served = self._dialect.connect(self._transport.send, model=model, pairs=cross_encoder)
             self.info = self._served.info
-            self.tokenizer = _tokenizer(tokenizer)
+            if isinstance(tokenizer, str):
+                from transformers import AutoTokenizer
+
+                tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+            self.tokenizer = tokenizer
             self._takes_ids = self._dialect.takes_ids and (self.info.causal or self.dialect != "vllm")  # /score is text
             # cuts and joins token ids, and text too where there is a tokenizer; not where the server reads query and item apart
             joins = self._dialect.takes_ids and self.info.causal
@@ -253,16 +258,3 @@ class HTTPScorer(Scoring[HTTPRequest]):
                     f"{self.info.id}: known_logits item {i} is {want:.6g}, the server gives {found:.6g}: it serves "
                     "another model, or calibrates or activates its scores. A calibrator on top would be wrong"
                 )
-
-
-def _dialect(name: str) -> Dialect:
-    module, _, kind = DIALECTS[name].partition(".")
-    return getattr(import_module(f"rlalign.scoring.http.{module}"), kind)()
-
-
-def _tokenizer(given: str | PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
-    if not isinstance(given, str):
-        return given
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(given)

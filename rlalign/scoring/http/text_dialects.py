@@ -20,6 +20,7 @@ from rlalign.scoring.http.dialect import (
     activation_between,
     answer,
     behind,
+    chosen_card,
     entries,
     in_order,
     known,
@@ -120,14 +121,7 @@ class InfinityDialect:
 
     def connect(self, ask: Ask, *, model: str | None, pairs: bool) -> Served:
         """Choose a model, then ask it for two scores, raw and activated."""
-        names = [card.get("id") for card in entries(ask(Call(path="/models")), "data") if isinstance(card, dict)]
-        if model is None and len(names) != 1:
-            raise ValueError(
-                f"the server has {len(names)} models ({', '.join(map(str, names))}): say which, with model="
-            )
-        if model is not None and model not in names:
-            raise ValueError(f"model {model!r} is not served here; the server has {', '.join(map(str, names))}")
-        chosen = str(model or names[0])
+        chosen = str(chosen_card(ask, "/models", model, alone=True).get("id"))
         body = {"model": chosen, "query": PROBE[0], "documents": PROBE[1]}
         raw, activated = (
             [numbers([v]) for v in self._scores(ask(Call(path="/rerank", body=body | {"raw_scores": flag})), range(2))]

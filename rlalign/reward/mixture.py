@@ -211,8 +211,9 @@ def logits_by(
 def _logit(result: ScoreResult, i: int, label_index: int | None) -> float:
     logits = result.logits[i]
     if logits is None or logits.ndim != 1:
+        shape = getattr(result.scores[i], "shape", ())
         raise ValueError(
-            f"{result.model}: a reward is one number a completion, but the scores have shape {np.shape(result.scores[i])}; "
+            f"{result.model}: a reward is one number a completion, but the scores have shape {shape}; "
             "use a sequence classifier or a generative judge"
         )
     if result.label_mass is not None:

@@ -301,5 +301,11 @@ def _classes(scored: Scored, labels: tuple[str, ...]) -> list[ClassifyData]:
 
 
 def _answered(kind: type[_Answer], scored: Scored, request_id: str, service: Service, **fields: Any) -> JSONResponse:
-    head = {"id": request_id, "model": service.model_name, "usage": usage(scored.prompt_tokens)}
-    return JSONResponse(kind(**head, calibration_id=scored.calibration_id, **fields).model_dump())
+    answer = kind(
+        id=request_id,
+        model=service.model_name,
+        usage=usage(scored.prompt_tokens),
+        calibration_id=scored.calibration_id,
+        **fields,
+    )
+    return JSONResponse(answer.model_dump())

@@ -21,7 +21,7 @@ class Ring:
     """The last W rows of some columns, oldest first. Appending is vectorised: rows that would be pushed out are not copied."""
 
     def __init__(self, columns: dict[str, type], capacity: int) -> None:
-        self._columns = {name: np.zeros(capacity, dtype=kind) for name, kind in columns.items()}
+        self.columns = {name: np.zeros(capacity, dtype=kind) for name, kind in columns.items()}
         self.capacity = capacity
         self.total = 0  # rows ever appended; row number r lies in slot r % capacity
 
@@ -38,7 +38,7 @@ class Ring:
         count = len(next(iter(rows.values())))
         kept = min(count, self.capacity)
         slots_N = np.arange(self.total + count - kept, self.total + count) % self.capacity
-        for name, column in self._columns.items():
+        for name, column in self.columns.items():
             column[slots_N] = rows[name][count - kept :]
         numbers = range(self.total, self.total + count)
         self.total += count
@@ -47,19 +47,7 @@ class Ring:
     def rows(self) -> dict[str, np.ndarray]:
         """Copies of the held rows, oldest first."""
         slots_W = np.arange(self.first, self.total) % self.capacity
-        return {name: column[slots_W] for name, column in self._columns.items()}
-
-    def value(self, name: str, number: int) -> float:
-        """One entry of a held row."""
-        return float(self._columns[name][number % self.capacity])
-
-    def change(self, name: str, number: int, value: float) -> None:
-        """Overwrite one entry of a held row."""
-        self._columns[name][number % self.capacity] = value
-
-    def clear(self) -> None:
-        """Forget every row."""
-        self.total = 0
+        return {name: column[slots_W] for name, column in self.columns.items()}
 
 
 RowId = str | int
@@ -181,13 +169,16 @@ class Rows:
                 continue
             revised += changed
             duplicates += not changed
-        self._move(new, label_N, weight_N)
+        scored = _columns([self.waiting.pop(row_id) for row_id in new])
+        at_N = np.fromiter(new.values(), dtype=np.int64, count=len(new))
+        numbers_N = self.labels.append(scored | {"label": label_N[at_N], "weight": weight_N[at_N]})
+        self.known.update(zip(new, numbers_N, strict=True))
+        self._forget_known()
         return self._told(accepted=len(new), duplicates=duplicates, revised=revised, unknown=tuple(unknown))
 
     def forget(self) -> None:
         """Every row and id; the counts stay."""
-        self.labels.clear()
-        self.scores.clear()
+        self.labels.total = self.scores.total = 0
         self.waiting.clear()
         self.known.clear()
 
@@ -237,18 +228,11 @@ class Rows:
             self.last_step = int(scored["step"][0])
 
     def _revise(self, number: int, label: float, weight: float) -> bool:
-        if self.labels.value("label", number) == label:
+        columns, slot = self.labels.columns, number % self.labels.capacity
+        if columns["label"][slot] == label:
             return False
-        self.labels.change("label", number, label)
-        self.labels.change("weight", number, weight)
+        columns["label"][slot], columns["weight"][slot] = label, weight
         return True
-
-    def _move(self, new: dict[RowId, int], label_N: Floats, weight_N: Floats) -> None:
-        scored = _columns([self.waiting.pop(row_id) for row_id in new])
-        at_N = np.fromiter(new.values(), dtype=np.int64, count=len(new))
-        numbers_N = self.labels.append(scored | {"label": label_N[at_N], "weight": weight_N[at_N]})
-        self.known.update(zip(new, numbers_N, strict=True))
-        self._forget_known()
 
     def _forget_known(self) -> None:
         """Ids of rows that were pushed out; their numbers rise, so they come first."""

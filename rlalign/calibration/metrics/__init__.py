@@ -69,7 +69,8 @@ def brier_decomposition(p: Numbers, y: Numbers, **binning: Unpack[Binning]) -> B
     """The parts of the binary Brier score (Murphy 1973; within-bin terms of Stephenson et al. 2008). Bins as in ECE."""
     soft = binning.get("soft_labels", False)
     p_N, y_N, weight_N = binary_rows(p, y, binning.get("sample_weight"), soft_labels=soft)
-    bins = bin_stats(p_N, y_N, **{**binning, "sample_weight": weight_N})
+    binning["sample_weight"] = weight_N
+    bins = bin_stats(p_N, y_N, **binning)
     share_N = weight_N / weight_N.sum()
     base = float(share_N @ y_N)
     p_inside_N = p_N - bins.confidence_M[bins.index_N]
@@ -200,7 +201,8 @@ def ece_noise_floor(p: Numbers, *, n_draws: int = 200, seed: int = 0, **binning:
     n_draws = whole(n_draws, "n_draws", at_least=2)
     p_N = probabilities(p)
     p_N, _, weight_N = binary_rows(p_N, np.zeros(len(p_N)), binning.get("sample_weight"))
-    bins = bin_stats(p_N, np.zeros(len(p_N)), **{**binning, "sample_weight": weight_N})
+    binning["sample_weight"] = weight_N
+    bins = bin_stats(p_N, np.zeros(len(p_N)), **binning)
     random = np.random.default_rng(seed)
     order_N = np.argsort(bins.index_N, kind="stable")
     start_M = np.flatnonzero(np.diff(bins.index_N[order_N], prepend=-1))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -102,23 +102,31 @@ def chosen_card(ask: Ask, path: str, model: str | None, *, alone: bool = False) 
     return chosen[0]
 
 
-class Dialect(Protocol):
-    """One server's language."""
+class Dialect:
+    """One server's language: `connect`, `call` and `values`, where one call gives each item the logits of its labels."""
 
-    name: str
-    takes_ids: bool  # token ids instead of text
+    takes_ids = False  # token ids instead of text
 
     def connect(self, ask: Ask, *, model: str | None, pairs: bool) -> Served:
         """Find out what is served, with a few small requests. Raises RequestFailed, or ValueError where it cannot score."""
-        ...
+        raise NotImplementedError
+
+    def call(self, request: HTTPRequest, served: Served, span: range) -> Call:
+        """What to send for the items in `span`."""
+        raise NotImplementedError
+
+    def values(self, request: HTTPRequest, span: range, body: Json) -> list[Any]:
+        """What each item of `span` got, in their order, None for nothing. Raises RequestFailed on a body of another shape."""
+        raise NotImplementedError
 
     def calls(self, request: HTTPRequest, served: Served, span: range) -> list[Call]:
-        """What to send for the items in `span`."""
-        ...
+        """All that is to be sent for the items in `span`."""
+        return [self.call(request, served, span)]
 
     def answers(self, request: HTTPRequest, served: Served, span: range, bodies: Sequence[Json]) -> list[Answer]:
         """One answer an item of `span`. Raises RequestFailed on a body of another shape."""
-        ...
+        values, shape = self.values(request, span, bodies[0]), (served.info.num_labels,)
+        return [answer(value, request, i, shape=shape) for i, value in zip(span, values, strict=True)]
 
 
 def entries(body: Json, *path: str) -> list[Any]:

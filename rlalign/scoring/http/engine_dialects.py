@@ -19,6 +19,7 @@ import numpy as np
 
 from rlalign.scoring.http.dialect import (
     Ask,
+    Dialect,
     HTTPRequest,
     Served,
     activation_between,
@@ -52,10 +53,9 @@ BATCH = 256
 REFUSES = ("max_tokens_per_item", "step_tag_id", "returned_token_ids", "skip_reading_prefix_cache")
 
 
-class VLLMDialect:
+class VLLMDialect(Dialect):
     """vLLM's server."""
 
-    name = "vllm"
     takes_ids = True
 
     def connect(self, ask: Ask, *, model: str | None, pairs: bool) -> Served:
@@ -196,10 +196,9 @@ SGLANG_REFUSES = (
 OURS_REFUSES = ("skip_reading_prefix_cache",)
 
 
-class SGLangDialect:
+class SGLangDialect(Dialect):
     """SGLang's server, and ours."""
 
-    name = "sglang"
     takes_ids = True
 
     def connect(self, ask: Ask, *, model: str | None, pairs: bool) -> Served:

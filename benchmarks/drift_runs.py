@@ -15,7 +15,7 @@ import torch
 
 from rlalign.calibration.calibrators import Calibrator, PlattCalibrator
 from rlalign.calibration.metrics import auroc
-from rlalign.reward.model_reward import logits_by
+from rlalign.reward.mixture import logits_by
 from rlalign.reward.training import Labelled, Recipe, train_reward_model
 from rlalign.scoring.hf import HFScorer
 from rlalign.tasks import Prompt, Task, load_task

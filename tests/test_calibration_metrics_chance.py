@@ -71,6 +71,6 @@ def test_wilson_ranges_are_scipys(tmp_path):
     for b in range(5):
         inside = (p > b / 5) & (p <= (b + 1) / 5)
         want = binomtest(int(y[inside].sum()), int(inside.sum())).proportion_ci(method="wilson")
-        assert (diagram.low_M[b], diagram.high_M[b]) == pytest.approx((want.low, want.high), abs=1e-9)
+        assert (diagram[b].low, diagram[b].high) == pytest.approx((want.low, want.high), abs=1e-9)
     write_reliability(tmp_path / "deep" / "r.svg", {"raw": diagram}, title="a title")
     assert "<svg" in (tmp_path / "deep" / "r.svg").read_text()

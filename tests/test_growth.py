@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlalign.diagnose.families.recipes import RECIPES
 from rlalign.mismatch.growth import follows
-from rlalign.report import verdict
+from rlalign.report.run_page import growth
 from rlalign.run.observation import traced
 from rlalign.types import LogprobSpec, Rollout, collate
 
@@ -112,7 +112,7 @@ def test_the_report_says_what_a_traced_k3_follows():
         | {"trace/logit_std": float(leader[t])}
         for t, other in enumerate(walk(23, 40))
     )
-    (first, *_) = verdict.growth(SimpleNamespace(metrics=SimpleNamespace(rows=rows)))
+    (first, *_) = growth(SimpleNamespace(metrics=SimpleNamespace(rows=rows)))
     assert (first.name, first.lead) == ("trace/logit_std", 1) and first.beyond_chance
     bare = tuple({k: v for k, v in row.items() if k != "trace/logit_std"} for row in rows)
-    assert verdict.growth(SimpleNamespace(metrics=SimpleNamespace(rows=bare))) == []
+    assert growth(SimpleNamespace(metrics=SimpleNamespace(rows=bare))) == []

@@ -10,7 +10,7 @@ from scipy.special import expit
 from rlalign.calibration.calibrators import PlattCalibrator
 from rlalign.calibration.drift import DriftMonitor
 from rlalign.report import write_report
-from rlalign.report.verdict import drift_problems, watched
+from rlalign.report.run_page import drift_problems, watched
 from rlalign.tracking.record import read_run
 from rlalign.tracking.run_directory import Run
 from tests.test_report import read

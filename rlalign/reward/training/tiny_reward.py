@@ -130,7 +130,6 @@ def verified_samples(policy: Path, recipe: TinyRewardRecipe) -> list[Labelled]:
 
 
 def _sampled(policy: Path, prompts: list[Prompt], recipe: TinyRewardRecipe, *, at_once: int = 1024) -> list[str]:
-    """One completion of each prompt at temperature 1."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     tokenizer = AutoTokenizer.from_pretrained(policy)

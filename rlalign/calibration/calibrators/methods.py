@@ -1,4 +1,4 @@
-"""The calibrators: Platt and temperature scaling (an activation of an affine map of the logit), beta and isotonic curves.
+"""The methods: Platt and temperature scaling (an activation of an affine map of the logit), beta and isotonic curves, identity.
 
 N rows, K classes.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from rlalign.calibration.arrays import as_rows, numbers, one_of
-from rlalign.calibration.calibrators.calibrator import Calibrator, Outcome, PoolerFields, number
+from rlalign.calibration.calibrators.calibrator import Calibrator, Outcome, PoolerFields, plain_probabilities
 from rlalign.calibration.calibrators.solvers import (
     SLOPE_LIMIT,
     Z95,
@@ -38,6 +38,13 @@ class AffineCalibrator(Calibrator):
     scale_: float
     bias_: float
     intercept_: float
+    num_classes_: int = 1
+
+    @property
+    def activation(self) -> str:
+        """sigmoid for one logit per row, softmax for K."""
+        self._require_fitted()
+        return "sigmoid" if self.num_classes_ == 1 else "softmax"
 
     def to_vllm_pooler_config(self, fields: PoolerFields = "logit_mean, logit_sigma") -> dict[str, float | bool]:
         """See `Calibrator.to_vllm_pooler_config`."""
@@ -78,6 +85,8 @@ class PlattCalibrator(AffineCalibrator):
     """
 
     method = "platt"
+    parameter_names = ("scale", "intercept")
+    option_names = ("smooth_targets", "allow_negative_scale", "flat_if_falling")
 
     def __init__(
         self, *, smooth_targets: bool = True, allow_negative_scale: bool = False, flat_if_falling: bool = False
@@ -88,11 +97,6 @@ class PlattCalibrator(AffineCalibrator):
         self.smooth_targets = smooth_targets
         self.allow_negative_scale = allow_negative_scale
         self.flat_if_falling = flat_if_falling
-
-    @property
-    def activation(self) -> str:
-        """sigmoid."""
-        return "sigmoid"
 
     def _solve(self, data: Labelled) -> Outcome:
         who = type(self).__name__
@@ -131,19 +135,6 @@ class PlattCalibrator(AffineCalibrator):
         self._require_one_logit(x)
         return expit(self.scale_ * x + self.intercept_)
 
-    def parameters(self) -> Json:
-        return {"scale": self.scale_, "intercept": self.intercept_}
-
-    def _restore(self, params: Json) -> None:
-        self._set(number(params, "scale"), number(params, "intercept"))
-
-    def _options(self) -> Json:
-        return {
-            "smooth_targets": self.smooth_targets,
-            "allow_negative_scale": self.allow_negative_scale,
-            "flat_if_falling": self.flat_if_falling,
-        }
-
 
 class TemperatureCalibrator(AffineCalibrator):
     """sigmoid(logit / T) or softmax(logits / T): Guo et al. 2017 (1706.04599). T > 1 softens, the argmax never moves.
@@ -153,6 +144,8 @@ class TemperatureCalibrator(AffineCalibrator):
     """
 
     method = "temperature"
+    parameter_names = ("temperature", "num_classes")
+    option_names = ("bounds",)
     takes_classes = True
 
     def __init__(self, *, bounds: tuple[float, float] = (1e-2, 1e2)) -> None:
@@ -161,12 +154,6 @@ class TemperatureCalibrator(AffineCalibrator):
         if not 0 < low < high:
             raise ValueError(f"bounds: expected 0 < lowest < highest temperature, got {tuple(bounds)}")
         self.bounds = (float(low), float(high))
-
-    @property
-    def activation(self) -> str:
-        """sigmoid for one logit per row, softmax for K."""
-        self._require_fitted()
-        return "sigmoid" if self.num_classes_ == 1 else "softmax"
 
     def _solve(self, data: Labelled) -> Outcome:
         require_two_classes(data, type(self).__name__)
@@ -184,8 +171,8 @@ class TemperatureCalibrator(AffineCalibrator):
             return replace(outcome, intervals=intervals)
         return outcome
 
-    def _set(self, temperature: float, num_classes: int) -> None:
-        self.temperature_, self.num_classes_ = temperature, num_classes
+    def _set(self, temperature: float, num_classes: float) -> None:
+        self.temperature_, self.num_classes_ = temperature, int(num_classes)
         self.scale_, self.bias_, self.intercept_, self.fitted = 1 / temperature, 0.0, 0.0, True
 
     def _apply(self, x: Floats) -> Floats:
@@ -195,15 +182,6 @@ class TemperatureCalibrator(AffineCalibrator):
         if columns != self.num_classes_:
             raise ValueError(f"TemperatureCalibrator: fitted on {self.num_classes_} logits per row, got {columns}")
         return expit(x / self.temperature_) if columns == 1 else softmax(x / self.temperature_, axis=1)
-
-    def parameters(self) -> Json:
-        return {"temperature": self.temperature_, "num_classes": self.num_classes_}
-
-    def _restore(self, params: Json) -> None:
-        self._set(number(params, "temperature"), int(number(params, "num_classes")))
-
-    def _options(self) -> Json:
-        return {"bounds": list(self.bounds)}
 
 
 def platt_fit(data: Labelled, target_N: Floats, *, negative: bool) -> Logistic:
@@ -263,6 +241,7 @@ class IsotonicCalibrator(Calibrator):
     """
 
     method = "isotonic"
+    option_names = ("out_of_bounds",)
 
     def __init__(self, *, out_of_bounds: Literal["clip", "raise"] = "clip") -> None:
         super().__init__()
@@ -299,9 +278,6 @@ class IsotonicCalibrator(Calibrator):
             )
         self._set(x_M, y_M)
 
-    def _options(self) -> Json:
-        return {"out_of_bounds": self.out_of_bounds}
-
 
 class BetaCalibrator(Calibrator):
     """sigmoid(a log p - b log(1 - p) + c) with p = sigmoid(logit): Kull, Silva Filho and Flach 2017, a, b >= 0.
@@ -312,6 +288,7 @@ class BetaCalibrator(Calibrator):
     """
 
     method = "beta"
+    parameter_names = ("a", "b", "c")
 
     def _solve(self, data: Labelled) -> Outcome:
         who = type(self).__name__
@@ -341,15 +318,45 @@ class BetaCalibrator(Calibrator):
         left_N, right_N = _sides(x)
         return expit(self.a_ * left_N + self.b_ * right_N + self.c_)
 
-    def parameters(self) -> Json:
-        return {"a": self.a_, "b": self.b_, "c": self.c_}
-
-    def _restore(self, params: Json) -> None:
-        self._set(number(params, "a"), number(params, "b"), number(params, "c"))
-
 
 def _sides(x_N: Floats) -> tuple[Floats, Floats]:
     """log p and -log(1 - p): each carries the slope on one side of 0, and they sum to the logit."""
     from scipy.special import log_expit
 
     return log_expit(x_N), -log_expit(-x_N)
+
+
+class IdentityCalibrator(Calibrator):
+    """Scores as they are: `transform` returns the logits. Always fitted; `fit` only records diagnostics."""
+
+    method = "identity"
+    takes_classes = True
+    fitted = True
+
+    @property
+    def calibration_id(self) -> str:
+        """ "identity": what a reward carries where nothing was fitted."""
+        return self.method
+
+    def to_vllm_pooler_config(self, fields: PoolerFields = "logit_mean, logit_sigma") -> dict[str, float | bool]:
+        """Raw logits from vLLM, which by default applies its own activation."""
+        return {"use_activation": False}
+
+    def to_openrlhf(self) -> dict[str, float]:
+        """OpenRLHF's defaults: no shift, no scaling."""
+        return {"mean": 0.0, "std": 1.0}
+
+    def _solve(self, data: Labelled) -> Outcome:
+        return Outcome()
+
+    def _solve_pairs(self, data: Labelled) -> Outcome:
+        return Outcome()
+
+    def _set(self) -> None: ...
+
+    def _apply(self, x: Floats) -> Floats:
+        return x.copy()
+
+    def probabilities(self, logits: Numbers) -> Floats:
+        """Sigmoid of [N] logits, softmax of [N, K]."""
+        return plain_probabilities(as_rows(logits, "logits"))

@@ -1,25 +1,31 @@
-"""VLLMScorer: reward models in vLLM's offline engine, described as the engine describes them."""
+"""VLLMScorer: reward models in vLLM's offline engine, described as the engine describes them.
+
+    scorer = VLLMScorer.start("my/reward-model")
+    result = scorer.score("What is 2 + 2? ", ["4", "5"], ScoringParams(return_pooled_hidden_states=True))
+
+States before the head come back beside the scores by a hook on the workers (vLLM's `worker_extension_cls`): vLLM offers no way to
+ask for both (vllm-project/vllm#20624). It goes when vLLM's pooling output carries hidden states itself.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 import numpy as np
+import torch
 
 from rlalign.rollout import versions
 from rlalign.scoring.hf.describe import activation_of, label_names
-from rlalign.scoring.hf.model_loading import folder_facts
+from rlalign.scoring.hf.model_loading import folder_facts, template_digest
 from rlalign.scoring.params import ModelInfo, PoolerDefaults, ScoringParams, Task
 from rlalign.scoring.result import Answer, score_result
 from rlalign.scoring.scorer import Scoring, checked_inputs
 from rlalign.scoring.sequences import Sequencer, TokenSequence
-from rlalign.scoring.vllm import pooling_worker
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,11 +33,72 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from vllm import LLM, PoolingParams, PoolingRequestOutput, RequestOutput
     from vllm.config.model import ModelDType
+    from vllm.model_executor.layers.pooler.seqwise.heads import ClassifierPoolerHead
     from vllm.tasks import PoolingTask
+    from vllm.v1.pool.metadata import PoolingMetadata
 
     from rlalign.scoring.hf.model_loading import FolderFacts
     from rlalign.scoring.result import ScoreResult
     from rlalign.scoring.scorer import Text
+
+
+__all__ = ["PreparedVLLM", "VLLMScorer"]
+
+WITH_STATE = "rlalign_with_state"  # key in PoolingParams.extra_kwargs of a request that wants its state
+EXTENSION = f"{__name__}.PoolingWorkerExtension"
+
+
+class _Worker(Protocol):
+    """What vLLM's worker, into whose bases the extension goes, has."""
+
+    rank: int
+
+    def get_model(self) -> torch.nn.Module: ...
+
+
+class PoolingWorkerExtension:
+    """RPCs that rlalign adds to the workers of a pooling engine."""
+
+    def rlalign_open_pooler(self: _Worker) -> dict[str, Any]:
+        """Let this rank's classification head give states to the requests that ask for them. Idempotent.
+
+        Returns {"rank", "opened", "reason"}: opened is False where this model has no state in front of a head.
+        """
+        head = _classifier_head(self.get_model())
+        if isinstance(head, str):
+            return {"rank": self.rank, "opened": False, "reason": head}
+        if append_states not in head._forward_hooks.values():
+            head.register_forward_hook(append_states)
+        return {"rank": self.rank, "opened": True, "reason": ""}
+
+
+def _classifier_head(model: torch.nn.Module) -> ClassifierPoolerHead | str:
+    """The head that turns one pooled state into logits, or why there is none."""
+    from vllm.model_executor.layers.pooler.seqwise.heads import ClassifierPoolerHead
+
+    pooler = model.pooler
+    tasks = getattr(pooler, "poolers_by_task", {})  # only a dispatching pooler has them
+    head = getattr(tasks.get("classify"), "head", None)
+    if not isinstance(head, ClassifierPoolerHead):
+        return f"{type(model).__name__} has no head over one pooled state (its pooler is {type(pooler).__name__})"
+    if head.classifier is None:
+        return f"{type(model).__name__} computes its scores before pooling, so the pooled vector is already the score"
+    return head
+
+
+def append_states(
+    head: ClassifierPoolerHead, inputs: tuple[torch.Tensor | list[torch.Tensor], PoolingMetadata], scores: torch.Tensor
+) -> torch.Tensor | list[torch.Tensor]:
+    """Forward hook: [K] scores become float32 [K + D], scores then state, for requests that asked; others stay untouched."""
+    states, metadata = inputs
+    asked = [bool((params.extra_kwargs or {}).get(WITH_STATE)) for params in metadata.pooling_params]
+    if not any(asked):
+        return scores
+    return [
+        torch.cat([score.float(), state.float()]) if wanted else score
+        for score, state, wanted in zip(scores, states, asked, strict=True)
+    ]
+
 
 POOLING_TASKS: tuple[Task, ...] = ("classify", "token_classify", "embed", "token_embed")
 
@@ -84,7 +151,7 @@ def engine_info(
             logit_mean=mean,
             logit_sigma=sigma,
         ),
-        template_sha256=_template_digest(tokenizer),
+        template_sha256=template_digest(tokenizer),
         already_calibrated=mean is not None or sigma is not None,
     )
 
@@ -125,11 +192,6 @@ def _hidden_states(
     return not closed, "; ".join(closed[:1])
 
 
-def _template_digest(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
-    template = None if tokenizer is None else tokenizer.chat_template
-    return hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None
-
-
 OLDEST = (0, 32)
 
 
@@ -161,7 +223,7 @@ class VLLMScorer(Scoring[PreparedVLLM]):
 
         read = None if llm.model_config.skip_tokenizer_init else llm.get_tokenizer()
         self.tokenizer = cast("PreTrainedTokenizerBase | None", read)
-        extended = llm.llm_engine.vllm_config.parallel_config.worker_extension_cls == pooling_worker.EXTENSION
+        extended = llm.llm_engine.vllm_config.parallel_config.worker_extension_cls == EXTENSION
         _require_errors(vllm.__version__)
         pools = llm.runner_type == "pooling"
         opened = llm.collective_rpc("rlalign_open_pooler") if extended and pools else None
@@ -221,7 +283,7 @@ class VLLMScorer(Scoring[PreparedVLLM]):
                 tensor_parallel_size=tensor_parallel_size,
                 gpu_memory_utilization=gpu_memory_utilization,
                 seed=seed,
-                worker_extension_cls=pooling_worker.EXTENSION,
+                worker_extension_cls=EXTENSION,
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
             )
@@ -259,7 +321,6 @@ class VLLMScorer(Scoring[PreparedVLLM]):
     # --- inside ---
 
     def _outputs(self, requests: Sequence[PreparedVLLM]) -> list[PoolingRequestOutput] | list[RequestOutput]:
-        """One output an item, in order."""
         from vllm import SamplingParams
 
         if self._llm is None:
@@ -328,7 +389,7 @@ def _pooling(params: ScoringParams, sequence: TokenSequence) -> PoolingParams:
 
     extra: dict[str, bool | int] = {}
     if params.return_pooled_hidden_states:
-        extra[pooling_worker.WITH_STATE] = True
+        extra[WITH_STATE] = True
     if sequence.type_ids is not None and 1 in sequence.type_ids:
         extra["compressed_token_type_ids"] = sequence.type_ids.index(1)
     return PoolingParams(
@@ -342,7 +403,6 @@ def _pooling(params: ScoringParams, sequence: TokenSequence) -> PoolingParams:
 
 
 def _judged(output: RequestOutput, labels: list[int], facts: Answer) -> Answer:
-    """Log-probabilities of the label tokens after the prompt."""
     completion = output.outputs[0] if output.outputs else None
     if completion is None or not completion.logprobs or completion.finish_reason in ("error", "abort"):
         reason = "no completion" if completion is None else f"finished with {completion.finish_reason!r}"

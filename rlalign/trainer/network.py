@@ -12,6 +12,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from rlalign.head import widened
 from rlalign.trainer import attention_choice, packing
+from rlalign.trainer.attention import install as install_sdpa
 from rlalign.trainer.deepspeed_setup import round_biased_layers_once
 from rlalign.trainer.exact_network import make_exact
 from rlalign.trainer.head_mirror import Tokens
@@ -81,7 +82,7 @@ def load(
     elif mirrored is not None:
         _mirror(network, mirrored)
     else:
-        attention.install(network)
+        install_sdpa(network)
     if packed:
         packing.require(network)
     if checkpointing:

@@ -182,7 +182,7 @@ class Rows:
         self.waiting.clear()
         self.known.clear()
 
-    def saved(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def saved(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything, as JSON and as columns."""
         meta = {
             "counts": asdict(self.counts),
@@ -192,7 +192,7 @@ class Rows:
             "known": list(self.known.items()),
             "waiting": list(self.waiting),
         }
-        columns = {f"labels.{name}": column for name, column in self.labels.rows().items()}
+        columns: dict[str, Any] = {f"labels.{name}": column for name, column in self.labels.rows().items()}
         columns |= {f"scores.{name}": column for name, column in self.scores.rows().items()}
         return meta, columns | {f"waiting.{name}": column for name, column in _columns(self.waiting.values()).items()}
 

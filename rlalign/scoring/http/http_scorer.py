@@ -124,8 +124,9 @@ class HTTPScorer(Scoring[HTTPRequest]):
             if isinstance(tokenizer, str):
                 from transformers import AutoTokenizer
 
-                tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-            self.tokenizer = tokenizer
+                self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+            else:
+                self.tokenizer = tokenizer
             self._takes_ids = self._dialect.takes_ids and (self.info.causal or self.dialect != "vllm")  # /score is text
             # cuts and joins token ids, and text too where there is a tokenizer; not where the server reads query and item apart
             joins = self._dialect.takes_ids and self.info.causal

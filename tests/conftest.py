@@ -13,7 +13,7 @@ with (
     patch.setenv("TRITON_INTERPRET", "1")
     import triton.language  # noqa: F401
 
-from tests import routes_run
+from tests import kernel_parts, routes_run
 
 routes_run.watch()
 _everywhere: defaultdict[str, set[str]] = defaultdict(set)  # what the workers of this session report
@@ -87,6 +87,12 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("ways of computing that ran on this host")
         for line in routes_run.summary(_everywhere):
             terminalreporter.line(line)
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """A cache folder with the compiled head kernel in it."""
+    return kernel_parts.library_in(tmp_path_factory.mktemp("compiled"))
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import rlalign
 from rlalign.logprobs import token_logprobs
 from rlalign.logprobs.vocab_parallel import VocabShard
 
+pytestmark = pytest.mark.slow
 VOCABULARY, ROWS, LENGTH = 97, 2, 9  # ROWS of each rank
 TEMPERATURE = 0.7
 MIXED = {

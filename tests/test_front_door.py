@@ -34,7 +34,18 @@ def test_the_public_names_are_these():
     assert set(PUBLIC) <= set(dir(rlalign))
 
 
-ROOMS = ["", ".mismatch", ".logprobs", ".objective", ".head", ".types", ".scoring", ".calibration", ".weights", ".config"]
+ROOMS = [
+    "",
+    ".mismatch",
+    ".logprobs",
+    ".objective",
+    ".head",
+    ".types",
+    ".scoring",
+    ".calibration",
+    ".weights",
+    ".config",
+]
 FORKED = """
 import importlib, os, sys, traceback
 import torch, numpy, transformers.models.auto.modeling_auto, transformers.modeling_utils, torch._dynamo, omegaconf
@@ -66,6 +77,7 @@ for word in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_a_public_name_is_what_its_room_calls_so_and_is_there():
     """Each name of the front door and each room asked for first, in a process that has loaded none of the others."""
     words = [f"{name}={home}" for name, home in PUBLIC.items()]

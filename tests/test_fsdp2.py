@@ -125,7 +125,7 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def by_rank(tmp_path_factory) -> list[dict[str, dict[str, object]]]:
     folder = tmp_path_factory.mktemp("fsdp2")
-    mp.start_processes(worker, args=(str(folder),), nprocs=2, start_method="spawn")
+    mp.start_processes(worker, args=(str(folder),), nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

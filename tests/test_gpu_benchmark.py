@@ -28,6 +28,7 @@ def few(monkeypatch):
     monkeypatch.setattr(gpu, "tasks", lambda small: [(gpu.BOTH, (6, 16, 40)), (gpu.DECODE, (2, 16, 40))])
 
 
+@pytest.mark.slow
 def test_it_measures_what_is_there_says_what_is_not_and_goes_on_where_it_stopped(few, monkeypatch, tmp_path):
     file, table = tmp_path / "gpu.json", tmp_path / "gpu.md"
     asked = ["--json", str(file), "--markdown", str(table), "--device", "cpu"]

@@ -12,7 +12,7 @@ from rlalign.head import projection, routes
 from rlalign.head.kernel.build import PATHS
 from rlalign.head.products import Route, logits_of
 from rlalign.rollout.head.decode import decode_logits
-from tests.kernel_parts import forget, needs_compiler
+from tests.kernel_parts import needs_compiler
 
 pytestmark = needs_compiler
 BLOCK = 256  # of the law in fma.c

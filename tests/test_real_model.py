@@ -155,7 +155,7 @@ def test_memory_is_that_of_the_whole_family():
     import subprocess
 
     code = "import subprocess, sys, time; b = bytearray(80 * 2**20); "
-    child = "import time; b = bytearray(120 * 2**20); time.sleep(2)"
+    child = "import time; b = bytearray(120 * 2**20); time.sleep(1.0)"
     process = subprocess.Popen([sys.executable, "-c", code + f"subprocess.run([sys.executable, '-c', {child!r}])"])
     with real_model_memory.Peak(process.pid) as peak:
         process.wait()

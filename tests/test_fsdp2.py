@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import pytest
 import torch
+import torch._dynamo
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -112,6 +113,7 @@ def split_head(rank: int) -> dict[str, object]:
 
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    torch._dynamo.config.disable = False  # an engine of another file may have switched it off for this process' parents
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
     found = {name: mirrored(sharded(name), rank) for name in MIXED}

@@ -167,6 +167,7 @@ def test_checkpointing_recomputes_what_was_kept(reentrant):
     assert torch.equal(hidden.grad, wanted[0]) and torch.equal(weight.grad, wanted[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_a_compiled_caller_keeps_too(compiling, products, dynamic):
     hidden, weight, _, ids = case(torch.bfloat16)

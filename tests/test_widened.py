@@ -221,6 +221,7 @@ def test_one_rank_that_needs_it_decides_for_all(undecided, monkeypatch):
     assert widened.is_widened(torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_where_torchs_own_are_kept_torchs_kernels_stay():
     code = "import torch; from rlalign.head import widened; widened.decide(torch.bfloat16); print(widened._library)"
     environment = os.environ | {widened.VARIABLE: NATIVE}

@@ -136,6 +136,7 @@ def test_a_run_finishes_with_the_calibrator_that_it_began_with(monkeypatch):
     assert scorer.info.calibration_id == flat.calibration_id
 
 
+@pytest.mark.slow
 def test_every_result_of_a_swap_under_load_carries_the_one_calibrator_that_made_it():
     steep, flat = platt(3.0, 0.0), platt(0.1, 1.0)
     scorer = with_calibration(scorer_of("one_label"), steep)

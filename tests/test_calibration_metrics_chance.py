@@ -29,6 +29,7 @@ def test_the_noise_floor_is_the_ece_of_calibrated_scores():
     assert floor.p95 == pytest.approx(np.quantile(drawn, 0.95), rel=0.03)
 
 
+@pytest.mark.slow
 def test_bootstrap_covers_the_truth():
     """The mean outcome is 1/2; 100 draws of 80 rows: a 90 % interval holds it 90 times, give or take 9 (3 sigma)."""
     random = np.random.default_rng(0)

@@ -46,6 +46,7 @@ def test_correlations_are_scipys_ties_included():
     assert found.levels == pytest.approx(spearmanr(series[: 30 - lead], k3[lead:])[0])
 
 
+@pytest.mark.slow
 def test_chance_is_the_luckiest_of_all_series():
     """Of unrelated walks one in twenty is beyond chance, however many series there are."""
     lucky = 0
@@ -55,6 +56,7 @@ def test_chance_is_the_luckiest_of_all_series():
     assert lucky <= 8
 
 
+@pytest.mark.slow
 def test_noise_around_a_level_is_not_beyond_chance_either():
     """Its changes swing back by themselves, on both sides: shuffled changes alone would call one in five beyond chance."""
     lucky = 0

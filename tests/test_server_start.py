@@ -163,6 +163,7 @@ def test_vllms_client_for_servers_asks_every_engine_and_numbers_the_ranks_throug
     assert theirs == ["what vLLM returns", "collective_rpc", "their_own_method", 2.0, (), None]
 
 
+@pytest.mark.slow
 def test_a_server_that_is_not_there_is_named(model):
     with (
         FakeVLLM(model) as there,

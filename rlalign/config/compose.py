@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def _readable(error: Exception) -> str:
     return f"{' '.join(what.split()).rstrip('.')}{': ' if why else ''}{why}"
 
 
+@cache
 def register_schema() -> None:
     """Give Hydra the dataclasses, so that unknown keys and wrong types are refused while composing, and `correction=PRESET`.
 

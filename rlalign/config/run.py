@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, cast
 
 from rlalign.config.algo import AlgoConfig
@@ -218,9 +219,17 @@ def load(overrides: Mapping[str, Any]) -> RunConfig:
     try:
         if OmegaConf.is_config(overrides):  # a key that +key=value added would pass as part of the schema
             overrides = cast("dict[str, Any]", OmegaConf.to_container(overrides, resolve=False))
-        return cast("RunConfig", OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), overrides)))
+        return cast("RunConfig", OmegaConf.to_object(OmegaConf.merge(_schema(), overrides)))
     except OmegaConfBaseException as error:
         raise ValueError(_readable(error)) from error
+
+
+@cache
+def _schema() -> Any:
+    """The schema as OmegaConf has it, made once: a merge copies its first operand."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(RunConfig)
 
 
 def to_plain(config: RunConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlalign.diagnose.families.recipes import RECIPES
-from rlalign.mismatch.growth import follows
+from rlalign.mismatch.causes import follows
 from rlalign.report import verdict
 from rlalign.run.trace import traced
 from rlalign.types import LogprobSpec, Rollout, collate

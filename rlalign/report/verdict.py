@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from statistics import median
 
-from rlalign.mismatch.growth import Followed, follows
+from rlalign.mismatch.causes import Followed, follows
 from rlalign.report.figures import k3_limit, number_at
 from rlalign.report.html import short
 from rlalign.tracking.record import RunRecord

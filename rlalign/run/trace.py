@@ -1,4 +1,4 @@
-"""What is kept every `tracking.trace_every` steps, to say later what a growing mismatch follows (`rlalign.mismatch.growth`)."""
+"""What is kept every `tracking.trace_every` steps, to say later what a growing mismatch follows (`rlalign.mismatch.causes`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Both engines on the same tokens, outside a run: what parity, doctor and replay share.
+"""Both engines on the same tokens, outside a run: what parity, doctor, attribution and suspects share.
 
 Suffixes: B sequences, L padded length, D hidden, V vocabulary.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from rlalign.head import widened
 from rlalign.logprobs.truncation import Truncation
 from rlalign.loops.body import Settled, recorded
 from rlalign.run.assembly import PROOF_PROMPTS, encode, fitted_task, load_task_of, resolve_model, settle_body
+from rlalign.tasks.rows import cell, jsonl_rows
 from rlalign.types import Rollout, RolloutBatch, collate
 
 if TYPE_CHECKING:
@@ -199,3 +200,31 @@ def lengthened(prompts: Sequence[Sequence[int]], length: int, *, count: int) -> 
             at += 1
         found.append(tokens[:length])
     return found
+
+
+def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, *, chat: bool, limit: int) -> list[list[int]]:
+    """Token ids of the first `limit` prompts. Raises ValueError naming file and line for what cannot be used."""
+    if path.suffix != ".jsonl":
+        if not path.is_file():
+            raise ValueError(f"prompt file {path} does not exist")
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        found = [encode(tokenizer, line, chat=chat) for line in lines[:limit]]
+    else:
+        found = []
+        for where, row in jsonl_rows(path):
+            if len(found) == limit:
+                break
+            if "token_ids" in row:
+                found.append(_prompt_ids(row["token_ids"], where, len(tokenizer)))
+            else:
+                found.append(encode(tokenizer, cell(row, "prompt", where), chat=chat))
+    if not found:
+        raise ValueError(f"prompt file {path} holds no prompts")
+    return found
+
+
+def _prompt_ids(value: Any, where: str, vocabulary: int) -> list[int]:
+    right = isinstance(value, list) and value and all(type(i) is int and 0 <= i < vocabulary for i in value)
+    if not right:
+        raise ValueError(f"{where}: token_ids must be a list of ids below {vocabulary}, got {str(value)[:60]}")
+    return value

@@ -7,7 +7,7 @@ from rlalign.diagnose.attribution import derived, trainer_side
 from rlalign.diagnose.attribution.derived import _Derivation, _probe, _traced, _width
 from rlalign.diagnose.attribution.mapping import ModelMap
 from rlalign.diagnose.attribution.trainer_side import Side
-from rlalign.diagnose.families import building, recipes
+from rlalign.diagnose.families import building, family_table
 from rlalign.types import LogprobSpec, Rollout, collate
 
 
@@ -21,7 +21,7 @@ def batch_of(ids):
 
 def against_itself(family, tmp_path):
     """The trainer's model in the engine's place too: {point: values} of one sequence."""
-    network = building.perturbed(building.build(recipes.RECIPES[family], tmp_path / "m"), seed=1, dtype="float32")
+    network = building.perturbed(building.build(family_table.RECIPES[family], tmp_path / "m"), seed=1, dtype="float32")
     batch = batch_of(building.probes()[0])
     seen = _traced(network, _probe(batch))
     weights = [n.rpartition(".") for n, p in network.named_parameters() if p.ndim <= 2]
@@ -81,7 +81,7 @@ def test_every_linear_layer_and_norm_is_a_point_of_its_own(tmp_path):
 
 
 def test_layers_that_cannot_be_told_are_refused(tmp_path):
-    network = building.perturbed(building.build(recipes.RECIPES["llama"], tmp_path / "m"), seed=1, dtype="float32")
+    network = building.perturbed(building.build(family_table.RECIPES["llama"], tmp_path / "m"), seed=1, dtype="float32")
     seen = _traced(network, _probe(batch_of(building.probes()[0])))
     with pytest.raises(
         ValueError, match=r"cannot tell the layers of LlamaForCausalLM: its configuration has 2.*--mapping"

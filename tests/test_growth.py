@@ -10,7 +10,7 @@ import torch
 from scipy.stats import spearmanr
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlalign.diagnose.families.recipes import RECIPES
+from rlalign.diagnose.families.family_table import RECIPES
 from rlalign.mismatch.causes import follows
 from rlalign.report import verdict
 from rlalign.run.trace import traced

@@ -73,7 +73,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(config: Callable[[], RunConfig], arguments: argparse.Namespace) -> int:
     """Measure, print, write. 1 when a step by itself is over its noise floor. config: composed only when no run is given."""
-    from rlalign.diagnose.attribution import page, sources, words
+    from rlalign.diagnose.attribution import report, sources
 
     if arguments.run_directory is not None:
         if arguments.overrides or arguments.prompt_file:
@@ -90,11 +90,11 @@ def run(config: Callable[[], RunConfig], arguments: argparse.Namespace) -> int:
             f"--kv-cache {arguments.kv_cache} is of a budget; name the body's format too, with --budget FORMAT"
         )
     found, notes = _measured(source, arguments)
-    print(words.text(found, every=arguments.all_points))
+    print(report.text(found, every=arguments.all_points))
     for note in notes:
         print(f"note: {note}")
     out = arguments.html or (arguments.run_directory or Path()) / "attribution.html"
-    print(f"page: {page.write(found, notes, out)}")
+    print(f"page: {report.write(found, notes, out)}")
     in_run = arguments.run_directory and arguments.run_directory / ATTRIBUTION
     for file in filter(None, (arguments.json, in_run)):
         write_json(file, found.as_json() | {"notes": list(notes)})

@@ -24,7 +24,7 @@ def run(
     path: a file, a directory of them, or a glob. all_tokens: no mask is needed, every token counts.
     columns: "field=name" pairs for dumps whose names are unknown. Raises ValueError on a dump that cannot be read.
     """
-    from rlalign.diagnose.offline_report import jsonable, report, write_plot
+    from rlalign.diagnose.offline import jsonable, report, write_plot
 
     pairs = [pair.partition("=") for pair in columns]
     if wrong := ["".join(p) for p in pairs if not (p[0] and p[2])]:

@@ -88,9 +88,8 @@ class CorrectionConfig:
     """A preset by name, or a level and a mode; see rlalign.objective.presets and rlalign.objective.corrections.correct. Off:
     weights of one."""
 
-    preset: str = (
-        ""  # tis | ess_tis | icepop | kpop | mis | seq_tis | geo_mask | veto | opsm | dppo_tv | m2po | m2po_all
-    )
+    # tis | ess_tis | icepop | kpop | mis | seq_tis | geo_mask | veto | opsm | dppo_tv | m2po | m2po_all
+    preset: str = ""
     level: str = ""  # token | sequence | geometric | segment
     mode: str = ""  # truncate | clip | mask
     low: float | None = None  # bounds on the ratio old / rollout; a preset's own where not given
@@ -98,9 +97,8 @@ class CorrectionConfig:
     threshold: float | None = None  # kpop: binary KL, nats; ess_tis: effective sample size, 0 to 1; m2po: mean of d^2
     veto: float | None = None  # with level and mode: a token ratio under this rejects its sequence
     normalize: bool = False  # with level and mode: weights divided by their mean over the batch
-    on_policy_one: bool = (
-        False  # tokens of the current version keep weight 1 exactly: no variance from engine mismatch, but its bias
-    )
+    # tokens of the current version keep weight 1 exactly: no variance from engine mismatch, but its bias
+    on_policy_one: bool = False
 
     @property
     def off(self) -> bool:

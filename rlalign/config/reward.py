@@ -29,9 +29,8 @@ class DriftConfig:
     psi: float = 0.25  # of the scores against the fit; a warning, as scores may move for good reasons
     out_of_support: float = 0.05  # share of scores outside the fitted range; a warning
     action: str = "warn"  # on drift: warn | stop
-    refit_every: int = (
-        0  # steps after which the calibration is fitted again on the window, if it is the better one; 0: never
-    )
+    # steps after which the calibration is fitted again on the window, if it is the better one; 0: never
+    refit_every: int = 0
 
     def __post_init__(self) -> None:
         positive(self, "reward.drift", "window", "bins", "gap", "tilt", "ece", "auroc", "psi", "out_of_support")

@@ -18,9 +18,8 @@ class ServersConfig:
     server_folder: str = ""  # where such servers say that they are ready, instead of urls
     wait_for: int = 0  # servers to wait for in server_folder; those that come later join at the next publish
     concurrency: int = 0  # completions in flight at one server; 0: twice max_num_seqs, so that it never runs dry
-    samples_per_request: int = (
-        0  # completions asked for at once; 0: the whole group, whose prompt is then computed once
-    )
+    # completions asked for at once; 0: the whole group, whose prompt is then computed once
+    samples_per_request: int = 0
     start_timeout_s: float = 1800.0  # until every server is ready
     request_timeout_s: float = 7200.0  # of one request, pauses included; afterwards the server counts as hung
     pause_timeout_s: float = 900.0  # of one update of the weights, for which completions wait
@@ -76,15 +75,13 @@ class RolloutConfig(ServersConfig):
     min_p: float = 0.0
     bar_unknown_ids: bool = False  # never sample ids behind the tokenizer's last one (embedded engine)
     capture_ids: int = 128  # largest kept set the embedded engine reports; 0: the trainer computes them all
-    replay_experts: str = (
-        "off"  # of mixtures: off | all (every token's, or an error) | known (else the trainer's own choice)
-    )
+    # of mixtures: off | all (every token's, or an error) | known (else the trainer's own choice)
+    replay_experts: str = "off"
     max_tokens: int = 512  # sampled tokens of one completion
     max_model_len: int = 2048  # prompt + completion, tokens
     max_num_seqs: int = 128  # sequences the engine decodes at once
-    max_num_batched_tokens: int = (
-        0  # tokens of one engine step; 0: vLLM's choice. Below max_model_len prefills are chunked
-    )
+    # tokens of one engine step; 0: vLLM's choice. Below max_model_len prefills are chunked
+    max_num_batched_tokens: int = 0
     tensor_parallel_size: int = 1
     gpu_memory_utilization: float = 0.4  # the trainer shares the device
     cpu_kv_cache_gib: int = 1

@@ -97,9 +97,8 @@ class TaskConfig:
     chat_template: bool = False  # wrap each prompt in the tokenizer's chat template
     eval_size: int = 128  # distinct prompts, none of them in the training split
     seed: int = 0
-    environment: str = (
-        ""  # answers between turns: calculator | higher_lower | module:attribute; "": one answer, no turns
-    )
+    # answers between turns: calculator | higher_lower | module:attribute; "": one answer, no turns
+    environment: str = ""
     max_turns: int = 8  # answers of one conversation
     turn_timeout_s: float = 60.0  # of one answer of the environment; afterwards the conversation has no reward
     unusable_prompts: str = "stop"  # stop | drop: those too long for the engine, all looked at before the first step
@@ -174,12 +173,10 @@ class WeightsConfig:
     """Where and how published weights travel from the trainer to the rollout engines."""
 
     transport: str = "shared_memory"  # shared_memory (one box) | folder (a shared filesystem) | gloo (CPU) | nccl (GPU)
-    shared: str = (
-        MEMORY_OF_ONE_BOX  # shared_memory, folder: where buckets lie; every rollout rank must be able to read it
-    )
-    bucket_mib: int = (
-        256  # MiB carried at once; a larger tensor is a bucket of its own. At most two exist at any moment
-    )
+    # shared_memory, folder: where buckets lie; every rollout rank must be able to read it
+    shared: str = MEMORY_OF_ONE_BOX
+    # MiB carried at once; a larger tensor is a bucket of its own. At most two exist at any moment
+    bucket_mib: int = 256
     timeout_s: float = 120.0  # longest wait for one bucket, for a worker to join, for a file to be seen on another node
     address: str = ""  # gloo, nccl: the first trainer rank's host as the rollout nodes reach it; empty: found
     port: int = 0  # gloo, nccl: TCP port on that host where the workers meet; 0: any free one
@@ -227,9 +224,8 @@ class MismatchConfig:
 
     k3_limit: float = 1e-2  # nats per token; checked on every batch before it is trained on
     action: GateAction = GateAction.stop
-    accept_k3: float = (
-        0.0  # nats per token on held-out completions of the updated weights; past it the update is undone; 0: off
-    )
+    # nats per token on held-out completions of the updated weights; past it the update is undone; 0: off
+    accept_k3: float = 0.0
     accept_prompts: int = 8  # of those completions, one of each prompt
     head_every: int = 10  # steps between measurements of the head in isolation; 0: never
     floor: str = ""  # file of `rlalign parity --noise-floor --json FILE`: logs mismatch/excess/* beyond it

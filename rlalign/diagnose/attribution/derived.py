@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlalign.diagnose.attribution import trainer_side
-from rlalign.diagnose.attribution.difference import common_rows, differences
+from rlalign.diagnose.attribution.findings import common_rows, differences
 from rlalign.diagnose.attribution.mapping import EMBED, FINAL_NORM, RESIDUAL, ROUTER, ModelMap, Pair, Pairs, match
 from rlalign.diagnose.attribution.trainer_side import Side
 from rlalign.rollout.engine import teacher_forcing

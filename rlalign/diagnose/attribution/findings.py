@@ -1,4 +1,4 @@
-"""How far two recordings of one point are apart, token by token, and what attribution makes of it: differences, floors, where they start.
+"""How far two recordings of one point are apart, token by token, and what attribution finds: differences, floors, where they start.
 
 Suffixes: N tokens, D features.
 Of one token: absolute = root mean square of the difference over its features; relative = |a - b| / max(|a|, |b|), Euclidean;
@@ -134,10 +134,8 @@ def distinct(one: Recording, point: str, rows: tuple[Tensor, Tensor], batch: Rol
     return rows[0][keep], rows[1][keep]
 
 
-ELEMENTS = 2**22  # compared at once
-SIGNIFICANT = (
-    7.0  # standard errors: thousands of features are tested at once. At least 50 tokens are needed to get there
-)
+# standard errors, as thousands of features are tested at once; at least 50 tokens are needed to get there
+SIGNIFICANT = 7.0
 
 
 @dataclass(frozen=True, slots=True)

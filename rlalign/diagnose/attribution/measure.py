@@ -44,7 +44,7 @@ from rlalign.rollout.worker.recording import POSITION, Recording
 from rlalign.trainer.head_mirror import mirror
 from rlalign.types import LogprobSpec, Rollout, RolloutBatch, collate
 
-__all__ = ["prove"]
+__all__ = ["measure", "prove_steps"]
 
 ARCHITECTURE = (
     "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
@@ -159,7 +159,7 @@ def attribute_route(setup: Setup, route: Route, forced: Forced) -> RouteAttribut
     say(f"{route.value}: each of the trainer's modules on the rollout's inputs")
     isolated = trainer_side.record(setup.side, batch, setup.folder / "isolated", inputs=forced.recording)
     exact = trainer_side.record(setup.wide, batch, setup.folder / "isolated-exact", inputs=forced.recording)
-    points, heat = [], {}
+    points, heat, unit = [], {}, one_unit(next(setup.side.network.parameters()).dtype)
     for point in mapping.points():
         width = setup.own.width(point)
         found = compared(forced.recording, setup.own, point, batch, width, route)
@@ -167,9 +167,9 @@ def attribute_route(setup: Setup, route: Route, forced: Forced) -> RouteAttribut
         step = differences(forced.recording, isolated, point, rows, width=width)
         fresh = distinct(forced.recording, point, rows, batch)
         tilt = bias(forced.recording, isolated, point, fresh, width=width) if _kind(point) not in ROPE else Bias()
-        rounding = compared(setup.own, setup.exact, point, batch, width)
-        step_rounding = compared(isolated, exact, point, batch, width)
-        points.append(_point(setup, point, found, step, tilt, rounding, step_rounding))
+        rounding = Spread.of(compared(setup.own, setup.exact, point, batch, width).relative_N)
+        step_floor = compared(isolated, exact, point, batch, width)
+        points.append(_point(point, found, worst(setup.floors.get(point), rounding), step, step_floor, unit, tilt))
         heat[point] = by_position(found, batch.token_ids_BL.shape[1])
     for recording in (isolated, exact):
         recording.delete()
@@ -214,27 +214,28 @@ def by_position(found: TokenDifferences, length: int) -> tuple[float | None, ...
 
 
 def _point(
-    setup: Setup,
     point: str,
     found: TokenDifferences,
+    floor: Spread,
     step: TokenDifferences,
+    step_floor: TokenDifferences,
+    unit: Spread,
     tilt: Bias,
-    rounding: TokenDifferences,
-    step_rounding: TokenDifferences,
 ) -> PointDifference:
-    unit = one_unit(next(setup.side.network.parameters()).dtype)
+    """step: the difference of this step alone; unit: what rounding once more makes of a value."""
+    kind = _kind(point)
     return PointDifference(
         point=point,
-        kind=_kind(point),
-        layer=int(point.split(".")[1]) if point != _kind(point) else None,
+        kind=kind,
+        layer=int(point.split(".")[1]) if point != kind else None,
         tokens=len(found.rows_N3),
         absolute=Spread.of(found.absolute_N),
         relative=Spread.of(found.relative_N),
         cosine=float(found.cosine_N.mean()),
         cosine_min=float(found.cosine_N.min()),
-        floor=worst(worst(setup.floors.get(point), Spread.of(rounding.relative_N)), unit),
+        floor=worst(floor, unit),
         isolated=Spread.of(step.relative_N),
-        isolated_floor=worst(Spread.of(step_rounding.relative_N), unit),
+        isolated_floor=worst(Spread.of(step_floor.relative_N), unit),
         bias=tilt,
         bias_floor=bias_floor(unit),
     )
@@ -242,27 +243,14 @@ def _point(
 
 def _logprob_point(setup: Setup, forced: Forced, own_BL: Tensor, temperature: float) -> PointDifference:
     """The logprobs as a last point: isolated, they are the trainer's normalisation of the rollout's logits."""
-    batch, unit = setup.batch, one_unit(torch.float32)
+    batch = setup.batch
     step_BL = trainer_side.from_logits(forced.recording, batch, temperature, torch.float32)
     exact_BL = trainer_side.from_logits(forced.recording, batch, temperature, torch.float64)
     rounded_BL = trainer_side.from_logits(setup.exact, batch, temperature, torch.float64)
     found, step = scored(forced.logprobs_BL, own_BL, batch), scored(forced.logprobs_BL, step_BL, batch)
-    rounding = Spread.of(scored(own_BL, rounded_BL, batch).relative_N)
-    return PointDifference(
-        point=LOGPROBS,
-        kind=LOGPROBS,
-        layer=None,
-        tokens=len(found.rows_N3),
-        absolute=Spread.of(found.absolute_N),
-        relative=Spread.of(found.relative_N),
-        cosine=float(found.cosine_N.mean()),
-        cosine_min=float(found.cosine_N.min()),
-        floor=worst(worst(setup.floors.get(LOGPROBS), rounding), unit),
-        isolated=Spread.of(step.relative_N),
-        isolated_floor=worst(Spread.of(scored(step_BL, exact_BL, batch).relative_N), unit),
-        bias=Bias(),
-        bias_floor=bias_floor(unit),
-    )
+    floor = worst(setup.floors.get(LOGPROBS), Spread.of(scored(own_BL, rounded_BL, batch).relative_N))
+    step_floor = scored(step_BL, exact_BL, batch)
+    return _point(LOGPROBS, found, floor, step, step_floor, one_unit(torch.float32), Bias())
 
 
 def experts_differ(rollout: Recording, trainer: Recording, side: Side) -> dict[int, float]:
@@ -283,7 +271,7 @@ def experts_differ(rollout: Recording, trainer: Recording, side: Side) -> dict[i
     return found
 
 
-def _chosen(logits_NE: torch.Tensor, count: int) -> torch.Tensor:
+def _chosen(logits_NE: Tensor, count: int) -> Tensor:
     return logits_NE.float().topk(count).indices
 
 
@@ -292,9 +280,15 @@ SEQUENCES, TOKENS = 4, 48  # of the probe
 SHOWN = 4
 
 
-def prove(engine: VLLMEngine, network: nn.Module, *, scratch: Path | None = None) -> dict[str, float]:
-    """What `measured` gives. Raises RuntimeError naming the steps beyond LIMIT."""
-    found = measured(engine, network, scratch=scratch)
+def prove_steps(engine: VLLMEngine, network: nn.Module, *, scratch: Path | None = None) -> dict[str, float]:
+    """Prove by output that the engine computes with the weights it took: what `measured_steps` gives, within LIMIT.
+
+    The read-back of a publish compares an engine with what the engine's own loader makes of the weights, so that a loader which
+    puts a right tensor in a wrong place vouches for itself. Here what each of the engine's modules made of random tokens is
+    compared with what the trainer's module makes of the same input. Rounding moves a step by up to a few percent; a wrong slice, a
+    wrong order or a neighbour's weight moves it as far as an unrelated one. Raises RuntimeError naming the steps beyond LIMIT.
+    """
+    found = measured_steps(engine, network, scratch=scratch)
     wrong = sorted((point for point, apart in found.items() if not apart <= LIMIT), key=lambda p: -found[p])
     if wrong:
         told = ", ".join(f"{point} by {found[point]:.0%}" for point in wrong[:SHOWN])
@@ -307,7 +301,7 @@ def prove(engine: VLLMEngine, network: nn.Module, *, scratch: Path | None = None
     return found
 
 
-def measured(engine: VLLMEngine, network: nn.Module, *, scratch: Path | None = None) -> dict[str, float]:
+def measured_steps(engine: VLLMEngine, network: nn.Module, *, scratch: Path | None = None) -> dict[str, float]:
     """{step: mean relative difference} on random tokens. network: whole on this rank, with the weights that were published.
 
     Raises ValueError where no step of this architecture can be compared.

@@ -123,15 +123,8 @@ def _ranges(layers: Sequence[int]) -> str:
     return ", ".join(str(g[0]) if len(g) == 1 else f"{g[0]}-{g[-1]}" for g in groups)
 
 
-MAIN = (
-    "embed",
-    "attn_out",
-    "mlp_out",
-    "residual",
-    "final_norm",
-    "logits",
-    "logprobs",
-)  # the others show when over their floor
+# the others show when over their floor
+MAIN = ("embed", "attn_out", "mlp_out", "residual", "final_norm", "logits", "logprobs")
 HEADER = (
     f"{'':24} {'absolute':^26} {'relative':^26} {'':>8} {'':>8} {'this step alone':^26} {'share of':>8}\n"
     f"{'point':24} {'mean':>8} {'p99':>8} {'max':>8} {'mean':>8} {'p99':>8} {'max':>8} {'1-cos':>8} {'floor':>8} "

@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rlalign.config import Dtype, HeadDtype, ModelConfig, RolloutConfig, RunConfig
-from rlalign.diagnose.both_sides import task_prompts
-from rlalign.diagnose.prompt_file import read_prompts
+from rlalign.diagnose.both_sides import read_prompts, task_prompts
 from rlalign.rollout.engine.embedded import VLLMEngine
 from rlalign.run.assembly import encode, load_task_of, load_tokenizer, resolve_model
 from rlalign.tracking.record import config_of, read_run

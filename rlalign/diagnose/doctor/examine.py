@@ -1,4 +1,4 @@
-"""All groups of checks, in the order in which a mistake would bite: of a configuration, and of an engine that another stack started."""
+"""All groups of checks, in the order in which a mistake would bite: of a configuration, or of another stack's engine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from rlalign.types import LogprobSpec, Rollout, RolloutBatch, collate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-STAGES = 7  # the cheap checks, then those of live.engine_and_trainer
+STAGES, ENGINE_STAGES = 7, 4  # the cheap checks, then those of live.engine_and_trainer, or of `_engine`
 
 
 def examine(config: RunConfig) -> list[Check]:
@@ -54,9 +54,8 @@ def _examined(config: RunConfig, say: Callable[[str], None]) -> list[Check]:
     ]
 
 
-TABLE = Path(family_table.__file__).with_name(
-    "table.json"
-)  # by `rlalign families --json`, on the versions that it names
+# by `rlalign families --json`, on the versions that it names
+TABLE = Path(family_table.__file__).with_name("table.json")
 
 
 def of_family(config: RunConfig) -> Iterator[Check]:
@@ -100,9 +99,6 @@ def judged_family(model_type: str, table: dict[str, dict[str, family_table.Cell]
         )
     sound = ", ".join(f"{column} {c.found.split(';')[0]}".strip() for _, column, c in every)
     return Check("family", "ok", f"{', '.join(rows)} on a tiny model: {sound}")
-
-
-ENGINE_STAGES = 4
 
 
 def examine_engine(config: RunConfig, target: str) -> list[Check]:

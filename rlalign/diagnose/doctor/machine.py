@@ -1,5 +1,7 @@
-"""The machine and what is installed on it: versions that were tested or are known to break something, disk and shared memory, clocks that
-agree, memory for a float32 head.
+"""The machine and what is installed on it: tested and broken versions, disk and shared memory, clocks, memory for a float32 head.
+
+A known issue is about numbers that come out wrong or a start that fails, not about features. It goes when the oldest supported
+version has the fix.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The matrix of families as data: its rows, a tiny random model of each family people train; its columns; a cell; the table as a file.
+"""The matrix of families as data: a tiny random model of each family people train, the columns, a cell, the table as a file.
 
-Every model has a vocabulary padded beyond its tokenizer's ids. A family's own oddities are kept on: multipliers that are not 1, caps,
-biases, more experts than are chosen, sliding windows shorter than a sequence, both kinds of layers of a hybrid.
+Every model has a vocabulary padded beyond its tokenizer's ids. A family's own oddities are kept on: multipliers that are not 1,
+caps, biases, more experts than are chosen, sliding windows shorter than a sequence, both kinds of layers of a hybrid.
 """
 
 from __future__ import annotations

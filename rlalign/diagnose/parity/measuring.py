@@ -28,12 +28,11 @@ from rlalign.diagnose.both_sides import (
     hidden_states,
     lengthened,
     probed_body,
+    read_prompts,
     task_prompts,
     trainer_network,
 )
-from rlalign.diagnose.parity import trainer_floor
 from rlalign.diagnose.parity.grid import COLUMNS, ERRORS, HEAD_OF_MODE, Grid, Setting, rollout_modes, stage_count
-from rlalign.diagnose.prompt_file import read_prompts
 from rlalign.rollout.engine import noise_floor
 from rlalign.run.assembly import load_tokenizer, resolve_model
 from rlalign.tracking.stages import Stages
@@ -179,8 +178,8 @@ def _one_engine(
             engine.set_head(engine.mode)
             batch = sides.tokens_of(Setting(), engine.mode)
             of_engine = noise_floor.measure(engine, model, config, batch, body=body)
-            of_trainer = trainer_floor.measure(sides.score_again, batch)
-            result["noise_floor"][body] = trainer_floor.together(of_engine, of_trainer)
+            of_trainer = body_rounding.trainer_floor(sides.score_again, batch)
+            result["noise_floor"][body] = body_rounding.with_trainer_floor(of_engine, of_trainer)
     finally:
         engine.close()
         gc.collect()  # two engines follow each other in one process

@@ -58,7 +58,7 @@ def verdict(found: Attribution) -> list[str]:
             lines.append(f"{route.route}: every scored token has the same logprob on both sides, bit for bit.")
             continue
         if first is None:
-            lines.append(f"{size}. No step by itself differs by more than rounding explains{_shares(route)}.")
+            lines.append(f"{size}. No step by itself differs by more than rounding explains{_said_shares(route)}.")
             continue
         cause = MEANING.get(first.kind, ("", "the modules that the mapping pairs there"))[1]
         lines.append(
@@ -106,7 +106,7 @@ def _tilt(point: PointDifference) -> str:
     return f", systematically off by {point.bias.size:.1e} {where}"
 
 
-def _shares(route: RouteAttribution) -> str:
+def _said_shares(route: RouteAttribution) -> str:
     largest = sorted(route.removed, key=lambda r: -r.share)[:3]
     said = ", ".join(f"{r.cut} {r.share:.0%}" for r in largest if r.share > 0.05)
     return f"; the difference in logprobs arises at {said}" if said else ""

@@ -40,7 +40,7 @@ def test_the_fault_is_named(bench, fault):
 def test_the_attribution_points_at_the_same_layer(bench, name):
     (fault,) = [f for f in ONE_RANK if f.name == name]
     try:
-        causes = ranking.causes(fault.plant(bench))
+        causes = ranking.of_layers(fault.plant(bench))
     finally:
         bench.put_right()
     first = max(causes, key=lambda c: c.score)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 from rlalign import mismatch
 from rlalign.config import Dtype, RunConfig
 from rlalign.diagnose import body_rounding
-from rlalign.diagnose.both_sides import head_weight, trainer_network, trainer_scores
+from rlalign.diagnose.both_sides import head_weight, model_folder, trainer_network, trainer_scores
 from rlalign.diagnose.doctor import check, live, machine, tokens
 from rlalign.diagnose.doctor.check import Check, guarded, judged
 from rlalign.diagnose.families import family_table
 from rlalign.diagnose.families.family_table import RECIPES
 from rlalign.rollout.attached import AttachedEngine, attach
 from rlalign.rollout.worker import model_identity
-from rlalign.run.assembly import load_tokenizer, resolve_model
+from rlalign.run.assembly import load_tokenizer
 from rlalign.tracking.stages import Stages
 from rlalign.trainer.checkpoint_names import as_checkpoint
 from rlalign.types import LogprobSpec, Rollout, RolloutBatch, collate
@@ -60,8 +59,7 @@ TABLE = Path(family_table.__file__).with_name("table.json")
 
 def of_family(config: RunConfig) -> Iterator[Check]:
     """One line about the family; a cell of it that is not sound is unknown for this model, and said."""
-    about = json.loads((resolve_model(config.model.path, say=lambda _: None) / "config.json").read_text())
-    fields = about.get("text_config", about)
+    fields = check.text_config(model_folder(config))
     yield judged_family(str(fields.get("model_type", "")), family_table.read(TABLE))
     yield from of_latent_norms(fields)
 
@@ -75,12 +73,8 @@ def of_latent_norms(fields: dict[str, Any]) -> Iterator[Check]:
         yield Check("latent norms", "ok", f"rms_norm_eps={given:g} is the one that transformers gives the latents too")
         return
     found = f"vLLM norms the latents with rms_norm_eps={given:g}, transformers with {own:g}: 7e-05 nats on a tiny float32 model"
-    yield Check(
-        "latent norms",
-        "problem",
-        found,
-        f"accept the gap, or set rms_norm_eps={own:g}, which moves every norm of both sides alike",
-    )
+    remedy = f"accept the gap, or set rms_norm_eps={own:g}, which moves every norm of both sides alike"
+    yield Check("latent norms", "problem", found, remedy)
 
 
 def judged_family(model_type: str, table: dict[str, dict[str, family_table.Cell]]) -> Check:
@@ -147,7 +141,7 @@ def reached(target: str) -> object:
 
 def _engine(config: RunConfig, target: str, say: Callable[[str], None]) -> Iterator[Check]:
     say("the engine's head")
-    model, shared = resolve_model(config.model.path, say=lambda _: None), Path(config.weights.shared)
+    model, shared = model_folder(config), Path(config.weights.shared)
     key = os.environ.get("RLALIGN_ROLLOUT_KEY")
     engine = attach(reached(target), head_dtype=config.head_dtype.value, key=key, shared=shared, after_generation=True)
     try:
@@ -172,9 +166,7 @@ def _settings(engine: AttachedEngine, model: Path) -> Iterator[Check]:
     processed = said["logprobs_mode"] == "processed_logprobs"
     remedy = "start it with logprobs_mode=processed_logprobs; raw ones know nothing of temperature and truncation"
     yield judged("logprobs mode", processed, said["logprobs_mode"], remedy)
-    cache = said["kv_cache_dtype"]
-    remedy = "decoding reads keys and values that were rounded; run with kv_cache_dtype=auto"
-    yield judged("kv-cache dtype", cache in ("auto", said["dtype"]), cache, remedy)
+    yield live.kv_cache(said["kv_cache_dtype"], said["dtype"])
     defaults = ", ".join(f"{name}={value}" for name, value in sorted(said["sampling_defaults"].items()))
     note = "send each of these with every request, or start it with generation_config=vllm" if defaults else ""
     yield Check("sampling defaults", "ok", defaults or "none: what a request leaves out is off", note)

@@ -20,10 +20,10 @@ from typing import Any
 
 from rlalign.config import Dtype, HeadDtype, RunConfig
 from rlalign.config.sections import WIRE_TRANSPORTS
-from rlalign.diagnose.doctor.check import Check, judged
+from rlalign.diagnose.both_sides import model_folder
+from rlalign.diagnose.doctor.check import Check, judged, read_config, text_config
 from rlalign.diagnose.install_check import require_working
 from rlalign.rollout import versions
-from rlalign.run.assembly import resolve_model
 from rlalign.trainer.attention_choice import flex_fault
 
 # What the tests of this release ran on: major.minor, both ends included.
@@ -162,7 +162,7 @@ EARLIEST = 1_750_000_000  # 2025-06-15: older than this release, so a clock that
 def disks(config: RunConfig) -> Iterator[Check]:
     """Where the run writes and where weights pass."""
     folder = _existing(Path(config.output_dir))
-    model = resolve_model(config.model.path, say=lambda _: None)
+    model = model_folder(config)
     weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     every = config.tracking.replay_every
     copies = -(-config.steps // every) if every else 0
@@ -187,7 +187,7 @@ def disks(config: RunConfig) -> Iterator[Check]:
 def bucket_bytes(config: RunConfig) -> tuple[int, str]:
     """Bytes that lie in weights.shared at once during a publish, and why: two buckets, never more than all weights."""
     wide = config.model.dtype is Dtype.float32 or config.head_dtype is HeadDtype.master
-    sizes = [count * (4 if wide else 2) for count in _tensors(resolve_model(config.model.path, say=lambda _: None))]
+    sizes = [count * (4 if wide else 2) for count in _tensors(model_folder(config))]
     bucket, largest = config.weights.bucket_mib * 2**20, max(sizes, default=0)
     if sum(sizes) <= 2 * max(bucket, largest):
         return sum(sizes), "all weights, which are less than two buckets"
@@ -242,8 +242,7 @@ def head_bytes(config: RunConfig) -> tuple[int, str]:
     native = torch.cuda.is_available() and config.rollout.head_mode == "auto"
     if config.head_dtype is HeadDtype.float32 and (native or config.rollout.head_mode == "native"):
         return 0, "vLLM multiplies the 16-bit weight into float32 results"
-    about = json.loads((resolve_model(config.model.path, say=lambda _: None) / "config.json").read_text())
-    text = about.get("text_config", about)
+    text = text_config(model_folder(config))
     size = 4 * int(text["vocab_size"]) * int(text["hidden_size"]) // config.rollout.tensor_parallel_size
     what = "the unrounded head" if config.head_dtype is HeadDtype.master else "at most, where the host needs a copy"
     return size, f"{text['vocab_size']} x {text['hidden_size']} in float32, {what}"
@@ -308,8 +307,8 @@ def surroundings(config: RunConfig) -> Surroundings:
     """Of this process. Raises ValueError for a model that is no folder."""
     import torch
 
-    model = json.loads((resolve_model(config.model.path, say=lambda _: None) / "config.json").read_text())
     on_gpu, trainer_ranks = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1"))
+    model = read_config(model_folder(config))
     return Surroundings(config=config, on_gpu=on_gpu, model=model, trainer_ranks=trainer_ranks)
 
 

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from rlalign.diagnose.attribution.findings import Attribution, PointDifference
 from rlalign.diagnose.both_sides import head_put_back
-from rlalign.diagnose.suspects import asking, calling
-from rlalign.diagnose.suspects import case as holding
+from rlalign.diagnose.suspects import experiments
 from rlalign.diagnose.suspects.case import Case
 from rlalign.mismatch.causes import Cause, Evidence, likely_causes
 
@@ -18,7 +17,7 @@ def rank(case: Case, *, with_layers: bool = True) -> list[Cause]:
     Never empty: without a sign of a fault the first is plain numerical difference. with_layers: also the attribution, which takes
     longest.
     """
-    found = [*asking.causes(case), *calling.causes(case), *holding.causes(case)]
+    found = [*experiments.of_answers(case), *experiments.of_calls(case), *experiments.of_weights(case)]
     found += _layers(case) if with_layers else []
     return merged([*found, *likely_causes(case.measured, _evidence(case))])
 
@@ -26,7 +25,7 @@ def rank(case: Case, *, with_layers: bool = True) -> list[Cause]:
 def _layers(case: Case) -> list[Cause]:
     """The attribution, or why there is none: an architecture it does not know must not hide the other causes."""
     try:
-        return causes(case)
+        return of_layers(case)
     except (ValueError, RuntimeError) as error:
         return [Cause("layers not looked at", str(error), COMMAND, 0.05)]
 
@@ -89,7 +88,7 @@ FIRST, FURTHER, FAINT = 0.85, 0.6, 0.4
 SURE = 10.0  # times the floor; between three and this a bf16 step may be rounding that the floor did not meet
 
 
-def causes(case: Case) -> list[Cause]:
+def of_layers(case: Case) -> list[Cause]:
     """One cause for the first step over its floor, one for each other kind of step over it."""
     from rlalign.diagnose.attribution.measure import measure
 

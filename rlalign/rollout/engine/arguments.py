@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from rlalign.config import RolloutConfig
 from rlalign.rollout.engine.surface import captured_ids
@@ -118,11 +119,16 @@ def _keeps_state(model: Path) -> bool:
     return any(name.startswith(STATE_FIELDS) for name in _fields(model))
 
 
-def _fields(model: Path) -> dict[str, object]:
-    """Of a model folder's configuration, its text part where it has several; empty where there is no such file."""
-    file = model / "config.json"
-    about = json.loads(file.read_text()) if file.is_file() else {}
+def _fields(model: Path) -> dict[str, Any]:
+    """Of a model folder's configuration, its text part where it has several."""
+    about = model_config(model)
     return about.get("text_config", about)
+
+
+def model_config(model: Path) -> dict[str, Any]:
+    """A model folder's config.json; empty where there is no such file."""
+    file = model / "config.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def as_options(arguments: Arguments) -> list[str]:

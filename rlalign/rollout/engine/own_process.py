@@ -6,7 +6,6 @@ for ever. So the wait happens in a thread that may be left behind, and the calle
 
 from __future__ import annotations
 
-import json
 import multiprocessing.connection
 import os
 import signal
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from rlalign.exits import Lost
 from rlalign.head import widened
+from rlalign.rollout.engine.arguments import model_config
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
@@ -40,10 +40,7 @@ def needed_for(model: Path) -> str | None:
     """
     from vllm.model_executor.models import ModelRegistry
 
-    file = model / "config.json"
-    if not file.is_file():
-        return None
-    names = json.loads(file.read_text()).get("architectures") or []
+    names = model_config(model).get("architectures") or []
     known = {
         name: str(getattr(ModelRegistry.models[name], "module_name", ""))
         for name in names

@@ -9,7 +9,8 @@ import os
 from functools import partial
 from pathlib import Path
 
-from rlalign.config.compose import compose, set_environment
+from rlalign.cli import set_environment
+from rlalign.config import compose
 from rlalign.tiny_policy import cached_policy
 
 

@@ -132,8 +132,7 @@ def summary(runs: list[dict]) -> dict[str, object]:
 
 def run_ours(arguments: dict) -> dict[str, object]:
     """`rlalign train` in this process, with a clock around the verbs of its parties."""
-    from rlalign.config import load
-    from rlalign.config.compose import compose
+    from rlalign.config import compose, load
     from rlalign.rollout.engine.embedded import VLLMEngine
     from rlalign.run import step as loop
     from rlalign.run import train
@@ -219,8 +218,7 @@ def overrides(arguments: dict) -> list[str]:
 
 def write_prompts(path: Path, arguments: dict) -> Path:
     """The prompts of our steps, in their order, with their answers, for the peer."""
-    from rlalign.config import load
-    from rlalign.config.compose import compose
+    from rlalign.config import compose, load
     from rlalign.run.assembly import load_task_of
 
     config = load(compose("demo", overrides(arguments | {"overrides": [], "output": "none"})))

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 from rlalign.cli import set_environment
-from rlalign.config import load
-from rlalign.config.compose import compose
+from rlalign.config import compose, load
 
 set_environment()
 

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rlalign.config import PRESETS, CorrectionConfig, Dtype, HeadDtype, load, to_plain
-from rlalign.config.compose import compose
+from rlalign.config import PRESETS, CorrectionConfig, Dtype, HeadDtype, compose, load, to_plain
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GROUPS = sorted(f"{p.parent.name}={p.stem}" for p in CONFIGS.glob("*/*.yaml"))

@@ -106,7 +106,7 @@ def _budget(source: Source, arguments: argparse.Namespace) -> int:
     from rlalign.diagnose.attribution import budget
     from rlalign.diagnose.both_sides import trainer_network
     from rlalign.run.assembly import start_embedded
-    from rlalign.tracking.stages import Stages
+    from rlalign.tracking.console import Stages
     from rlalign.trainer.fake_quantised import Recipe
 
     for name in arguments.budget:
@@ -148,7 +148,7 @@ def _sampled(engine: VLLMEngine, source: Source, arguments: argparse.Namespace) 
 def _measured(source: Source, arguments: argparse.Namespace) -> tuple[Attribution, list[str]]:
     from rlalign.diagnose.attribution.mapping import read_pairs
     from rlalign.rollout.engine.teacher_forcing import Route
-    from rlalign.tracking.stages import Stages
+    from rlalign.tracking.console import Stages
 
     config, changed = _adjusted(source.config, exact=arguments.exact)
     pairs = read_pairs(arguments.mapping) if arguments.mapping else None

@@ -9,7 +9,7 @@ from typing import cast
 
 import numpy as np
 
-from rlalign.tracking.backend_contract import Cell, Start
+from rlalign.tracking.backends import Cell, Start
 
 FOLDER = "tensorboard"
 FLUSH_S = 10  # a killed run loses no more; the run directory itself loses nothing

@@ -11,7 +11,7 @@ import numpy as np
 import trackio
 from trackio.utils import TRACKIO_DIR
 
-from rlalign.tracking.backend_contract import Cell, Start
+from rlalign.tracking.backends import Cell, Start
 
 LEVELS = {"alert": trackio.AlertLevel.WARN, "mismatch": trackio.AlertLevel.WARN, "failed": trackio.AlertLevel.ERROR}
 

@@ -14,7 +14,7 @@ import numpy as np
 import wandb
 from wandb.errors import CommError
 
-from rlalign.tracking.backend_contract import Cell, Start
+from rlalign.tracking.backends import Cell, Start
 
 MODES = ("auto", "online", "offline", "disabled")
 ONLINE_TIMEOUT_S = 30.0  # a compute node with a key but without a network must not hold a job for wandb's 90 s

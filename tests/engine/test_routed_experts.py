@@ -10,8 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlalign import mismatch
-from rlalign.config import TrainerConfig, load
-from rlalign.config.compose import compose
+from rlalign.config import TrainerConfig, compose, load
 from rlalign.diagnose.families.family_table import RECIPES
 from rlalign.run.scoring_step import scored
 from rlalign.run.train import train

@@ -21,7 +21,7 @@ from rlalign.diagnose.families.family_table import RECIPES
 from rlalign.rollout.attached import AttachedEngine, attach
 from rlalign.rollout.worker import model_identity
 from rlalign.run.assembly import load_tokenizer
-from rlalign.tracking.stages import Stages
+from rlalign.tracking.console import Stages
 from rlalign.trainer.checkpoint_names import as_checkpoint
 from rlalign.types import LogprobSpec, Rollout, RolloutBatch, collate
 

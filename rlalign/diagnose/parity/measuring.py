@@ -35,7 +35,7 @@ from rlalign.diagnose.both_sides import (
 from rlalign.diagnose.parity.grid import COLUMNS, ERRORS, HEAD_OF_MODE, Grid, Setting, rollout_modes, stage_count
 from rlalign.rollout.engine import noise_floor
 from rlalign.run.assembly import load_tokenizer, resolve_model
-from rlalign.tracking.stages import Stages
+from rlalign.tracking.console import Stages
 from rlalign.trainer.checkpoint_names import as_checkpoint
 from rlalign.trainer.rounding.mirroring import body_of
 from rlalign.types import Rollout, RolloutBatch, collate

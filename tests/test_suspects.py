@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rlalign.diagnose import suspects
 from rlalign.diagnose.both_sides import head_logprobs, head_put_back
-from rlalign.diagnose.suspects import Case, experiments, ranking, report
-from rlalign.diagnose.suspects.ranking import merged
+from rlalign.diagnose.suspects import Case, experiments, merged, report
 from rlalign.mismatch.causes import Cause
 from rlalign.trainer.head_mirror import mirror
 from rlalign.types import LogprobSpec, Rollout, collate
@@ -30,19 +30,19 @@ def attribution(*points):
 
 
 def test_the_first_step_over_its_floor_leads():
-    causes = ranking.of_attribution(
+    causes = suspects.of_attribution(
         attribution(("layers.1.q", 1, 0.5), ("layers.1.mlp_norm", 1, 40.0), ("layers.2.gate", 2, 9e5), ("layers.3.up", 3, 9.0))
     )  # fmt: skip
     assert [(c.name, c.score) for c in causes] == [
-        ("norm epsilon", ranking.FIRST),
-        ("stale weights", ranking.FURTHER),
+        ("norm epsilon", suspects.FIRST),
+        ("stale weights", suspects.FURTHER),
     ]
     assert "layers.1.mlp_norm is the first" in causes[0].why
     assert "in layer(s) 2, 3" in causes[1].why and "layers.2.gate, 9e+05 times" in causes[1].why
 
 
 def test_steps_within_their_floor_are_no_cause():
-    assert ranking.of_attribution(attribution(("layers.1.q", 1, 2.9))) == []
+    assert suspects.of_attribution(attribution(("layers.1.q", 1, 2.9))) == []
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from rlalign.config import Dtype, HeadDtype, RunConfig
 from rlalign.config.sections import WIRE_TRANSPORTS
 from rlalign.diagnose.both_sides import model_folder
 from rlalign.diagnose.doctor.check import Check, judged, read_config, text_config
-from rlalign.diagnose.install_check import require_working
 from rlalign.rollout import versions
+from rlalign.tracking.environment import require_working
 from rlalign.trainer.attention_choice import flex_fault
 
 # What the tests of this release ran on: major.minor, both ends included.

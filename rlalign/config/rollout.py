@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from rlalign.config.sections import positive, require
+from rlalign.config.sections import not_negative, one_of, positive, require
 
 BACKENDS = ("embedded", "server")
 REPLAY_EXPERTS = ("off", "all", "known")
@@ -26,14 +26,9 @@ class ServersConfig:
     health_every_s: float = 5.0  # three missed answers in a row: the server is down
 
     def __post_init__(self) -> None:
-        positive(
-            self, "rollout", "start_timeout_s", "request_timeout_s", "pause_timeout_s", "health_every_s"
-        )  # fmt: skip
-        require(
-            self.backend in BACKENDS, f"rollout.backend={self.backend!r}: choose one of {', '.join(BACKENDS)}"
-        )  # fmt: skip
-        for name in ("start", "wait_for", "concurrency", "samples_per_request"):
-            require(getattr(self, name) >= 0, f"rollout.{name}={getattr(self, name)}: must not be negative")
+        positive(self, "rollout", "start_timeout_s", "request_timeout_s", "pause_timeout_s", "health_every_s")
+        one_of(self, "rollout", "backend", BACKENDS)
+        not_negative(self, "rollout", "start", "wait_for", "concurrency", "samples_per_request")
         self._require_one_source()
 
     def _require_one_source(self) -> None:
@@ -123,10 +118,7 @@ class RolloutConfig(ServersConfig):
             f"rollout.capture_ids={self.capture_ids}: must lie in 0..4095; the trainer computes larger kept sets from its own "
             "logits",
         )
-        require(
-            self.replay_experts in REPLAY_EXPERTS,
-            f"rollout.replay_experts={self.replay_experts!r}: choose one of {', '.join(REPLAY_EXPERTS)}",
-        )
+        one_of(self, "rollout", "replay_experts", REPLAY_EXPERTS)
         require(
             self.replay_experts == "off" or self.backend == "embedded",
             f"rollout.replay_experts={self.replay_experts} with rollout.backend={self.backend}: routes are read off the embedded "
@@ -141,7 +133,4 @@ class RolloutConfig(ServersConfig):
             self.max_tokens < self.max_model_len,
             f"rollout.max_tokens={self.max_tokens} leaves no room for a prompt in rollout.max_model_len={self.max_model_len}",
         )
-        require(
-            self.head_mode in ("auto", "native", "cached"),
-            f"rollout.head_mode={self.head_mode!r}: choose auto, native or cached",
-        )
+        one_of(self, "rollout", "head_mode", ("auto", "native", "cached"))

@@ -211,7 +211,7 @@ def test_weights_that_vllm_cannot_load_again_are_refused_before_anything_runs(tm
             require_reloads(tmp_path)
 
 
-def test_a_window_of_which_the_two_libraries_have_two_ideas_is_refused_before_anything_runs(tmp_path):
+def test_a_context_beyond_cohere2s_window_is_refused_before_anything_runs(tmp_path):
     """Cohere 2: up to its length both see every token, beyond it vLLM sees one more."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "cohere2", "sliding_window": 64}))
     require_one_window(tmp_path, 64)

@@ -5,6 +5,7 @@ What every one of them is given and can do: `Start` in, a `Backend` out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -20,6 +21,19 @@ if TYPE_CHECKING:
     from rlalign.config import TrackingConfig
 
 Cell = str | int | float | None
+
+
+def finite(values: np.ndarray | Sequence[float]) -> np.ndarray:
+    """The values that a histogram has a place for, float64."""
+    import numpy
+
+    values = numpy.asarray(values, dtype=numpy.float64)
+    return values[numpy.isfinite(values)]
+
+
+def cells(rows: Sequence[Mapping[str, Cell]]) -> list[list[Cell]]:
+    """Rows of a table that is stored as JSON: a cell whose number is not finite is empty."""
+    return [[None if isinstance(c, float) and not math.isfinite(c) else c for c in row.values()] for row in rows]
 
 
 class Backend(Protocol):

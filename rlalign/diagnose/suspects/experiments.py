@@ -106,14 +106,13 @@ def _logit_factor(case: Case) -> Cause | None:
 
 def _isolated(case: Case, head: str) -> dict[str, float]:
     """The engine's head against the trainer's weight under this head."""
-    given = {
-        "tokens": ISOLATED_TOKENS,
-        "shared": case.shared,
-        "master_VD": case.master_VD if head == "master" else None,
-    }
+    master_VD = case.master_VD if head == "master" else None
     with head_put_back(case.network):
-        mirror(case.network, head_dtype=head, chunk=0).master_VD = given["master_VD"]
-        return isolated_heads(case.engine, case.network, case.hidden_BLD, case.batch, **given)
+        mirror(case.network, head_dtype=head, chunk=0).master_VD = master_VD
+        return isolated_heads(
+            case.engine, case.network, case.hidden_BLD, case.batch, tokens=ISOLATED_TOKENS, shared=case.shared,
+            master_VD=master_VD,
+        )  # fmt: skip
 
 
 def _semantics(case: Case) -> Iterator[Cause]:

@@ -5,6 +5,8 @@ TWO = $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # Two busy cores: one thread each is faster than two that spin, and the results do not depend on the core count.
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
+# The tests start hundreds of processes: each module is compiled once, also where the environment says otherwise.
+unexport PYTHONDONTWRITEBYTECODE
 
 demo: install            ## install, then a real GRPO run on this machine
 	$(PY) -m rlalign.cli train --config-name demo
@@ -16,7 +18,7 @@ nightly: install-test    ## every test: more kinds, ranks and processors
 	$(TWO)
 
 quick: install-test      ## the tests that start no engine
-	$(TWO) -m "not engine and not slurm and not slow and not nightly"
+	$(TWO) -p no:schemathesis --ignore=tests/engine --ignore=tests/slurm -m "not engine and not slurm and not slow and not nightly"
 
 coverage: install-test   ## every test, and htmlcov/index.html says which lines ran, in the engines' own processes too
 	$(PY) -m coverage erase

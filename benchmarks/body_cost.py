@@ -57,12 +57,12 @@ def decoding(model: Path, starts: int, rounds: int) -> tuple[dict[str, list[floa
 def training(model: Path, batch: RolloutBatch, rounds: int) -> dict[str, dict[str, list[float]]]:
     """CPU seconds of the trainer's two passes over SCORED sequences, per body."""
     from rlalign.diagnose.both_sides import trainer_network
-    from rlalign.rollout.worker import cpu_kernels
+    from rlalign.rollout.worker import cpu
     from rlalign.trainer.rounding.mirroring import BodyPlan
 
     few = batch.rows(slice(0, SCORED))
     networks = {
-        body: trainer_network(model, "bfloat16", mirrored=BodyPlan(cpu_kernels) if body == "mirrored" else None)
+        body: trainer_network(model, "bfloat16", mirrored=BodyPlan(cpu) if body == "mirrored" else None)
         for body in BODIES
     }
     seconds: dict[str, dict[str, list[float]]] = {}

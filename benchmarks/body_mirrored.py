@@ -114,7 +114,7 @@ def sampled(model: Path, options: argparse.Namespace, *, steady: bool, found: Fo
 def probed(engine: VLLMEngine, model: Path, prompts: list[list[int]], found: Found) -> BodyPlan:
     """The table of single ops, prefilled and decoded, on a few sequences."""
     from rlalign.diagnose.both_sides import trainer_network
-    from rlalign.loops.body import examine, recorded, settle
+    from rlalign.loops.mirrors import examine, recorded, settle
 
     network, few = trainer_network(model, "bfloat16"), prompts[:12]
     one, _ = recorded(

@@ -170,8 +170,8 @@ def build(folder: Path) -> Path:
 def run(tensor_parallel: int, rounds: int, host: str, clock: str) -> list[dict]:
     """Start the engine and measure on every rank."""
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # the function above is sent to the workers
+    from rlalign.rollout import SETTINGS_KEY
     from rlalign.rollout.engine.embedded import EMBEDDED_ENVIRONMENT
-    from rlalign.rollout.names import SETTINGS_KEY
 
     for name, value in (EMBEDDED_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "1"}).items():
         os.environ.setdefault(name, value)

@@ -15,12 +15,12 @@ import torch
 
 from rlalign.calibration.calibrators import Calibrator, PlattCalibrator
 from rlalign.calibration.metrics import auroc
-from rlalign.reward.model_reward import logits_by
+from rlalign.reward.mixture import logits_by
 from rlalign.reward.training import Labelled, Recipe, train_reward_model
 from rlalign.scoring.hf import HFScorer
 from rlalign.tasks import Prompt, Task, load_task
 from rlalign.tiny_policy import cached_policy
-from rlalign.tiny_policy.policy_recipe import TinyRecipe
+from rlalign.tiny_policy.teaching import TinyRecipe
 from rlalign.tracking.record import RunRecord, read_run
 
 TRAINED, CALIBRATED, SAMPLES = 400, 400, 8  # prompts, prompts, completions of each

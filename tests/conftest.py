@@ -1,11 +1,13 @@
 """Shared by all tests."""
 
+import multiprocessing
 import os
 import sys
 from collections import defaultdict
 
 import pytest
 import torch
+from markupsafe import Markup
 
 with (
     pytest.MonkeyPatch.context() as patch
@@ -13,18 +15,21 @@ with (
     patch.setenv("TRITON_INTERPRET", "1")
     import triton.language  # noqa: F401
 
-from tests import routes_run
+from tests import kernel_parts, routes_run
 
 routes_run.watch()
 _everywhere: defaultdict[str, set[str]] = defaultdict(set)  # what the workers of this session report
 
 
+# Ranks in processes of their own are forked from one that has imported what takes seconds.
+multiprocessing.set_forkserver_preload(["torch.distributed", "transformers.models.qwen3.modeling_qwen3"])
 SHARED_SERVERS = {
     "test_servers.py",
     "test_asynchronous.py",
     "test_wire.py",
     "test_attach_servers.py",
 }  # both start once
+FORKED_RANKS = {"test_fsdp2.py", "test_mismatch_reduce.py", "test_sampler_ranks.py", "test_vocab_parallel.py"}
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -35,7 +40,8 @@ def pytest_xdist_make_scheduler(config, log):
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid):
             file = super()._split_scope(nodeid)
-            return "two servers" if file.rpartition("/")[2] in SHARED_SERVERS else file
+            name = file.rpartition("/")[2]
+            return "two servers" if name in SHARED_SERVERS else "ranks" if name in FORKED_RANKS else file
 
     return Scheduling(config, log)
 
@@ -87,6 +93,18 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("ways of computing that ran on this host")
         for line in routes_run.summary(_everywhere):
             terminalreporter.line(line)
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """A cache folder with the compiled head kernel in it."""
+    return kernel_parts.library_in(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Charts without lines, for what a page says in words."""
+    monkeypatch.setattr("rlalign.report.plots._svg", lambda draw, name, height=0.0: Markup("<svg></svg>"))
 
 
 @pytest.fixture

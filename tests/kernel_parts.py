@@ -1,10 +1,12 @@
 """What the tests of the head kernel share: a library of their own, compiled once."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
 from rlalign.head import kernel
+from rlalign.head.kernel import library_path, problem_of
 
 COMPILER = next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)
 needs_compiler = pytest.mark.skipif(
@@ -17,11 +19,13 @@ def forget() -> None:
     kernel.forget()
 
 
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    """A cache folder with the library in it."""
-    folder = tmp_path_factory.mktemp("compiled")
+def library_in(folder: Path) -> Path:
+    """A cache folder with the library in it: the intact one of these sources that this user has, else one compiled now."""
+    own = library_path()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RLALIGN_CACHE", str(folder))
+        if problem_of(own) is None:
+            library_path().parent.mkdir(parents=True)
+            shutil.copy(own, library_path())
         kernel.build()
     return folder

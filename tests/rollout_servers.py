@@ -11,7 +11,7 @@ from pathlib import Path
 import rlalign
 from rlalign.config import RolloutConfig
 from rlalign.rollout.engine.handshake import LAYER
-from rlalign.rollout.server.greeting import Wanted
+from rlalign.rollout.server.greeting import Launch
 from rlalign.rollout.server.pool import ServerPool
 from tests import http_servers
 
@@ -140,15 +140,8 @@ def pool_of(
 ) -> ServerPool:
     """A pool over these servers, whose weights count as published."""
     config = config_for([s.url for s in servers], **settings)
-    wanted = Wanted(
-        model=model,
-        dtype="float32",
-        head_dtype="float32",
-        head_mode="auto",
-        exact=False,
-        max_model_len=config.max_model_len,
-    )
-    pool = ServerPool(config.servers, config, wanted, count=len(servers) or config.wait_for, key=key, say=say)
+    wanted = Launch(model=model, config=config, dtype="float32", head_dtype="float32", seed=0)
+    pool = ServerPool(config.servers, wanted, count=len(servers) or config.wait_for, key=key, say=say)
     if published is not None:
         publish(pool, published)
     return pool

@@ -8,7 +8,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from rlalign.calibration.adaptive import AdaptiveTemperature, Training
-from rlalign.calibration.adaptive.model_batches import Completion, ModelBatches, encode, read_completions
+from rlalign.calibration.adaptive.batches import Completion, ModelBatches, encode, read_completions
 from rlalign.calibration.calibrators import ModelIdentity
 from rlalign.commands.calibrate_tokens import Options, calibrate_tokens, split
 from rlalign.tiny_policy.tokenizer import byte_tokenizer

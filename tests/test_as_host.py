@@ -27,7 +27,7 @@ def as_host(kind: str, *command: str) -> subprocess.CompletedProcess:
     return subprocess.run([SCRIPT, kind, *command], capture_output=True, text=True)
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name != "avx2")) for name in KINDS])
 def kind(request) -> str:
     """A kind that this host can play. 125 is the script's own refusal, whose reason it gives."""
     tried = as_host(request.param, "true")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import rlalign
-from rlalign.rollout.attached import lines
-from rlalign.rollout.attached.lines import LLMLine
+from rlalign.rollout import attached_lines
+from rlalign.rollout.attached_lines import LLMLine
 from rlalign.rollout.engine import handshake
 
 BFLOAT16 = {"dtype": "bfloat16", "why": "", "max_error": 1, "bfloat16_error": 1}
@@ -103,7 +103,7 @@ def actor(worker, **without):
 
 
 def test_an_async_engine_is_asked_on_its_own_loop(monkeypatch):
-    monkeypatch.setattr(lines, "_forcing", lambda: None)
+    monkeypatch.setattr(attached_lines, "forcing", lambda: None)
 
     async def life():
         engine, loop = FakeAsyncLLM(), asyncio.get_running_loop()

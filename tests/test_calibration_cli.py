@@ -127,7 +127,7 @@ def test_pairs_and_classes(tmp_path, capsys):
         ("{", "s.jsonl:1: not JSON"),
         ("[1]", "s.jsonl:1: expected a JSON object, got list"),
         ('{"score": 1, "label": 1}', "s.jsonl:1: fields \\['label', 'score'\\]; expected one of"),
-        ('{"logit": 1, "label": 1}\n\n{"logit": 1}', "s.jsonl:3: fields \\['logit'\\], but line 1 has"),
+        ('{"logit": 1, "label": 1}\n\n{"logit": 1}', "s.jsonl:3: fields \\['logit'\\], but .*s.jsonl:1 has"),
         ('{"logit": NaN, "label": 1}', "logits: 1 of 1 entries are not finite"),
         ('{"logit": "1", "label": 1}', "logits: expected real numbers"),
         ('{"logits": [1, 2], "label": 1}\n{"logits": [1], "label": 0}', "different lengths"),
@@ -137,6 +137,13 @@ def test_bad_files(tmp_path, text, message):
     (tmp_path / "s.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         calibrate(tmp_path / "s.jsonl", method="platt", out=tmp_path / "c.json")
+
+
+def test_a_line_ends_at_a_line_break_and_nowhere_else(tmp_path):
+    rows = [{"logit": float(i % 7), "label": i % 2, "group": f"a\u2028b\x85{i // 2}"} for i in range(8)]
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "s.jsonl").write_text(text, encoding="utf-8")
+    assert read_score_rows(tmp_path / "s.jsonl").group_N.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_bad_arguments(tmp_path):

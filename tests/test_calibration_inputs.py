@@ -56,7 +56,7 @@ def test_bad_rows(kind, case):
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([1, 1, -1, 1, 1, 1], "negative, -1.0 at index 2"),
+        ([1, 1, -1, 1, 1, 1], "negative, got -1.0 at index 2"),
         ([0] * 6, "all zero"),
         ([1, np.nan, 1, 1, 1, 1], "not finite; the first is nan at index 1"),
         ([1] * 5, "expected shape \\(6,\\), got \\(5,\\)"),

@@ -91,8 +91,8 @@ def test_bins_are_scikit_learns(strategy):
     p, y = scored()
     diagram = reliability_diagram(p, y, n_bins=14, strategy=strategy)
     outcome, confidence = calibration_curve(y, p, n_bins=14, strategy=strategy)
-    np.testing.assert_allclose(diagram.outcome_M, outcome)
-    np.testing.assert_allclose(diagram.confidence_M, confidence)
+    np.testing.assert_allclose([each.outcome for each in diagram], outcome)
+    np.testing.assert_allclose([each.confidence for each in diagram], confidence)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -162,7 +162,7 @@ def test_laws_of_binned_metrics(rows, n_bins, strategy, closed):
     assert 0 <= l1 <= l2 + 1e-12 <= worst + 2e-12 <= 1 + 3e-12
     assert abs(y.mean() - p.mean()) <= l1 + 1e-12
     diagram = reliability_diagram(p, y, **options)
-    assert diagram.share_M.sum() == pytest.approx(1)  # every row in exactly one bin
+    assert sum(each.share for each in diagram) == pytest.approx(1)  # every row in exactly one bin
     parts = brier_decomposition(p, y, **options)
     total = parts.reliability - parts.resolution + parts.uncertainty + parts.within_bin
     assert total == pytest.approx(brier_score(p, y), abs=1e-12)
@@ -172,7 +172,7 @@ def test_laws_of_binned_metrics(rows, n_bins, strategy, closed):
     for debias_norm in ("l1", "l2"):
         assert 0 <= expected_calibration_error(p, y, norm=debias_norm, debias=True, **options) <= 1
     if strategy == "quantile" and len(set(p)) < len(p):
-        assert len(diagram.share_M) <= len(set(p))
+        assert len(diagram) <= len(set(p))
 
 
 @settings(max_examples=25, deadline=None)

@@ -29,6 +29,7 @@ def test_the_noise_floor_is_the_ece_of_calibrated_scores():
     assert floor.p95 == pytest.approx(np.quantile(drawn, 0.95), rel=0.03)
 
 
+@pytest.mark.slow
 def test_bootstrap_covers_the_truth():
     """The mean outcome is 1/2; 100 draws of 80 rows: a 90 % interval holds it 90 times, give or take 9 (3 sigma)."""
     random = np.random.default_rng(0)
@@ -71,6 +72,6 @@ def test_wilson_ranges_are_scipys(tmp_path):
     for b in range(5):
         inside = (p > b / 5) & (p <= (b + 1) / 5)
         want = binomtest(int(y[inside].sum()), int(inside.sum())).proportion_ci(method="wilson")
-        assert (diagram.low_M[b], diagram.high_M[b]) == pytest.approx((want.low, want.high), abs=1e-9)
+        assert (diagram[b].low, diagram[b].high) == pytest.approx((want.low, want.high), abs=1e-9)
     write_reliability(tmp_path / "deep" / "r.svg", {"raw": diagram}, title="a title")
     assert "<svg" in (tmp_path / "deep" / "r.svg").read_text()

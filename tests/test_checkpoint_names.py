@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from rlalign.diagnose.families import building, family_table
 from rlalign.trainer import checkpoint_names
-from rlalign.weights.shuffled import shuffled_sum
+from rlalign.weights.digest import shuffled_sum
 
 
 @pytest.mark.parametrize("family", ["qwen3-moe", "mixtral", "gpt2"])

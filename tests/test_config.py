@@ -1,18 +1,55 @@
 """Every shipped configuration composes; bad ones are refused with one line that says what to do."""
 
+from collections import defaultdict
+from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
 
-from rlalign.config import PRESETS, CorrectionConfig, Dtype, HeadDtype, compose, load, to_plain
+from rlalign.config import (
+    PRESETS,
+    CorrectionConfig,
+    Dtype,
+    HeadDtype,
+    compose,
+    load,
+    register_schema,
+    to_plain,
+)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-GROUPS = sorted(f"{p.parent.name}={p.stem}" for p in CONFIGS.glob("*/*.yaml"))
 MINIMAL = ["model.path=x", "task.name=y"]
 
 
-@pytest.mark.parametrize("option", GROUPS)
-def test_every_group_option_composes(option):
+def groups() -> dict[str, list[str]]:
+    found = defaultdict(list)
+    for file in sorted(CONFIGS.glob("*/*.yaml")):
+        found[file.parent.name].append(f"{file.parent.name}={file.stem}")
+    return found
+
+
+@cache
+def demo() -> DictConfig:
+    """The demo, composed once; nobody changes it."""
+    return compose("demo", [])
+
+
+def changed(*overrides: str) -> DictConfig:
+    """The demo with overrides as Hydra hands them on, for what `load` says of values that have the right types."""
+    return OmegaConf.merge(OmegaConf.to_container(demo()), OmegaConf.from_dotlist(list(overrides)))
+
+
+@pytest.mark.parametrize("options", [[o for o in row if o] for row in zip_longest(*groups().values())], ids=", ".join)
+def test_every_group_option_composes(options):
+    load(compose("train", [*options, *MINIMAL]))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("option", [option for options in groups().values() for option in options])
+def test_every_group_option_composes_alone(option):
     load(compose("train", [option, *MINIMAL]))
 
 
@@ -35,15 +72,21 @@ def test_a_configuration_survives_its_own_plain_form():
 
 
 def test_the_demo_can_be_run_exact():
-    assert load(compose("demo", ["exact=true"])).exact and not load(compose("demo", [])).exact
+    assert load(compose("demo", ["exact=true"])).exact and not load(demo()).exact
 
 
 def test_a_mirrored_body_needs_an_eager_engine_and_exact_has_two_spellings():
-    mirrored = load(compose("demo", ["trainer.body=mirrored", "rollout.enforce_eager=true"]))
-    assert mirrored.mirrored and not mirrored.exact and not load(compose("demo", [])).mirrored
-    assert load(compose("demo", ["trainer.body=exact"])).exact
+    mirrored = load(changed("trainer.body=mirrored", "rollout.enforce_eager=true"))
+    assert mirrored.mirrored and not mirrored.exact and not load(demo()).mirrored
+    assert load(changed("trainer.body=exact")).exact
 
 
+REFUSED_BY_HYDRA = {
+    "algo.lrr=1": "Key 'lrr' not in 'AlgoConfig'",
+    "algo.lr=abc": "'abc' of type 'str' could not be converted to Float",
+    "algo=nope": "Could not find 'algo/nope'",
+    "head_dtype=float16": "expected one of",
+}
 BAD = {
     "trainer.body=half": "choose one of model, mirrored, exact",
     "trainer.body=mirrored & rollout.enforce_eager=false": "a compiled engine fuses operations and rounds elsewhere",
@@ -62,10 +105,6 @@ BAD = {
     "exact=true & head_dtype=model": "exact=true with head_dtype=model: exact mode computes float32 logits",
     "exact=true & rollout.tensor_parallel_size=2": "the all-reduce adds partial products in another order",
     "exact=true & rollout.enforce_eager=false": "a compiled model rearranges the sums",
-    "algo.lrr=1": "Key 'lrr' not in 'AlgoConfig'",
-    "algo.lr=abc": "'abc' of type 'str' could not be converted to Float",
-    "algo=nope": "Could not find 'algo/nope'",
-    "head_dtype=float16": "expected one of",
     "rollout.top_p=1.5": "top_p must lie in",
     "rollout.capture_ids=4096": "must lie in 0..4095",
     "rollout.temperature=0": "must be positive",
@@ -101,11 +140,28 @@ BAD = {
 }
 
 
+THROUGH_HYDRA = (
+    "rollout.temperature=0",
+    "algo.correction={preset: tis, low: 0.5}",
+)  # two of many, values of both kinds
+
+
+def assert_one_line(error: ValueError, message: str) -> None:
+    assert message in str(error) and "\n" not in str(error)
+
+
 @pytest.mark.parametrize(("override", "message"), BAD.items(), ids=BAD)
 def test_bad_values_give_one_readable_line(override, message):
     with pytest.raises(ValueError, match="configuration: ") as error:
-        load(compose("demo", override.split(" & ")))
-    assert message in str(error.value) and "\n" not in str(error.value)
+        load(changed(*override.split(" & ")))
+    assert_one_line(error.value, message)
+
+
+@pytest.mark.parametrize("override", [*REFUSED_BY_HYDRA, *THROUGH_HYDRA])
+def test_bad_words_of_the_command_line_give_one_readable_line(override):
+    with pytest.raises(ValueError, match="configuration: ") as error:
+        load(compose("demo", [override]))
+    assert_one_line(error.value, (REFUSED_BY_HYDRA | BAD)[override])
 
 
 def test_missing_values_are_named():
@@ -113,12 +169,22 @@ def test_missing_values_are_named():
         load(compose("train", []))
 
 
-@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_correction_that_can_be_said_and_has_its_row():
+    register_schema()
+    store = ConfigStore.instance()
+    assert set(store.list("correction")) == {f"{name}.yaml" for name in ("none", *PRESETS)}
+    rows = (Path(__file__).parents[1] / "docs" / "losses.md").read_text()
+    for name in PRESETS:
+        said = store.load(f"correction/{name}.yaml")
+        assert said.node == {"preset": name} and said.package == "algo.correction"
+        correction = load(changed("algo.loss=gspo", f"algo.correction.preset={name}")).algo.correction
+        assert correction == CorrectionConfig(preset=name) and f"| `{name}` |" in rows
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.nightly] * (n != "tis")) for n in PRESETS])
 def test_a_loss_and_a_correction_can_both_be_said(name):
     config = load(compose("demo", ["algo=gspo", f"correction={name}"]))
     assert (config.algo.loss, config.algo.correction) == ("gspo", CorrectionConfig(preset=name))
-    text = (Path(__file__).parents[1] / "docs" / "losses.md").read_text()
-    assert f"| `{name}` |" in text  # every preset has its row
 
 
 def test_no_correction_leaves_what_the_algorithm_says():

@@ -152,6 +152,26 @@ def test_a_conversation_is_one_rollout_with_a_segment_for_each_turn(tokenizer):
 
 
 @pytest.mark.parametrize(
+    "ages, known",
+    [
+        ([([5], False), ([5], False)], [5, 5]),  # one version throughout
+        ([([4], False), ([5], False)], [-1, -1]),  # published between the turns: the first answer saw keys of version 4
+        ([([], True), ([], True)], [1, 2]),  # each token saw keys of its own version
+        ([([], True), ([5], False)], [-1, -1]),
+    ],
+)
+def test_the_age_of_keys_is_told_where_all_turns_saw_one(tokenizer, ages, known):
+    _, (found,) = play(tokenizer, {0: ["ab", "cd"]}, [Counts(2)])
+    found.turns = [
+        replace(turn, kv_spans=[(0, len(turn.token_ids), v) for v in versions], kv_recomputed=again)
+        for turn, (versions, again) in zip(found.turns, ages, strict=True)
+    ]
+    batch = collate([found.rollout()], pad_token_id=0, spec=LogprobSpec())
+    first_of_turn = [int(batch.kv_version_BL[0][batch.policy_version_BL[0] == turn][0]) for turn in (1, 2)]
+    assert first_of_turn == known
+
+
+@pytest.mark.parametrize(
     ("outcome", "environment", "options"),
     [
         ("done", Counts(1), {}),

@@ -243,7 +243,7 @@ def test_a_group_that_fails_ends_alone_and_keeps_what_it_found():
 
 
 def test_rows_without_a_token_are_counted_and_barred_only_behind_the_last():
-    from rlalign.rollout.engine.known_ids import UnknownIds
+    from rlalign.rollout.engine.completions import UnknownIds
 
     class Words:
         def __init__(self, ids):

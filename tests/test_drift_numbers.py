@@ -155,6 +155,7 @@ def test_psi_of_a_weighted_fit_is_against_what_it_weighted_up(random):
     assert shift(now, np.ones(4000), np.arange(4000), *support_of(then)).psi > 0.1
 
 
+@pytest.mark.slow
 def test_psi_passes_its_level_by_chance_once_in_a_hundred(random):
     over = 0
     for _ in range(1000):

@@ -6,7 +6,7 @@ import pytest
 
 from rlalign.config import ModelConfig, RolloutConfig, RunConfig, TaskConfig
 from rlalign.diagnose.doctor import tokens
-from rlalign.run import assembly, fitting_prompts
+from rlalign.run import assembly
 from rlalign.tasks import Prompt, Task
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
 
@@ -31,7 +31,7 @@ def encode(text):
 
 def test_prompts_that_fit_are_left_alone():
     whole = task("a" * ROOM, "b")
-    assert fitting_prompts.fitted(whole, config(), encode, 128) == (whole, 0)
+    assert assembly.fitted(whole, config(), encode, 128) == (whole, 0)
 
 
 @pytest.mark.parametrize(
@@ -42,15 +42,15 @@ def test_one_that_does_not_fit_stops_or_is_dropped_wherever_it_is(bad, why):
         with pytest.raises(
             ValueError, match=f"1 of 4 prompts cannot be used .room for {ROOM} tokens.*{why}.*unusable_prompts=drop"
         ):
-            fitting_prompts.fitted(whole, config(), encode, 128)
-        left, dropped = fitting_prompts.fitted(whole, config("drop"), encode, 128)
+            assembly.fitted(whole, config(), encode, 128)
+        left, dropped = assembly.fitted(whole, config("drop"), encode, 128)
         assert dropped == 1 and [p.text for p in (*left.train, *left.held_out)] == ["x", "y", "h"]
 
 
 def test_too_few_that_are_left_stop_the_run():
     for whole in (task("x", "a" * 99), task("x", "y", held_out=("a" * 99,))):
         with pytest.raises(ValueError, match="are left, and a run needs rollout.prompts_per_step=2 and 1"):
-            fitting_prompts.fitted(whole, config("drop"), encode, 128)
+            assembly.fitted(whole, config("drop"), encode, 128)
     with pytest.raises(ValueError, match="choose one of stop, drop"):
         TaskConfig(name="x", unusable_prompts="skip")
 
@@ -85,7 +85,7 @@ def test_a_placeholder_behind_the_last_row_is_no_wrong_tokenizer(folder):
     ids = assembly.encode(loaded, "1<image_soft_token>", chat=False)
     assert max(ids) == size
     with pytest.raises(ValueError, match=f"token id {size}, the model has {size} rows"):
-        fitting_prompts.fitted(
+        assembly.fitted(
             task("x", "y", "1<image_soft_token>"), config(), lambda t: assembly.encode(loaded, t, chat=False), size
         )
     ours.add_tokens(["<a word>"])

@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import pytest
 import torch
+import torch._dynamo
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -16,6 +17,7 @@ import rlalign
 from rlalign.logprobs import token_logprobs
 from rlalign.logprobs.vocab_parallel import VocabShard
 
+pytestmark = pytest.mark.slow
 VOCABULARY, ROWS, LENGTH = 97, 2, 9  # ROWS of each rank
 TEMPERATURE = 0.7
 MIXED = {
@@ -111,6 +113,7 @@ def split_head(rank: int) -> dict[str, object]:
 
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    torch._dynamo.config.disable = False  # an engine of another file may have switched it off for this process' parents
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
     found = {name: mirrored(sharded(name), rank) for name in MIXED}
@@ -124,7 +127,7 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def by_rank(tmp_path_factory) -> list[dict[str, dict[str, object]]]:
     folder = tmp_path_factory.mktemp("fsdp2")
-    mp.start_processes(worker, args=(str(folder),), nprocs=2, start_method="spawn")
+    mp.start_processes(worker, args=(str(folder),), nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

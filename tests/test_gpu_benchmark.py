@@ -28,6 +28,7 @@ def few(monkeypatch):
     monkeypatch.setattr(gpu, "tasks", lambda small: [(gpu.BOTH, (6, 16, 40)), (gpu.DECODE, (2, 16, 40))])
 
 
+@pytest.mark.slow
 def test_it_measures_what_is_there_says_what_is_not_and_goes_on_where_it_stopped(few, monkeypatch, tmp_path):
     file, table = tmp_path / "gpu.json", tmp_path / "gpu.md"
     asked = ["--json", str(file), "--markdown", str(table), "--device", "cpu"]
@@ -58,6 +59,7 @@ def test_it_measures_what_is_there_says_what_is_not_and_goes_on_where_it_stopped
     assert {row["way"] for row in json.loads(file.read_text())["rows"]} == {"again"}
 
 
+@pytest.mark.slow
 def test_a_head_that_breaks_a_law_is_not_timed(few, monkeypatch):
     def broken(device: torch.device, small: bool) -> str:
         raise AssertionError("65 rows differ")

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlalign.diagnose.families.family_table import RECIPES
 from rlalign.mismatch.causes import follows
-from rlalign.report import verdict
-from rlalign.run.trace import traced
+from rlalign.report.run_page import growth
+from rlalign.run.observation import traced
 from rlalign.types import LogprobSpec, Rollout, collate
 
 
@@ -46,6 +46,7 @@ def test_correlations_are_scipys_ties_included():
     assert found.levels == pytest.approx(spearmanr(series[: 30 - lead], k3[lead:])[0])
 
 
+@pytest.mark.slow
 def test_chance_is_the_luckiest_of_all_series():
     """Of unrelated walks one in twenty is beyond chance, however many series there are."""
     lucky = 0
@@ -55,6 +56,7 @@ def test_chance_is_the_luckiest_of_all_series():
     assert lucky <= 8
 
 
+@pytest.mark.slow
 def test_noise_around_a_level_is_not_beyond_chance_either():
     """Its changes swing back by themselves, on both sides: shuffled changes alone would call one in five beyond chance."""
     lucky = 0
@@ -112,7 +114,7 @@ def test_the_report_says_what_a_traced_k3_follows():
         | {"trace/logit_std": float(leader[t])}
         for t, other in enumerate(walk(23, 40))
     )
-    (first, *_) = verdict.growth(SimpleNamespace(metrics=SimpleNamespace(rows=rows)))
+    (first, *_) = growth(SimpleNamespace(metrics=SimpleNamespace(rows=rows)))
     assert (first.name, first.lead) == ("trace/logit_std", 1) and first.beyond_chance
     bare = tuple({k: v for k, v in row.items() if k != "trace/logit_std"} for row in rows)
-    assert verdict.growth(SimpleNamespace(metrics=SimpleNamespace(rows=bare))) == []
+    assert growth(SimpleNamespace(metrics=SimpleNamespace(rows=bare))) == []

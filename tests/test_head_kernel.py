@@ -12,7 +12,7 @@ from rlalign.head import projection, routes
 from rlalign.head.kernel import PATHS
 from rlalign.head.products import Route, logits_of
 from rlalign.rollout.head.decode import decode_logits
-from tests.kernel_parts import compiled, forget, needs_compiler  # noqa: F401
+from tests.kernel_parts import needs_compiler
 
 pytestmark = needs_compiler
 BLOCK = 256  # of the law in fma.c
@@ -20,7 +20,7 @@ FMA = [path for path in ("avx2", "avx512") if path in head_kernel.host_paths()]
 
 
 @pytest.fixture
-def kernel(compiled, monkeypatch):  # noqa: F811
+def kernel(compiled, monkeypatch):
     """The kernel of a path by its name."""
     monkeypatch.setenv("RLALIGN_CACHE", str(compiled))
 

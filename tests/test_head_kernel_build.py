@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from rlalign.head import kernel, projection, routes
-from rlalign.head.kernel import FOLDER, SOURCES, problem_of
+from rlalign.head.kernel import DIGEST_BYTES, FOLDER, SOURCES, problem_of
 from rlalign.head.products import Route
 from rlalign.rollout.engine import handshake
-from tests.kernel_parts import COMPILER, compiled, forget, needs_compiler  # noqa: F401
+from tests.kernel_parts import COMPILER, forget, needs_compiler
 
 # (name of the emulated processor, what it can run)
 EMULATED = {"Nehalem": "", "Haswell": "avx2", "EPYC-Milan": "avx2"}
@@ -31,7 +31,7 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def copied(cache, compiled):  # noqa: F811
+def copied(cache, compiled):
     """The path of a library in this test's own cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RLALIGN_CACHE", str(compiled))
@@ -43,10 +43,14 @@ def copied(cache, compiled):  # noqa: F811
 
 
 @pytest.fixture
-def fast(tmp_path, monkeypatch):
-    """CC is the compiler, told last not to optimise: a second instead of seven."""
+def fast(tmp_path, compiled, monkeypatch):
+    """CC is what gives a library compiled before, a moment later."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLALIGN_CACHE", str(compiled))
+        content = kernel.library_path().read_bytes()[:-DIGEST_BYTES]
+    (tmp_path / "made.so").write_bytes(content)
     script = tmp_path / "fastcc"
-    script.write_text(f'#!/bin/sh\nexec {COMPILER} "$@" -O0\n')
+    script.write_text(f'#!/bin/sh\nsleep 0.1\nfor target; do :; done\nexec cp {tmp_path}/made.so "$target"\n')
     script.chmod(0o755)
     monkeypatch.setenv("CC", str(script))
 
@@ -114,6 +118,7 @@ def test_a_compiler_that_fails_leaves_nothing(cache, tmp_path, monkeypatch):
     assert list(kernel.library_path().parent.iterdir()) == []
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(("refused", "kept"), [("AMX", ("avx2", "avx512")), ("AVX512", ("avx2",))])
 def test_an_old_compiler_leaves_out_what_it_does_not_know(cache, tmp_path, refused, kept):

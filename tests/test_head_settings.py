@@ -80,14 +80,11 @@ def test_variables_that_would_leave_the_head_in_16_bits_are_refused_by_name(give
 
 def test_one_decision_for_driver_and_worker():
     auto = HeadSettings()
-    assert auto.resolve(device="cuda", vllm="0.32.0") is HeadMode.NATIVE
-    assert auto.resolve(device="cuda", vllm="0.25.1") is HeadMode.CACHED
-    assert auto.resolve(device="cpu", vllm="0.32.0") is HeadMode.CACHED
-    assert (
-        auto.resolve(device="xpu", vllm="0.32.0") is HeadMode.CACHED
-    )  # its native head casts the weight in every step
-    assert HeadSettings.of_run("model", "cached", exact=False).resolve(device="cpu", vllm="0.32.0") is HeadMode.OFF
-    assert HeadSettings.of_run("master", "auto", exact=False).resolve(device="cuda", vllm="0.32.0") is HeadMode.MASTER
-    assert HeadSettings.of_run("float32", "native", exact=False).resolve(device="cpu", vllm="0.32.0") is HeadMode.NATIVE
-    assert HeadSettings.of_run("float32", "auto", exact=True).resolve(device="cpu", vllm="0.32.0") is HeadMode.EXACT
+    assert auto.resolve(device="cuda") is HeadMode.NATIVE
+    assert auto.resolve(device="cpu") is HeadMode.CACHED
+    assert auto.resolve(device="xpu") is HeadMode.CACHED  # its native head casts the weight in every step
+    assert HeadSettings.of_run("model", "cached", exact=False).resolve(device="cpu") is HeadMode.OFF
+    assert HeadSettings.of_run("master", "auto", exact=False).resolve(device="cuda") is HeadMode.MASTER
+    assert HeadSettings.of_run("float32", "native", exact=False).resolve(device="cpu") is HeadMode.NATIVE
+    assert HeadSettings.of_run("float32", "auto", exact=True).resolve(device="cpu") is HeadMode.EXACT
     assert promised("off", "bfloat16") == "bfloat16" and promised("cached", "bfloat16") == "float32"

@@ -14,7 +14,7 @@ TREE = Path(__file__).parents[1]
 ROOT = TREE / "rlalign"
 HOMES = {
     "triton": ("head.triton",),
-    "vllm": ("rollout", "weights.nccl", "diagnose", "tracking.environment", "scoring.vllm"),
+    "vllm": ("rollout", "weights.groups", "diagnose", "tracking.environment", "scoring.vllm_scorer"),
     "deepspeed": ("trainer", "tracking.environment"),
     "wandb": ("tracking", "report.dashboard"),
     "wandb_workspaces": ("tracking.dashboard", "report.dashboard"),

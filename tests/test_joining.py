@@ -51,6 +51,7 @@ def test_ranks_with_the_same_programs_meet_and_others_are_told_which_host_has_wh
         assert f"rank 1 on {HOST}: torch 2.12.1. Install the same" in answer
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes_is_named_with_where_it_was_expected(said):
     (alone,) = said((0, 2), patience=1.0)
     assert f"RuntimeError: rank 0 of 2 on {HOST} did not meet the others at 127.0.0.1:" in alone
@@ -66,6 +67,7 @@ def test_a_taken_port_is_named_with_its_host(said):
     assert f"rank 0 of 2 on {HOST} cannot listen on 127.0.0.1:{port}" in blocked and "another MASTER_PORT" in blocked
 
 
+@pytest.mark.slow
 def test_two_processes_with_one_rank_are_told_apart(said):
     answers = said((0, 3), (1, 3), (1, 3), patience=1.0)
     assert sum(f"ValueError: rank 1 of 3 on {HOST}: another process has this RANK already" in a for a in answers) == 1

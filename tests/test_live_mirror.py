@@ -10,11 +10,14 @@ from transformers import (
     Cohere2ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
 import rlalign
+from rlalign.trainer import head_mirror
 from rlalign.trainer.live_mirror import _tensors, causal_model
 
 SIZES = {
@@ -73,9 +76,9 @@ def exact(model, temperature):
     return nn.functional.pad(chosen, (1, 0)) * MASK, logits
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "compiled")) for n in WRAPPERS])
 def test_logits_and_logprobs_are_float32_through_every_wrapper_and_go_back(name, compiling):
-    model = WRAPPERS[name](qwen())
+    model = WRAPPERS[name](qwen(num_hidden_layers=1))
     with torch.no_grad():
         before = next(iter(_tensors(model(**INPUTS))))
     wanted, logits = exact(model, 0.7)
@@ -166,9 +169,16 @@ def test_every_head_that_it_cannot_be_is_refused_by_name():
         rlalign.mirror(odd)
 
 
-def test_adapters_are_merged_for_the_engine_and_stay_apart_in_the_model():
-    import peft
+@pytest.mark.parametrize("head_dtype", ["model", "float32"])
+def test_the_head_of_a_copy_multiplies_by_the_copys_weight(head_dtype):
+    model = qwen()
+    head_mirror.mirror(model, head_dtype=head_dtype, chunk=0)
+    twin = copy.deepcopy(model)
+    twin.lm_head.weight.data.zero_()
+    assert model(**INPUTS).logits.abs().max() > 0 and twin(**INPUTS).logits.abs().max() == 0
 
+
+def test_adapters_are_merged_for_the_engine_and_stay_apart_in_the_model():
     model = lora(qwen())
     weights = dict(rlalign.mirror(model).named_weights())
     assert weights.keys() == dict(qwen().named_parameters()).keys()
@@ -178,9 +188,31 @@ def test_adapters_are_merged_for_the_engine_and_stay_apart_in_the_model():
         assert torch.equal(found, exact.get_parameter(name).bfloat16()), name  # rounded once
         changed += not torch.equal(found, base)
     assert changed == 4
-    odd = peft.get_peft_model(qwen(), peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
-    with pytest.raises(ValueError, match=r"q_proj is a Linear: only plain LoRA adapters are merged"):
+
+
+@pytest.mark.parametrize(
+    ("targets", "more"),
+    [(["q_proj"], {"use_dora": True}), (["q_proj"], {"lora_bias": True}), (["embed_tokens"], {})],
+)
+def test_other_adapters_than_plain_lora_are_refused_by_name(targets, more):
+    import peft
+
+    odd = peft.get_peft_model(qwen(), peft.LoraConfig(r=2, target_modules=targets, **more))
+    with pytest.raises(ValueError, match=rf"{targets[0]} is a \w+: only plain LoRA adapters are merged"):
         list(rlalign.mirror(odd).named_weights())
+
+
+def test_adapters_of_square_transposed_layers_are_merged_the_way_they_compute():
+    """GPT-2's Conv1D holds [inputs, outputs]; of a square one a transposed product would fit, too."""
+    import peft
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=2, n_positions=32)).bfloat16()
+    config = peft.LoraConfig(r=2, target_modules=["attn.c_proj"], init_lora_weights=False, fan_in_fan_out=True)
+    model = peft.get_peft_model(model, config).bfloat16().eval()
+    name = "transformer.h.0.attn.c_proj.weight"
+    exact = copy.deepcopy(model).double().merge_and_unload().get_parameter(name)
+    assert torch.equal(dict(rlalign.mirror(model).named_weights())[name], exact.bfloat16())
 
 
 def test_an_adapter_on_the_head_is_refused():

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import rlalign
-from rlalign.loops.lag_zero import require_same_head
+from rlalign.loops.mirrors import require_same_head
 from rlalign.loops.step_monitor import write
-from rlalign.rollout.attached.sampling_convention import spec_of_sampling
+from rlalign.rollout.attached import spec_of_sampling
 
 PROCESSED = {"logprobs_mode": "processed_logprobs", "head_dtype": "float32"}
 

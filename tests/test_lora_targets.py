@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlalign.config import LoraConfig
 from rlalign.diagnose.families import building, family_table
+from rlalign.trainer.checkpoint_names import named_weights
 from rlalign.trainer.lora import Adapters
 
 LEFT_OUT = {  # family: (what has an adapter, what the log says has none)
@@ -48,7 +49,7 @@ def test_merged_weights_compute_what_the_adapted_network_does(family, tmp_path, 
         for layer in adapters.layers.values():
             weight = layer.lora_B["default"].weight
             weight.copy_(torch.randn(weight.shape, generator=generator) * 0.05)
-        merged = dict(adapters.weights(keep=True))
+        merged = dict(named_weights(network, network))
         before = plain(ids, use_cache=False).logits
         plain.load_state_dict(merged, strict=False)
         assert merged.keys() == dict(plain.named_parameters()).keys()

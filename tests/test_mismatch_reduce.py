@@ -44,7 +44,7 @@ def worker(rank, address, queue):
 
 @pytest.fixture(scope="module")
 def reduced(tmp_path_factory):
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
     queue = context.Queue()
     address = tmp_path_factory.mktemp("gloo") / "store"
     ranks = [context.Process(target=worker, args=(rank, address, queue)) for rank in range(2)]
@@ -57,6 +57,7 @@ def reduced(tmp_path_factory):
     return answers
 
 
+@pytest.mark.slow
 def test_sums_counts_and_extremes_equal_a_single_process(reduced):
     old, rollout, mask, lag, group = data()
     whole = mismatch.compare(old, rollout, mask, lag_B=lag, group_B=group)
@@ -67,10 +68,12 @@ def test_sums_counts_and_extremes_equal_a_single_process(reduced):
             assert metrics[name] == pytest.approx(value, rel=1e-9, abs=1e-12), name
 
 
+@pytest.mark.slow
 def test_every_rank_has_the_same_answer(reduced):
     assert reduced[0][1] == reduced[1][1]
 
 
+@pytest.mark.slow
 def test_quantiles_are_within_the_rank_error(reduced):
     old, rollout, mask, *_ = data()
     size = np.sort((old - rollout).abs()[mask].numpy())
@@ -83,12 +86,14 @@ def test_quantiles_are_within_the_rank_error(reduced):
         assert reduced[0][1][name] == pytest.approx(whole[name], rel=0.03), name
 
 
+@pytest.mark.slow
 def test_a_rank_without_tokens_takes_part(reduced):
     old, rollout, mask, *_ = data()
     whole = mismatch.compare(old[5:], rollout[5:], mask[5:], positions=False)
     assert reduced[0][4]["k3"] == pytest.approx(whole["k3"]) and reduced[0][4]["tokens"] == whole["tokens"]
 
 
+@pytest.mark.slow
 def test_normalisation_over_ranks_gives_a_global_mean_of_one(reduced):
     assert sum(r[2] for r in reduced) / sum(r[3] for r in reduced) == pytest.approx(1.0, rel=1e-6)
 

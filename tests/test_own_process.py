@@ -37,6 +37,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_an_engine_ends_with_its_killed_trainer_and_nothing_else_does():
     pids = SPAWN.Queue()
     parent = SPAWN.Process(target=trainer, args=(pids,))
@@ -52,6 +53,7 @@ def test_an_engine_ends_with_its_killed_trainer_and_nothing_else_does():
     os.kill(other, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_an_answer_that_a_killed_process_will_never_give_is_not_waited_for():
     processes = EngineProcesses()
     ready = SPAWN.Queue()

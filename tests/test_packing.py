@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rlalign.scoring import HFScorer, ScoringParams
 from rlalign.scoring.hf import forward_pass
-from rlalign.scoring.hf.item_packing import Row, row_batch, split_by_budget, worthwhile_groups
+from rlalign.scoring.hf.forward_pass import Row, row_batch, split_by_budget, worthwhile_groups
 from tests.reward_models import model_of, reference, scorer_of, tokenizer_of, words
 
 PACKED = ["one_label", "three_labels", "process", "judge", "embedder"]

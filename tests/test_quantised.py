@@ -14,9 +14,7 @@ from rlalign.diagnose.attribution import budget
 from rlalign.diagnose.attribution.budget import Budget, Divergence, measure
 from rlalign.head.multiplied import Multiplied
 from rlalign.trainer import fake_quantised as quantised
-from rlalign.trainer.fake_quantised import Recipe, fake_quantised
-from rlalign.trainer.rounding import formats
-from rlalign.trainer.rounding.formats import FORMATS, KV_FORMATS
+from rlalign.trainer.fake_quantised import FORMATS, KV_FORMATS, Recipe, fake_quantised
 from tests import attribution_parts as parts
 
 
@@ -48,7 +46,7 @@ def nearest(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     return codes[even] * x.double().sign()
 
 
-@pytest.mark.parametrize(("rounded", "codes"), [(formats.e4m3, e4m3_codes()), (formats.e2m1, E2M1_CODES)])
+@pytest.mark.parametrize(("rounded", "codes"), [(quantised.e4m3, e4m3_codes()), (quantised.e2m1, E2M1_CODES)])
 def test_rounding_is_to_the_nearest_code_and_ties_go_to_even(rounded, codes):
     ties = (codes[1:] + codes[:-1]) / 2
     x = torch.cat([codes, ties, ties * (1 + 2**-20), ties * (1 - 2**-20), codes[-1:] * 3, values().flatten().double()])
@@ -60,9 +58,9 @@ def test_towards_zero_is_the_largest_code_that_is_not_larger():
     codes = e4m3_codes()
     x = torch.cat([codes, (codes[1:] + codes[:-1]) / 2, values().flatten().double(), torch.tensor([1e4])]).float()
     at = torch.searchsorted(codes, x.double().abs(), right=True) - 1
-    found = formats.e4m3_towards_zero(torch.cat([x, -x])).double()
+    found = quantised.e4m3_towards_zero(torch.cat([x, -x])).double()
     assert torch.equal(found, torch.cat([codes[at] * x.sign(), -codes[at] * x.sign()]))
-    assert formats.e4m3_towards_zero(torch.tensor([float("nan")])).isnan().all()
+    assert quantised.e4m3_towards_zero(torch.tensor([float("nan")])).isnan().all()
 
 
 def compressed(x: torch.Tensor, **how: object) -> torch.Tensor:
@@ -87,10 +85,10 @@ def compressed(x: torch.Tensor, **how: object) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("ours", "how"),
     [
-        (formats.of_tensor, {"strategy": "tensor"}),
-        (formats.of_rows, {"strategy": "channel"}),
-        (formats.of_groups, {"strategy": "group", "group_size": 128}),
-        (formats.of_blocks, {"strategy": "block", "block_structure": [128, 128]}),
+        (quantised.of_tensor, {"strategy": "tensor"}),
+        (quantised.of_rows, {"strategy": "channel"}),
+        (quantised.of_groups, {"strategy": "group", "group_size": 128}),
+        (quantised.of_blocks, {"strategy": "block", "block_structure": [128, 128]}),
     ],
 )
 def test_fp8_scales_are_those_of_compressed_tensors(ours, how):
@@ -104,11 +102,11 @@ def test_mxfp8_and_nvfp4_are_those_of_vllm():
     x = values()
     codes, scales = mxfp8_utils._mxfp8_e4m3_quantize_torch(x)
     theirs = codes.float() * torch.exp2(scales.float() - 127).repeat_interleave(32, dim=1)
-    assert torch.equal(formats.mxfp8(x), theirs)
+    assert torch.equal(quantised.mxfp8(x), theirs)
     whole = 448 * 6 / x.abs().amax()
     codes, scales = nvfp4_emulation_utils.ref_nvfp4_quant(x, whole, 16)
     theirs = codes.unflatten(1, (-1, 16)) * (scales / whole).reshape(len(x), -1, 1)
-    torch.testing.assert_close(formats.nvfp4(x), theirs.flatten(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(quantised.nvfp4(x), theirs.flatten(1), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", FORMATS)

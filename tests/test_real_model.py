@@ -129,6 +129,7 @@ def test_exit_status_1_is_a_finding_only_where_there_is_a_result(tmp_path, code,
     assert row["state"] == state and row["reason"].startswith(reason)
 
 
+@pytest.mark.slow
 def test_the_commands_of_all_phases_are_configurations_that_exist(about, tmp_path):
     from rlalign.cli import parsed
     from rlalign.config import compose, load
@@ -150,11 +151,12 @@ def test_the_questions_are_a_task_of_distinct_prompts_with_numbers():
     assert len(task.train) == real_model.PROMPTS and task.reward(task.train[0], f"It is {task.train[0].answer}.") == 1.0
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_whole_family():
     import subprocess
 
     code = "import subprocess, sys, time; b = bytearray(80 * 2**20); "
-    child = "import time; b = bytearray(120 * 2**20); time.sleep(2)"
+    child = "import time; b = bytearray(120 * 2**20); time.sleep(1.0)"
     process = subprocess.Popen([sys.executable, "-c", code + f"subprocess.run([sys.executable, '-c', {child!r}])"])
     with real_model_memory.Peak(process.pid) as peak:
         process.wait()

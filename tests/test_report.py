@@ -103,12 +103,20 @@ def pair(tmp_path_factory) -> tuple[Path, Path]:
     return make_run(root / "fp32"), make_run(root / "bf16", k3=1e-5, head="model")
 
 
+@pytest.fixture(scope="module")
+def pages(pair, tmp_path_factory) -> dict[str, str]:
+    """The page of the first run, and that of both."""
+    root = tmp_path_factory.mktemp("pages")
+    made = {"one": write_report([pair[0]], root / "r.html"), "both": write_report(list(pair), root / "ab.html")}
+    return {name: path.read_text(encoding="utf-8") for name, path in made.items()}
+
+
 def read(path: Path) -> Page:
     return Page(path.read_text(encoding="utf-8"))
 
 
-def test_one_run_says_its_numbers_and_that_all_is_well(pair, tmp_path):
-    page = read(write_report([pair[0]], tmp_path / "r.html"))
+def test_one_run_says_its_numbers_and_that_all_is_well(pages):
+    page = Page(pages["one"])
     assert "OK. Over 20 steps the mean reward went from 0.310 to 0.670" in page.text
     assert "k3 = 1e-9 nats per token at lag 0" in page.text and "20 publishes verified" in page.text
     assert page.tags.count("svg") == 8
@@ -116,8 +124,8 @@ def test_one_run_says_its_numbers_and_that_all_is_well(pair, tmp_path):
     assert page.row("calls") == ["calls", "5 to 7"] and ["", "rank 0\u20132"] in page.rows
 
 
-def test_two_runs_show_every_difference(pair, tmp_path):
-    page = read(write_report(list(pair), tmp_path / "ab.html"))
+def test_two_runs_show_every_difference(pages):
+    page = Page(pages["both"])
     assert "They differ in head_dtype." in page.text
     assert "1e-9 in A fp32 and 1e-5 in B bf16, 10,000 times lower in A fp32" in page.text
     assert page.row("k3, median over steps")[1:] == ["1.00e-9", "1.00e-5", "\u00d7 10,000"]
@@ -127,14 +135,14 @@ def test_two_runs_show_every_difference(pair, tmp_path):
     assert page.row("head_dtype")[1:] == ["float32", "model"]
 
 
-def test_subtracted_differences_carry_their_sign(tmp_path):
+def test_subtracted_differences_carry_their_sign(tmp_path, undrawn):
     a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", gain=0.2)
     page = read(write_report([a, b], tmp_path / "ab.html"))
     assert page.row("Reward, last 10 %")[1:] == ["0.670", "0.485", "-0.185"]
 
 
-def test_nothing_is_loaded_and_no_script_runs(pair, tmp_path):
-    text = write_report(list(pair), tmp_path / "ab.html").read_text()
+def test_nothing_is_loaded_and_no_script_runs(pages):
+    text = pages["both"]
     page = Page(text)
     assert "http://" not in text and "https://" not in text and "url(" not in re.sub(r"url\(#\w+\)", "", text)
     assert not {"script", "link", "img", "iframe", "object", "embed", "image"} & set(page.tags)
@@ -143,8 +151,8 @@ def test_nothing_is_loaded_and_no_script_runs(pair, tmp_path):
     assert not [k for k, _ in page.attributes if k.startswith("on")]
 
 
-def test_ids_in_the_page_are_unique_and_every_reference_has_one(pair, tmp_path):
-    page = read(write_report(list(pair), tmp_path / "ab.html"))
+def test_ids_in_the_page_are_unique_and_every_reference_has_one(pages):
+    page = Page(pages["both"])
     ids = [v for k, v in page.attributes if k == "id"]
     references = [v[1:] for k, v in page.attributes if k == "href"]
     references += [m for k, v in page.attributes if v for m in re.findall(r"url\(#(\w+)\)", v)]
@@ -198,7 +206,7 @@ def test_tokens_without_a_finite_ratio_come_first_and_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize(("ending", "word"), [(KeyboardInterrupt(), "interrupted"), (RuntimeError("gate"), "failed")])
-def test_an_unfinished_run_is_reported_as_what_it_is(tmp_path, ending, word):
+def test_an_unfinished_run_is_reported_as_what_it_is(tmp_path, undrawn, ending, word):
     with pytest.raises(type(ending)):
         make_run(tmp_path / "run", ending=ending, steps=12)
     page = read(write_report([tmp_path / "run"], tmp_path / "r.html"))
@@ -213,7 +221,7 @@ def test_a_run_without_a_single_step_has_a_page(tmp_path):
     assert "vLLM did not start" in page.text and "never measured" in page.text
 
 
-def test_problems_in_the_numbers_are_said(tmp_path):
+def test_problems_in_the_numbers_are_said(tmp_path, undrawn):
     over = read(write_report([make_run(tmp_path / "over", k3=0.5)], tmp_path / "1.html"))
     assert "k3 was over its limit 1e-3 on 20 of 20 steps" in over.text
     nan = read(write_report([make_run(tmp_path / "nan", k3=float("nan"))], tmp_path / "2.html"))
@@ -230,9 +238,8 @@ def test_ranks_that_disagree_are_a_problem(tmp_path):
     assert "The ranks do not have the same head: mode is cached and native." in page.text
 
 
-def test_the_same_run_gives_the_same_page(pair, tmp_path):
-    first, second = (write_report([pair[0]], tmp_path / n).read_bytes() for n in ("1.html", "2.html"))
-    assert first == second
+def test_the_same_run_gives_the_same_page(pair, pages, tmp_path):
+    assert write_report([pair[0]], tmp_path / "again.html").read_text(encoding="utf-8") == pages["one"]
 
 
 def test_pages_stay_small_when_runs_are_long():

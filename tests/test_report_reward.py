@@ -10,7 +10,7 @@ from scipy.special import expit
 from rlalign.calibration.calibrators import PlattCalibrator
 from rlalign.calibration.drift import DriftMonitor
 from rlalign.report import write_report
-from rlalign.report.verdict import drift_problems, watched
+from rlalign.report.run_page import drift_problems, watched
 from rlalign.tracking.record import read_run
 from rlalign.tracking.run_directory import Run
 from tests.test_report import read
@@ -48,13 +48,13 @@ def test_a_drifted_model_is_a_problem_with_its_steps_and_its_numbers(tmp_path):
     assert row[1] == "drift" and float(row[2]) > 0.3 and row[4] == "0.05"
 
 
-def test_a_calm_model_has_a_section_and_no_problem(tmp_path):
+def test_a_calm_model_has_a_section_and_no_problem(tmp_path, undrawn):
     page = read(write_report([make_run(tmp_path / "run")], tmp_path / "r.html"))
     assert drift_problems(read_run(tmp_path / "run")) == [] and watched(read_run(tmp_path / "run")) == ["rm"]
     assert page.row("debiased ECE")[1] == "ok"
 
 
-def test_runs_side_by_side_and_models_apart(tmp_path):
+def test_runs_side_by_side_and_models_apart(tmp_path, undrawn):
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", moved_at=5), make_run(tmp_path / "c", name="judge")]
     page = read(write_report(runs, tmp_path / "abc.html"))
     assert page.text.count("Reward model rm: drift") == page.text.count("Reward model judge: drift") == 1
@@ -63,7 +63,7 @@ def test_runs_side_by_side_and_models_apart(tmp_path):
 
 
 @pytest.mark.parametrize("left", ["metrics", "file"])
-def test_half_of_what_is_needed_is_no_page_that_fails(tmp_path, left):
+def test_half_of_what_is_needed_is_no_page_that_fails(tmp_path, undrawn, left):
     directory = make_run(tmp_path / "run")
     if left == "metrics":
         (directory / "drift" / "rm.json").unlink()

@@ -106,7 +106,7 @@ def test_phases_nobody_named_are_counted_too(pages):
     assert pages["fresh"].row("odd")[-1] == "50%" and pages["fresh"].row("rollout")[-1] == "17%"
 
 
-def test_alerts_are_apart_from_other_events_and_the_first_is_a_problem(tmp_path):
+def test_alerts_are_apart_from_other_events_and_the_first_is_a_problem(tmp_path, undrawn):
     events = [("alert/log", "quiet"), ("alert/warn", "k3 rose\nlikely: stale head"), ("checkpoint", "saved " + EVIL)]
     text = write_report([make(tmp_path / "r", events=events)], tmp_path / "r.html").read_text()
     page = Page(text)
@@ -120,7 +120,7 @@ def test_no_alert_is_said(pages):
     assert "No alert." in pages["fresh"].text and "raised" not in pages["fresh"].text
 
 
-def test_the_heat_map_of_an_attribution_is_in_the_report(tmp_path):
+def test_the_heat_map_of_an_attribution_is_in_the_report(tmp_path, undrawn):
     run = make(tmp_path / "r")
     assert "Where the mismatch comes from" not in read(write_report([run], tmp_path / "r.html")).text
     (run / "attribution.json").write_text(json.dumps(ATTRIBUTION))
@@ -135,14 +135,14 @@ def test_the_heat_map_of_an_attribution_is_in_the_report(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", json.dumps(ATTRIBUTION | {"routes": {"prefill": {"heat": {}}}})])
-def test_a_foreign_attribution_never_costs_the_page(tmp_path, text):
+def test_a_foreign_attribution_never_costs_the_page(tmp_path, undrawn, text):
     run = make(tmp_path / "r")
     (run / "attribution.json").write_text(text)
     page = read(write_report([run], tmp_path / "r.html"))
     assert "attribution.json cannot be shown" in page.text and "Where the time goes" in page.text
 
 
-def test_a_run_of_an_older_version_has_its_page(tmp_path):
+def test_a_run_of_an_older_version_has_its_page(tmp_path, undrawn):
     run = make(tmp_path / "r")
     (run / "timeline.jsonl").unlink()
     page = read(write_report([run], tmp_path / "r.html"))

@@ -17,7 +17,7 @@ from rlalign.calibration.calibrators import (
 )
 from rlalign.config import RewardConfig, RewardModelConfig, ScoringServerConfig
 from rlalign.reward.loading import load_mixture
-from rlalign.reward.mixture import Sample
+from rlalign.reward.mixture import Sample, logits_by
 from rlalign.reward.training import Labelled, Recipe, train_reward_model, write_rows
 from rlalign.scoring import HFScorer, ScoringParams
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
@@ -115,6 +115,18 @@ def test_a_calibration_of_another_model_is_refused(folder, tmp_path, identity, m
 def test_what_the_file_does_not_state_is_not_held_against_it(folder, tmp_path):
     path = fitted(tmp_path / "c.json", ModelIdentity(id=str(folder)))
     assert loaded(path=str(folder), shape="probability", calibration=path).models["rm"].calibrator.method == "platt"
+
+
+@pytest.mark.parametrize("labels", [[70], [70, 80, 90]])
+def test_a_judge_of_other_than_two_labels_has_no_log_odds(folder, labels):
+    """One label has none to be weighed against, and of three the third would go unseen."""
+    params = {"task": "generative", "label_token_ids": labels, "full_vocabulary": True, "min_label_mass": 0.0}
+    message = f"the log-odds of two labels, yes first, and label_token_ids has {len(labels)}"
+    judge = str(folder.parent / "base")
+    with pytest.raises(ValueError, match=f"rm: .*{message}"):  # when it is loaded
+        loaded(path=judge, params=params)
+    with pytest.raises(ValueError, match=message):  # a server's own labels show with the first score
+        logits_by(HFScorer(judge), ScoringParams(**params))([("question 1?", " yes")])
 
 
 def test_a_judge_is_rewarded_with_its_log_odds_and_not_where_it_answers_neither(folder):

@@ -8,8 +8,7 @@ import torch
 
 from rlalign.calibration.calibrators import IsotonicCalibrator, PlattCalibrator
 from rlalign.config import RewardModelConfig, load
-from rlalign.reward.mixture import RewardMixture, Sample
-from rlalign.reward.model_reward import EMPTY, ModelReward
+from rlalign.reward.mixture import EMPTY, ModelReward, RewardMixture, Sample
 from rlalign.run.step import train_step
 from tests.fakes import FakeEngine, FakeTrainer, parties
 

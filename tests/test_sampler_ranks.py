@@ -2,6 +2,7 @@
 
 import pickle
 
+import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
@@ -45,8 +46,9 @@ def on_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_both_ranks_get_the_batch_and_both_get_the_failure(tmp_path):
-    mp.spawn(on_rank, (str(tmp_path),), nprocs=2)
+    mp.start_processes(on_rank, (str(tmp_path),), nprocs=2, start_method="forkserver")
     first, second = (pickle.loads((tmp_path / str(rank)).read_bytes()) for rank in (0, 1))
     assert first["first"] == second["first"] and len(first["first"]) == 16
     assert first["probe"] == second["probe"] == 4, "three probes are no even share of two ranks"

@@ -156,6 +156,7 @@ def test_documents_that_were_edited_or_are_none(tmp_path):
         assert http.get("/v1/calibration").json()["calibration_id"] == "identity"
 
 
+@pytest.mark.slow
 def test_hot_swaps_under_load_every_answer_is_of_one_calibration(tmp_path):
     """Clients score while two calibrations alternate: an answer's scores are all those of the id it carries."""
     contents = [document(tmp_path, slope=slope) for slope in (0.5, 3.0)]

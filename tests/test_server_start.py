@@ -10,8 +10,9 @@ import pytest
 
 from rlalign.commands import rollout_server
 from rlalign.config import RolloutConfig
+from rlalign.rollout import hooks
 from rlalign.rollout.engine.arguments import as_options, engine_arguments
-from rlalign.rollout.server import client, every_engine, key_guard, ready
+from rlalign.rollout.server import client, process_guard, roster
 from rlalign.rollout.server.launching import Launch, ServerProcess, devices_of, reserve
 from tests.rollout_servers import PROMPTS, FakeVLLM, named_model, pool_of, publish
 
@@ -155,13 +156,14 @@ def test_vllms_client_for_servers_asks_every_engine_and_numbers_the_ranks_throug
         async def call_utility_async(self, *asked):
             return ["what vLLM returns", *asked]
 
-    ask = every_engine._ask_every_engine
+    ask = hooks._ask_every_engine
     found = asyncio.run(ask(Two(), "rlalign_status", 1.0, ("x",)))
     assert [(a["at"], a["rank"], a["engines"]) for a in found] == [("a", 0, 2), ("a", 1, 2), ("b", 2, 2), ("b", 3, 2)]
     theirs = asyncio.run(ask(Two(), "their_own_method", 2.0))
     assert theirs == ["what vLLM returns", "collective_rpc", "their_own_method", 2.0, (), None]
 
 
+@pytest.mark.slow
 def test_a_server_that_is_not_there_is_named(model):
     with (
         FakeVLLM(model) as there,
@@ -175,7 +177,7 @@ def test_a_server_that_is_not_there_is_named(model):
 
 def announce(folder, server, key=None):
     said = {"host": "hopper", "pid": 1, "model": "m", "vllm": "0.32.0", "rlalign": "0.1.0"}
-    return ready.write(folder, ready.Announcement(url=server.url, key=key, **said))
+    return roster.announce(folder, roster.Announcement(url=server.url, key=key, **said))
 
 
 def test_servers_are_found_by_their_ready_files_and_later_ones_join_at_a_publish(model, tmp_path):
@@ -198,7 +200,7 @@ def test_servers_are_found_by_their_ready_files_and_later_ones_join_at_a_publish
         pool_of(model, servers=[], server_folder=str(folder), wait_for=2, start_timeout_s=0.5)
     (folder / "x.server.json").write_text("{}")
     with pytest.raises(ValueError, match="x.server.json: no announcement of `rlalign rollout-server`.*remove it"):
-        list(ready.read_all(folder))
+        list(roster.announced_in(folder))
 
 
 def test_a_port_that_is_taken_is_refused_with_its_holder_before_anything_starts(model):
@@ -228,7 +230,7 @@ def test_the_command_line_says_what_the_embedded_engine_is_given(model):
     )
     line, environment = launch.command("127.0.0.1", 8000, "secret"), launch.environment("secret")
     assert " ".join(options) in " ".join(line) and line[-2:] == ["--data-parallel-size", "2"]
-    assert "secret" not in line and key_guard.CLASS in line and environment[key_guard.KEY_VARIABLE] == "secret"
+    assert "secret" not in line and process_guard.CLASS in line and environment[process_guard.KEY_VARIABLE] == "secret"
     assert options[options.index("--max-model-len") :][:2] == ["--max-model-len", "99"]
     assert "--enforce-eager" in options and "--no-enable-prefix-caching" in options and "None" not in options
     assert json.loads(options[options.index("--additional-config") + 1]) == arguments["additional_config"]
@@ -271,7 +273,7 @@ def test_overrides_end_where_vllms_own_options_begin():
     ],
 )
 def test_the_guard_asks_for_the_key_on_every_route_but_health(monkeypatch, path, header, status):
-    monkeypatch.setenv(key_guard.KEY_VARIABLE, "right")
+    monkeypatch.setenv(process_guard.KEY_VARIABLE, "right")
     sent = []
 
     async def app(scope, receive, send):
@@ -281,8 +283,8 @@ def test_the_guard_asks_for_the_key_on_every_route_but_health(monkeypatch, path,
         sent.append(message)
 
     headers = [(b"authorization", header.encode())] if header else []
-    asyncio.run(key_guard.KeyGuard(app)({"type": "http", "path": path, "headers": headers}, None, send))
+    asyncio.run(process_guard.KeyGuard(app)({"type": "http", "path": path, "headers": headers}, None, send))
     assert sent[0]["status"] == status
-    monkeypatch.delenv(key_guard.KEY_VARIABLE)
+    monkeypatch.delenv(process_guard.KEY_VARIABLE)
     with pytest.raises(RuntimeError, match="needs RLALIGN_ROLLOUT_KEY"):
-        key_guard.KeyGuard(app)
+        process_guard.KeyGuard(app)

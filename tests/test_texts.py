@@ -5,7 +5,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from rlalign.rollout.engine.texts import said, texts
+from rlalign.rollout.engine.completions import said, texts
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
 
 TOKENIZER = byte_tokenizer(64)

@@ -9,9 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlalign import tiny_policy
 from rlalign.tasks import load_task
-from rlalign.tiny_policy import cached_policy, make_tiny_policy, policy_recipe
-from rlalign.tiny_policy.policy_recipe import TinyRecipe
-from rlalign.tiny_policy.teaching import IGNORED, _encode, _expected_accuracy, accuracy
+from rlalign.tiny_policy import cached_policy, make_tiny_policy, teaching
+from rlalign.tiny_policy.teaching import IGNORED, TinyRecipe, _encode, _expected_accuracy, accuracy
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
 
 TWO_STEPS = TinyRecipe(
@@ -78,12 +77,12 @@ def test_every_field_of_the_recipe_changes_the_folder(monkeypatch):
     for f in dataclasses.fields(TinyRecipe):
         value = other[type(getattr(TinyRecipe(), f.name))](getattr(TinyRecipe(), f.name))
         names.add(dataclasses.replace(TinyRecipe(), **{f.name: value}).folder)
-    monkeypatch.setattr(policy_recipe, "RECIPE_VERSION", -1)
+    monkeypatch.setattr(teaching, "RECIPE_VERSION", -1)
     names.add(TinyRecipe().folder)
-    monkeypatch.setattr(policy_recipe, "version", lambda _: "99.1.0")
+    monkeypatch.setattr(teaching, "version", lambda _: "99.1.0")
     names.add(TinyRecipe().folder)
     assert len(names) == len(dataclasses.fields(TinyRecipe)) + 3
-    monkeypatch.setattr(policy_recipe, "version", lambda _: "99.1.7")
+    monkeypatch.setattr(teaching, "version", lambda _: "99.1.7")
     assert TinyRecipe().folder in names
 
 

@@ -57,6 +57,7 @@ def test_a_login_without_a_network_is_recorded_offline_and_says_so(logged_out, m
     assert json.loads((tmp_path / "online/run.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_the_offline_store_holds_our_keys_and_histograms(logged_out, tmp_path, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", ModuleType("openai"))  # as beside vLLM: wandb then likes to advertise
     with Run(tmp_path / "run", config={"seed": 7}, wandb_mode="auto", project="p", name="n") as run:

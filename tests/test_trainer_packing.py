@@ -9,7 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlalign.config import load
 from rlalign.head import widened
-from rlalign.trainer import packed_attention, sdpa
+from rlalign.trainer import attention, packing
 from rlalign.trainer.packing import pack, plan
 from rlalign.types import LogprobSpec, Rollout, collate
 
@@ -32,7 +32,7 @@ def model(family: str, *, dtype: torch.dtype = torch.float64, **more: object) ->
     config = AutoConfig.for_model(family, **(SMALL | FAMILIES.get(family, {}) | more))
     network = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     network.set_experts_implementation("eager")  # the others know no float64
-    sdpa.install(network)
+    attention.install(network)
     return network
 
 
@@ -104,9 +104,9 @@ def test_unpack_is_the_inverse_of_pack_and_so_is_its_gradient():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_states_and_gradients_are_those_of_each_sequence_alone(family):
     network, batch = model(family), batch_of(LENGTHS)
-    packed_attention.require(network)
+    packing.require(network)
     row = pack(batch, torch.device("cpu"))
-    given = packed_attention.inputs(row, network.config._attn_implementation)
+    given = packing.inputs(row, network.config._attn_implementation)
     weights_TD = torch.randn(sum(LENGTHS), 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
     def gradients(states_TD):
@@ -134,14 +134,14 @@ def test_packed_states_and_gradients_are_those_of_each_sequence_alone(family):
 )  # fmt: skip
 def test_models_that_cannot_are_refused_with_the_reason(family, more, reason):
     with pytest.raises(ValueError, match=rf"trainer.pack_tokens: .* cannot train on packed rows: .*{reason}"):
-        packed_attention.require(model(family, dtype=torch.float32, **more))
+        packing.require(model(family, dtype=torch.float32, **more))
 
 
 def test_eager_attention_is_refused():
     network = model("llama")
     network.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="attention 'eager' cannot be told where sequences begin"):
-        packed_attention.require(network)
+        packing.require(network)
 
 
 def test_a_model_that_ignores_where_sequences_begin_is_found_out():
@@ -151,9 +151,9 @@ def test_a_model_that_ignores_where_sequences_begin_is_found_out():
         heard = {name: value for name, value in inputs.items() if not (deaf and name == "runs")}
         return network.base_model(**heard, use_cache=False).last_hidden_state
 
-    packed_attention.confirm(network, body, torch.device("cpu"))
+    packing.confirm(network, body, torch.device("cpu"))
     with pytest.raises(ValueError, match="measured: packed states are off by"):
-        packed_attention.confirm(network, lambda inputs: body(inputs, deaf=True), torch.device("cpu"))
+        packing.confirm(network, lambda inputs: body(inputs, deaf=True), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -173,7 +173,7 @@ def test_short_sequences_keep_their_forward_bits_and_get_a_better_gradient(maske
         )
 
     (ours, our_gradient), (own, own_gradient) = (
-        run(sdpa.attention, torch.bfloat16),
+        run(attention.sdpa, torch.bfloat16),
         run(sdpa_attention_forward, torch.bfloat16),
     )
     exact = run(sdpa_attention_forward, torch.float64)[1]

@@ -215,6 +215,6 @@ def test_both_sides_of_a_run_prove_the_same_bits_and_take_the_same_kernel(monkey
     assert found != routes.bits(lambda a, b: project(a, b) * (1 + 2**-23), 64, h.dtype, w.dtype, h.device)
     assert routes.bits(project, 64, h.dtype, w.dtype, torch.device("meta")) is None
     engine = HeadSettings()
-    assert engine.resolve(device="cuda", vllm="0.32.0") is HeadMode.CACHED
+    assert engine.resolve(device="cuda") is HeadMode.CACHED
     monkeypatch.delenv(gpu_head.VARIABLE)
-    assert engine.resolve(device="cuda", vllm="0.32.0") is HeadMode.NATIVE
+    assert engine.resolve(device="cuda") is HeadMode.NATIVE

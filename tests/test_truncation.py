@@ -11,7 +11,7 @@ import torch
 from rlalign.head import projection
 from rlalign.logprobs import holds, token_logprobs
 from rlalign.logprobs.truncation import Truncation, kept_mask, kept_sets
-from rlalign.rollout.engine.kept_report import kept_sets as kept_sets_of
+from rlalign.rollout.engine.completions import kept_sets as kept_sets_of
 from rlalign.types import KeptSets
 
 D, V = 32, 500

@@ -73,10 +73,11 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[list[tuple[torch.Tensor, ...]]]:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(worker, args=(str(folder),), nprocs=2, start_method="spawn")
+    mp.start_processes(worker, args=(str(folder),), nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(by_rank) -> None:
     index = 0
     for options in CASES:
@@ -93,6 +94,7 @@ def test_two_ranks_equal_one(by_rank) -> None:
             index += 1
 
 
+@pytest.mark.slow
 def test_two_ranks_find_the_sets_of_one(by_rank, tmp_path_factory) -> None:
     folder = next(tmp_path_factory.getbasetemp().glob("ranks*"))
     hidden, weight, bias, ids = make(torch.float32, 150)
@@ -103,6 +105,7 @@ def test_two_ranks_find_the_sets_of_one(by_rank, tmp_path_factory) -> None:
         torch.testing.assert_close(mass_BL, want.log_mass_BL, atol=2e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_ranks_hold_identical_results(by_rank) -> None:
     for first, second in zip(*by_rank, strict=True):
         for a, b in zip(first[:3], second[:3], strict=True):

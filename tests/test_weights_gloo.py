@@ -26,6 +26,7 @@ def transport(*, bucket_bytes: int = 1000, timeout_s: float = 10.0, port: int = 
     return WireTransport("gloo", bucket_bytes=bucket_bytes, timeout_s=timeout_s, port=port)
 
 
+@pytest.mark.slow
 def test_every_worker_gets_every_bit_through_one_group(workers):
     weights, default = model(), torch.distributed.is_initialized()
     with closing(transport()) as wire:
@@ -38,6 +39,7 @@ def test_every_worker_gets_every_bit_through_one_group(workers):
         assert wire._group is group and torch.distributed.is_initialized() is default  # a group of its own
 
 
+@pytest.mark.slow
 def test_the_trainer_holds_two_buckets(workers):
     """One being sent and one being filled, taken from a pool of two; a larger tensor has a bucket of its own."""
     with closing(transport(bucket_bytes=4000)) as wire:
@@ -62,6 +64,7 @@ def test_a_tensor_starts_where_its_dtype_can_and_never_beyond_the_bucket():
     assert entry.view(bucket.data).data_ptr() == bucket.buffer.data_ptr() + 16
 
 
+@pytest.mark.slow
 def test_damage_on_the_way_is_named_and_a_new_group_heals(workers):
     with closing(transport()) as wire:
         deliver, sent = wire.deliver, []
@@ -80,6 +83,7 @@ def test_damage_on_the_way_is_named_and_a_new_group_heals(workers):
         assert publish(model().items(), 1, receiver=workers, transport=wire).ranks == 2
 
 
+@pytest.mark.slow
 def test_who_does_not_come_is_named_and_a_taken_port_too(workers):
     class Deaf(GlooWorkers):
         def __init__(self, workers):
@@ -118,6 +122,7 @@ def test_an_engine_in_the_trainers_own_process_is_refused():
         publish(model().items(), 1, receiver=Embedded("embedded"), transport=wire)
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_the_middle_is_named_and_the_others_go_on(workers):
     """Last: the worker stays dead."""
 

@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from rlalign.head import kernel, widened
 from rlalign.head.widened import NATIVE, WIDENED, Choice
-from rlalign.trainer import sdpa
-from tests.kernel_parts import compiled, forget, needs_compiler  # noqa: F401
+from rlalign.trainer import attention as attentions
+from tests.kernel_parts import forget, needs_compiler
 
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a unit in the last place, relative
 TINIEST = {torch.bfloat16: 0.0, torch.float16: 2.0**-25}
@@ -63,7 +63,7 @@ def test_a_linear_layer_and_its_gradients_are_rounded_once(dtype, bias, shape):
 
 @needs_compiler
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_bf16_linear_layer_has_the_bits_of_the_kernel_for_any_number_of_rows(compiled, monkeypatch, bias):  # noqa: F811
+def test_a_bf16_linear_layer_has_the_bits_of_the_kernel_for_any_number_of_rows(compiled, monkeypatch, bias):
     monkeypatch.setenv("RLALIGN_CACHE", str(compiled))
     forget()
     x, w = normal(70, 300, dtype=torch.bfloat16, seed=0), normal(40, 300, dtype=torch.bfloat16, seed=1)
@@ -145,7 +145,7 @@ def test_models_get_gradients_as_good_as_torchs_own(family):
     network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention).eval()
     if family == "qwen3_moe":
         network.set_experts_implementation("eager")
-    sdpa.install(network)
+    attentions.install(network)
     ids = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(1))
     exact = gradients(copy.deepcopy(network).double(), ids)
     with widened.using(NATIVE):
@@ -221,6 +221,7 @@ def test_one_rank_that_needs_it_decides_for_all(undecided, monkeypatch):
     assert widened.is_widened(torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_where_torchs_own_are_kept_torchs_kernels_stay():
     code = "import torch; from rlalign.head import widened; widened.decide(torch.bfloat16); print(widened._library)"
     environment = os.environ | {widened.VARIABLE: NATIVE}

@@ -108,7 +108,7 @@ def serve() -> None:
     import os
 
     from rlalign.weights import digest
-    from rlalign.weights.gloo import GlooGroup, worker_name
+    from rlalign.weights.groups import GlooGroup, worker_name
 
     group, held = None, {}
     for line in sys.stdin:

@@ -44,6 +44,14 @@ def numbers(values: Numbers, what: str, *, booleans: bool = False) -> Floats:
     return array
 
 
+def _refuse(array: Floats, wrong: np.ndarray, what: str, expected: str, hint: str = "") -> None:
+    """Raise ValueError naming the first wrong entry, if there is one."""
+    if wrong.any():
+        first = tuple(np.argwhere(wrong)[0].tolist())
+        at = first[0] if array.ndim == 1 else first
+        raise ValueError(f"{what}: expected {expected}, got {array[first]} at index {at}{hint}")
+
+
 def as_rows(values: Numbers, what: str) -> Floats:
     """Logits as [N] (also from [N, 1]) or [N, K] with K > 1. Raises ValueError on any other shape."""
     array = numbers(values, what)
@@ -72,11 +80,8 @@ def binary_labels(values: Numbers, *, soft: bool, what: str = "labels") -> Float
     if labels_N.ndim != 1:
         raise ValueError(f"{what}: expected shape [N] or [N, 1], got {labels_N.shape}")
     wrong_N = (labels_N < 0) | (labels_N > 1) if soft else (labels_N != 0) & (labels_N != 1)
-    if wrong_N.any():
-        first = int(np.argmax(wrong_N))
-        hint = "" if soft or what != "labels" else "; pass soft_labels=True (--soft-labels) for probabilities in [0, 1]"
-        expected = "numbers in [0, 1]" if soft else "0 or 1"
-        raise ValueError(f"{what}: expected {expected}, got {labels_N[first]} at index {first}{hint}")
+    hint = "" if soft or what != "labels" else "; pass soft_labels=True (--soft-labels) for probabilities in [0, 1]"
+    _refuse(labels_N, wrong_N, what, "numbers in [0, 1]" if soft else "0 or 1", hint)
     return labels_N
 
 
@@ -86,9 +91,7 @@ def class_labels(values: Numbers, num_classes: int, *, what: str = "labels") -> 
     if labels_N.ndim != 1:
         raise ValueError(f"{what}: expected shape [N], got {labels_N.shape}")
     wrong_N = (labels_N != np.round(labels_N)) | (labels_N < 0) | (labels_N >= num_classes)
-    if wrong_N.any():
-        first = int(np.argmax(wrong_N))
-        raise ValueError(f"{what}: expected a class 0..{num_classes - 1}, got {labels_N[first]} at index {first}")
+    _refuse(labels_N, wrong_N, what, f"a class 0..{num_classes - 1}")
     return labels_N.astype(np.int64)
 
 
@@ -99,9 +102,7 @@ def row_weights(values: Numbers | None, rows: int) -> Floats:
     weights_N = numbers(values, "sample_weight", booleans=True)
     if weights_N.shape != (rows,):
         raise ValueError(f"sample_weight: expected shape ({rows},), got {weights_N.shape}")
-    if (weights_N < 0).any():
-        first = int(np.argmax(weights_N < 0))
-        raise ValueError(f"sample_weight: negative, {weights_N[first]} at index {first}")
+    _refuse(weights_N, weights_N < 0, "sample_weight", "nothing negative")
     if not weights_N.any():
         raise ValueError("sample_weight: all zero, so no row would count")
     return weights_N
@@ -110,14 +111,8 @@ def row_weights(values: Numbers | None, rows: int) -> Floats:
 def probabilities(values: Numbers, what: str = "p") -> Floats:
     """Probabilities [N] or [N, K]. Raises ValueError outside [0, 1]: nothing is passed through a sigmoid silently."""
     array = as_rows(values, what)
-    outside = (array < 0) | (array > 1)
-    if outside.any():
-        first = tuple(int(i) for i in np.argwhere(outside)[0])
-        at = first[0] if array.ndim == 1 else first
-        raise ValueError(
-            f"{what}: expected probabilities in [0, 1], got {array[first]} at index {at}; are these logits? "
-            "apply a calibrator or a sigmoid first"
-        )
+    hint = "; are these logits? apply a calibrator or a sigmoid first"
+    _refuse(array, (array < 0) | (array > 1), what, "probabilities in [0, 1]", hint)
     return array
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -16,7 +15,6 @@ from rlalign.calibration.arrays import one_of
 from rlalign.calibration.calibrators import (
     AffineCalibrator,
     BetaCalibrator,
-    CalibrationWarning,
     Calibrator,
     IdentityCalibrator,
     IsotonicCalibrator,
@@ -24,16 +22,16 @@ from rlalign.calibration.calibrators import (
     PlattCalibrator,
     TemperatureCalibrator,
 )
+from rlalign.calibration.calibrators.calibrator import judged_rows
 from rlalign.calibration.calibrators.cross_fit import (
     Quality,
     ScoreRows,
     cross_fitted,
-    fit_on,
+    fit_and_hear,
     predicted,
     quality,
     read_score_rows,
 )
-from rlalign.calibration.calibrators.fit_report import judged_rows
 from rlalign.calibration.metrics.reliability import reliability_diagram, write_reliability
 
 METHODS: dict[str, Callable[[], Calibrator]] = {
@@ -70,7 +68,8 @@ def calibrate(
     if allow_negative_scale and method != "platt":
         raise ValueError(f"--allow-negative-scale is an option of platt, which alone has a signed scale, got {method}")
     make = partial(PlattCalibrator, allow_negative_scale=True) if allow_negative_scale else METHODS[method]
-    calibrator, said = _fit(make(), rows)
+    calibrator = make()
+    said = fit_and_hear(calibrator, rows)
     held = cross_fitted(make, rows, folds=folds, seed=seed)
     before = predicted(IdentityCalibrator(), rows)
     columns = {
@@ -153,14 +152,6 @@ def report(
         return 1
     print(f"ECE {now.ece:.4f} is within chance (95 % level {now.ece_null_p95:.4f})")
     return 0
-
-
-def _fit(calibrator: Calibrator, rows: ScoreRows) -> tuple[Calibrator, list[str]]:
-    """The fit on all rows, and what it warned of."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", CalibrationWarning)
-        fit_on(calibrator, rows)
-    return calibrator, [str(each.message) for each in caught if issubclass(each.category, CalibrationWarning)]
 
 
 def _parameters(calibrator: Calibrator) -> list[str]:

@@ -6,7 +6,7 @@ import json
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from rlalign.calibration.adaptive import AdaptiveTemperature, Confidence, Objective, TokenBatch, Training, confidence_at
+from rlalign.calibration.adaptive.batches import Completion, ModelBatches, encode, read_completions
 from rlalign.calibration.adaptive.heads import Kind
-from rlalign.calibration.adaptive.model_batches import Completion, ModelBatches, encode, read_completions
 from rlalign.calibration.calibrators.calibration_file import ModelIdentity
 from rlalign.calibration.metrics import auroc, brier_score, ece_noise_floor, expected_calibration_error
 from rlalign.calibration.metrics.reliability import reliability_diagram, write_reliability
@@ -75,7 +75,7 @@ def calibrate_tokens(
         write_reliability(plot, diagrams, title=f"tokens of {len(parts['test'])} test prompts")
         print(f"plot: {plot}")
     if json_path:
-        fit = {name: each.report.as_json() for name, each in fitted.items()}
+        fit = {name: asdict(each.report) for name, each in fitted.items()}
         content = {"calibration_id": calibrator.calibration_id, "fit": fit, "test": table}
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")

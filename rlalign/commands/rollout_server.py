@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 import rlalign
 from rlalign.config import RunConfig
 from rlalign.config.sections import MEMORY_OF_ONE_BOX
-from rlalign.rollout.server import key_guard as guard
-from rlalign.rollout.server import ready
+from rlalign.rollout.server import process_guard as guard
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from rlalign.rollout.server.greeting import Greeting
     from rlalign.rollout.server.launching import Launch, ServerProcess
+    from rlalign.rollout.server.roster import Announcement
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -56,6 +56,7 @@ def run(config: RunConfig, model: Path, arguments: Namespace, options: list[str]
     """
     from rlalign.rollout.engine import handshake
     from rlalign.rollout.server.launching import Launch, ServerProcess
+    from rlalign.rollout.server.roster import announce
 
     handshake.preflight()
     folder = arguments.ready_folder or (Path(config.rollout.server_folder) if config.rollout.server_folder else None)
@@ -70,7 +71,7 @@ def run(config: RunConfig, model: Path, arguments: Namespace, options: list[str]
         if server.wait_ready(time.monotonic() + config.rollout.start_timeout_s, ending):
             greeting = asyncio.run(_greet(server.url, key, launch))
             if folder is not None:
-                announced = ready.write(folder, _announcement(server, greeting, model, key))
+                announced = announce(folder, _announcement(server, greeting, model, key))
             print(f"rollout server ready: {server.url} (vLLM {greeting.version}, head {greeting.mode})", flush=True)
         while server.process.poll() is None and not ending():
             time.sleep(0.2)
@@ -90,13 +91,15 @@ async def _greet(url: str, key: str | None, launch: Launch) -> Greeting:
 
     client = Client(url, key=key)
     try:
-        return await greet(client, launch.wanted())
+        return await greet(client, launch)
     finally:
         await client.close()
 
 
-def _announcement(server: ServerProcess, greeting: Greeting, model: Path, key: str | None) -> ready.Announcement:
-    return ready.Announcement(
+def _announcement(server: ServerProcess, greeting: Greeting, model: Path, key: str | None) -> Announcement:
+    from rlalign.rollout.server.roster import Announcement
+
+    return Announcement(
         url=server.url,
         host=socket.gethostname(),
         pid=server.process.pid,

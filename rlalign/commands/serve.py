@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlalign.serve.settings import ServerSettings
+from rlalign.serve import ServerSettings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -171,7 +171,7 @@ def _folder(model: str) -> str:
 def _document(calibration: str, folder: Path, info: ModelInfo, settings: ServerSettings) -> Json:
     """The content of a calibration file. The one beside the weights is bound to the name they are served under."""
     from rlalign.calibration.calibrators import Calibrator, calibration_file
-    from rlalign.reward.training.quality import CALIBRATION
+    from rlalign.reward.training import CALIBRATION
     from rlalign.scoring.calibrated import identity_of, require_same_model
 
     if calibration != "own":

@@ -55,8 +55,8 @@ SHAPES = {  # of a reward model's score; r the raw logit, p its calibrated proba
 }
 CALIBRATED = ("log_odds", "probability", "lower_bound", "threshold")
 DIALECTS = {  # of scoring servers, and where rlalign.scoring.http has each
-    "vllm": "vllm_dialect.VLLMDialect",
-    "sglang": "sglang_dialect.SGLangDialect",
+    "vllm": "engine_dialects.VLLMDialect",
+    "sglang": "engine_dialects.SGLangDialect",
     "tei": "text_dialects.TEIDialect",
     "infinity": "text_dialects.InfinityDialect",
     "openrlhf": "text_dialects.OpenRLHFDialect",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 from rlalign.config.algo import PRESETS, AlgoConfig
@@ -235,6 +236,7 @@ def _reason(error: Exception) -> str:
     return f"{' '.join(what.split()).rstrip('.')}{': ' if why else ''}{why}"
 
 
+@cache
 def register_schema() -> None:
     """Give Hydra the dataclasses, so that unknown keys and wrong types are refused while composing, and `correction=PRESET`.
 
@@ -260,9 +262,17 @@ def load(overrides: Mapping[str, Any]) -> RunConfig:
     try:
         if OmegaConf.is_config(overrides):  # a key that +key=value added would pass as part of the schema
             overrides = cast("dict[str, Any]", OmegaConf.to_container(overrides, resolve=False))
-        return cast("RunConfig", OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), overrides)))
+        return cast("RunConfig", OmegaConf.to_object(OmegaConf.merge(_schema(), overrides)))
     except OmegaConfBaseException as error:
         raise ValueError(_readable(error)) from error
+
+
+@cache
+def _schema() -> Any:
+    """The schema as OmegaConf has it, made once: a merge copies its first operand."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(RunConfig)
 
 
 def to_plain(config: RunConfig) -> dict[str, Any]:

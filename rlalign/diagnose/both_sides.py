@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rlalign.config import RunConfig
 from rlalign.head import widened
 from rlalign.logprobs.truncation import Truncation
-from rlalign.loops.body import Settled, recorded
+from rlalign.loops.mirrors import Settled, recorded
 from rlalign.run.assembly import PROOF_PROMPTS, encode, fitted_task, load_task_of, resolve_model, settle_body
 from rlalign.tasks.rows import cell, jsonl_rows
 from rlalign.trainer import head_isolation

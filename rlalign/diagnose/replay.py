@@ -271,7 +271,7 @@ def _kept_body(folder: Path, config: RunConfig) -> BodyPlan | None:
         return None
     from transformers import AutoConfig
 
-    from rlalign.loops.body import kept_plan
+    from rlalign.loops.mirrors import kept_plan
 
     return kept_plan(AutoConfig.from_pretrained(folder), getattr(torch, config.model.dtype.value))
 

@@ -4,7 +4,7 @@ vLLM's own update paths write through `param.data`, which leaves `Tensor._versio
 So no key made of tensor metadata is enough; ours has three layers, cheapest first:
 
 1. metadata `(id, data_ptr, _version, dtype, shape)`: catches replaced and in-place updated parameters;
-2. an epoch, bumped by hooks on every route by which weights can change (`rlalign.rollout.head.epoch_hooks`);
+2. an epoch, bumped by hooks on every route by which weights can change (`rlalign.rollout.hooks`);
 3. a sample of the content, which catches writes that no hook sees (raw memcpy, `.data.copy_` in user code).
 
 Suffixes: V vocabulary (rows of this rank's shard), D hidden; K sampled elements.

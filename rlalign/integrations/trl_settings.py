@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from accelerate.utils import is_peft_model
 
-from rlalign.integrations.tested import require_tested
+from rlalign.integrations import require_tested
 
 if TYPE_CHECKING:
     from trl import GRPOConfig, GRPOTrainer, RLOOTrainer

@@ -23,7 +23,7 @@ from verl.utils.device import get_device_name, get_vendor
 from verl.workers.engine import BaseEngine, EngineRegistry, FSDPEngine
 from verl.workers.rollout import base as rollouts
 
-from rlalign.integrations.tested import require_tested
+from rlalign.integrations import require_tested
 from rlalign.loops import Monitor
 from rlalign.rollout.head.head_settings import VARIABLES
 from rlalign.trainer.head_mirror import Tokens

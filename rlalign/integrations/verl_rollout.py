@@ -6,17 +6,16 @@ Named in verl's registry of rollouts by rlalign.integrations.verl; not to be imp
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 from verl.workers.config import RolloutConfig
 from verl.workers.rollout.utils import ensure_async_iterator
 from verl.workers.rollout.vllm_rollout import ServerAdapter
 
 from rlalign.integrations import verl as adapter
+from rlalign.rollout.engine.surface import compared_in
 from rlalign.weights import SHARED_MEMORY
 
 __all__ = ["VerifiedServerAdapter"]
@@ -49,13 +48,8 @@ class VerifiedServerAdapter(ServerAdapter):
         kept: dict[str, Tensor] = {}
         await super().update_weights(self._keeping(weights, kept), global_steps, wire_format, **kwargs)
         if self._has_server:
-            with tempfile.TemporaryDirectory(
-                dir=os.environ.get(SHARED, SHARED_MEMORY), prefix="rlalign-verl-"
-            ) as folder:
-                Path(folder).chmod(0o755)  # workers may run as somebody else
-                file = Path(folder) / "weights.safetensors"
-                save_file(kept, file)
-                await self._execute_method("rlalign_require_landed", args=(str(file), self._turn))
+            with compared_in(Path(os.environ.get(SHARED, SHARED_MEMORY)), kept) as file:
+                await self._execute_method("rlalign_require_landed", args=(file, self._turn))
         self._turn += 1
 
     async def _keeping(self, weights: object, kept: dict[str, Tensor]) -> AsyncIterator[tuple[str, Tensor]]:

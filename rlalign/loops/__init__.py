@@ -1,7 +1,6 @@
 """What any training loop puts around its own step: mirror(), the lag-0 check, a monitor of every step, files of tokens."""
 
-from rlalign.loops.body import mirror
-from rlalign.loops.lag_zero import LagZero, mirror_check
+from rlalign.loops.mirrors import LagZero, mirror, mirror_check
 from rlalign.loops.step_monitor import Monitor
 from rlalign.loops.token_dump import write_tokens
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from rlalign import mismatch
-from rlalign.loops.lag_zero import require_same_head
+from rlalign.loops.mirrors import require_same_head
 from rlalign.mismatch.causes import Evidence
-from rlalign.mismatch.monitor import DEFAULT_RULES, Action, Alert, Rule
+from rlalign.mismatch.monitor import DEFAULT_RULES, Action, Rule
 from rlalign.mismatch.monitor import Monitor as Rules
 from rlalign.rollout.attached import AttachedEngine
 from rlalign.trainer.live_mirror import Mirror
@@ -109,13 +109,10 @@ class Monitor:
         evidence = Evidence(**self._evidence, learning_rate=learning_rate)
         self.alerts = [a for a in self._rules.observe(step, metrics, evidence) if not a.unjudged]
         for alert in self.alerts:
-            self._act(alert)
+            self._say(alert.message())
+            if self._stop and alert.action in STOPS:
+                raise RuntimeError(alert.message())
         return metrics
-
-    def _act(self, alert: Alert) -> None:
-        self._say(alert.message())
-        if self._stop and alert.action in STOPS:
-            raise RuntimeError(alert.message())
 
 
 def write(log: Logger, metrics: dict[str, float], step: int) -> None:

@@ -23,7 +23,6 @@ NOTHING = Markup('<span class="none">&ndash;</span>')
 
 
 def _visible(text: str) -> str:
-    """Invisible characters spelled out, such as \\x1b."""
     return INVISIBLE.sub(lambda m: ascii(m[0])[1:-1], text)
 
 

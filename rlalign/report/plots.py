@@ -1,8 +1,9 @@
-"""The report's charts as inline SVG. No text of a run enters one: captions are HTML."""
+"""The charts of a page as inline SVG, drawn from the metrics of its runs. No text of a run enters one: captions are HTML."""
 
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,15 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from rlalign.report.html import short
+from rlalign.calibration.metrics.reliability import draw_reliability
+from rlalign.report.charts import FLOOR, Chart
+from rlalign.report.html import MACROS, chip, figure, short
+from rlalign.tracking.record import RunRecord
 
-__all__ = ["Line", "histogram", "line_chart", "phase_color", "reliability", "stacked", "thinned"]
+__all__ = [
+    "Line", "Shown", "at", "drawn", "histogram", "items", "k3_limit", "legend", "line_chart", "named", "number_at",
+    "phase_color", "reliability", "series", "stacked", "thinned",
+]  # fmt: skip
 
 WIDTH, HEIGHT = 430, 220  # points = SVG units; the page scales a chart to its column
 POINTS = 300  # a line has at most this many points; more steps are averaged, with a band from smallest to largest
@@ -127,16 +134,11 @@ def stacked(steps: Sequence[float], phases: dict[str, Sequence[float]], *, top: 
 
 def reliability(bins: Sequence[Mapping[str, float]], *, color: str, name: str) -> Markup:
     """Observed rate against promised probability with 95 % ranges; a point's area grows with its share of the samples."""
-    p, rate, low, high, share = (
-        np.array([each[key] for each in bins]) for key in ("confidence", "outcome", "low", "high", "share")
-    )
 
     def draw(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], color=EDGE, linewidth=1.1, linestyle=(0, (4, 3)))
-        axes.vlines(p, low, high, color=color, linewidth=1.2, alpha=0.45)
-        axes.plot(p, rate, color=color, linewidth=1.4)
-        axes.scatter(p, rate, s=8 + 260 * share, color=color, alpha=0.85, zorder=3, linewidth=0)
-        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="calibrated probability", ylabel="share that is right")
+        draw_reliability(axes, bins, color=color)
+        axes.set(xlabel="calibrated probability", ylabel="share that is right")
 
     return _svg(draw, name)
 
@@ -216,7 +218,6 @@ def _log_axis(axes: Axes, lines: Sequence[Line], limit: float | None) -> float:
 
 
 def _mark(axes: Axes, value: float, label: str, height: float, left: float, right: float) -> None:
-    """A vertical line with its number on the side that has room."""
     at = max(value, left)
     axes.axvline(at, color=INK, linewidth=1.1, linestyle=(0, (2, 2)))
     late = np.log10(at / left) > 0.6 * np.log10(right / left)
@@ -231,9 +232,9 @@ def _svg(draw: Callable[[Axes], None], name: str, height: float = HEIGHT) -> Mar
     """What `draw` draws, as an SVG element for an HTML page: no prologue, no addresses, ids unique by `name`, reproducible."""
     buffer = io.StringIO()
     with matplotlib.rc_context(cast("Any", {**STYLE, "svg.hashsalt": name})):
-        figure = Figure(figsize=(WIDTH / 72, height / 72), layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03))
-        draw(figure.add_subplot())
-        FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        drawing = Figure(figsize=(WIDTH / 72, height / 72), layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03))
+        draw(drawing.add_subplot())
+        FigureCanvasSVG(drawing).print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
@@ -241,3 +242,115 @@ def _svg(draw: Callable[[Axes], None], name: str, height: float = HEIGHT) -> Mar
     svg = re.sub(r'\sid="([^"]*)"', lambda m: m[0] if m[1] in used else "", svg)
     head = r'<svg viewBox="\1" role="img" aria-hidden="true">'
     return Markup(re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', head, svg, count=1))
+
+
+LOOKS = (("-", "solid"), ("--", "dashed"), (":", "dotted"), ("-.", "double"))  # of matplotlib and of CSS
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A run on the page: its record, its name as HTML (with a letter and its colour when there are several)."""
+
+    record: RunRecord
+    plain: str
+    html: Markup
+    color: str
+
+
+def named(records: Sequence[RunRecord]) -> list[Shown]:
+    """Names and colours; a single run needs neither."""
+    if len(records) == 1:
+        return [Shown(records[0], records[0].name, Markup(), RUN_COLORS[0])]
+    plain = [f"{letter} {record.name}" for letter, record in zip("ABCDEF", records, strict=False)]
+    return [Shown(r, p, chip(c) + p, c) for r, p, c in zip(records, plain, RUN_COLORS, strict=False)]
+
+
+def at(nested: Mapping, path: str) -> object:
+    """A value of nested dictionaries by its dotted path, None where there is none."""
+    value: object = nested
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def number_at(nested: Mapping, path: str) -> float | None:
+    """The same, where it is a number."""
+    value = at(nested, path)
+    return float(value) if isinstance(value, int | float) else None
+
+
+def k3_limit(run: RunRecord) -> float | None:
+    """The gate's limit, where the configuration has one."""
+    return number_at(run.config, "mismatch.k3_limit")
+
+
+def series(run: RunRecord, key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of a metric, logged or computed from others; empty where it was not measured."""
+    if key == FLOOR:
+        engine = dict(zip(*run.series("mismatch/lag0/k3"), strict=True))
+        excess = dict(zip(*run.series("mismatch/excess/k3"), strict=True))
+        steps = [step for step in excess if step in engine]
+        return steps, [engine[step] - excess[step] for step in steps]
+    steps, values = run.series(key)
+    if key == "staleness/k3" and not steps:
+        return run.series("mismatch/lag1/k3")  # runs before the sum over lags was logged
+    return steps, values
+
+
+def drawn(charts: Sequence[Chart], runs: Sequence[Shown], name: str = "*") -> list[Markup]:
+    """The charts that have something to show. name: what `*` stands for; without one, every name that was logged."""
+    found = (_drawn(chart, runs, name) for chart in charts if not chart.in_table)
+    return [each for each in found if each]
+
+
+def _drawn(chart: Chart, runs: Sequence[Shown], name: str) -> Markup:
+    """Labels differ in dashes, so that equal lines do not hide each other, and with a single run in colour as well."""
+    keys, note = _expanded(chart, runs, name)
+    labels, single = list(dict.fromkeys(keys.values())), len(runs) == 1
+    lines: list[Line] = []
+    marks: dict[str, Markup] = {}
+    for key, label in keys.items():
+        (style, css), color = LOOKS[labels.index(label)], RUN_COLORS[labels.index(label)]
+        for run in runs:
+            steps, values = series(run.record, key)
+            if steps:
+                look = {"color": color if single else run.color, "style": style}
+                lines.append(Line(steps=steps, values=values, smooth=chart.smooth, markers=chart.markers, **look))
+                marks[label] = MACROS["dash"](css, color if single else INK)
+    if not lines or len(keys) < chart.fewest or _idle(chart, runs, lines):
+        return Markup()
+    limits = {number_at(run.record.config, chart.limit) for run in runs} - {None} if chart.limit else set()
+    limit = limits.pop() if len(limits) == 1 else None
+    svg = line_chart(lines, log=chart.log, limit=limit, name=f"{chart.title}-{'-'.join(keys)}")
+    return figure(svg, chart.title, note, items(marks) if len(labels) > 1 else "", legend(runs))
+
+
+def _expanded(chart: Chart, runs: Sequence[Shown], name: str) -> tuple[dict[str, str], str]:
+    """{key: label} with names instead of `*`, at most as many as can be told apart, and the note."""
+    if name != "*" or not chart.regex:
+        return {key.replace("*", name): label for key, label in chart.lines.items()}, chart.note
+    pattern = re.compile("|".join(key.replace("*", "([^/]+)") for key in chart.lines))
+    logged = {key for run in runs for row in run.record.metrics.rows for key in row}
+    found = [(match[0], match[match.lastindex or 0]) for match in map(pattern.fullmatch, sorted(logged)) if match]
+    more = len(found) - len(LOOKS)
+    note = f"{chart.note}; {more} more are in metrics.jsonl" if more > 0 else chart.note
+    return dict(found[: len(LOOKS)]), note
+
+
+def _idle(chart: Chart, runs: Sequence[Shown], lines: Sequence[Line]) -> bool:
+    if chart.idle is not None and all(value == chart.idle for line in lines for value in line.values):
+        return True
+    if chart.active is None:
+        return False
+    key, idle = chart.active
+    return all(value == idle or not math.isfinite(value) for run in runs for value in series(run.record, key)[1])
+
+
+def items(marks: dict[str, Markup]) -> Markup:
+    """A legend from {label: mark}."""
+    return Markup().join(MACROS["item"](mark, label) for label, mark in marks.items())
+
+
+def legend(runs: Sequence[Shown]) -> Markup:
+    """Which colour is which run; empty for a single one."""
+    return items({run.html: Markup() for run in runs}) if len(runs) > 1 else Markup()

@@ -16,8 +16,8 @@ from markupsafe import Markup
 
 from rlalign.report.charts import FLOOR
 from rlalign.report.drawings import heat_legend, heat_map, scale_of
-from rlalign.report.figures import at, series
 from rlalign.report.html import MACROS, NOTHING, figure, num
+from rlalign.report.plots import at, series
 from rlalign.tracking import files
 from rlalign.tracking.record import RunRecord
 from rlalign.tracking.token_files import read_tokens

@@ -6,9 +6,8 @@ B samples of a step.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +16,7 @@ import numpy as np
 from rlalign.calibration.drift.drift_monitor import DriftMonitor
 from rlalign.calibration.drift.drift_report import DriftLimits, DriftReport, DriftState
 from rlalign.config.reward import VERIFIER
+from rlalign.tracking.files import write_atomic
 
 if TYPE_CHECKING:
     from rlalign.calibration.calibrators import Calibrator
@@ -79,7 +79,9 @@ class DriftWatch:
             if fit is not None and fit.pairs:
                 log.event("drift/unwatched", f"{name}: its calibration was fitted on pairs, so no level is promised")
                 continue
-            self._watched[name] = _Watched(model, _monitor(model.calibrator, config))
+            limits = DriftLimits(**{each.name: getattr(config, each.name) for each in fields(DriftLimits)})
+            sizes = {"window": config.window, "min_labels": config.min_labels, "bins": config.bins}
+            self._watched[name] = _Watched(model, DriftMonitor(model.calibrator, limits=limits, **sizes))
 
     def step(
         self, step: int, rewards: Rewards, *, policy_versions: np.ndarray, prompt_ids: np.ndarray
@@ -170,14 +172,4 @@ class DriftWatch:
 
     def _write(self, name: str, report: DriftReport) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        partial = self._folder / f".{name}.json.{os.getpid()}.partial"
-        partial.write_text(json.dumps(report.as_json(), allow_nan=False) + "\n")
-        os.replace(partial, self._folder / f"{name}.json")
-
-
-def _monitor(calibrator: Calibrator, config: DriftConfig) -> DriftMonitor:
-    limits = DriftLimits(
-        gap=config.gap, tilt=config.tilt, ece=config.ece, auroc=config.auroc, psi=config.psi,
-        out_of_support=config.out_of_support,
-    )  # fmt: skip
-    return DriftMonitor(calibrator, window=config.window, min_labels=config.min_labels, bins=config.bins, limits=limits)
+        write_atomic(self._folder / f"{name}.json", json.dumps(report.as_json(), allow_nan=False) + "\n")

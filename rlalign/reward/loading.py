@@ -14,16 +14,15 @@ from rlalign.calibration.calibrators import AffineCalibrator, Calibrator
 from rlalign.calibration.calibrators.cross_fit import fit_on, read_score_rows
 from rlalign.config import RewardConfig, RewardModelConfig
 from rlalign.config.reward import CALIBRATED, OWN
-from rlalign.reward.mixture import RewardMixture
-from rlalign.reward.model_reward import ModelReward, logits_by
+from rlalign.reward.mixture import ModelReward, RewardMixture, logits_by
 from rlalign.reward.shaping import BootstrapCalibration
+from rlalign.reward.training import CALIBRATION, SCORES
 from rlalign.reward.training.examples import Labelled, read_rows
-from rlalign.reward.training.quality import CALIBRATION, SCORES
 from rlalign.scoring.calibrated import require_same_model
 from rlalign.scoring.params import ScoringParams
 
 if TYPE_CHECKING:
-    from rlalign.reward.model_reward import Score
+    from rlalign.reward.mixture import Score
     from rlalign.scoring.params import ModelInfo
     from rlalign.scoring.scorer import Scoring
 
@@ -42,7 +41,10 @@ def _model_reward(name: str, config: RewardModelConfig, say: Callable[[str], Non
     what = f"reward.models.{name}"
     folder = _folder(config.path, say) if config.path else None
     scorer = _scorer(config, folder, what)
-    params = _params(config, what)
+    try:  # raw logits are what is asked for, whatever the model's own defaults are
+        params = msgspec.convert(dict(config.params), ScoringParams)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{what}.params: {error}") from error
     _require_one_number(config, scorer.info, params, what)
     score = logits_by(scorer, params, label_index=config.label_index, chat=config.chat_template)
     calibrator = _calibrator(config, folder, scorer, what) if config.calibration else None
@@ -77,33 +79,26 @@ def _folder(path: str, say: Callable[[str], None]) -> Path:
 
 def _scorer(config: RewardModelConfig, folder: Path | None, what: str) -> Scoring:
     if folder is not None:
+        import torch
+
         from rlalign.scoring.hf import HFScorer
 
-        return HFScorer(str(folder), dtype=config.dtype, device=_device(config.device))
+        here = "cuda" if torch.cuda.is_available() else "cpu"
+        return HFScorer(str(folder), dtype=config.dtype, device=here if config.device == "auto" else config.device)
     from rlalign.scoring.http import HTTPScorer
 
     server = config.server
+    if server.api_key_env and not os.environ.get(server.api_key_env):
+        raise ValueError(f"{what}.server.api_key_env: the environment variable {server.api_key_env} is not set")
     return HTTPScorer(
         server.url,
         server.dialect,
         model=server.model or None,
         tokenizer=server.tokenizer or None,
-        api_key=_secret(server.api_key_env, what) if server.api_key_env else None,
+        api_key=os.environ[server.api_key_env] if server.api_key_env else None,
         timeout=server.timeout_s,
         server_calibrated=None if server.raw is None else not server.raw,
     )
-
-
-def _device(name: str) -> str:
-    import torch
-
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _secret(variable: str, what: str) -> str:
-    if not os.environ.get(variable):
-        raise ValueError(f"{what}.server.api_key_env: the environment variable {variable} is not set")
-    return os.environ[variable]
 
 
 def _require_one_number(config: RewardModelConfig, info: ModelInfo, params: ScoringParams, what: str) -> None:
@@ -113,19 +108,16 @@ def _require_one_number(config: RewardModelConfig, info: ModelInfo, params: Scor
         raise ValueError(
             f"{what}: task {task} gives more than one number a completion, or none; use a classifier or a judge"
         )
+    given = params.label_token_ids
+    if task == "generative" and given is not None and len(given) != 2:
+        raise ValueError(
+            f"{what}: a judge's reward is the log-odds of two labels, yes first, and label_token_ids has {len(given)}"
+        )
     labels, index = info.num_labels, config.label_index
     if task == "classify" and labels > 1 and (index is None or not 0 <= index < labels):
         raise ValueError(
             f"{what}: the model has {labels} labels; say which one is the reward with label_index, got {index}"
         )
-
-
-def _params(config: RewardModelConfig, what: str) -> ScoringParams:
-    """Raw logits are what is asked for, whatever the model's own defaults are."""
-    try:
-        return msgspec.convert(dict(config.params), ScoringParams)
-    except msgspec.ValidationError as error:
-        raise ValueError(f"{what}.params: {error}") from error
 
 
 def _calibrator(config: RewardModelConfig, folder: Path | None, scorer: Scoring, what: str) -> Calibrator:

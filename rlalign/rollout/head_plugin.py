@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from rlalign.rollout.names import GLOO_TRANSFER, SLOT
+from rlalign.rollout import GLOO_TRANSFER, SLOT
 
 
 def register() -> None:
@@ -21,44 +21,30 @@ def register() -> None:
     from vllm.model_executor.custom_op import op_registry_oot
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
-    from rlalign.rollout import exact, versions
-    from rlalign.rollout.engine import early_refusal, own_process, yielding
-    from rlalign.rollout.exact import switch
-    from rlalign.rollout.head import epoch_hooks
-    from rlalign.rollout.server import every_engine
-    from rlalign.rollout.worker import appended_rpcs, cpu_layers, steady_layers
+    from rlalign.rollout import exact, hooks, versions
+    from rlalign.rollout.engine import own_process
+    from rlalign.rollout.worker import cpu
 
-    if early_refusal.installed():
+    if hooks.installed():
         return
     own_process.end_with_parent()
-    early_refusal.install()
-    appended_rpcs.install()
+    hooks.refuse_early()
+    hooks.append_rpcs()
     if SLOT not in op_registry_oot:
-        LogitsProcessor.register_oot(_layer(vllm.__version__))
-    epoch_hooks.install()
+        from rlalign.rollout.head.logits_processor import AlignedLogitsProcessor
+
+        LogitsProcessor.register_oot(AlignedLogitsProcessor)
+    hooks.bump_epochs()
     if exact.enabled():  # engines in processes of their own learn it here
-        switch.register()
+        exact.register()
     if versions.has_output_spans(vllm.__version__):  # the version whose sources these two were written for
-        every_engine.install()
-        if os.environ.get(yielding.VARIABLE) == "1":
-            yielding.install()
-            cpu_layers.install()
-    if steady_layers.enabled():
-        cpu_layers.install()  # without bf16 instructions the one order of additions is that of widened products
-        steady_layers.install()
-    if versions.has_weight_transfer(vllm.__version__):
-        from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+        hooks.ask_every_engine()
+        if os.environ.get(own_process.YIELDING) == "1":
+            own_process.yield_cores()
+            cpu.install_widened()
+    if cpu.steady_wanted():
+        cpu.install_widened()  # without bf16 instructions the one order of additions is that of widened products
+        cpu.install_steady()
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
-        WeightTransferEngineFactory.register_engine(
-            GLOO_TRANSFER, "rlalign.rollout.worker.gloo_transfer", "GlooTransferEngine"
-        )
-
-
-def _layer(version: str) -> type:
-    from rlalign.rollout import versions
-
-    if versions.hook(version) is versions.Hook.APPLY_HEAD:
-        from rlalign.rollout.head.logits_processor import AlignedLogitsProcessor as Layer
-    else:
-        from rlalign.rollout.head.logits_processor_early import EarlyLogitsProcessor as Layer
-    return Layer
+    WeightTransferEngineFactory.register_engine(GLOO_TRANSFER, "rlalign.rollout.worker.receiving", "GlooTransferEngine")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,24 +12,27 @@ from rlalign import ranks
 from rlalign.config import RewardConfig, RunConfig, ScheduleMode
 from rlalign.reward.mixture import RewardMixture, Rewards, Sample
 from rlalign.run import conversation
+from rlalign.tasks import Prompt, Task
 from rlalign.types import collate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping
 
     from transformers import PreTrainedTokenizerBase
 
-    from rlalign.loops.body import Settled
+    from rlalign.loops.mirrors import Settled
     from rlalign.reward.drift_watch import DriftWatch, EventLog
     from rlalign.rollout.engine.embedded import VLLMEngine
     from rlalign.rollout.server.pool import ServerPool
     from rlalign.rollout.shared import SharedEngine
     from rlalign.run.parties import Parties, RolloutEngine
-    from rlalign.tasks import Task
     from rlalign.trainer.critic import Critic
     from rlalign.trainer.policy import Policy
     from rlalign.types import LogprobSpec, Rollout
     from rlalign.weights import Transport
+
+PROOF_PROMPTS = 8  # of a mirrored body, at the start of a run
+PROOF_LIMIT = 1e-4  # nats: float32 heads and normalisers measure up to 2e-6, bodies that round apart 1e-3 to 5e-2
 
 
 def resolve_model(path: str, say: Callable[[str], None] = print, *, what: str = "model.path") -> Path:
@@ -111,8 +115,6 @@ def fitted_task(
     Raises ValueError for one of them unless task.unusable_prompts=drop.
     """
     from transformers import AutoConfig
-
-    from rlalign.run.fitting_prompts import fitted
 
     rows = AutoConfig.from_pretrained(model).get_text_config().vocab_size
     task = load_task_of(config)
@@ -211,10 +213,6 @@ def start_policy(model: Path, config: RunConfig, probed: ProbedBody | None = Non
     )
 
 
-PROOF_PROMPTS = 8  # of a mirrored body, at the start of a run
-PROOF_LIMIT = 1e-4  # nats: float32 heads and normalisers measure up to 2e-6, bodies that round apart 1e-3 to 5e-2
-
-
 def require_steady(statuses: Sequence[dict]) -> None:
     """Raise RuntimeError unless every rollout rank keeps to one order of additions, as a mirrored trainer does."""
     for rank, status in enumerate(statuses):
@@ -263,7 +261,7 @@ def probe_body(
     """
     if not config.mirrored:
         return None
-    from rlalign.loops.body import recorded
+    from rlalign.loops.mirrors import recorded
 
     require_steady(engine.status())
     prompts = [p.text for p in task.train_prompts(0, min(PROOF_PROMPTS, len(task.train)))]
@@ -286,7 +284,7 @@ def settle_body(model: Path, config: RunConfig, answer: Mapping[str, object]) ->
     from transformers import AutoModelForCausalLM
 
     from rlalign.head import widened
-    from rlalign.loops.body import examine, settle
+    from rlalign.loops.mirrors import examine, settle
 
     network = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, config.model.dtype.value)).eval()
     widened.decide_for(network)
@@ -363,4 +361,63 @@ def parties(
         pad_token_id=tokenizer.pad_token_id,
         floor=floor,
         say=say,
+    )
+
+
+SHOWN = 3  # prompts that an error names
+
+
+@dataclass(frozen=True, slots=True)
+class Unfit:
+    """A prompt that cannot be used, and why."""
+
+    prompt: Prompt
+    why: str
+
+
+def unfit(prompts: Sequence[Prompt], config: RunConfig, encode: Callable[[str], list[int]], rows: int) -> list[Unfit]:
+    """Those longer than the engine has room for, and those with an id that the model has no row for (rows: of its embedding)."""
+    room = config.rollout.max_model_len - config.rollout.max_tokens
+    found = []
+    for prompt in prompts:
+        ids = encode(prompt.text)
+        if not ids:
+            found.append(Unfit(prompt, "no token"))
+        elif len(ids) > room:
+            found.append(Unfit(prompt, f"{len(ids)} tokens"))
+        elif max(ids) >= rows:
+            found.append(Unfit(prompt, f"token id {max(ids)}, the model has {rows} rows"))
+    return found
+
+
+def fitted(task: Task, config: RunConfig, encode: Callable[[str], list[int]], rows: int) -> tuple[Task, int]:
+    """The task with prompts that fit, and how many were dropped (task.unusable_prompts=drop).
+
+    Raises ValueError naming them where the run is to stop at them, and where too few are left.
+    """
+    bad = unfit([*task.train, *task.held_out], config, encode, rows)
+    if not bad:
+        return task, 0
+    what = describe_unfit(bad, len(task.train) + len(task.held_out), config)
+    if config.task.unusable_prompts == "stop":
+        raise ValueError(f"task {task.name!r}: {what}; raise rollout.max_model_len, or task.unusable_prompts=drop")
+    gone = {each.prompt.text for each in bad}
+    train = tuple(p for p in task.train if p.text not in gone)
+    held_out = tuple(p for p in task.held_out if p.text not in gone)
+    if len(train) < config.rollout.prompts_per_step or not held_out:
+        raise ValueError(
+            f"task {task.name!r}: {what}; {len(train)} training and {len(held_out)} held-out prompts are left, and a run needs "
+            f"rollout.prompts_per_step={config.rollout.prompts_per_step} and 1"
+        )
+    return replace(task, train=train, held_out=held_out), len(bad)
+
+
+def describe_unfit(bad: Sequence[Unfit], of: int, config: RunConfig) -> str:
+    """How many of how many, the first of them, and the room there is."""
+    room = config.rollout.max_model_len - config.rollout.max_tokens
+    named = "; ".join(f"{each.why}: {each.prompt.text[:40]!r}" for each in bad[:SHOWN])
+    more = ", ..." if len(bad) > SHOWN else ""
+    return (
+        f"{len(bad)} of {of} prompts cannot be used (room for {room} tokens: rollout.max_model_len - rollout.max_tokens), "
+        f"{named}{more}"
     )

@@ -32,6 +32,7 @@ FREE_KEYS = (
     "name", "output_dir", "overwrite", "steps", "checkpoint", "tracking",
     "rollout.servers", "rollout.server_folder", "rollout.wait_for", "weights.address", "weights.port", "weights.shared",
 )  # fmt: skip
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +67,14 @@ def save(
         hidden.mkdir(parents=True)
 
     def complete() -> None:
-        _flush(hidden)
+        for path in (*hidden.rglob("*"), hidden):
+            flush(path)
         manifest = {
             "format": FORMAT, "step": step, "ranks": ranks.world_size(), "config": config, "state": dict(state),
             "files": _digests(hidden),
         }  # fmt: skip
-        _write_durably(hidden / MANIFEST, json.dumps(manifest, indent=1))
+        (hidden / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        flush(hidden / MANIFEST)
         if final.exists():
             shutil.rmtree(final)
         os.replace(hidden, final)
@@ -176,18 +179,6 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def _flush(folder: Path) -> None:
-    for path in (*folder.rglob("*"), folder):
-        flush(path)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
 def _flat(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     found: dict[str, object] = {}
     for key, value in config.items():
@@ -196,9 +187,6 @@ def _flat(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:
         else:
             found[f"{prefix}{key}"] = value
     return found
-
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Log(Protocol):

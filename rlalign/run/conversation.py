@@ -71,8 +71,11 @@ class Conversation:
                     mask[at], logprobs[at] = True, turn.rollout_logprobs[at]
         captured = all(turn.kept_counts for turn in self.turns)
         experts, shape = self._experts()
+        one_age = len({(turn.kv_recomputed, *sorted({v for *_, v in turn.kv_spans})) for turn in self.turns}) == 1
         return replace(
             last,
+            kv_spans=last.kv_spans if one_age else [],  # an earlier turn saw keys that a later one has no record of
+            kv_recomputed=last.kv_recomputed and one_age,
             verified=self.reward,
             turn_rewards=[
                 (len(turn.token_ids) - 1, float(reward))

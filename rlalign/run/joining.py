@@ -66,10 +66,12 @@ def join_ranks(patience_s: float = MEETING_S) -> int:
 
     if not dist.is_initialized():
         _take_device(launched)
+        # Hours: ranks wait in a collective while the first one samples; one that died is noticed at once by its closed connections.
+        patience = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "240")))
         store = meet(launched, programs(), patience_s)
         dist.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo",
-            store=store, rank=launched.rank, world_size=launched.size, timeout=_patience_of_collectives(),
+            store=store, rank=launched.rank, world_size=launched.size, timeout=patience,
         )  # fmt: skip
     from rlalign.trainer.deepspeed_setup import join_process_group
 
@@ -152,14 +154,6 @@ def _take_device(launched: Launched) -> None:
             "start as many ranks a node as it has GPUs (--ntasks-per-node and --gpus-per-node, --nproc_per_node)"
         )
     torch.cuda.set_device(launched.local_rank)
-
-
-def _patience_of_collectives() -> timedelta:
-    """Hours, unless DEEPSPEED_TIMEOUT says how many minutes: ranks wait in a collective while the first one samples.
-
-    A rank that died is noticed at once all the same, by its closed connections or by the launcher.
-    """
-    return timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "240")))
 
 
 def _number(name: str, default: str | None = None) -> int:

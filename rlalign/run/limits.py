@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from rlalign.config import GateAction, RunConfig, ScheduleMode
 from rlalign.mismatch.causes import Evidence, frozen_run_verdict
@@ -14,7 +14,12 @@ from rlalign.run.parties import MismatchLimitError, StalenessLimitError, StepRef
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from rlalign.reward.drift_watch import EventLog
     from rlalign.types import LogprobSpec
+
+STOPS = (Action.stop, Action.checkpoint_stop)
+PROBED = ("mismatch/lag0/", "mismatch/excess/")  # what only tokens of the current version measure
+LEAST_STEPS = 9  # of the self-test at learning rate 0: fewer say nothing about a trend
 
 
 def check(scored: StepResult, config: RunConfig, *, step: int) -> list[str]:
@@ -61,17 +66,6 @@ def _staleness(scored: StepResult, config: RunConfig, step: int) -> StepRefused 
     )
 
 
-STOPS = (Action.stop, Action.checkpoint_stop)
-PROBED = ("mismatch/lag0/", "mismatch/excess/")  # what only tokens of the current version measure
-LEAST_STEPS = 9  # of the self-test at learning rate 0: fewer say nothing about a trend
-
-
-class EventLog(Protocol):
-    """Where alerts are written down."""
-
-    def event(self, kind: str, message: str) -> None: ...
-
-
 class Watch:
     """Feeds each step's metrics to the monitor and does what its alerts ask for."""
 
@@ -97,7 +91,7 @@ class Watch:
             "rollout_temperature": spec.temperature,
             "trainer_temperature": config.rollout.temperature,
             "truncated": spec.truncated,
-            "replayed": spec.truncated,  # `scoring_step.scored` renormalises over the kept sets
+            "replayed": spec.truncated,  # `step.scored` renormalises over the kept sets
             "floor_k3": None if floor is None else floor["k3"],
         }
 

@@ -15,15 +15,9 @@ from rlalign.types import LogprobSpec, Rollout, RolloutBatch, TrainBatch
 if TYPE_CHECKING:
     from rlalign.logprobs.truncation import Found
     from rlalign.objective.reference_kl import KlController
+    from rlalign.tasks import Prompt, Task
     from rlalign.tracking.timeline import Span
     from rlalign.weights import PublishReport
-
-
-class Prompt(Protocol):
-    """What the loop reads of a prompt."""
-
-    prompt_id: int
-    text: str
 
 
 class RolloutEngine(Protocol):
@@ -64,14 +58,6 @@ class Critic(Learner, Protocol):
     """Tells what a sequence will still earn, and learns it."""
 
     def values(self, batch: RolloutBatch) -> Tensor: ...
-
-
-class Task(Protocol):
-    """Prompts and verifiable rewards."""
-
-    def train_prompts(self, step: int, count: int) -> Sequence[Prompt]: ...
-    def eval_prompts(self) -> Sequence[Prompt]: ...
-    def reward(self, prompt: Prompt, completion: str) -> float: ...
 
 
 def verified_of(rollout: Rollout, prompt: Prompt, task: Task) -> float | None:

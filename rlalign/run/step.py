@@ -1,37 +1,32 @@
-"""One step, written out. `collect`: sample, reward. `learn`: score, compare, correct, train, publish."""
+"""One step, written out. `collect`: sample, reward. `learn`: score, compare, correct, train, publish; accept the update or not."""
 
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rlalign import mismatch
+from rlalign import mismatch, ranks
 from rlalign.config import RunConfig, ScheduleMode
+from rlalign.logprobs.truncation import LIMIT
 from rlalign.objective import choice
 from rlalign.reward.mixture import Sample
-from rlalign.run import acceptance, limits
-from rlalign.run.parties import Collected, Learner, Parties, Prompt, StepResult, Task, Trainer, verified_of
+from rlalign.run import limits
+from rlalign.run import step_metrics as logged
+from rlalign.run.parties import Collected, Learner, Parties, StepResult, Trainer, verified_of
 from rlalign.run.sampler import Sampler, request, sample_probe
-from rlalign.run.scoring_step import scored
-from rlalign.run.step_metrics import (
-    by_lag,
-    correction_metrics,
-    lags_of,
-    mismatch_metrics,
-    outcome_metrics,
-    publish_metrics,
-    rollout_metrics,
-    staleness_metrics,
-    turn_metrics,
-)
+from rlalign.tasks import Prompt, Task
 from rlalign.tracking.timeline import Clock, Span
 from rlalign.types import Rollout, RolloutBatch, TrainBatch, collate
+
+ACCEPT_SEED = 2**20  # far from the seeds of steps and probes
 
 
 def train_step(step: int, parties: Parties, config: RunConfig, sampler: Sampler | None = None) -> StepResult:
@@ -56,7 +51,7 @@ def collect(step: int, parties: Parties, config: RunConfig, sampler: Sampler | N
         sampled = request(step, parties, config)(parties.engine) if sampler is None else sampler.take(step)
         rollouts = sampled.rollouts
         batch = collate(rollouts, pad_token_id=parties.pad_token_id, spec=parties.engine.spec)
-    metrics |= rollout_metrics(rollouts, sampled.seconds) | outcome_metrics(rollouts)
+    metrics |= logged.rollout_metrics(rollouts, sampled.seconds) | logged.outcome_metrics(rollouts)
     probe = None
     if sampler is not None:
         spans.append(Span("rollout", sampled.start, sampled.start + sampled.seconds, step))
@@ -101,8 +96,10 @@ def learn(
         metrics |= sets
         ref_BL = trainer.score_reference(batch)
         at_lag = _compare(old_BL, replace(collected, batch=batch), trainer, config)
-        metrics |= turn_metrics(old_BL, batch, collected.batch.loss_mask_BL) if "turns/mean" in metrics else {}
-        metrics |= mismatch_metrics(at_lag, parties.floor) | staleness_metrics(batch, trainer.version, at_lag)
+        metrics |= logged.turn_metrics(old_BL, batch, collected.batch.loss_mask_BL) if "turns/mean" in metrics else {}
+        metrics |= logged.mismatch_metrics(at_lag, parties.floor) | logged.staleness_metrics(
+            batch, trainer.version, at_lag
+        )
         metrics["train/entropy"] = float(entropy_BL[batch.loss_mask_BL].mean())
         values_BL = None if parties.critic is None else parties.critic.values(batch)
 
@@ -137,10 +134,10 @@ def learn(
     judged = config.mismatch.accept_k3 > 0
     with clock("train"):
         if judged:
-            acceptance.keep(trainer, config)
+            trainer.save_state(_candidate(config))
         rewarded = replace(batch, loss_mask_BL=batch.loss_mask_BL & rewards.known_B[:, None])
         correction = choice.correct(old_BL, rewarded, result.advantages_BL, config.algo, version=result.version)
-        metrics |= correction_metrics(correction, old_BL, rewarded)
+        metrics |= logged.correction_metrics(correction, old_BL, rewarded)
         whole = TrainBatch(
             rollouts=batch,
             old_logprobs_BL=old_BL,
@@ -163,6 +160,31 @@ def learn(
     return result
 
 
+def scored(trainer: Trainer, batch: RolloutBatch) -> tuple[RolloutBatch, Tensor, Tensor, dict[str, float]]:
+    """(batch, logprobs, entropies, metrics) under the current weights, over the support that the tokens were sampled from.
+
+    Of a truncated spec the batch comes back with its kept sets, which every later pass renormalises over, and without the tokens
+    whose set is too large to keep.
+    """
+    batch.spec.require_repeatable(what="scoring rollouts")
+    if not batch.spec.truncated:
+        old_BL, entropy_BL = trainer.score(batch)
+        return batch, old_BL, entropy_BL, _routes(trainer, batch)
+    old_BL, entropy_BL, found = trainer.score_truncated(batch)
+    metrics = logged.support_metrics(found, batch) | _routes(trainer, batch)
+    left_BL = batch.loss_mask_BL & ~found.too_large_BL
+    if not bool(left_BL.any()):
+        raise RuntimeError(
+            f"every token's kept set has more than {LIMIT} ids ({batch.spec.support}): nothing is left to train on. Sample with a "
+            "smaller top_p or a top_k"
+        )
+    return replace(batch, kept=found.kept, loss_mask_BL=left_BL), old_BL, entropy_BL, metrics
+
+
+def _routes(trainer: Trainer, batch: RolloutBatch) -> dict[str, float]:
+    return {} if batch.routes is None else logged.route_metrics(trainer.routes_taken(), batch)
+
+
 def _probe(step: int, batch: RolloutBatch, parties: Parties, config: RunConfig) -> RolloutBatch | None:
     """Samples of the current version, where they are due and the batch has older tokens."""
     every, version = config.schedule.probe_every, parties.trainer.version
@@ -176,7 +198,7 @@ def _compare(old_BL: Tensor, collected: Collected, trainer: Trainer, config: Run
     """Old against rollout, by lag. Raises RuntimeError for lags that the schedule cannot have made."""
 
     def at_lags(batch: RolloutBatch, old_BL: Tensor, allowed: int | None) -> mismatch.Stats:
-        lag_BL, rollout_BL = lags_of(batch, trainer.version, allowed=allowed), batch.rollout_logprobs_BL
+        lag_BL, rollout_BL = logged.lags_of(batch, trainer.version, allowed=allowed), batch.rollout_logprobs_BL
         return mismatch.collect(old_BL, rollout_BL, batch.loss_mask_BL, lag_B=lag_BL, group_B=batch.group_id_B)
 
     algo, schedule, probe = config.algo, config.schedule, collected.probe
@@ -184,21 +206,51 @@ def _compare(old_BL: Tensor, collected: Collected, trainer: Trainer, config: Run
     allowed = None if synchronous else schedule.max_lag * algo.minibatches * algo.epochs
     measured = at_lags(collected.batch, old_BL, allowed)
     if probe is None:
-        return by_lag(measured, None)
+        return logged.by_lag(measured, None)
     probe, probe_BL, *_ = scored(trainer, probe)
-    return by_lag(measured, at_lags(probe, probe_BL, 0))
+    return logged.by_lag(measured, at_lags(probe, probe_BL, 0))
 
 
 def _accept(step: int, parties: Parties, config: RunConfig, metrics: dict[str, float], clock: Clock) -> list[str]:
-    """Keep the update that was just published, or take it back everywhere; says why, and adds to the metrics."""
+    """Keep the update that was just published, or take it back everywhere; says why, and adds to the metrics.
+
+    The gate of a step judges the batch it trains on, sampled before the update; what the update does to the gap would be seen
+    one step later. Here a few held-out completions are sampled and scored first: past the limit the policy goes back to what it
+    was, bit for bit, optimizer and version included, and the engine gets those weights again. Reference: arXiv 2606.29526.
+    """
     with clock("probe"):
-        found, refused = acceptance.judge(step, parties, config)
+        found, refused = _judge(step, parties, config)
     metrics |= found
     if refused is not None:
-        acceptance.restore(parties.trainer, config)
+        parties.trainer.load_state(_candidate(config))
         metrics |= _publish(parties, None, clock)
-    acceptance.forget(config)
+    ranks.on_first(lambda: shutil.rmtree(_candidate(config), ignore_errors=True))
     return [] if refused is None else [refused]
+
+
+def _candidate(config: RunConfig) -> Path:
+    """Where the policy lies as it was before the update that is being judged."""
+    return Path(config.output_dir) / "candidate"
+
+
+def _judge(step: int, parties: Parties, config: RunConfig) -> tuple[dict[str, float], str | None]:
+    """(metrics, why the update is refused or None), with the engine already on the new weights. NaN is refused."""
+    prompts = parties.task.eval_prompts()[: config.mismatch.accept_prompts]
+    rollouts = parties.sample(prompts, samples=1, seed=config.seed * 1_000_003 + step + ACCEPT_SEED)
+    batch = collate(rollouts, pad_token_id=parties.pad_token_id, spec=parties.engine.spec)
+    batch, old_BL, *_ = scored(parties.trainer, batch)
+    found = mismatch.compare(
+        old_BL, batch.rollout_logprobs_BL, batch.loss_mask_BL, lag_B=torch.zeros(len(batch)).long(), positions=False
+    )
+    k3, limit = found["lag0/k3"], config.mismatch.accept_k3
+    refused = not k3 <= limit
+    metrics = {"accept/k3": k3, "accept/tokens": found["tokens"], "accept/refused": float(refused)}
+    if not refused:
+        return metrics, None
+    return metrics, (
+        f"step {step}: update refused: with its weights the engine is k3 = {k3:.3g} nats/token from the trainer on "
+        f"{found['tokens']:.0f} held-out tokens, over mismatch.accept_k3 = {limit:.3g}; the policy is back at the version before"
+    )
 
 
 def _publish(parties: Parties, sampler: Sampler | None, clock: Clock) -> dict[str, float]:
@@ -207,7 +259,7 @@ def _publish(parties: Parties, sampler: Sampler | None, clock: Clock) -> dict[st
             sampler.before_publish()
     with clock("publish"):
         report = parties.publish(parties.trainer.named_weights(), parties.trainer.version)
-    return publish_metrics(report)
+    return logged.publish_metrics(report)
 
 
 def update(step: int, parties: Parties, whole: TrainBatch, config: RunConfig) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rlalign import ranks
 from rlalign.config import RunConfig, ScheduleMode, to_plain
-from rlalign.run import assembly, checkpointing, joining, observation, trace
+from rlalign.run import assembly, checkpointing, joining, observation
 from rlalign.run.limits import Watch, self_test
 from rlalign.run.parties import MismatchLimitError, Parties, StepRefused, StepResult
 from rlalign.run.sampler import Sampler
@@ -240,7 +240,7 @@ class _Steps:
                 metrics |= observation.head_in_isolation(self.engine, self.policy, result, config)
         if config.tracking.trace_every and step % config.tracking.trace_every == 0:
             with self.run.timed(step, "trace"):
-                metrics |= trace.traced(self.policy, result, config.trainer.micro_batch_size) | self._apart()
+                metrics |= observation.traced(self.policy, result, config.trainer.micro_batch_size) | self._apart()
         if last:  # of the final weights; every earlier row evaluates those before its step
             metrics |= self._evaluate(step)
         every = config.tracking.tokens_every

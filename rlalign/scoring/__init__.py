@@ -11,7 +11,7 @@ HOMES = {
     "ScoringParams": "rlalign.scoring.params",
     "ScoreResult": "rlalign.scoring.result",
     "HFScorer": "rlalign.scoring.hf",
-    "VLLMScorer": "rlalign.scoring.vllm",
+    "VLLMScorer": "rlalign.scoring.vllm_scorer",
     "HTTPScorer": "rlalign.scoring.http",
     "with_calibration": "rlalign.scoring.calibrated",
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -38,25 +38,33 @@ def identity_of(info: ModelInfo) -> ModelIdentity:
     )
 
 
-def require_same_model(calibrator: Calibrator, info: ModelInfo, *, what: str, same_folder: bool = False) -> None:
+def require_same_model(
+    calibrator: Calibrator, info: ModelInfo, *, what: str, same_folder: bool = False, bound: bool = True
+) -> None:
     """Raise CalibrationMismatchError unless the calibrator was fitted on scores of this model.
 
-    The id must be in the file; the other fields are compared where both sides know them. same_folder: the file lies in the
-    model's own folder, which may have moved since: the id, its path, is not compared.
+    Fields are compared where both sides know them; bound: the id must be in the file. same_folder: the file lies in the model's
+    own folder, which may have moved since: the id, its path, is not compared.
     """
     fitted, now = calibrator.model_, identity_of(info)
-    if fitted.id is None:
+    if bound and fitted.id is None:
         raise CalibrationMismatchError(
             f"{what}: the calibration is bound to no model; fit it with rlalign calibrate --model {info.id}"
         )
-    known = {name for name, value in asdict(fitted).items() if value is not None}
-    expected = replace(
-        now, **{name: None for name in asdict(now) if name not in known or (same_folder and name == "id")}
-    )
-    if different := fitted.differences(expected):
+    unknown = {name for name, value in asdict(fitted).items() if value is None} | ({"id"} if same_folder else set())
+    if different := fitted.differences(replace(now, **dict.fromkeys(unknown))):
         raise CalibrationMismatchError(
             f"{what}: the calibration was fitted on another model ({'; '.join(different)}); fit one on this model's scores"
         )
+
+
+def require_readable(calibrator: Calibrator, info: ModelInfo) -> None:
+    """Raise ValueError unless the calibrator takes as many logits an item as the model gives (a judge's log-odds are one)."""
+    columns = 1 if info.tasks[0] == "generative" else max(info.num_labels, 1)
+    try:
+        calibrator.transform(np.zeros((1, columns)))
+    except ValueError as error:
+        raise ValueError(f"{info.id}: the calibrator cannot read {columns} logits an item ({error})") from error
 
 
 def with_calibration(scorer: RewardScorer, calibrator: Calibrator, *, strict: bool = True) -> CalibratedScorer:
@@ -126,7 +134,7 @@ class CalibratedScorer(Scoring[CalibratedRequest]):
 def calibrated(result: ScoreResult, calibrator: Calibrator, *, generative: bool) -> ScoreResult:
     """The result with scores from its logits: shaped as those; [1] for a judge, from the log-odds of its first label.
 
-    Raises ValueError where the result was calibrated before.
+    Raises ValueError where the result was calibrated before, and on a judge with other than two labels.
     """
     if result.calibration_id != "identity":
         raise ValueError(f"{result.model}: these scores were calibrated by {result.calibration_id} already")
@@ -137,9 +145,10 @@ def calibrated(result: ScoreResult, calibrator: Calibrator, *, generative: bool)
 def _probabilities(logits: NDArray[np.float32], calibrator: Calibrator, generative: bool) -> NDArray[np.float64]:
     x = logits.astype(np.float64)
     if generative:
-        x = x[:1] - x[1:2]
-    found = calibrator.transform(x.reshape(-1, x.shape[-1]))
-    return found.reshape(x.shape)
+        if len(x) != 2:
+            raise ValueError(f"a judge is calibrated by the log-odds of exactly two labels, got {len(x)}")
+        x = x[:1] - x[1:]
+    return calibrator.transform(x.reshape(-1, x.shape[-1])).reshape(x.shape)
 
 
 def _check(calibrator: Calibrator, info: ModelInfo, *, strict: bool) -> None:
@@ -149,18 +158,10 @@ def _check(calibrator: Calibrator, info: ModelInfo, *, strict: bool) -> None:
             "not; calibrating them again would be wrong. Serve the model without, show that it is (HTTPScorer: known_logits, "
             "server_calibrated=False), or do without this calibrator"
         )
-    columns = 1 if info.tasks[0] == "generative" else max(info.num_labels, 1)
+    require_readable(calibrator, info)
     try:
-        calibrator.transform(np.zeros((1, columns)))
-    except ValueError as error:
-        raise ValueError(f"{info.id}: the calibrator cannot read {columns} logits an item ({error})") from error
-    fitted = calibrator.model_
-    now = identity_of(info)
-    known = {f.name: getattr(fitted, f.name) for f in fields(now) if getattr(now, f.name) is not None}
-    different = now.differences(ModelIdentity(**known))
-    if different:
-        what = "; ".join(phrase.replace("file has", "scorer has") for phrase in different)
-        message = f"{info.id}: the calibrator was fitted on another model ({what.replace('expected', 'calibrator')})"
+        require_same_model(calibrator, info, what=info.id, bound=False)
+    except CalibrationMismatchError as error:
         if strict:
-            raise CalibrationMismatchError(f"{message}; fit one on this model's scores")
-        warnings.warn(message, CalibrationWarning, stacklevel=4)
+            raise
+        warnings.warn(str(error), CalibrationWarning, stacklevel=4)

@@ -94,25 +94,6 @@ class InvalidParams(ValueError):
         self.fields = tuple(fields)
 
 
-def resolve(params: ScoringParams, info: ModelInfo, task: Task | None) -> ScoringParams:
-    """See `ScoringParams.verify`."""
-    if task is not None and params.task is not None and task != params.task:
-        raise InvalidParams(f"cannot overwrite task={params.task!r} with {task!r}", ["task"])
-    params = msgspec.structs.replace(params, task=params.task or task or info.tasks[0])
-    problems = _Problems()
-    if params.task not in info.tasks:
-        problems.add("task", f"the model supports {', '.join(info.tasks)}")
-    _check_supported(params, info, problems)
-    _check_values(params, info, problems)
-    if problems:
-        raise problems.error(params, info)
-    params = _with_defaults(params, info)
-    _check_resolved(params, info, problems)
-    if problems:
-        raise problems.error(params, info)
-    return params
-
-
 def per_item_labels(labels: list[int | list[int]] | None) -> bool:
     """Whether label_token_ids has a list for each item."""
     return any(isinstance(entry, list | tuple) for entry in labels or ())
@@ -124,12 +105,12 @@ class _Problems(dict[str, str]):
     def add(self, field: str, what: str) -> None:
         self.setdefault(field, what)
 
-    def error(self, params: ScoringParams, info: ModelInfo) -> InvalidParams:
-        found = "; ".join(f"{field}={getattr(params, field)!r}: {what}" for field, what in self.items())
-        supported = ", ".join((*VALID[params.chosen], *COMMON))
-        return InvalidParams(
-            f"{info.id} ({info.architecture}), task {params.task!r}: {found}. The task supports {supported}", list(self)
-        )
+    def raise_any(self, params: ScoringParams, info: ModelInfo) -> None:
+        if self:
+            found = "; ".join(f"{field}={getattr(params, field)!r}: {what}" for field, what in self.items())
+            supported = ", ".join((*VALID[params.chosen], *COMMON))
+            said = f"{info.id} ({info.architecture}), task {params.task!r}: {found}. The task supports {supported}"
+            raise InvalidParams(said, list(self))
 
 
 def _check_supported(params: ScoringParams, info: ModelInfo, problems: _Problems) -> None:
@@ -175,7 +156,12 @@ def _check_values(params: ScoringParams, info: ModelInfo, problems: _Problems) -
     columns = info.num_labels or info.vocab_size
     if params.returned_token_ids is not None and (bad := _bad_ids(params.returned_token_ids, columns)):
         problems.add("returned_token_ids", bad)
-    if params.label_token_ids is not None and (bad := _bad_labels(params.label_token_ids, info.vocab_size)):
+    labels = params.label_token_ids
+    if isinstance(labels, list | tuple) and per_item_labels(labels):
+        for i, ids in enumerate(labels):
+            if bad := _bad_ids(ids, info.vocab_size):
+                problems.add("label_token_ids", f"item {i}: {bad}")
+    elif labels is not None and (bad := _bad_ids(labels, info.vocab_size)):
         problems.add("label_token_ids", bad)
     if params.dimensions is not None and "dimensions" not in problems and params.task in ("embed", "token_embed"):
         allowed = info.matryoshka_dimensions
@@ -186,7 +172,6 @@ def _check_values(params: ScoringParams, info: ModelInfo, problems: _Problems) -
 
 
 def _check_resolved(params: ScoringParams, info: ModelInfo, problems: _Problems) -> None:
-    """Combinations, once every choice is made."""
     if params.calibrate:
         if info.calibration_id is None:
             problems.add("calibrate", "no calibrator is attached to this scorer (with_calibration attaches one)")
@@ -254,20 +239,12 @@ def is_real(value: object) -> bool:
 
 
 def _bad_ids(ids: object, size: int) -> str | None:
-    """What is wrong with a list of token ids, None if nothing is."""
     if not isinstance(ids, list | tuple) or not ids:
         return "expected a list of token ids"
     for token in ids:
         if not _whole(token) or not 0 <= token < size:
             return f"{token!r} is not an id from 0 to {size - 1}"
     return "the same id twice" if len(set(ids)) < len(ids) else None
-
-
-def _bad_labels(labels: object, vocab_size: int) -> str | None:
-    if isinstance(labels, list | tuple) and any(isinstance(entry, list | tuple) for entry in labels):
-        found = ((i, _bad_ids(ids, vocab_size)) for i, ids in enumerate(labels))
-        return next((f"item {i}: {bad}" for i, bad in found if bad), None)
-    return _bad_ids(labels, vocab_size)
 
 
 __all__ = ["Activation", "InvalidParams", "ModelInfo", "PoolerDefaults", "ScoringParams", "Task"]
@@ -348,7 +325,19 @@ class ScoringParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         task: what the caller is about to run. Resolving twice changes nothing. Raises InvalidParams (a ValueError) that
         names every invalid field and what the task supports, and refuses to overwrite a task.
         """
-        return resolve(self, model_info, task)
+        if task is not None and self.task is not None and task != self.task:
+            raise InvalidParams(f"cannot overwrite task={self.task!r} with {task!r}", ["task"])
+        params = msgspec.structs.replace(self, task=self.task or task or model_info.tasks[0])
+        problems = _Problems()
+        if params.task not in model_info.tasks:
+            problems.add("task", f"the model supports {', '.join(model_info.tasks)}")
+        _check_supported(params, model_info, problems)
+        _check_values(params, model_info, problems)
+        problems.raise_any(params, model_info)
+        params = _with_defaults(params, model_info)
+        _check_resolved(params, model_info, problems)
+        problems.raise_any(params, model_info)
+        return params
 
     def label_ids(self, num_items: int) -> list[list[int]]:
         """The judge's label tokens of each item. Raises ValueError where there is not one list an item."""

@@ -170,7 +170,6 @@ def score_result(
 
 
 def _checked(answer: Answer, params: ScoringParams) -> Answer:
-    """The answer, or an error in its place."""
     values = answer.values
     if answer.error is not None:
         reason = answer.error

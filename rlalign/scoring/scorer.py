@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeGuard, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard, TypeVar, cast
 
 import msgspec
 
@@ -83,20 +83,17 @@ def checked_inputs(query: Text, items: Text | Sequence[Text], vocab_size: int) -
         if len(item) == 0:
             raise ItemRefused(i, " is empty: it has no token of its own whose state could be scored")
     for what, ids in (("query", query), *((f"item {i}", item) for i, item in enumerate(listed))):
-        if not isinstance(ids, str):
-            _check_ids(ids, vocab_size, what)
+        for position, token in enumerate(ids if not isinstance(ids, str) else ()):
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"{what}: {token!r} at position {position} is not a token id from 0 to {vocab_size - 1}"
+                )
     return query, listed
 
 
 def is_one_text(given: Text | Sequence[Text]) -> TypeGuard[Text]:
     """True for a string and for a list of token ids, False for a list of either."""
     return isinstance(given, str) or (len(given) > 0 and isinstance(given[0], int))
-
-
-def _check_ids(ids: Sequence[int], vocab_size: int, what: str) -> None:
-    for position, token in enumerate(ids):
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
-            raise ValueError(f"{what}: {token!r} at position {position} is not a token id from 0 to {vocab_size - 1}")
 
 
 def _kind(part: Text) -> str:
@@ -109,19 +106,10 @@ Conversation = str | Sequence[Message]  # plain text, or a chat
 RewardFunc = Callable[..., Awaitable[list[float | None]]]
 
 
-class Scoring(Generic[P]):
+class Scoring(RewardScorer[P]):
     """The methods that every backend shares; a backend adds `info`, `tokenizer`, `prepare` and `run`."""
 
-    info: ModelInfo
     tokenizer: PreTrainedTokenizerBase | None
-
-    def prepare(self, query: Text, items: Text | Sequence[Text], params: ScoringParams | None = None) -> P:
-        """See `rlalign.scoring.scorer.RewardScorer`."""
-        raise NotImplementedError
-
-    def run(self, requests: Sequence[P]) -> list[ScoreResult]:
-        """See `rlalign.scoring.scorer.RewardScorer`."""
-        raise NotImplementedError
 
     def score(self, query: Text, items: Text | Sequence[Text], params: ScoringParams | None = None) -> ScoreResult:
         """Score items against a query, in their order. Raises ValueError before any computation on a bad request."""
@@ -153,7 +141,10 @@ class Scoring(Generic[P]):
         requests: list[P] = []
         places: list[list[int]] = []
         errors: dict[int, str] = {}
-        for members in _same(prompts).values():
+        same: dict[str, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            same.setdefault(repr(prompt), []).append(i)
+        for members in same.values():
             for place, query, items in self._queries(prompts, completions, members):
                 request, kept, refused = prepared_each(self, query, items, params, ValueError)
                 errors |= {place[i]: reason for i, reason in refused.items()}
@@ -213,7 +204,9 @@ class Scoring(Generic[P]):
                     raise ValueError(f"pair {i}: a text prompt with a chat completion; give both in the same form")
                 texts.append(completion)
             return [(members, prompt, texts)]
-        chats = [self._chat_ids([*prompt, *_as_messages(completions[i])]) for i in members]
+        found = (completions[i] for i in members)
+        answers = [[{"role": "assistant", "content": one}] if isinstance(one, str) else one for one in found]
+        chats = [self._chat_ids([*prompt, *answer]) for answer in answers]
         shared = _common_prefix(chats)
         return [(members, chats[0][:shared], [ids[shared:] for ids in chats])]
 
@@ -257,18 +250,6 @@ def _labels_of(params: ScoringParams, places: Sequence[int]) -> ScoringParams:
     if labels is None or not per_item_labels(labels):
         return params
     return msgspec.structs.replace(params, label_token_ids=[labels[i] for i in places])
-
-
-def _same(prompts: Sequence[Conversation]) -> dict[str, list[int]]:
-    """Indices of equal prompts, in order of appearance."""
-    found: dict[str, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        found.setdefault(repr(prompt), []).append(i)
-    return found
-
-
-def _as_messages(completion: Conversation) -> list[Message]:
-    return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
 
 
 def _common_prefix(sequences: list[list[int]]) -> int:

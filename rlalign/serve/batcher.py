@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
 from rlalign.serve.bodies import ApiError
 
@@ -172,7 +172,9 @@ class Batcher:
         tokens = sum(job.tokens for job in batch)
         speed = tokens / max(seconds, 1e-6)
         self._tokens_per_s = speed if self._tokens_per_s is None else 0.8 * self._tokens_per_s + 0.2 * speed
-        self._metrics.batch(requests=len(batch), tokens=tokens, seconds=seconds)
+        self._metrics.batch_requests.observe(len(batch))
+        self._metrics.batch_tokens.observe(tokens)
+        self._metrics.batch_seconds.observe(seconds)
 
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -194,11 +196,11 @@ class ServerMetrics:
         self.prompt_tokens = Counter("rlalign_prompt_tokens", "Tokens the model has read", registry=registry)
         self.labels = Counter("rlalign_labels", "Labels received", ["outcome"], registry=registry)
         self.split_batches = Counter("rlalign_split_batches", "Batches that failed as a whole", registry=registry)
-        self._batch_requests = Histogram(
+        self.batch_requests = Histogram(
             "rlalign_batch_requests", "Requests per batch", buckets=POWERS, registry=registry
         )
-        self._batch_tokens = Histogram("rlalign_batch_tokens", "Tokens per batch", buckets=POWERS, registry=registry)
-        self._batch_seconds = Histogram(
+        self.batch_tokens = Histogram("rlalign_batch_tokens", "Tokens per batch", buckets=POWERS, registry=registry)
+        self.batch_seconds = Histogram(
             "rlalign_batch_seconds", "Seconds in scorer.run", buckets=SECONDS, registry=registry
         )
         self._calibration = Info("rlalign_calibration", "The calibration in force", registry=registry)
@@ -209,21 +211,6 @@ class ServerMetrics:
             gauge = Gauge(f"rlalign_queued_{name}", what, registry=self.registry)
             gauge.set_function(lambda index=index: queued()[index])
 
-    def batch(self, *, requests: int, tokens: int, seconds: float) -> None:
-        """One batch has run."""
-        self._batch_requests.observe(requests)
-        self._batch_tokens.observe(tokens)
-        self._batch_seconds.observe(seconds)
-
     def calibration(self, calibration_id: str) -> None:
         """Another calibration is in force."""
         self._calibration.info({"calibration_id": calibration_id})
-
-    def answered(self, *, path: str, status: int, seconds: float) -> None:
-        """One request has been answered. path: the route's template, never what the client wrote."""
-        self.requests.labels(path=path, status=str(status)).inc()
-        self.seconds.labels(path=path).observe(seconds)
-
-    def text(self) -> bytes:
-        """The exposition format."""
-        return generate_latest(self.registry)

@@ -18,11 +18,10 @@ from starlette.responses import JSONResponse
 from rlalign.scoring.params import ScoringParams
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from rlalign.scoring.result import ScoreResult
 
 log = logging.getLogger("rlalign.server")
+BRANCHES = ("str", "int", "float", "bool", "dict")  # of a union, beside names such as list[int]
 TYPES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -93,7 +92,9 @@ def add_handlers(app: FastAPI) -> None:
         if not isinstance(error, ApiError) and error.status_code in (404, 405):
             what = "no such path" if error.status_code == 404 else "this path has other methods"
             said = f"{request.method} {request.url.path}: {what}; /docs lists what there is"
-            headers = {"Allow": _methods(app, request.url.path)} if error.status_code == 405 else None
+            # all of them: Starlette names those of the first route with this path only
+            methods = sorted(method.upper() for method in app.openapi()["paths"].get(request.url.path, {"get": None}))
+            headers = {"Allow": ", ".join(methods)} if error.status_code == 405 else None
             error = HTTPException(error.status_code, said, headers=headers)
         return response(error)
 
@@ -106,26 +107,18 @@ def add_handlers(app: FastAPI) -> None:
         return response(_first(error))
 
 
-def _methods(app: FastAPI, path: str) -> str:
-    """All of them: Starlette names those of the first route with this path only."""
-    return ", ".join(sorted(method.upper() for method in app.openapi()["paths"].get(path, {"get": None})))
-
-
 def _first(error: RequestValidationError) -> ApiError:
     """The complaint that went deepest into the body: of a union's branches, the one that the client most likely meant."""
     found = error.errors()
     best = max(found, key=lambda e: (len(e["loc"]), -found.index(e)))
     if best["type"] == "json_invalid":
         return invalid(f"the body is not JSON: {best.get('ctx', {}).get('error', best['msg'])}")
-    where = map(str, best["loc"][1:])  # the first part says that it was the body
-    path = ".".join(part for part in where if not _names_a_branch(part)) or None
+    where = map(
+        str, best["loc"][1:]
+    )  # the first part says that it was the body; pydantic puts in names of a union's branches
+    path = ".".join(part for part in where if "[" not in part and part not in BRANCHES) or None
     message = "unknown field; see /docs" if best["type"] == "extra_forbidden" else best["msg"]
     return invalid(f"{path}: {message}" if path else message, path)
-
-
-def _names_a_branch(part: str) -> bool:
-    """pydantic puts names such as list[int] or str into the location of a union's complaint."""
-    return "[" in part or part in ("str", "int", "float", "bool", "dict")
 
 
 def _is_text(value: str) -> str:
@@ -217,9 +210,7 @@ def states(result: ScoreResult, encoding: Literal["float", "base64"]) -> list[li
     """Pooled hidden states: lists, or base64 of little-endian float32."""
     if result.pooled_hidden_states is None:
         return None
-    return [None if state is None else _state(state, encoding) for state in result.pooled_hidden_states]
-
-
-def _state(state: Tensor, encoding: str) -> list[float] | str:
-    array = np.asarray(state.float(), dtype="<f4")
-    return array.tolist() if encoding == "float" else base64.b64encode(array.tobytes()).decode()
+    arrays = [None if s is None else np.asarray(s.float(), dtype="<f4") for s in result.pooled_hidden_states]
+    if encoding == "float":
+        return [None if array is None else array.tolist() for array in arrays]
+    return [None if array is None else base64.b64encode(array.tobytes()).decode() for array in arrays]

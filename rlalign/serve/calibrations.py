@@ -14,17 +14,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
-import numpy as np
 
 from rlalign.calibration.calibrators import CalibrationMismatchError, Calibrator, IdentityCalibrator
 from rlalign.calibration.drift import DriftMonitor, DriftReport, LabelOutcome
-from rlalign.scoring.calibrated import require_same_model
+from rlalign.scoring.calibrated import require_readable, require_same_model
 from rlalign.serve.bodies import ApiError, invalid
 
 if TYPE_CHECKING:
     from rlalign.calibration.calibrators.calibration_file import Json
     from rlalign.scoring.params import ModelInfo
-    from rlalign.serve.settings import ServerSettings
+    from rlalign.serve import ServerSettings
 
 log = logging.getLogger("rlalign.server")
 T = TypeVar("T")
@@ -165,16 +164,11 @@ class Calibrations:
             require_same_model(calibrator, named, what="the document")
         except CalibrationMismatchError as error:
             raise _mismatch(str(error)) from error
-        self._try(calibrator)
-        return InForce(calibrator, document)
-
-    def _try(self, calibrator: Calibrator) -> None:
-        """A calibrator of classes on a model with one logit, or the reverse, is found here and not in every request."""
-        columns = 1 if self._info.num_labels < 2 else self._info.num_labels
         try:
-            calibrator.transform(np.zeros((1, columns)))
+            require_readable(calibrator, info)
         except ValueError as error:
-            raise _mismatch(f"it cannot read this model's {columns} logits: {error}") from error
+            raise _mismatch(str(error)) from error
+        return InForce(calibrator, document)
 
 
 def _mismatch(message: str) -> ApiError:

@@ -15,8 +15,8 @@ from rlalign.serve.bodies import ApiError, internal, response
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from rlalign.serve import ServerSettings
     from rlalign.serve.batcher import ServerMetrics
-    from rlalign.serve.settings import ServerSettings
 
 log = logging.getLogger("rlalign.server")
 UNANSWERED = 499  # what nginx calls a client that left; only the metrics ever see it
@@ -62,18 +62,22 @@ class Guard:
             await response(error)(scope, receive, named)
         except TimeoutError:
             if status == UNANSWERED:
-                await response(self._late())(scope, receive, named)
+                seconds = self._settings.request_timeout_s
+                late = ApiError(504, f"no answer within {seconds:g} s; the request was given up", type="timeout")
+                await response(late)(scope, receive, named)
         except asyncio.CancelledError:  # by uvicorn, when the drain is over; the task ends here anyway
             if status == UNANSWERED:
-                await response(_ending())(scope, receive, named)
+                said = "the server is ending and cannot answer any more; ask another one"
+                await response(ApiError(503, said, type="shutting_down"))(scope, receive, named)
         except Exception:
             log.exception("request %s failed", request_id)
             if status == UNANSWERED:
                 await response(internal(request_id))(scope, receive, named)
         finally:
             route = scope.get("route")
-            path = "unmatched" if route is None else route.path
-            self._metrics.answered(path=path, status=status, seconds=time.perf_counter() - started)
+            path = "unmatched" if route is None else route.path  # the template, never what the client wrote
+            self._metrics.requests.labels(path=path, status=str(status)).inc()
+            self._metrics.seconds.labels(path=path).observe(time.perf_counter() - started)
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
@@ -127,7 +131,6 @@ class Guard:
         return b"".join(parts)
 
     async def _while_connected(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-        """Run the application, and cancel it when the client goes away."""
         gone = asyncio.ensure_future(receive())  # with the body read, the next message is that the client has left
         unread = [body]
 
@@ -145,11 +148,3 @@ class Guard:
             for task in (work, gone):
                 task.cancel()
             await asyncio.gather(work, gone, return_exceptions=True)
-
-    def _late(self) -> ApiError:
-        seconds = self._settings.request_timeout_s
-        return ApiError(504, f"no answer within {seconds:g} s; the request was given up", type="timeout")
-
-
-def _ending() -> ApiError:
-    return ApiError(503, "the server is ending and cannot answer any more; ask another one", type="shutting_down")

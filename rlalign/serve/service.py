@@ -20,11 +20,10 @@ from rlalign.serve.bodies import ApiError, invalid
 from rlalign.serve.calibrations import Calibrations, InForce
 
 if TYPE_CHECKING:
-    from rlalign.calibration.calibrators import Calibrator
     from rlalign.scoring.result import ScoreResult
     from rlalign.scoring.scorer import Prepared, RewardScorer, Text
+    from rlalign.serve import ServerSettings
     from rlalign.serve.batcher import ServerMetrics
-    from rlalign.serve.settings import ServerSettings
 
 NUMBERS = ("logits", "scores", "pooled_hidden_states", "token_logprobs", "label_mass")
 
@@ -46,14 +45,6 @@ def only_finite(result: ScoreResult) -> ScoreResult:
 
     errors = [error or (f"not_finite: {bad[i]}" if i in bad else None) for i, error in enumerate(result.errors)]
     return replace(result, **{name: kept(name) for name in NUMBERS}, errors=errors)
-
-
-def with_probabilities(result: ScoreResult, calibrator: Calibrator, *, generative: bool) -> ScoreResult:
-    """Calibrated scores. Raises ValueError on a judge with other than two labels, whose log-odds nobody defined."""
-    sizes = {len(row) for row in result.logits if row is not None}
-    if generative and sizes - {2}:
-        raise ValueError(f"a judge is calibrated by the log-odds of exactly two labels, got {max(sizes)}")
-    return calibrated(result, calibrator, generative=generative)
 
 
 def with_softmax(result: ScoreResult, temperature: float) -> ScoreResult:
@@ -185,7 +176,11 @@ class Service:
         results = [self._complete(next(answers) if one[0] is not None else None, *one[1:]) for one in prepared]
         finished = [self._finished(result, ask, task) for result in results]
         self._count(finished)
-        self._remember(request_id, finished, task, ask)
+        # scores of one logit each, under `request_id/index`, the index running over all pairs
+        found = [logit for result in finished for logit in single_logits(result, generative=task == "generative")]
+        known = {f"{request_id}/{i}": logit for i, logit in enumerate(found) if logit is not None}
+        in_force = ask.calibration or self.calibrations.in_force
+        self.calibrations.remember(in_force, list(known), list(known.values()), ask.policy_version)
         used = "identity" if ask.calibration is None else ask.calibration.id
         return Scored(results=finished, calibration_id=used, task=task)
 
@@ -218,7 +213,7 @@ class Service:
         result = only_finite(result)
         try:
             if ask.calibration is not None:
-                result = with_probabilities(result, ask.calibration.calibrator, generative=task == "generative")
+                result = calibrated(result, ask.calibration.calibrator, generative=task == "generative")
             elif ask.softmax_temperature is not None:
                 result = with_softmax(result, ask.softmax_temperature)
         except ValueError as error:
@@ -230,10 +225,3 @@ class Service:
         self.metrics.items.inc(sum(map(len, results)) - failed)
         self.metrics.failed_items.inc(failed)
         self.metrics.prompt_tokens.inc(sum(sum(result.prompt_tokens) for result in results))
-
-    def _remember(self, request_id: str, results: Sequence[ScoreResult], task: str, ask: Ask) -> None:
-        """Scores of one logit each, under `request_id/index`, the index running over all pairs."""
-        found = [logit for result in results for logit in single_logits(result, generative=task == "generative")]
-        ids = [f"{request_id}/{i}" for i, logit in enumerate(found) if logit is not None]
-        logits = [logit for logit in found if logit is not None]
-        self.calibrations.remember(ask.calibration or self.calibrations.in_force, ids, logits, ask.policy_version)

@@ -147,7 +147,6 @@ def answer(body: ScoreBody, scored: Scored, request_id: str, model: str) -> Scor
 
 
 def _given(body: ScoreBody) -> dict[str, Any]:
-    """What every task takes."""
     names = ("task", "truncate_prompt_tokens", "truncation_side", "max_tokens_per_item")
     return {name: getattr(body, name) for name in names} | {
         name: True

@@ -8,7 +8,7 @@ A failed item has null in place of its number, and its reason in `error`.
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any, Literal, TypedDict, cast
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 from fastapi import APIRouter, Request
@@ -100,13 +100,6 @@ class ClassifyBody(_Common):
     add_special_tokens: Literal[True] = True
 
 
-class _Head(TypedDict):
-    id: str
-    model: str
-    usage: Usage
-    calibration_id: str
-
-
 class _Answer(BaseModel):
     id: str
     model: str
@@ -169,7 +162,7 @@ def router(service: Service) -> APIRouter:
         request_id = f"score-{request.state.request_id}"
         scored = await service.score(_ask(body, service, _pairs(first, second), body.max_tokens_per_doc), request_id)
         data = [ScoreData(index=i, score=number, error=error) for i, (number, error) in enumerate(_numbers(scored))]
-        return _json(ScoreAnswer(**_head(scored, request_id, service), created=int(time.time()), data=data))
+        return _answered(ScoreAnswer, scored, request_id, service, created=int(time.time()), data=data)
 
     @paths.post("/rerank", response_model=RerankAnswer, responses=ERRORS)
     @paths.post("/v1/rerank", response_model=RerankAnswer, responses=ERRORS)
@@ -188,15 +181,22 @@ def router(service: Service) -> APIRouter:
         results = [
             RerankResult(
                 index=i,
-                document=None if body.return_documents is False else _document(documents[i]),
+                document=None
+                if body.return_documents is False
+                else RerankDocument(text=text if isinstance(text := documents[i], str) else None),
                 relevance_score=number,
                 error=error,
             )
             for i, (number, error) in enumerate(_numbers(scored))
         ]
         logits = scored.results[0].logits  # of two equal probabilities the higher logit comes first
-        results.sort(key=lambda one: _rank(one.relevance_score, logits[one.index]), reverse=True)
-        return _json(RerankAnswer(**_head(scored, request_id, service), results=results[: body.top_n or None]))
+
+        def rank(one: RerankResult) -> tuple[bool, float, float]:
+            row = logits[one.index]
+            return one.relevance_score is not None, one.relevance_score or 0.0, 0.0 if row is None else float(row[0])
+
+        results.sort(key=rank, reverse=True)
+        return _answered(RerankAnswer, scored, request_id, service, results=results[: body.top_n or None])
 
     @paths.post("/classify", response_model=ClassifyAnswer, responses=ERRORS)
     @paths.post("/v1/classify", response_model=ClassifyAnswer, responses=ERRORS)
@@ -206,13 +206,8 @@ def router(service: Service) -> APIRouter:
         query = "" if not items or isinstance(items[0], str) else []
         request_id = f"classify-{request.state.request_id}"
         scored = await service.score(_ask(body, service, [(query, items)], 0, alone=True), request_id)
-        return _json(
-            ClassifyAnswer(
-                **_head(scored, request_id, service),
-                created=int(time.time()),
-                data=_classes(scored, service.scorer.info.labels),
-            )
-        )
+        data = _classes(scored, service.scorer.info.labels)
+        return _answered(ClassifyAnswer, scored, request_id, service, created=int(time.time()), data=data)
 
     return paths
 
@@ -305,23 +300,12 @@ def _classes(scored: Scored, labels: tuple[str, ...]) -> list[ClassifyData]:
     return found
 
 
-def _rank(score: float | None, logits: np.ndarray | None) -> tuple[bool, float, float]:
-    """What a result is sorted by: those with a score before others, of equal scores the higher (first) logit."""
-    return (score is not None, score or 0.0, 0.0 if logits is None else float(logits[0]))
-
-
-def _document(text: AnyText) -> RerankDocument:
-    return RerankDocument(text=text if isinstance(text, str) else None)
-
-
-def _head(scored: Scored, request_id: str, service: Service) -> _Head:
-    return {
-        "id": request_id,
-        "model": service.model_name,
-        "usage": usage(scored.prompt_tokens),
-        "calibration_id": scored.calibration_id,
-    }
-
-
-def _json(answer: _Answer) -> JSONResponse:
+def _answered(kind: type[_Answer], scored: Scored, request_id: str, service: Service, **fields: Any) -> JSONResponse:
+    answer = kind(
+        id=request_id,
+        model=service.model_name,
+        usage=usage(scored.prompt_tokens),
+        calibration_id=scored.calibration_id,
+        **fields,
+    )
     return JSONResponse(answer.model_dump())

@@ -286,7 +286,6 @@ def _reference(row: Mapping[str, Any], answer_field: str, after: str, where: str
 
 
 def _text_option(options: dict[str, Any], name: str, default: str, task: str) -> str:
-    """Take one text option out of the user's params. Raises ValueError when it is not text."""
     value = options.pop(name, default)
     if not isinstance(value, str):
         raise ValueError(f"task {task!r}: {name} must be text, got {value!r}")

@@ -82,7 +82,7 @@ def check_prefix_law(
         )
     found = [
         _of_turn(tokenizer, messages, i, end, (sampled or {}).get(i), template)
-        for i, end in _pairs(turns, len(messages))
+        for i, end in zip(turns, [*turns[1:], len(messages)], strict=True)
     ]
     return [breach for breach in found if breach is not None]
 
@@ -110,10 +110,6 @@ def extend(
         )
     new = tokenizer.encode(added, add_special_tokens=False)
     return [*ids, *(new[1:] if ids and new and new[0] == ids[-1] and ids[-1] in tokenizer.all_special_ids else new)]
-
-
-def _pairs(turns: Sequence[int], count: int) -> list[tuple[int, int]]:
-    return list(zip(turns, [*turns[1:], count], strict=True))
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template: Mapping[str, Any]) -> str:

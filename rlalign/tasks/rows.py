@@ -19,7 +19,7 @@ _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 def jsonl_rows(path: Path) -> Iterator[Row]:
     """One row per non-blank line. Raises ValueError naming file and line where a line is not a JSON object."""
     if not path.is_file():
-        raise ValueError(f"task file {path} does not exist")
+        raise ValueError(f"{path}: no such file")
     with path.open(encoding="utf-8") as lines:
         for at, line in enumerate(lines, start=1):
             if not line.strip():
@@ -27,9 +27,9 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{at}: not JSON: {error}") from error
+                raise ValueError(f"{path}:{at}: not JSON ({error})") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{path}:{at}: expected an object with fields, got {line.strip()[:80]}")
+                raise ValueError(f"{path}:{at}: expected a JSON object, got {type(row).__name__}: {line.strip()[:80]}")
             yield f"{path}:{at}", row
 
 

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, cast
 
 from rlalign.cache_folder import cache_folder
 from rlalign.tasks import load_task
-from rlalign.tiny_policy.policy_recipe import Progress, TinyRecipe
-from rlalign.tiny_policy.teaching import accuracy, teach
+from rlalign.tiny_policy.teaching import Progress, TinyRecipe, accuracy, teach
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
 
 if TYPE_CHECKING:

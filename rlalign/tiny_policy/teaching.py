@@ -1,11 +1,16 @@
-"""The supervised training behind the tiny policies, and what it reaches on held-out prompts.
+"""The recipe of a tiny policy, its supervised training, and what it reaches on held-out prompts.
 
 B sequences, L padded length, N answer tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
@@ -13,10 +18,65 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
     from rlalign.tasks import Prompt, Task
-    from rlalign.tiny_policy.policy_recipe import Progress, TinyRecipe
 
+Progress = Callable[[str], None]
+RECIPE_VERSION = 1  # raised whenever this file makes another policy from the same recipe
 MAX_ANSWER_TOKENS = 8
 IGNORED = -100  # the label of tokens that are not part of an answer
+
+
+def _two_digit_addition() -> dict[str, Any]:
+    return {
+        "min_terms": 2,
+        "max_terms": 2,
+        "min_digits": 2,
+        "max_digits": 2,
+        "operators": ["+"],
+        "allow_parentheses": False,
+        "prompt_field": "expression",
+        "template": "{prompt} =",
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinyRecipe:
+    """Everything that decides which policy comes out: two equal recipes give the same folder.
+
+    task, task_params, train_size, eval_size, seed: as in `load_task`; only the train split is trained on.
+    stop_at: expected accuracy on held-out prompts, sampled at temperature 1, at which training ends.
+    accept_from: the least one accepted once max_steps are done.
+    label_smoothing: keeps the policy less sure than it could be (greedy about 0.8 where sampling gets 0.4), which is
+    what RL then has to earn.
+    """
+
+    tied: bool = False
+    task: str = "basic_arithmetic"
+    task_params: dict[str, Any] = field(default_factory=_two_digit_addition)
+    train_size: int = 4096
+    eval_size: int = 256
+    seed: int = 0
+    hidden_size: int = 128
+    intermediate_size: int = 256
+    layers: int = 2
+    heads: int = 4
+    head_dim: int = 32
+    initializer_range: float = 0.12  # 0.02, the usual one, learns several times slower at this width
+    context: int = 512
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    label_smoothing: float = 0.15
+    warmup_steps: int = 50
+    max_steps: int = 600
+    check_every: int = 20
+    stop_at: float = 0.38
+    accept_from: float = 0.25
+
+    @property
+    def folder(self) -> str:
+        """The cache folder's name, which carries a hash of every field and of the transformers release."""
+        release = ".".join(version("transformers").split(".")[:2])
+        key = json.dumps([RECIPE_VERSION, release, asdict(self)], sort_keys=True)
+        return f"tiny-qwen3-{'tied' if self.tied else 'untied'}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
 def teach(
@@ -129,9 +189,7 @@ def accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, task: 
     batch = tokenizer([prompt.text for prompt in prompts], padding=True, return_tensors="pt")
     with torch.no_grad():
         written = cast("Any", model).generate(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            generation_config=settings,
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=settings
         )
     texts = tokenizer.batch_decode(written[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
     return sum(task.reward(prompt, text) for prompt, text in zip(prompts, texts, strict=True)) / len(prompts)

@@ -17,17 +17,10 @@ from transformers.utils import logging
 
 from rlalign import logprobs
 from rlalign.config import CriticConfig, TrainerConfig
-from rlalign.trainer import packed_attention
-from rlalign.trainer.deepspeed_setup import (
-    STATE_TAG,
-    adamw,
-    deepspeed_settings,
-    join_process_group,
-    load_checkpoint,
-    take_step,
-)
+from rlalign.trainer import deepspeed_setup, packing
+from rlalign.trainer.checkpoint_names import named_weights
 from rlalign.trainer.head_mirror import Tokens
-from rlalign.trainer.network import ScoringNetwork, full_weights, load
+from rlalign.trainer.network import ScoringNetwork, load
 from rlalign.trainer.passes import LossFunction, Passes
 from rlalign.types import RolloutBatch, TrainBatch
 
@@ -68,8 +61,8 @@ class Critic:
 
         dtype: the body's; bfloat16 trains with an fp32 master copy. Raises ValueError for a score head of several labels.
         """
-        join_process_group()
-        settings = deepspeed_settings(trainer, dtype)
+        deepspeed_setup.join_process_group()
+        settings = deepspeed_setup.deepspeed_settings(trainer, dtype)
         with _quiet():
             body = load(
                 model, dtype, settings, checkpointing=trainer.gradient_checkpointing, attention=trainer.attention,
@@ -80,13 +73,13 @@ class Critic:
             network.value_head.weight.data.copy_(score_1D)
         scoring = ScoringNetwork(network)
         self._config, self._lr = trainer, critic.lr
-        optimizer = adamw(scoring.parameters(), trainer, lr=critic.lr)
+        optimizer = deepspeed_setup.adamw(scoring.parameters(), trainer, lr=critic.lr)
         self._engine, *_ = deepspeed.initialize(model=scoring, optimizer=optimizer, config=settings)
         attention = body.config._attn_implementation
         self._passes = Passes(config=trainer, device=self._engine.device, attention=attention)
         if trainer.pack_tokens:
             self._engine.eval()
-            packed_attention.confirm(body, lambda inputs: self._engine(inputs, None), self._engine.device)
+            packing.confirm(body, lambda inputs: self._engine(inputs, None), self._engine.device)
 
     def values(self, batch: RolloutBatch) -> Tensor:
         """[B, L] float32 on CPU: what is still to be earned before each sampled token; 0.0 elsewhere."""
@@ -99,23 +92,24 @@ class Critic:
 
     def optim_step(self) -> dict[str, float]:
         """Apply the accumulated gradient."""
-        return take_step(self._engine)
+        return deepspeed_setup.take_step(self._engine)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Names and whole tensors. All ranks must iterate."""
-        yield from full_weights(self._engine.module.network, keep=True)
+        network = self._engine.module.network
+        return named_weights(network, network)
 
     def save_state(self, folder: Path) -> None:
         """Weights and optimizer. Every rank must call it."""
-        self._engine.save_checkpoint(folder, tag=STATE_TAG)
+        self._engine.save_checkpoint(folder, tag=deepspeed_setup.STATE_TAG)
 
     def load_state(self, folder: Path) -> None:
         """Continue from `save_state`. Raises ValueError where no critic was saved."""
-        if not (folder / STATE_TAG).is_dir():
+        if not (folder / deepspeed_setup.STATE_TAG).is_dir():
             raise ValueError(
                 f"{folder}: no critic was saved there, so its run had none; resume with algo.advantage=group, or start anew"
             )
-        load_checkpoint(self._engine, folder, self._config, lr=self._lr)
+        deepspeed_setup.load_checkpoint(self._engine, folder, self._config, lr=self._lr)
 
     def close(self) -> None:
         """Release DeepSpeed's buffers."""

@@ -48,7 +48,10 @@ def measure(
     rounded to bf16 once, the scale that tells a float32 head from one that is not.
     """
     trainer_N = _trainer_logprobs(network.get_output_embeddings(), hidden_ND, token_ids_N, temperature)
-    rollout_BL = torch.stack(_engine_logprobs(engine, hidden_ND, token_ids_N, temperature, shared))
+    logits = (engine_logits(engine, hidden_ND, shared, batch=batch) for batch in DECODE_BATCHES)
+    rollout_BL = torch.stack(
+        [_chosen((x / temperature).log_softmax(-1, dtype=torch.float32), token_ids_N) for x in logits]
+    )
     trainer_BL = trainer_N.expand_as(rollout_BL)
     measured = mismatch.compare(trainer_BL, rollout_BL, torch.ones_like(rollout_BL, dtype=torch.bool), positions=False)
     exact_N, rounded_N = _float64_logprobs(network, hidden_ND, token_ids_N, temperature, master_VD)
@@ -83,13 +86,6 @@ def engine_logits(engine: HeadOwner, hidden_ND: Tensor, shared: Path, *, batch: 
         file = Path(folder) / "hidden.safetensors"
         save_file({"hidden_ND": hidden_ND.detach().cpu().contiguous()}, file)
         return load_file(engine.head_logits(file, batch=batch))["logits_NV"]
-
-
-def _engine_logprobs(
-    engine: HeadOwner, hidden_ND: Tensor, token_ids_N: Tensor, temperature: float, shared: Path
-) -> list[Tensor]:
-    logits = [engine_logits(engine, hidden_ND, shared, batch=batch) for batch in DECODE_BATCHES]
-    return [_chosen((x / temperature).log_softmax(-1, dtype=torch.float32), token_ids_N) for x in logits]
 
 
 def _float64_logprobs(

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from rlalign.logprobs.truncation import Found, Truncation
     from rlalign.types import KeptSets
 
+LOOKS = 4  # calls looked at, until one can tell
+
 
 @dataclass(slots=True)
 class HeadStatus:
@@ -60,7 +62,6 @@ class HeadStatus:
 
 
 _STATUS: weakref.WeakKeyDictionary[nn.Module, HeadStatus] = weakref.WeakKeyDictionary()
-LOOKS = 4  # calls looked at, until one can tell
 
 
 def status_of(lm_head: nn.Module) -> HeadStatus:
@@ -143,81 +144,99 @@ def mirror(model: nn.Module, *, head_dtype: str, chunk: int, keep_mib: int = 0) 
         dtype=head_dtype if head_dtype != "model" else str(next(model.parameters()).dtype).removeprefix("torch."),
         tied=_weight(lm_head) is not None and _weight(lm_head) is _weight(model.get_input_embeddings()),
     )
-    plain_forward = lm_head.forward
-
-    def plain(hidden: Tensor) -> Tensor:
-        logits = plain_forward(hidden)
-        return logits.to(hidden.dtype) if head_dtype == "model" else logits
-
-    def weight_of(lm_head: nn.Linear, hidden: Tensor) -> Tensor:
-        weight = lm_head.weight
-        if status.master_VD is not None:
-            return _Unrounded.apply(weight, status.master_VD)
-        narrower = weight.dtype == torch.float32 and hidden.dtype != torch.float32 and head_dtype == "float32"
-        return weight.to(hidden.dtype) if narrower else weight
+    form = _Form(status, transform, own, head_dtype, chunk or None, keep_mib)
 
     def forward(
         self: nn.Linear, hidden: Tensor, tokens: Tokens | None = None, *, exact: bool = False
     ) -> Tensor | tuple[Tensor, ...]:
+        return form.answer(self, hidden, tokens, exact)
+
+    lm_head.forward = MethodType(forward, lm_head)
+    return status
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What a mirrored head does in the place of its class's forward. own: by the module's own products, logits and all."""
+
+    status: HeadStatus
+    transform: HeadTransform
+    own: bool
+    head_dtype: str
+    chunk: int | None
+    keep_mib: int
+
+    def answer(self, head: nn.Linear, hidden: Tensor, tokens: Tokens | None, exact: bool) -> Tensor | tuple:
+        """Logits, or what `tokens` or the question that travels with this forward asks for."""
+        status = self.status
         status.calls += 1
         asked, length = status.asked, hidden.shape[-2]
         if tokens is None and asked is None:
-            return plain(hidden) if own else projection.project(hidden, weight_of(self, hidden), self.bias)
+            return self.logits(head, hidden)
         if asked is None:
-            hidden = transform.hidden(hidden)  # as the model's own forward does before it calls this module
+            hidden = self.transform.hidden(hidden)  # as the model's own forward does before it calls this module
         else:
             tokens, exact = asked.tokens, asked.exact
             if tokens.ids_BL.shape[1] == length + 1:
                 hidden = nn.functional.pad(hidden, (0, 0, 0, 1))  # no token follows its last row
-        given = scored(self, hidden, tokens, exact)
+        given = self.scored(head, hidden, tokens, exact)
         if status.calls <= LOOKS and status.multiplied is None and (tokens.kept is None or len(given) == 3):
             real = slice(tokens.vocab_size or None)
-            bias = None if self.bias is None else self.bias[real]
-            _look(status, weight_of(self, hidden)[real], bias, transform, hidden, *over_all_ids(tokens, given))
+            bias = None if head.bias is None else head.bias[real]
+            weight = self.weight(head, hidden)[real]
+            _look(status, weight, bias, self.transform, hidden, *_over_all_ids(tokens, given))
         if asked is None:
             return given
         asked.logprobs_BL, asked.entropy_BL = given[:2]
         return given[0][:, :length, None] * 0.0  # in the place of logits: whatever the model does to them
 
-    def over_all_ids(tokens: Tokens, given: tuple) -> tuple[Tokens, Tensor]:
-        """The tokens that have one, and their logprobs before any truncation."""
-        if len(given) == 2:
-            return tokens, given[0]
-        found, device = given[2], given[0].device
-        left = replace(tokens, mask_BL=tokens.mask_BL & ~found.too_large_BL.to(device))
-        return left, given[0] + found.log_mass_BL.to(device)
+    def logits(self, head: nn.Linear, hidden: Tensor) -> Tensor:
+        """As any lm_head gives them."""
+        if not self.own:
+            return projection.project(hidden, self.weight(head, hidden), head.bias)
+        logits = type(head).forward(head, hidden)
+        return logits.to(hidden.dtype) if self.head_dtype == "model" else logits
 
-    def scored(self: nn.Linear, hidden: Tensor, tokens: Tokens, exact: bool) -> tuple[Tensor, ...]:
+    def weight(self, head: nn.Linear, hidden: Tensor) -> Tensor:
+        """What hidden states are multiplied by."""
+        weight = head.weight
+        if self.status.master_VD is not None:
+            return _Unrounded.apply(weight, self.status.master_VD)
+        narrower = weight.dtype == torch.float32 and hidden.dtype != torch.float32 and self.head_dtype == "float32"
+        return weight.to(hidden.dtype) if narrower else weight
+
+    def scored(self, head: nn.Linear, hidden: Tensor, tokens: Tokens, exact: bool) -> tuple[Tensor, ...]:
+        """Logprobs, entropies, and the kept sets where these are asked for."""
         scale = {"temperature": tokens.temperature}
-        if own:
-            logits_BLV = transform.apply(plain(hidden))[..., : tokens.vocab_size or None]
-            mask, kept, found = sets(tokens, partial(truncation.of_logits, logits_BLV, **scale))
+        if self.own:
+            logits_BLV = self.transform.apply(self.logits(head, hidden))[..., : tokens.vocab_size or None]
+            mask, kept, found = _sets(tokens, partial(truncation.of_logits, logits_BLV, **scale))
             return *logprobs.from_logits(logits_BLV, tokens.ids_BL, mask=mask, kept=kept, **scale), *found
-        operands = (hidden, weight_of(self, hidden))
-        scale |= {"bias": self.bias, "soft_cap": transform.soft_cap, "logit_scale": transform.logit_scale}
+        operands = (hidden, self.weight(head, hidden))
+        scale |= {"bias": head.bias, "soft_cap": self.transform.soft_cap, "logit_scale": self.transform.logit_scale}
         scale["vocab_size"] = tokens.vocab_size or None
-        mask, kept, found = sets(tokens, partial(truncation.kept_sets, *operands, **scale))
+        mask, kept, found = _sets(tokens, partial(truncation.kept_sets, *operands, **scale))
         return *logprobs.token_logprobs(
-            *operands,
-            tokens.ids_BL,
-            chunk=chunk or None,
-            keep_mib=keep_mib,
-            entropy=True,
-            mode="exact_mirror" if exact else "fast",
-            mask=mask,
-            kept=kept,
-            **scale,
-        ), *found
+            *operands, tokens.ids_BL, chunk=self.chunk, keep_mib=self.keep_mib, entropy=True,
+            mode="exact_mirror" if exact else "fast", mask=mask, kept=kept, **scale,
+        ), *found  # fmt: skip
 
-    def sets(tokens: Tokens, find: Callable[..., Found]) -> tuple[Tensor, KeptSets | None, tuple[Found, ...]]:
-        """(tokens to score, their kept sets, what was found of these if it was asked for)."""
-        if tokens.truncation is None:
-            return tokens.mask_BL, tokens.kept, ()
-        found = find(tokens.ids_BL, mask=tokens.mask_BL, truncation=tokens.truncation, captured=tokens.kept)
-        return tokens.mask_BL & ~found.too_large_BL.to(tokens.mask_BL.device), found.kept, (found,)
 
-    lm_head.forward = MethodType(forward, lm_head)
-    return status
+def _over_all_ids(tokens: Tokens, given: tuple) -> tuple[Tokens, Tensor]:
+    """The tokens that have one, and their logprobs before any truncation."""
+    if len(given) == 2:
+        return tokens, given[0]
+    found, device = given[2], given[0].device
+    left = replace(tokens, mask_BL=tokens.mask_BL & ~found.too_large_BL.to(device))
+    return left, given[0] + found.log_mass_BL.to(device)
+
+
+def _sets(tokens: Tokens, find: Callable[..., Found]) -> tuple[Tensor, KeptSets | None, tuple[Found, ...]]:
+    """(tokens to score, their kept sets, what was found of these if it was asked for)."""
+    if tokens.truncation is None:
+        return tokens.mask_BL, tokens.kept, ()
+    found = find(tokens.ids_BL, mask=tokens.mask_BL, truncation=tokens.truncation, captured=tokens.kept)
+    return tokens.mask_BL & ~found.too_large_BL.to(tokens.mask_BL.device), found.kept, (found,)
 
 
 def _at(temperature: float | Tensor, rows: Tensor, columns: Tensor) -> float | Tensor:

@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from rlalign.trainer import foreign_weights, head_mirror
+from rlalign.trainer import checkpoint_names, head_mirror
 from rlalign.trainer.head_mirror import Asked, HeadStatus, Tokens
 from rlalign.trainer.rounding.mirroring import MirroredBody, unmirror_body
 
@@ -108,7 +108,7 @@ class Mirror:
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Hugging Face names and whole tensors, for `publish` and `verify`: shards gathered, LoRA merged; all ranks iterate."""
-        return foreign_weights.named_weights(self.model, self.inner)
+        return checkpoint_names.named_weights(self.model, self.inner)
 
     def require_in_place(self) -> None:
         """Raise RuntimeError when the head is not the mirror's any more."""

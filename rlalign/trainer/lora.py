@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import deepspeed
 import peft
 import torch
 from peft.tuners.lora import Linear
@@ -21,12 +20,12 @@ from transformers.pytorch_utils import Conv1D
 
 from rlalign import ranks
 from rlalign.config import LoraConfig
+from rlalign.trainer.checkpoint_names import gathered
 
 ADAPTER = "default"  # peft's name of an only adapter
 FOLDER = "adapter"  # inside a saved model's folder
 LINEAR = (nn.Linear, Conv1D)
 OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # that peft maps to fused experts
-BASE = ".base_layer"  # what peft inserts into the names of the weights below an adapter
 
 logger = logging.getLogger(__name__)
 
@@ -62,31 +61,13 @@ class Adapters:
                     f"trainer.lora.targets={config.targets}: {name} {reason}; target linear layers of the body"
                 )
         for name, parameter in network.named_parameters():
-            parameter.requires_grad_(_is_adapter(name))
-
-    def weights(self, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
-        """The weights under their Hugging Face names, adapters merged in; under ZeRO-3 gathered in turn: all ranks iterate.
-
-        A merged weight is base + scale * B @ A in float32, rounded once to the base's dtype. keep: this rank reads them.
-        """
-        for name, parameter in self._network.named_parameters():
-            if _is_adapter(name):
-                continue
-            path, _, leaf = name.rpartition(".")
-            layer = self.layers.get(path.removesuffix(BASE)) if leaf == "weight" else None
-            with _gathered([parameter] if layer is None else [parameter, *_pair(layer)]):
-                whole = parameter.detach()
-                if keep and layer is not None:
-                    whole = _merged(layer)
-                elif keep and hasattr(parameter, "ds_id"):
-                    whole = whole.to("cpu", copy=True)
-            yield name.replace(f"{BASE}.", "."), whole
+            parameter.requires_grad_(".lora_A." in name or ".lora_B." in name)
 
     def save(self, directory: Path) -> None:
         """Write them beside a saved model, from rank 0, as `peft.PeftModel.from_pretrained` reads them. Every rank must call it."""
         tensors: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
-            with _gathered(_pair(layer)):
+            with gathered(_pair(layer)):
                 for kind, weight in zip(("lora_A", "lora_B"), _pair(layer), strict=True):
                     if ranks.rank() == 0:
                         tensors[f"base_model.model.{name}.{kind}.weight"] = weight.detach().to("cpu", copy=True)
@@ -155,24 +136,5 @@ def _refusal(network: nn.Module, name: str, layer: nn.Module, head: nn.Module) -
     return "is read by fused kernels past an adapter" if _read_past(network, name) else ""
 
 
-def _is_adapter(name: str) -> bool:
-    return ".lora_A." in name or ".lora_B." in name
-
-
 def _pair(layer: Linear) -> list[nn.Parameter]:
     return [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
-
-
-def _merged(layer: Linear) -> Tensor:
-    a_RK, b_MR = _pair(layer)
-    base_MK = layer.get_base_layer().weight.detach()
-    change_MK = (b_MR.detach().float() @ a_RK.detach().float()) * layer.scaling[ADAPTER]
-    if type(layer.get_base_layer()) is Conv1D:
-        change_MK = change_MK.t().contiguous()
-    return change_MK.add_(base_MK).to(base_MK.dtype)
-
-
-@contextmanager
-def _gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
-    with deepspeed.zero.GatheredParameters(parameters, enabled=hasattr(parameters[0], "ds_id")):
-        yield

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from rlalign.head import widened
-from rlalign.trainer import attention_choice, packed_attention, sdpa
+from rlalign.trainer import attention_choice, packing
+from rlalign.trainer.attention import install as install_sdpa
 from rlalign.trainer.deepspeed_setup import round_biased_layers_once
 from rlalign.trainer.exact_network import make_exact
 from rlalign.trainer.head_mirror import Tokens
@@ -32,7 +32,7 @@ class ScoringNetwork(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logprobs and entropies [B, L] of `tokens`; with None the hidden states [B, L, D] that the head is given.
 
-        inputs: of the body, from `padded_inputs` or `packed_attention.inputs`.
+        inputs: of the body, from `padded_inputs` or `packing.inputs`.
         """
         body = self.network.base_model(**inputs, use_cache=False)
         if tokens is None:
@@ -82,9 +82,9 @@ def load(
     elif mirrored is not None:
         _mirror(network, mirrored)
     else:
-        sdpa.install(network)
+        install_sdpa(network)
     if packed:
-        packed_attention.require(network)
+        packing.require(network)
     if checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     return network
@@ -119,17 +119,3 @@ def _restore_buffers(network: nn.Module) -> None:
             f"ZeRO-3 loaded the buffers {', '.join(rounded)} in 16 bits; their float32 values are not known here. "
             "Train this architecture with trainer.zero_stage=2"
         )
-
-
-def full_weights(network: nn.Module, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
-    """Names and whole tensors, a tied weight once; under ZeRO-3 each is gathered in turn, so that every rank must iterate.
-
-    keep: this rank reads them, so that a gathered one is copied to CPU before it is let go.
-    """
-    for name, parameter in network.named_parameters():
-        if not hasattr(parameter, "ds_id"):  # DeepSpeed's own mark of a partitioned parameter
-            yield name, parameter
-            continue
-        with deepspeed.zero.GatheredParameters([parameter]):
-            whole = parameter.detach().to("cpu", copy=True) if keep else parameter.detach()
-        yield name, whole

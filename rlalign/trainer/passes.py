@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rlalign import ranks
 from rlalign.config import TrainerConfig
 from rlalign.logprobs.truncation import Found, Truncation
-from rlalign.trainer import packed_attention
+from rlalign.trainer import packing
 from rlalign.trainer.forced_experts import ForcedExperts
 from rlalign.trainer.head_mirror import Tokens
 from rlalign.trainer.network import padded_inputs
@@ -145,7 +145,7 @@ class Passes:
         tokens = Tokens(
             row.token_ids_1T, row.loss_mask_1T, self.temperature, row.kept, truncation, batch.spec.vocab_size
         )
-        given = module(packed_attention.inputs(row, self.attention), tokens, exact=exact)
+        given = module(packing.inputs(row, self.attention), tokens, exact=exact)
         if truncation is None:
             return tuple(row.unpack(value_1T) for value_1T in given)
         *values, found = given

@@ -18,19 +18,11 @@ from torch import Tensor
 
 from rlalign import ranks
 from rlalign.config import AlgoConfig, TrainerConfig
-from rlalign.trainer import packed_attention
-from rlalign.trainer.checkpoint_names import as_checkpoint
-from rlalign.trainer.deepspeed_setup import (
-    STATE_TAG,
-    adamw,
-    deepspeed_settings,
-    join_process_group,
-    load_checkpoint,
-    take_step,
-)
+from rlalign.trainer import deepspeed_setup, packing
+from rlalign.trainer.checkpoint_names import as_checkpoint, named_weights
 from rlalign.trainer.forced_experts import ForcedExperts
 from rlalign.trainer.head_mirror import HeadStatus, mirror
-from rlalign.trainer.network import ScoringNetwork, full_weights, load, padded_inputs
+from rlalign.trainer.network import ScoringNetwork, load, padded_inputs
 from rlalign.trainer.passes import LossFunction, Passes
 from rlalign.trainer.rounding.mirroring import BodyPlan, MirroredBody, body_of
 from rlalign.types import RolloutBatch, TrainBatch
@@ -68,9 +60,9 @@ class Policy:
         torch.manual_seed(seed)
         if config.threads:
             torch.set_num_threads(config.threads)
-        join_process_group()
+        deepspeed_setup.join_process_group()
         self._config, self._lr = config, algo.lr
-        settings = deepspeed_settings(config, dtype)
+        settings = deepspeed_setup.deepspeed_settings(config, dtype)
         form = {"exact": exact, "attention": config.attention, "packed": config.pack_tokens > 0, "mirrored": mirrored}
         network = load(model, dtype, settings, checkpointing=config.gradient_checkpointing, **form)
         tiles = {"chunk": config.logprob_chunk, "keep_mib": config.logprob_keep_mib}
@@ -82,7 +74,7 @@ class Policy:
         self._reference = _Reference(model, config, dtype, head_dtype, exact, mirrored) if needs_copy else None
         scoring = ScoringNetwork(network)
         trained = [parameter for parameter in scoring.parameters() if parameter.requires_grad]
-        optimizer = adamw(trained, config, lr=algo.lr)
+        optimizer = deepspeed_setup.adamw(trained, config, lr=algo.lr)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / algo.warmup_steps) if algo.warmup_steps else 1.0
         )
@@ -101,7 +93,7 @@ class Policy:
         self.head.prove(network.get_output_embeddings(), self.device)
         if config.pack_tokens:
             self._engine.eval()
-            packed_attention.confirm(network, lambda inputs: self._engine(inputs, None), self.device)
+            packing.confirm(network, lambda inputs: self._engine(inputs, None), self.device)
 
     @property
     def attention(self) -> str:
@@ -176,7 +168,7 @@ class Policy:
 
     def optim_step(self) -> dict[str, float]:
         """Apply the accumulated gradient; the policy's version grows by one."""
-        found = take_step(self._engine)
+        found = deepspeed_setup.take_step(self._engine)
         self.version += 1
         self._refresh_master()
         return found
@@ -201,12 +193,14 @@ class Policy:
     def save_state(self, folder: Path) -> None:
         """Everything training goes on from: trained weights, optimizer, schedule, version. Every rank must call it."""
         state, frozen = {"version": self.version}, self._adapters is not None
-        self._engine.save_checkpoint(folder, tag=STATE_TAG, client_state=state, exclude_frozen_parameters=frozen)
+        self._engine.save_checkpoint(
+            folder, tag=deepspeed_setup.STATE_TAG, client_state=state, exclude_frozen_parameters=frozen
+        )
 
     def load_state(self, folder: Path) -> None:
         """Continue from `save_state`; the version goes back with the weights. Raises RuntimeError when DeepSpeed finds none."""
         whole = self._adapters is None
-        state = load_checkpoint(self._engine, folder, self._config, lr=self._lr, strict=whole)
+        state = deepspeed_setup.load_checkpoint(self._engine, folder, self._config, lr=self._lr, strict=whole)
         if state is None:
             raise RuntimeError(f"{folder}: DeepSpeed found no state to load there")
         self.version = state["version"]
@@ -228,8 +222,7 @@ class Policy:
             self._passes.experts.require(batch)
 
     def _whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        keep = ranks.rank() == 0
-        return full_weights(self.network, keep=keep) if self._adapters is None else self._adapters.weights(keep=keep)
+        return named_weights(self.network, self.network, keep=ranks.rank() == 0)
 
     def _refresh_master(self) -> None:
         """With head_dtype=master, fetch the fp32 lm_head from the optimizer. Collective: its shards lie on all ranks."""
@@ -260,15 +253,9 @@ class _Reference:
     """The initial policy, frozen, for the KL penalty: partitioned like the policy under ZeRO-3, whole on every rank otherwise."""
 
     def __init__(
-        self,
-        model: Path,
-        config: TrainerConfig,
-        dtype: str,
-        head_dtype: str,
-        exact: bool,
-        mirrored: BodyPlan | None,
+        self, model: Path, config: TrainerConfig, dtype: str, head_dtype: str, exact: bool, mirrored: BodyPlan | None
     ) -> None:
-        settings = deepspeed_settings(config, dtype)
+        settings = deepspeed_setup.deepspeed_settings(config, dtype)
         form = {"exact": exact, "attention": config.attention, "packed": config.pack_tokens > 0, "mirrored": mirrored}
         network = load(model, dtype, settings, checkpointing=False, **form).requires_grad_(False)
         mirror(network, head_dtype=head_dtype, chunk=config.logprob_chunk)

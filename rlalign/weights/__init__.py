@@ -6,10 +6,16 @@ The weights travel in buckets (`rlalign.weights.bucket`), by one of the transpor
 the workers take one, the next is filled.
 """
 
+from rlalign.weights.bucket import Receiver, Transport
 from rlalign.weights.digest import digest
-from rlalign.weights.publishing import MASTER_WEIGHT, SHARED_MEMORY, PublishReport, publish, publish_from_ranks
-from rlalign.weights.receiver import Receiver, Transport
-from rlalign.weights.transports import open_transport
+from rlalign.weights.publishing import (
+    MASTER_WEIGHT,
+    SHARED_MEMORY,
+    PublishReport,
+    open_transport,
+    publish,
+    publish_from_ranks,
+)
 
 __all__ = [
     "MASTER_WEIGHT",

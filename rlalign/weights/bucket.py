@@ -1,8 +1,8 @@
-"""Buckets: the tensors of a publish in pieces of bounded size, and what both ends say about each tensor in one."""
+"""Buckets: the tensors of a publish in pieces of bounded size; and the parties that fill, carry and take them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MIB = 2**20
+ALIGNMENT = 16  # bytes: where a tensor of any dtype may start
 # A file of buckets is ordinary safetensors; these are its names of torch's dtypes.
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
@@ -42,6 +43,11 @@ class Entry:
         dtype = getattr(torch, self.dtype)
         piece = data[self.start : self.end]
         return (piece if self.start % dtype.itemsize == 0 else piece.clone()).view(dtype).view(self.shape)
+
+
+def who(answer: dict) -> str:
+    """How a worker that answered is called in messages."""
+    return f"rank {answer['rank']}" if answer["engine"] == "embedded" else f"{answer['engine']}, rank {answer['rank']}"
 
 
 def dtype_name(tensor: Tensor, name: str) -> str:
@@ -87,16 +93,11 @@ def filled(named_weights: Iterable[tuple[str, Tensor]], empty: Callable[[int], B
 
 def differing(entries: Iterable[Entry], data: Tensor) -> list[str]:
     """One line for each tensor whose bytes in `data` are not those that were sent."""
-    from rlalign.weights.digest import digest
-
     return [
         f"{e.name}: its bytes are not those that were sent"
         for e in entries
         if digest(data[e.start : e.end]) != e.digest
     ]
-
-
-ALIGNMENT = 16  # bytes: where a tensor of any dtype may start
 
 
 class Group(Protocol):
@@ -139,3 +140,54 @@ class BufferBucket:
     @property
     def _start(self) -> int:
         return -(-self._written // ALIGNMENT) * ALIGNMENT
+
+
+class Receiver(Protocol):
+    """One or many engines, each with one or many workers."""
+
+    @property
+    def engines(self) -> Sequence[str]:
+        """Their names: "embedded", or the servers' addresses."""
+        ...
+
+    def ask(self, method: str, *args: Any) -> list[dict]:
+        """Call a method of every worker of every engine at the same time; each answer carries "rank" and "engine"."""
+        ...
+
+    def ask_each(self, method: str, args_of_engine: Sequence[tuple]) -> list[dict]:
+        """`ask` with other arguments for each engine, in the order of `engines`."""
+        ...
+
+    def suspend(self, reason: str) -> None:
+        """Refuse to generate from now on, giving `reason`."""
+
+    def acknowledge(self, version: int) -> None:
+        """Stamp the version on everything sampled from now on, which uses no key/value block of older weights, and allow it."""
+
+
+class Transport(Protocol[B]):
+    """The trainer's end of a way to carry buckets. Nothing of it is shared by two publishes at a time."""
+
+    def prepare(self) -> None:
+        """Before anything is suspended: be ready for `empty`, or raise ValueError for what this host cannot do."""
+
+    def meet(self, receiver: Receiver, workers: list[dict]) -> dict[str, Any]:
+        """Make contact; returns what `rlalign_begin` tells every worker. workers: their `rlalign_whereabouts`."""
+        ...
+
+    def empty(self, first: int) -> B:
+        """A new bucket whose first tensor has `first` bytes."""
+        ...
+
+    def seal(self, bucket: B) -> None:
+        """End the filling of a bucket."""
+
+    def deliver(self, receiver: Receiver, bucket: B) -> list[dict]:
+        """Have every worker take it; one answer each. Runs in a thread of its own while the next bucket is filled."""
+        ...
+
+    def finish(self, *, failed: bool) -> None:
+        """The publish is over; free what it held. After a failure also whatever a worker may still wait for."""
+
+    def close(self) -> None:
+        """The run is over."""

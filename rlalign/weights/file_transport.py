@@ -19,9 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlalign.weights.bucket import DTYPES, MIB, NAMES, Entry, differing, dtype_name
+from rlalign.weights.bucket import DTYPES, MIB, NAMES, Entry, Receiver, differing, dtype_name
 from rlalign.weights.digest import bytes_of
-from rlalign.weights.receiver import Receiver
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,7 +137,8 @@ class FileTransport:
     def deliver(self, receiver: Receiver, bucket: FileBucket) -> list[dict]:
         """Have every rank take the bucket; its file is gone afterwards."""
         try:
-            return receiver.ask("rlalign_take", self._description(bucket))
+            told = {"file": str(bucket.path), "mapped": not self.durable, "timeout_s": self.timeout_s}
+            return receiver.ask("rlalign_take", told | {"entries": [entry.plain() for entry in bucket.entries]})
         finally:
             bucket.discard()
 
@@ -161,14 +161,6 @@ class FileTransport:
 
     def close(self) -> None:
         """Nothing is held between publishes."""
-
-    def _description(self, bucket: FileBucket) -> dict[str, Any]:
-        return {
-            "file": str(bucket.path),
-            "mapped": not self.durable,
-            "timeout_s": self.timeout_s,
-            "entries": [entry.plain() for entry in bucket.entries],
-        }
 
 
 def greet(hello: Path, timeout_s: float) -> list[str]:
@@ -251,18 +243,13 @@ def _require_header(path: Path, entries: list[Entry]) -> int:
             )
         header = json.loads(file.read(HEADER_BYTES))
         size = os.fstat(file.fileno()).st_size
-    told = {n: _stated(n, e) for n, e in header.items()}
-    if told != {e.name: Entry(e.name, e.dtype, e.shape, e.start, e.end, "") for e in entries}:
+    told = {name: (DTYPES[said["dtype"]], said["shape"], said["data_offsets"]) for name, said in header.items()}
+    if told != {e.name: (e.dtype, e.shape, [e.start, e.end]) for e in entries}:
         raise ValueError("its header names other tensors than the trainer announced")
     whole = 8 + HEADER_BYTES + max((e.end for e in entries), default=0)
     if size != whole:
         raise ValueError(f"has {size} bytes instead of {whole}: half written")
     return size
-
-
-def _stated(name: str, header: dict[str, Any]) -> Entry:
-    start, end = header["data_offsets"]
-    return Entry(name, DTYPES[header["dtype"]], header["shape"], start, end, "")
 
 
 def _own_prefix() -> str:

@@ -1,4 +1,4 @@
-"""The two phases of a publish, whatever carries the buckets."""
+"""publish(): its two phases, whatever carries the buckets; and which transport a configuration asks for."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlalign import ranks
-from rlalign.config.sections import MEMORY_OF_ONE_BOX
-from rlalign.weights.bucket import filled
+from rlalign.config.sections import FILE_TRANSPORTS, MEMORY_OF_ONE_BOX, WeightsConfig
+from rlalign.weights.bucket import MIB, Receiver, Transport, filled, who
 from rlalign.weights.file_transport import FileTransport
-from rlalign.weights.receiver import Receiver, Transport
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlalign.weights.bucket import Bucket
 
 MASTER_WEIGHT = "rlalign.master_lm_head"  # the unrounded fp32 lm_head, beside the 16-bit weights it belongs to
 SHARED_MEMORY = Path(MEMORY_OF_ONE_BOX)
@@ -140,7 +138,9 @@ class _Update:
         taken: Future[list[dict]] = lane.submit(self._begin)
         for bucket in filled(named_weights, self._transport.empty):
             self._transport.seal(bucket)
-            self._count(bucket)
+            self.buckets += 1
+            self.tensors += len(bucket.entries)
+            self.bytes += sum(entry.end - entry.start for entry in bucket.entries)
             self._require(taken.result())
             taken = lane.submit(self._transport.deliver, self._receiver, bucket)
         self._require(taken.result())
@@ -160,23 +160,18 @@ class _Update:
         acks = self._receiver.ask("rlalign_finish", {"version": self.version, "whole": uneven})
         self._require(acks)
         problems = [
-            f"{_who(a)}: took {a['tensors']} tensors of {a['bytes']} bytes for version {a['version']}"
+            f"{who(a)}: took {a['tensors']} tensors of {a['bytes']} bytes for version {a['version']}"
             for a in acks
             if (a["version"], a["tensors"], a["bytes"]) != (self.version, self.tensors, self.bytes)
         ]
         self._refuse(problems + _different_replicas(acks))
         return acks
 
-    def _count(self, bucket: Bucket) -> None:
-        self.buckets += 1
-        self.tensors += len(bucket.entries)
-        self.bytes += sum(entry.end - entry.start for entry in bucket.entries)
-
     def _require(self, acks: list[dict]) -> None:
         """Raise RuntimeError unless every worker answered, and none with a problem. Servers that left the receiver do not count."""
         self._workers = [w for w in self._workers if w["engine"] in self._receiver.engines]
-        missing = [f"{_who(w)}: did not answer" for w in self._workers if _who(w) not in {_who(a) for a in acks}]
-        self._refuse(missing + [f"{_who(a)}: {problem}" for a in acks for problem in a["problems"]])
+        missing = [f"{who(w)}: did not answer" for w in self._workers if who(w) not in {who(a) for a in acks}]
+        self._refuse(missing + [f"{who(a)}: {problem}" for a in acks for problem in a["problems"]])
 
     def _refuse(self, problems: list[str]) -> None:
         if not self._workers:
@@ -204,16 +199,12 @@ def _different_replicas(acks: list[dict]) -> list[str]:
     """Workers of one rank in different engines hold the same shard, so that they must compute with the same numbers."""
     found: dict[int, dict[str, str]] = {}
     for ack in acks:
-        found.setdefault(ack["rank"], {}).setdefault(ack["fingerprint"], _who(ack))
+        found.setdefault(ack["rank"], {}).setdefault(ack["fingerprint"], who(ack))
     return [
         f"{' and '.join(owners.values())} took the same weights and compute with different ones"
         for owners in found.values()
         if len(owners) > 1
     ]
-
-
-def _who(answer: dict) -> str:
-    return f"rank {answer['rank']}" if answer["engine"] == "embedded" else f"{answer['engine']}, rank {answer['rank']}"
 
 
 def _give_up(error: Exception, version: int, receiver: Receiver) -> None:
@@ -231,3 +222,18 @@ def _give_up(error: Exception, version: int, receiver: Receiver) -> None:
 def _drain(weights: Iterator[tuple[str, Tensor]]) -> None:
     for _ in weights:
         pass
+
+
+def open_transport(config: WeightsConfig) -> Transport:
+    """The transport of a run, for every publish of it; close it at the end. Raises ValueError for what this host cannot do."""
+    size = config.bucket_mib * MIB
+    if config.transport in FILE_TRANSPORTS:
+        durable = config.transport == "folder"
+        return FileTransport(Path(config.shared), bucket_bytes=size, timeout_s=config.timeout_s, durable=durable)
+    from rlalign.weights.wire_transport import WireTransport
+
+    transport = WireTransport(
+        config.transport, bucket_bytes=size, timeout_s=config.timeout_s, address=config.address, port=config.port
+    )
+    transport.prepare()
+    return transport

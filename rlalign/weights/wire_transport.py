@@ -16,8 +16,7 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from rlalign.weights.bucket import BufferBucket, Group
-from rlalign.weights.receiver import Receiver
+from rlalign.weights.bucket import BufferBucket, Group, Receiver
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,12 +44,15 @@ class WireTransport:
 
     def meet(self, receiver: Receiver, workers: list[dict]) -> dict[str, Any]:
         """Form the group, unless the one of the last publish still has exactly these members."""
+        from rlalign.weights.groups import form_gloo, form_nccl
+
         self._refuse(workers)
         members = [(w["engine"], w["rank"], w["host"], w["pid"]) for w in workers]
         if self._group is None or members != self._members:
             self.close()
             address = self._address or _address_for(receiver.engines)
-            self._group = self._form(receiver, workers, address)
+            form = form_gloo if self.kind == "gloo" else form_nccl
+            self._group = form(receiver, workers, address=address, port=self._port, timeout_s=self.timeout_s)
             self._members = members
         return {"route": "wire"}
 
@@ -106,13 +108,6 @@ class WireTransport:
             names = ", ".join(f"{w['engine']}, rank {w['rank']} on {w['host']} ({w['device']})" for w in lame)
             raise ValueError(f"weights.transport=nccl: no CUDA device at {names}; use weights.transport=gloo")
 
-    def _form(self, receiver: Receiver, workers: list[dict], address: str) -> Group:
-        if self.kind == "gloo":
-            from rlalign.weights.gloo import form
-        else:
-            from rlalign.weights.nccl import form
-        return form(receiver, workers, address=address, port=self._port, timeout_s=self.timeout_s)
-
     def _update(self, bucket: BufferBucket) -> dict[str, Any]:
         """What vLLM's engine of this kind is told about one update."""
         if self.kind == "gloo":
@@ -126,7 +121,7 @@ class WireTransport:
 
 def _address_for(engines: Sequence[str]) -> str:
     """This host's address as every server sees it: the one on the way to them, and a loopback address only if all are here."""
-    from rlalign.weights.gloo import towards
+    from rlalign.weights.groups import towards
 
     found = [towards(urlsplit(engine).hostname or engine) for engine in engines]
     return next((address for address in found if not ip_address(address).is_loopback), found[0])
@@ -134,7 +129,7 @@ def _address_for(engines: Sequence[str]) -> str:
 
 def _raise_what_failed(taken: Future[list[dict]]) -> None:
     """The answers come after the last byte; one that is there while bytes are under way tells of a failure, or is just early."""
-    from rlalign.weights.gloo import refuse_problems
+    from rlalign.weights.groups import refuse_problems
 
     if taken.done():
         refuse_problems(taken.result())

@@ -133,8 +133,8 @@ def bare_engine(folder: Path, *, head_dtype: str = "float32", mode: str = "auto"
     """vLLM's own LLM with our plugin and worker extension, for what VLLMEngine does not offer (LoRA, drafts, transports)."""
     import os
 
+    from rlalign.rollout import SETTINGS_KEY
     from rlalign.rollout.engine.embedded import EMBEDDED_ENVIRONMENT
-    from rlalign.rollout.names import SETTINGS_KEY
 
     for name, value in EMBEDDED_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -191,8 +191,8 @@ class TwoServers:
             start_timeout_s=self.patience_s,
         )
         config = replace(config, **settings)
-        wanted = replace(self.launch.wanted(), model=model or self.launch.model, max_model_len=config.max_model_len)
-        return ServerPool(config.servers, config, wanted, count=len(config.servers))
+        wanted = replace(self.launch, model=model or self.launch.model, config=config)
+        return ServerPool(config.servers, wanted, count=len(config.servers))
 
     def restart(self, index: int) -> None:
         from rlalign.rollout.server.launching import ServerProcess

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 import rlalign
 from benchmarks.body_families import KNOWN, gap, sampled, start
 from rlalign.diagnose.families import building
-from rlalign.rollout.worker import steady_layers
+from rlalign.rollout.worker import cpu
 from rlalign.trainer.rounding.mirroring import body_of
 
 EQUAL = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "granite", "cohere", "olmo2")
@@ -19,7 +19,7 @@ def environment(monkeypatch, tmp_path):
     for name in ("RLALIGN_HEAD", "RLALIGN_STEADY"):
         monkeypatch.setenv(name, "")
     monkeypatch.setenv("RLALIGN_CACHE", str(tmp_path / "cache"))
-    steady_layers.install()  # vLLM loads plugins, which ask the variable, once per process: before another test's engine
+    cpu.install_steady()  # vLLM loads plugins, which ask the variable, once per process: before another test's engine
 
 
 def mirrored(family, folder):

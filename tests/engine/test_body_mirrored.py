@@ -7,9 +7,9 @@ import torch
 
 from rlalign.diagnose.both_sides import probed_body, trainer_network, trainer_scores
 from rlalign.head import steady
-from rlalign.loops.body import settle
+from rlalign.loops.mirrors import settle
 from rlalign.rollout.engine.embedded import VLLMEngine
-from rlalign.rollout.worker.cpu_kernels import attend
+from rlalign.rollout.worker.cpu import attend
 from rlalign.run.assembly import require_steady
 from rlalign.trainer.rounding import variants
 from rlalign.trainer.rounding.mirroring import VLLM_CPU

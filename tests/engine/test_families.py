@@ -8,7 +8,7 @@ import torch
 
 from rlalign.diagnose.attribution.measure import measure, prove_steps
 from rlalign.diagnose.families import building, family_table
-from rlalign.rollout.engine import inspection, own_process
+from rlalign.rollout.engine import own_process, teacher_forcing
 from rlalign.rollout.engine.arguments import require_dtype, require_one_window, require_reloads
 from rlalign.rollout.worker import readback
 from rlalign.trainer.checkpoint_names import as_checkpoint
@@ -69,14 +69,16 @@ def test_a_stale_expert_is_named_without_loading_anything(experts, tmp_path):
     folder, engine = experts
     model, _ = published(folder, engine, tmp_path, version=5, seed=5)
     weights = list(as_checkpoint(model, model.named_parameters()))
-    assert inspection.differing_weights(engine, weights, shared=tmp_path) == {0: []}
+    assert teacher_forcing.differing_weights(engine, weights, shared=tmp_path) == {0: []}
     layer = experts_of(engine)
     kept = layer.w2_weight.detach().clone()
     layer.w2_weight.data.view(-1)[0] += 1.0
-    (found,) = inspection.differing_weights(engine, weights, shared=tmp_path).values()
+    (found,) = teacher_forcing.differing_weights(engine, weights, shared=tmp_path).values()
     assert found and all("down_proj" in line and "layers.0" in line for line in found)
     layer.w2_weight.data.copy_(kept)
-    assert inspection.differing_weights(engine, weights, shared=tmp_path) == {0: []} and apart(engine, model) < 1e-4
+    assert (
+        teacher_forcing.differing_weights(engine, weights, shared=tmp_path) == {0: []} and apart(engine, model) < 1e-4
+    )
 
 
 def test_parts_of_a_fused_weight_that_come_alone_are_refused(experts, tmp_path):
@@ -134,9 +136,9 @@ def test_a_convolution_that_is_kept_twice_is_published_twice(tmp_path):
         apart = torch.tensor(engine.score(sequences), dtype=torch.float64) - building.reference(model, sequences)
         assert float((apart.exp() - 1 - apart).mean()) < 5e-3  # 6e-2 with the old convolution
         mixer = next(m for m in worker_of(engine._llm).get_model().modules() if hasattr(m, "conv_weights"))
-        assert inspection.differing_weights(engine, weights, shared=tmp_path) == {0: []}
+        assert teacher_forcing.differing_weights(engine, weights, shared=tmp_path) == {0: []}
         mixer.conv_weights.view(-1)[0] += 1.0
-        (found,) = inspection.differing_weights(engine, weights, shared=tmp_path).values()
+        (found,) = teacher_forcing.differing_weights(engine, weights, shared=tmp_path).values()
         assert len(found) == 1 and "layers.0.mixer.conv1d.weight" in found[0]
     finally:
         engine.close()

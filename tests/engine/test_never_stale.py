@@ -18,12 +18,10 @@ from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
 from rlalign.head import projection
 from rlalign.head.cache import Epoch
-from rlalign.rollout import versions
-from rlalign.rollout.head import epoch_hooks
+from rlalign.rollout import GLOO_TRANSFER, hooks, versions
 from rlalign.rollout.head.logits_processor import CACHE
-from rlalign.rollout.names import GLOO_TRANSFER
 from rlalign.weights.bucket import BufferBucket
-from rlalign.weights.gloo import GlooGroup
+from rlalign.weights.groups import GlooGroup
 from tests.engine.conftest import bare_engine, logits_through, perturbed, worker_of
 
 NAME = "lm_head.weight"
@@ -227,13 +225,13 @@ def test_without_the_sample_only_writes_behind_our_back_are_missed(rig, route, f
 @pytest.mark.parametrize("route", ROUTES)
 def test_without_hooks_and_sample_the_metadata_misses_what_it_is_known_to_miss(rig, route, fp32_copies, monkeypatch):
     monkeypatch.setattr(CACHE, "check_every", 10**9)
-    hooks_off(monkeypatch, epoch_hooks.RPC, epoch_hooks.CALLABLE, epoch_hooks.LOADER)
+    hooks_off(monkeypatch, hooks.RPC, hooks.CALLABLE, hooks.LOADER)
     rig.logits()
     ROUTES[route](rig)
     assert rig.is_fresh() == (route in SEEN_BY_METADATA)
 
 
-ONLY_GUARD = {epoch_hooks.RPC: callable_method, epoch_hooks.CALLABLE: callable_rpc, epoch_hooks.LOADER: load_weights}
+ONLY_GUARD = {hooks.RPC: callable_method, hooks.CALLABLE: callable_rpc, hooks.LOADER: load_weights}
 
 
 @pytest.mark.parametrize("hook", ONLY_GUARD)

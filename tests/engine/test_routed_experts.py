@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rlalign import mismatch
 from rlalign.config import TrainerConfig, compose, load
 from rlalign.diagnose.families.family_table import RECIPES
-from rlalign.run.scoring_step import scored
+from rlalign.run.step import scored
 from rlalign.run.train import train
 from rlalign.tasks import Task
 from rlalign.tiny_policy.tokenizer import byte_tokenizer

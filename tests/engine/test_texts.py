@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rlalign.rollout.engine.texts import core_of, said, texts
+from rlalign.rollout.engine.completions import core_of, said, texts
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
 
 CORPUS = [

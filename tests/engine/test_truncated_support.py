@@ -13,9 +13,9 @@ from rlalign.config import AlgoConfig, RolloutConfig, TrainerConfig
 from rlalign.logprobs.truncation import Truncation, kept_mask
 from rlalign.mismatch.causes import Evidence, likely_causes
 from rlalign.objective import choice, corrections
-from rlalign.rollout.engine.known_ids import UnknownIds
+from rlalign.rollout.engine.completions import UnknownIds
 from rlalign.rollout.engine.surface import spec_of
-from rlalign.run.scoring_step import scored
+from rlalign.run.step import scored
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
 from rlalign.types import TrainBatch, collate
 from tests.engine.conftest import ROLLOUT, sample, start

@@ -9,6 +9,7 @@ import shutil
 from transformers import AutoTokenizer
 
 from rlalign.config import compose, load
+from rlalign.diagnose.replay import replay
 from rlalign.rollout.engine.embedded import VLLMEngine
 from rlalign.run.train import train
 from rlalign.tiny_policy import cached_policy
@@ -46,6 +47,7 @@ def test_a_run_talks_with_its_environment_and_trains_on_every_turn(tmp_path, mon
         "task.max_turns=3",
         "tracking.eval_samples=1",
         "tracking.trace_every=1",
+        "tracking.replay_every=1",
     ]
     summary = train(load(compose("demo", [*run, *talks])))
 
@@ -69,3 +71,7 @@ def test_a_run_talks_with_its_environment_and_trains_on_every_turn(tmp_path, mon
     seconds = [prompt for batch in asked for prompt, _ in batch if prompt.count(tokenizer.eos_token_id)]
     second = tokenizer.encode("12 + 25 =", add_special_tokens=False)
     assert seconds and all(prompt[: -len(second)] in firsts and prompt[-len(second) :] == second for prompt in seconds)
+
+    found = replay(tmp_path / "run", 1)
+    assert found.reproduced and [answer.verdict for answer in found.answers] == ["bit for bit", "bit for bit"]
+    assert found.answers[0].compared == found.answers[0].tokens == rows[1]["rollout/tokens"]

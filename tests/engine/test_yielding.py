@@ -7,13 +7,13 @@ import pytest
 import zmq
 from vllm.distributed.device_communicators import shm_broadcast
 
-from rlalign.rollout.engine import yielding
+from rlalign.rollout.engine import own_process
 
 
 @pytest.fixture
 def reader_and_writer(tmp_path):
     address, context = f"ipc://{tmp_path}/notify", zmq.Context()
-    yielding.install()
+    own_process.yield_cores()
     writer = shm_broadcast.SpinCondition(is_reader=False, context=context, notify_address=address)
     reader = shm_broadcast.SpinCondition(is_reader=True, context=context, notify_address=address, busy_loop_s=60)
     while not reader.local_notify_socket.poll(20):  # a subscription takes a moment to be known
@@ -30,15 +30,15 @@ def test_a_wait_spins_for_a_moment_and_sleeps_after_it(reader_and_writer, monkey
     reader.last_read = time.monotonic() + 60  # just now, on the slowest machine too
     reader.wait()
     assert len(spins) == 1
-    reader.last_read = time.monotonic() - 2 * yielding.SPIN_S  # vLLM itself would go on without a pause
+    reader.last_read = time.monotonic() - 2 * own_process.SPIN_S  # vLLM itself would go on without a pause
     reader.wait()  # and returns although nobody tells
     assert len(spins) == 1
 
 
 def test_who_sleeps_is_woken_by_the_message(reader_and_writer, monkeypatch):
     reader, writer = reader_and_writer
-    monkeypatch.setattr(yielding, "LOOK_MS", 30_000)
-    reader.last_read = time.monotonic() - 2 * yielding.SPIN_S
+    monkeypatch.setattr(own_process, "LOOK_MS", 30_000)
+    reader.last_read = time.monotonic() - 2 * own_process.SPIN_S
     woken = threading.Event()
     threading.Thread(target=lambda: (reader.wait(), woken.set()), daemon=True).start()
     writer.notify()

@@ -1,24 +1,32 @@
 """What a calibration is fitted on and applied to: batches of tokens, or of classes with a pooled hidden state.
 
 A fit takes a sequence of batches. A list keeps hidden states in memory; anything with `__len__` and `__getitem__` may
-make them when asked (`ModelBatches` runs the model again), so that no more than one batch exists at a time.
+make them when asked (`ModelBatches` runs a causal LM over prompts with completions), so that one batch exists at a time.
 
 B sequences, L padded length, N scored tokens or rows, D hidden, K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from rlalign.calibration.adaptive.sums import Facts, Projection, facts_of, rest_log_sum_exp
+from rlalign.head.transform import HeadTransform
+from rlalign.tasks.rows import cell, jsonl_rows
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from rlalign.logprobs.forward import Problem
+
+
+__all__ = ["Completion", "Encoded", "ModelBatches", "encode", "read_completions"]
 
 Level = Literal["token", "sequence"]
 LEVELS = ("token", "sequence")
@@ -225,20 +233,108 @@ def token_batches(
                 f"token_batches: sequence {i} has {len(ids)} tokens, hidden states {tuple(h_LD.shape)} and start {start}; "
                 "expected one row per token and 1 <= start < length"
             )
-    pad = torch.nn.utils.rnn.pad_sequence
     batches = []
-    for at in _chunks(len(hidden), batch_size):
-        ids = pad([torch.tensor(each) for each in token_ids[at]], batch_first=True)
-        mask = pad(
-            [torch.arange(len(x)) >= s for x, s in zip(token_ids[at], starts[at], strict=True)], batch_first=True
-        )
-        hidden_BLD = pad(list(hidden[at]), batch_first=True)
-        device = hidden_BLD.device
-        batches.append(
-            TokenBatch(hidden=hidden_BLD, token_ids=ids.to(device), mask=mask.to(device), projection=projection)
-        )
+    for first in range(0, len(hidden), batch_size):
+        at = slice(first, first + batch_size)
+        hidden_BLD = torch.nn.utils.rnn.pad_sequence(list(hidden[at]), batch_first=True)
+        ids_BL, _, mask_BL = _padded(token_ids[at], starts[at], hidden_BLD.device)
+        batches.append(TokenBatch(hidden=hidden_BLD, token_ids=ids_BL, mask=mask_BL, projection=projection))
     return batches
 
 
-def _chunks(n: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+def _padded(
+    token_ids: Sequence[Sequence[int]], starts: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ids [B, L] padded on the right; bool: which are tokens, and which of those are to be calibrated."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids_BL = pad([torch.tensor(ids) for ids in token_ids], batch_first=True)
+    place_L = torch.arange(ids_BL.shape[1])
+    present_BL = place_L < torch.tensor([len(ids) for ids in token_ids])[:, None]
+    mask_BL = present_BL & (place_L >= torch.tensor(starts)[:, None])
+    return ids_BL.to(device), present_BL.to(device), mask_BL.to(device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One row of a file. where: file and line, for messages."""
+
+    where: str
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """Token ids of prompt and completion; start: index of the completion's first token."""
+
+    token_ids: list[int]
+    start: int
+
+
+def read_completions(path: Path) -> list[Completion]:
+    """Rows {"prompt": ..., "completion": ...}: right answers, whose tokens are the labels. Other fields are ignored.
+
+    Raises ValueError naming file and line where a field is missing or empty, and on an empty file.
+    """
+    rows = [
+        Completion(where=where, prompt=cell(row, "prompt", where), text=cell(row, "completion", where))
+        for where, row in jsonl_rows(path)
+    ]
+    if not rows:
+        raise ValueError(f"{path}: empty; expected one object with prompt and completion per line")
+    return rows
+
+
+def encode(
+    rows: Sequence[Completion], tokenizer: PreTrainedTokenizerBase, *, longest: int, chat: bool = False
+) -> list[Encoded]:
+    """Prompt and completion tokenised apart, as a policy meets them, and the end-of-sequence token after them.
+
+    chat: the prompt in the tokenizer's chat template. longest: positions of the model; a longer row is a ValueError.
+    """
+    found = []
+    for row in rows:
+        if chat:
+            message = [{"role": "user", "content": row.prompt}]
+            prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+        else:
+            prompt = tokenizer.encode(row.prompt)
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        ids = [*prompt, *tokenizer.encode(row.text, add_special_tokens=False), *end]
+        if len(ids) > longest:
+            raise ValueError(f"{row.where}: {len(ids)} tokens, the model has {longest} positions; shorten or remove it")
+        if not prompt:
+            raise ValueError(
+                f"{row.where}: the prompt has no tokens, so the first one of the completion has no context"
+            )
+        found.append(Encoded(token_ids=ids, start=len(prompt)))
+    return found
+
+
+class ModelBatches:
+    """Batches made when asked for: batch i is one forward pass of the frozen body. `list(...)` keeps them all.
+
+    The model stays where it is and as it is (evaluation mode is set, no gradient is taken). Sequences are grouped by
+    length, so that little is padding.
+    """
+
+    def __init__(self, model: PreTrainedModel, rows: Sequence[Encoded], *, batch_size: int = 16) -> None:
+        if batch_size < 1 or not rows:
+            raise ValueError(f"ModelBatches: need a row and a positive batch_size, got {len(rows)} rows, {batch_size}")
+        self._model = model.eval()
+        self._projection = Projection.of(model)
+        by_length = sorted(rows, key=lambda row: len(row.token_ids))
+        self._groups = [by_length[at : at + batch_size] for at in range(0, len(rows), batch_size)]
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    @torch.no_grad()
+    def __getitem__(self, index: int) -> TokenBatch:
+        group = self._groups[index]
+        ids_BL, present_BL, mask_BL = _padded(
+            [row.token_ids for row in group], [row.start for row in group], self._projection.weight_VD.device
+        )
+        body = self._model.base_model(input_ids=ids_BL, attention_mask=present_BL.long(), use_cache=False)
+        hidden = HeadTransform.of(self._model.config).hidden(body.last_hidden_state)
+        return TokenBatch(hidden=hidden, token_ids=ids_BL, mask=mask_BL, projection=self._projection)

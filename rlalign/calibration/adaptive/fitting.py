@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -77,14 +77,9 @@ class AdaptiveFit:
     clipped: float
     kendall_tau: float | None = None
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain lists and numbers."""
-        lists = {"temperature_quantiles": list(self.temperature_quantiles), "rescaled": list(self.rescaled)}
-        return asdict(self) | lists
-
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> AdaptiveFit:
-        """Inverse of as_json. Raises TypeError on fields it does not know."""
+        """Inverse of `asdict` after a trip through JSON. Raises TypeError on fields it does not know."""
         tuples: dict[str, Any] = {name: tuple(content[name]) for name in ("temperature_quantiles", "rescaled")}
         return cls(**content | tuples)
 
@@ -149,7 +144,7 @@ class Fitting:
 
         Raises RuntimeError on a loss that is not finite, and when a batch changes between epochs.
         """
-        facts, held = _all_facts(batches), _all_facts(validation)
+        facts, held = ([each[i].facts() for i in range(len(each))] for each in (batches, validation))
         accuracy = float(torch.cat([each.right_N for each in facts]).float().mean())
         before = self._mean_loss(batches, facts, accuracy)
         held_before = self._mean_loss(validation, held, accuracy) if held else None
@@ -172,7 +167,8 @@ class Fitting:
             self.head.load_state_dict(kept)
             rescaled = self._rescale(validation, held, accuracy)
             best = self._mean_loss(validation, held, accuracy)
-        temperature_N = self._temperatures(batches, facts)
+        with torch.no_grad():
+            temperature_N = torch.cat([1.0 / self.scale(batches[i]).double() for i in range(len(facts))]).cpu()
         log_N, ends = temperature_N.log(), [math.log(end) for end in self.bounds]
         return AdaptiveFit(
             n=len(temperature_N),
@@ -258,10 +254,6 @@ class Fitting:
         total = sum(float(self._losses(batches[i], facts[i], accuracy).double().sum()) for i in range(len(facts)))
         return total / sum(len(each.right_N) for each in facts)
 
-    @torch.no_grad()
-    def _temperatures(self, batches: Batches[Batch], facts: list[Facts]) -> Tensor:
-        return torch.cat([1.0 / self.scale(batches[i]).double() for i in range(len(facts))]).cpu()
-
     def _optimizer(self, batches: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         matrices = [p for p in self.head.parameters() if p.dim() > 1 and p.requires_grad]
         vectors = [p for p in self.head.parameters() if p.dim() <= 1]
@@ -272,10 +264,6 @@ class Fitting:
         optimizer = torch.optim.AdamW(groups, lr=self.training.rate(self.head.shape.kind))
         steps = self.training.rounds(batches) * batches
         return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-
-
-def _all_facts(batches: Batches[Batch]) -> list[Facts]:
-    return [batches[i].facts() for i in range(len(batches))]
 
 
 def _minimise(loss: Callable[[], Tensor], parameters: list[Tensor]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -183,13 +182,10 @@ class AdaptiveTemperature:
                 "training": asdict(self.training),
             },
             "params": function | {"weights": beside.name},
-            "fit": None if self.diagnostics_ is None else self.diagnostics_.as_json(),
+            "fit": None if self.diagnostics_ is None else asdict(self.diagnostics_),
         }
         before = _weights_named_in(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = beside.with_name(f".{beside.name}.{os.getpid()}.partial")
-        partial.write_bytes(weights)
-        os.replace(partial, beside)
+        calibration_file.write_atomic(beside, weights)
         calibration_file.write(path, content, model or self.model_)
         if before is not None and before != beside:
             before.unlink(missing_ok=True)
@@ -244,7 +240,7 @@ class AdaptiveTemperature:
 
     @classmethod
     def from_official(cls, folder: str | Path) -> Self:
-        """A checkpoint of the official code: the same calibrated logits. Errors as `official.read_official`."""
+        """A checkpoint of the official code: the same calibrated logits. Errors as `heads.read_official`."""
         head, model = heads.read_official(Path(folder))
         calibrator = cls(
             head=head.shape.kind,

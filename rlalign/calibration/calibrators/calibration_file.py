@@ -65,10 +65,14 @@ def sealed(content: Json, model: ModelIdentity) -> Json:
 
 def write(path: Path, content: Json, model: ModelIdentity) -> None:
     """Write atomically: a reader sees the old file or the new one, never half of one. Raises ValueError on NaN."""
-    document = sealed(content, model)
+    write_atomic(path, (json.dumps(sealed(content, model), indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace a file in one move; its folder is made where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
+    partial.write_bytes(content)
     os.replace(partial, path)
 
 

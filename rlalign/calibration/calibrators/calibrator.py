@@ -1,12 +1,14 @@
-"""What every calibrator can do; the five of them are in `calibration`.
+"""What every calibrator can do, and what a fit saw and achieved: written into the file, so that drift can be measured against it.
 
 N rows, K classes.
 """
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -20,11 +22,163 @@ from rlalign.calibration.calibrators.calibration_file import (
     ModelIdentity,
     NotFittedError,
 )
-from rlalign.calibration.calibrators.fit_report import FitReport, fit_report
-from rlalign.calibration.calibrators.solvers import Labelled, labelled, margins, warn
+from rlalign.calibration.calibrators.solvers import Z95, Labelled, labelled, margins, warn
+from rlalign.calibration.metrics import (
+    auroc,
+    brier_score,
+    ece_noise_floor,
+    expected_calibration_error,
+    negative_log_likelihood,
+)
 
 if TYPE_CHECKING:
     from rlalign.calibration.arrays import Floats, Numbers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Support:
+    """Range of the logits that were fitted, and their 11 deciles (minimum and maximum included).
+
+    below: the share of the weight at or below each decile; with ties more than its tenths.
+    """
+
+    min: float
+    max: float
+    deciles: tuple[float, ...]
+    below: tuple[float, ...]
+
+    @classmethod
+    def of(cls, seen: Floats, weight_N: Floats) -> Support:
+        """seen: [N] logits, [N, K], or several [N] one after the other (both sides of pairs)."""
+        flat = seen.ravel()
+        weight = np.repeat(weight_N, seen.shape[1]) if seen.ndim == 2 else np.tile(weight_N, len(seen) // len(weight_N))
+        deciles = np.quantile(flat, np.linspace(0, 1, 11))
+        order = np.argsort(flat)
+        reached = np.concatenate([[0.0], np.cumsum(weight[order])]) / weight.sum()
+        return cls(
+            min=float(flat.min()),
+            max=float(flat.max()),
+            deciles=tuple(deciles.tolist()),
+            below=tuple(reached[np.searchsorted(flat[order], deciles, side="right")].tolist()),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitReport:
+    """Everything is measured on the fitted rows, so `after` is optimistic; `rlalign calibrate` cross-fits.
+
+    n: rows with weight; n_positive: weight of label 1 (0 for K classes). effective_n: (sum w)^2 / sum w^2.
+    pairs: fitted on chosen against rejected. nll in nats, Brier and ECE (15 bins; top-label for K classes and pairs)
+    before (sigmoid or softmax of the raw logits) and after; ece_null_p95: what perfect calibration reaches by chance.
+    at_bound: a parameter stopped at its bound. separable: a threshold splits the labels.
+    tied_fraction: rows whose calibrated score equals that of another row with a different logit: inside a GRPO group
+    such ties give no advantage. intervals: approximate 95 % of brier_after and, where defined, of each parameter.
+    auroc: of the logits; None for soft labels, classes, pairs and one label only.
+    """
+
+    n: int
+    n_positive: float
+    effective_n: float
+    weighted: bool
+    pairs: bool
+    nll_before: float
+    nll_after: float
+    brier_before: float
+    brier_after: float
+    ece_before: float
+    ece_after: float
+    ece_null_p95: float
+    auroc: float | None
+    at_bound: bool
+    separable: bool
+    tied_fraction: float
+    intervals: dict[str, tuple[float, float]]
+    support: Support
+    data_sha256: str
+    created: str
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> FitReport:
+        """The inverse of `asdict` after a trip through JSON. Raises TypeError on unknown or missing fields."""
+        support = dict(content["support"])
+        support |= {name: tuple(support[name]) for name in ("deciles", "below")}
+        intervals = {name: (low, high) for name, (low, high) in content["intervals"].items()}
+        plain: dict[str, Any] = {**content, "support": Support(**support), "intervals": intervals}
+        return cls(**plain)
+
+
+def fit_report(data: Labelled, after: Floats, outcome: Outcome, *, pairs: bool) -> FitReport:
+    """Of a fit that gives `after`, [N] or [N, K], for the fitted rows; for pairs these are the margins, of label 1."""
+    labels_N, weight_N, top_label = data.labels_N, data.weight_N, pairs or not data.binary
+    digest = hashlib.sha256()
+    for array in (data.logits, labels_N.astype(np.float64), weight_N):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    nll, brier, ece = zip(
+        *(_errors(p, labels_N, weight_N, top_label=top_label) for p in (plain_probabilities(data.logits), after)),
+        strict=True,
+    )
+    ranks = data.binary and set(np.unique(labels_N)) == {0, 1}
+    return FitReport(
+        n=len(labels_N),
+        n_positive=float(weight_N @ labels_N) if data.binary else 0.0,
+        effective_n=float(weight_N.sum() ** 2 / (weight_N**2).sum()),
+        weighted=bool((weight_N != weight_N[0]).any()),
+        pairs=pairs,
+        nll_before=nll[0],
+        nll_after=nll[1],
+        brier_before=brier[0],
+        brier_after=brier[1],
+        ece_before=ece[0],
+        ece_after=ece[1],
+        ece_null_p95=ece_noise_floor(judged_rows(after, labels_N, top_label=top_label)[0], sample_weight=weight_N).p95,
+        auroc=auroc(data.logits, labels_N, sample_weight=weight_N) if ranks else None,
+        at_bound=outcome.at_bound,
+        separable=outcome.separable,
+        tied_fraction=_tied_fraction(data.logits, after) if data.binary else 0.0,
+        intervals={**outcome.intervals, "brier_after": _brier_interval(after, labels_N, weight_N)},
+        support=Support.of(data.seen, weight_N),
+        data_sha256=digest.hexdigest(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _errors(p: Floats, labels_N: np.ndarray, weight_N: Floats, *, top_label: bool) -> tuple[float, float, float]:
+    soft = p.ndim == 1
+    return (
+        negative_log_likelihood(p, labels_N, sample_weight=weight_N, soft_labels=soft),
+        brier_score(p, labels_N, sample_weight=weight_N, soft_labels=soft),
+        expected_calibration_error(
+            *judged_rows(p, labels_N, top_label=top_label), sample_weight=weight_N, soft_labels=True
+        ),
+    )
+
+
+def judged_rows(p: Floats, labels_N: np.ndarray, *, top_label: bool) -> tuple[Floats, Floats]:
+    """The probability that ECE looks at, and its outcome: of label 1, or of the more probable side."""
+    if not top_label:
+        return p, labels_N.astype(np.float64)
+    if p.ndim == 1:
+        return np.maximum(p, 1 - p), (p > 0.5).astype(np.float64)
+    return p.max(1), (p.argmax(1) == labels_N).astype(np.float64)
+
+
+def _brier_interval(p: Floats, labels_N: np.ndarray, weight_N: Floats) -> tuple[float, float]:
+    """95 % of the weighted mean, normal approximation with the sandwich variance."""
+    error_N = (p - labels_N) ** 2 if p.ndim == 1 else ((p - np.eye(p.shape[1])[labels_N]) ** 2).sum(1)
+    share_N = weight_N / weight_N.sum()
+    mean = float(share_N @ error_N)
+    half = Z95 * float(np.sqrt((share_N**2) @ (error_N - mean) ** 2))
+    return mean - half, mean + half
+
+
+def _tied_fraction(logits_N: Floats, after_N: Floats) -> float:
+    logit_M, rows_M = np.unique(logits_N, return_counts=True)
+    first_N = np.searchsorted(logit_M, logits_N)
+    after_M = np.empty(len(logit_M))
+    after_M[first_N] = after_N
+    _, index_M, shared = np.unique(after_M, return_inverse=True, return_counts=True)
+    return float(rows_M[shared[index_M] > 1].sum() / len(logits_N))
+
 
 PoolerFields = Literal["logit_mean, logit_sigma", "logit_bias, logit_scale"]
 
@@ -47,6 +201,10 @@ class Calibrator(ABC):
 
     method: ClassVar[str]
     takes_classes: ClassVar[bool] = False
+    parameter_names: ClassVar[
+        tuple[str, ...]
+    ] = ()  # the fitted numbers; each is an attribute NAME_, set by `_set` in this order
+    option_names: ClassVar[tuple[str, ...]] = ()  # the constructor's arguments
     fitted: bool = False
 
     def __init__(self) -> None:
@@ -67,11 +225,7 @@ class Calibrator(ABC):
         data = labelled(
             logits, labels, sample_weight, soft_labels=soft_labels, classes=self.takes_classes, who=type(self).__name__
         )
-        outcome = self._solve(data)
-        self._describe(
-            data, outcome, before=plain_probabilities(data.logits), after=self.probabilities(data.logits), pairs=False
-        )
-        return self
+        return self._described(data, self._solve(data), pairs=False)
 
     def fit_pairs(self, chosen: Numbers, rejected: Numbers, *, sample_weight: Numbers | None = None) -> Self:
         """Fit P(chosen beats rejected) = sigmoid(scale * (chosen - rejected)), the Bradley-Terry model.
@@ -81,11 +235,7 @@ class Calibrator(ABC):
         responses score higher; TypeError where the method has more than a scale.
         """
         data = margins(chosen, rejected, sample_weight, who=type(self).__name__)
-        outcome = self._solve_pairs(data)
-        self._describe(
-            data, outcome, before=plain_probabilities(data.logits), after=self.probabilities(data.logits), pairs=True
-        )
-        return self
+        return self._described(data, self._solve_pairs(data), pairs=True)
 
     def transform(self, logits: Numbers) -> Floats:
         """Probabilities, float64: [N] for [N] or [N, 1], [N, K] for [N, K]. An empty batch stays empty.
@@ -131,7 +281,7 @@ class Calibrator(ABC):
             "params": self.parameters(),
             "input": "logit",
             "activation": self.activation,
-            "fit": None if self.diagnostics_ is None else self.diagnostics_.as_json(),
+            "fit": None if self.diagnostics_ is None else asdict(self.diagnostics_),
         }
 
     @classmethod
@@ -185,16 +335,16 @@ class Calibrator(ABC):
         """
         raise TypeError(f"{type(self).__name__} is not affine: it has no mean and std; calibrate on the client")
 
-    def unfitted(self) -> Self:
-        """A new calibrator of the same kind with the same options."""
-        return type(self)(**self._options())
-
     @property
     def activation(self) -> str:
         """What follows the fitted part: "sigmoid" or "softmax"; "none" where the method gives scores itself."""
         return "none"
 
-    def _describe(self, data: Labelled, outcome: Outcome, *, before: Floats, after: Floats, pairs: bool) -> None:
+    def unfitted(self) -> Self:
+        """A new calibrator of the same kind with the same options."""
+        return type(self)(**self._options())
+
+    def _described(self, data: Labelled, outcome: Outcome, *, pairs: bool) -> Self:
         if outcome.separable:
             warn(
                 f"{type(self).__name__}: a threshold separates the labels perfectly, so the data do not determine how "
@@ -205,15 +355,13 @@ class Calibrator(ABC):
                 f"{type(self).__name__}: a parameter stopped at its bound; the data ask for a steeper or flatter curve"
             )
         self.model_ = ModelIdentity()
-        self.diagnostics_ = fit_report(
-            data.logits, data.labels_N, data.weight_N, before=before, after=after, at_bound=outcome.at_bound,
-            separable=outcome.separable, intervals=outcome.intervals, pairs=pairs, seen=data.seen,
-        )  # fmt: skip
+        self.diagnostics_ = fit_report(data, self.probabilities(data.logits), outcome, pairs=pairs)
         if self.diagnostics_.tied_fraction > 0.0 and self.method == "isotonic":
             warn(
                 f"{type(self).__name__}: {self.diagnostics_.tied_fraction:.0%} of the rows share their calibrated score "
                 "with a different logit; ties inside a group give no advantage. Prefer Platt for rewards"
             )
+        return self
 
     def _solve_pairs(self, data: Labelled) -> Outcome:
         raise TypeError(
@@ -240,16 +388,18 @@ class Calibrator(ABC):
         if x.ndim != 1:
             raise ValueError(f"{type(self).__name__}: fitted on one logit per row, got shape {x.shape}")
 
-    @abstractmethod
     def parameters(self) -> Json:
         """The fitted numbers, as they stand in the file."""
+        return {name: getattr(self, f"{name}_") for name in self.parameter_names}
+
+    def _restore(self, params: Json) -> None:
+        self._set(*(number(params, name) for name in self.parameter_names))
 
     @abstractmethod
-    def _restore(self, params: Json) -> None: ...
+    def _set(self, *args: Any, **kwargs: Any) -> None: ...
 
     def _options(self) -> Json:
-        """The constructor's arguments."""
-        return {}
+        return {name: getattr(self, name) for name in self.option_names}
 
 
 def _kinds(parent: type[Calibrator]) -> list[type[Calibrator]]:

@@ -5,7 +5,6 @@ N rows, K classes.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ import numpy as np
 
 from rlalign.calibration.arrays import as_rows, numbers, whole
 from rlalign.calibration.calibrators import CalibrationWarning, Calibrator
-from rlalign.calibration.calibrators.fit_report import judged_rows
+from rlalign.calibration.calibrators.calibrator import judged_rows
 from rlalign.calibration.metrics import (
     Interval,
     auroc,
@@ -27,11 +26,12 @@ from rlalign.calibration.metrics import (
     negative_log_likelihood,
     smooth_ece,
 )
+from rlalign.tasks.rows import jsonl_rows
 
 if TYPE_CHECKING:
     from rlalign.calibration.arrays import Floats
 
-__all__ = ["Quality", "ScoreRows", "cross_fitted", "fit_on", "predicted", "quality", "read_score_rows"]
+__all__ = ["Quality", "ScoreRows", "cross_fitted", "fit_and_hear", "fit_on", "predicted", "quality", "read_score_rows"]
 
 RESAMPLES = 200
 
@@ -55,6 +55,14 @@ def fit_on(calibrator: Calibrator, rows: ScoreRows) -> Calibrator:
     if rows.shape == "pairs":
         return calibrator.fit_pairs(rows.logits[:, 0], rows.logits[:, 1], sample_weight=rows.weight_N)
     return calibrator.fit(rows.logits, rows.labels, sample_weight=rows.weight_N, soft_labels=rows.soft)
+
+
+def fit_and_hear(calibrator: Calibrator, rows: ScoreRows) -> list[str]:
+    """`fit_on`; returns what it warned of, instead of warning."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CalibrationWarning)
+        fit_on(calibrator, rows)
+    return [str(each.message) for each in caught if issubclass(each.category, CalibrationWarning)]
 
 
 def predicted(calibrator: Calibrator, rows: ScoreRows) -> Floats:
@@ -163,18 +171,18 @@ class ScoreRows:
 
 def read_score_rows(path: Path, *, soft: bool = False) -> ScoreRows:
     """Read a file; soft: its labels may be rates. Raises ValueError, naming file and line, on anything but the shapes above."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    records = [_record(path, i, line) for i, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
+    records = list(jsonl_rows(path))
     if not records:
         raise ValueError(f"{path}: empty; expected one JSON object per line")
-    shape = _shape_of(path, records[0])
-    wanted = set(records[0][1])
-    for line, record in records:
+    first, wanted = records[0][0], set(records[0][1])
+    shape = next((shape for shape, needed in SHAPES.items() if needed == wanted - EXTRA), None)
+    if shape is None:
+        choices = "; ".join(f"{sorted(needed)}" for needed in SHAPES.values())
+        raise ValueError(f"{first}: fields {sorted(wanted)}; expected one of {choices}, and optionally {sorted(EXTRA)}")
+    for where, record in records:
         if set(record) != wanted:
             raise ValueError(
-                f"{path}:{line}: fields {sorted(record)}, but line {records[0][0]} has {sorted(wanted)}; every line "
-                "needs the same"
+                f"{where}: fields {sorted(record)}, but {first} has {sorted(wanted)}; every line needs the same"
             )
     columns = {name: [record[name] for _, record in records] for name in wanted}
     if shape == "pairs":
@@ -189,27 +197,6 @@ def read_score_rows(path: Path, *, soft: bool = False) -> ScoreRows:
         weight_N=None if weights is None else numbers(weights, f"{path}: weight"),
         group_N=_indices(columns["group"]) if "group" in columns else None,
         soft=soft,
-    )
-
-
-def _record(path: Path, number: int, line: str) -> tuple[int, dict[str, Any]]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{number}: not JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path}:{number}: expected a JSON object, got {type(record).__name__}")
-    return number, record
-
-
-def _shape_of(path: Path, first: tuple[int, dict[str, Any]]) -> str:
-    line, record = first
-    for shape, needed in SHAPES.items():
-        if needed == set(record) - EXTRA:
-            return shape
-    choices = "; ".join(f"{sorted(needed)}" for needed in SHAPES.values())
-    raise ValueError(
-        f"{path}:{line}: fields {sorted(record)}; expected one of {choices}, and optionally {sorted(EXTRA)}"
     )
 
 

@@ -10,11 +10,10 @@ Only labels can raise `drift`: in RL scores are supposed to move, so what scores
 Rows are kept in `memory`, numbers come from `labels` and `judgement`, states from `drift_report`, new calibrations from `refit`.
 """
 
-from rlalign.calibration.drift.drift_monitor import DriftMonitor
+from rlalign.calibration.drift.drift_monitor import DriftMonitor, RefitOutcome
 from rlalign.calibration.drift.drift_report import Check, DriftLimits, DriftReport, DriftState
 from rlalign.calibration.drift.judgement import Bin, Labels, Segment, Shift
 from rlalign.calibration.drift.memory import Counts, LabelOutcome
-from rlalign.calibration.drift.refit import RefitOutcome
 
 __all__ = [
     "Bin", "Check", "Counts", "DriftLimits", "DriftMonitor", "DriftReport", "DriftState", "LabelOutcome", "Labels",

@@ -1,29 +1,40 @@
-"""DriftMonitor: remembers scores and labels as a run goes on, and reports whether the calibration still holds.
+"""DriftMonitor: remembers scores and labels as a run goes on, reports whether the calibration still holds, and fits another.
 
 N rows of one call.
 """
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypedDict
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from rlalign.calibration.arrays import binary_labels, row_weights, whole
-from rlalign.calibration.calibrators import Calibrator, NotFittedError
+from rlalign.calibration.calibrators import (
+    Calibrator,
+    IdentityCalibrator,
+    NotFittedError,
+    PlattCalibrator,
+    calibration_file,
+)
+from rlalign.calibration.calibrators.cross_fit import ScoreRows, cross_fitted, fit_and_hear
 from rlalign.calibration.drift.drift_report import DriftLimits, DriftReport, DriftState, judge
-from rlalign.calibration.drift.judgement import Judged, Shift, describe, shift
-from rlalign.calibration.drift.memory import SCORED, Counts, LabelOutcome, Ring, RowId, Rows, checked_ids, scored_rows
-from rlalign.calibration.drift.refit import RefitOutcome, refitted
+from rlalign.calibration.drift.judgement import Judged, Shift, describe, mean_interval, shift
+from rlalign.calibration.drift.memory import LabelOutcome, RowId, Rows, checked_ids
 
 if TYPE_CHECKING:
     from rlalign.calibration.arrays import Numbers
+    from rlalign.calibration.calibrators import Calibrator
+
+FORMAT, FORMAT_VERSION = "rlalign-drift", 1
+ROWS = "drift.npz"
+OPTIONS = ("window", "min_labels", "bins", "seed")
 
 
 class DriftMonitor:
@@ -92,10 +103,9 @@ class DriftMonitor:
         one cluster are not independent, and ranges that ignore it are too narrow.
         Raises ValueError on bad input and on a step that went back; nothing is kept of such a call.
         """
-        scored = scored_rows(
-            logits, step=step, policy_version=policy_version, clusters=clusters, calibration=self._version,
-            last_step=self._rows.last_step,
-        )  # fmt: skip
+        scored = self._rows.scored(
+            logits, step=step, policy_version=policy_version, clusters=clusters, calibration=self._version
+        )
         label_N, weight_N = _labels(labels, weight, len(scored["logit"]))
         return self._rows.labelled(
             scored, label_N, weight_N, None if ids is None else checked_ids(ids, len(scored["logit"]))
@@ -116,10 +126,9 @@ class DriftMonitor:
         scores wait, the oldest are forgotten. Raises ValueError on bad input and on a step that went back; nothing is kept
         of such a call.
         """
-        scored = scored_rows(
-            logits, step=step, policy_version=policy_version, clusters=clusters, calibration=self._version,
-            last_step=self._rows.last_step,
-        )  # fmt: skip
+        scored = self._rows.scored(
+            logits, step=step, policy_version=policy_version, clusters=clusters, calibration=self._version
+        )
         self._rows.remember(checked_ids(ids, len(scored["logit"])), scored)
 
     def label(self, ids: Sequence[RowId], labels: Numbers, *, weight: Numbers | None = None) -> LabelOutcome:
@@ -164,25 +173,11 @@ class DriftMonitor:
 
         See `refitted` for what better means, and for rows that cannot be fitted. Raises ValueError for the identity.
         """
-        rows, before = self._rows.labels.rows(), self._calibrator.calibration_id
-        self._tried_at = self.last_step
-        found = refitted(
-            self._calibrator, rows["logit"], rows["label"], rows["weight"], rows["cluster"],
-            drifted=self.report().state is DriftState.drift,
-        )  # fmt: skip
-        if found.calibrator is not None:
-            self._use(found.calibrator)
-        return RefitOutcome(
-            adopted=found.calibrator is not None,
-            reason=found.reason,
-            before_id=before,
-            after_id=self._calibrator.calibration_id,
-            version=self._version,
-            labels=len(rows["logit"]),
-            brier_before=found.brier_before,
-            brier_after=found.brier_after,
-            warnings=found.warnings,
-        )
+        self._tried_at, drifted = self.last_step, self.report().state is DriftState.drift
+        calibrator, outcome = refitted(self._calibrator, self._version, self._rows.labels.rows(), drifted=drifted)
+        if outcome.adopted:
+            self._use(calibrator)
+        return outcome
 
     def swap(self, calibrator: Calibrator) -> None:
         """Use another calibrator from now on. Rows of another model's logits are forgotten. Raises as the constructor."""
@@ -193,20 +188,48 @@ class DriftMonitor:
     def save(self, folder: str | Path) -> None:
         """Write everything into a folder: rows (drift.npz, no pickle) and the calibration in force (a calibration file).
 
-        A reader sees the old state or the new one.
+        A reader sees the old state or the new one: the rows name the calibration, which comes first and under a name of its own.
         """
-        options = {"window": self.window, "min_labels": self.min_labels, "bins": self.bins, "seed": self.seed}
-        state = State(
-            options=options, limits=asdict(self.limits), calibration_version=self._version, tried_at=self._tried_at
-        )
-        write(Path(folder), state, self._rows, self._calibrator)
+        folder = Path(folder)
+        calibration = f"calibration-{self._version}-{self._calibrator.calibration_id}.calib.json"
+        self._calibrator.save(folder / calibration)
+        state = {
+            "options": {name: getattr(self, name) for name in OPTIONS},
+            "limits": asdict(self.limits),
+            "calibration_version": self._version,
+            "tried_at": self._tried_at,
+        }
+        meta, columns = self._rows.saved()
+        head = {"format": FORMAT, "format_version": FORMAT_VERSION, "calibration": calibration, "state": state}
+        content = io.BytesIO()
+        np.savez(content, meta=np.array(json.dumps(head | meta)), **columns)
+        calibration_file.write_atomic(folder / ROWS, content.getvalue())
+        for old in folder.glob("calibration-*.calib.json"):
+            if old.name != calibration:
+                old.unlink()
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """A monitor that goes on where `save` left it. Raises ValueError on a folder that does not hold one."""
-        state, rows, calibrator = read(Path(folder))
+        """A monitor that goes on where `save` left it.
+
+        Raises ValueError on a folder that does not hold one, CalibrationMismatchError on an edited calibration.
+        """
+        path = Path(folder) / ROWS
+        if not path.is_file():
+            raise ValueError(f"{folder}: no {ROWS} in it, so no drift monitor was saved there")
+        try:
+            with np.load(path, allow_pickle=False) as content:
+                columns = dict(content)
+            meta = json.loads(str(columns["meta"]))
+            found = meta["format"], meta["format_version"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path}: not a saved drift monitor ({error})") from error
+        if found != (FORMAT, FORMAT_VERSION):
+            raise ValueError(f"{path}: holds {found}, this rlalign reads {(FORMAT, FORMAT_VERSION)}")
+        state, calibrator = meta["state"], Calibrator.load(Path(folder) / meta["calibration"])
         monitor = cls(calibrator, limits=DriftLimits(**state["limits"]), **state["options"])
-        monitor._rows, monitor._version, monitor._tried_at = rows, state["calibration_version"], state["tried_at"]
+        monitor._rows = Rows.of_saved(meta, columns, state["options"]["window"])
+        monitor._version, monitor._tried_at = state["calibration_version"], state["tried_at"]
         return monitor
 
     def _use(self, calibrator: Calibrator) -> None:
@@ -262,75 +285,80 @@ def _labels(labels: Numbers, weight: Numbers | None, count: int) -> tuple[np.nda
     return label_N, np.ones(count) if weight is None or count == 0 else row_weights(weight, count)
 
 
-FORMAT, FORMAT_VERSION = "rlalign-drift", 1
-ROWS = "drift.npz"
+FOLDS = 5
 
 
-class State(TypedDict):
-    """What belongs to the monitor itself."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefitOutcome:
+    """adopted: the new calibration is in force. reason: why it is not, "" when it is.
 
-    options: dict[str, int]
-    limits: dict[str, float]
-    calibration_version: int
-    tried_at: int
+    brier_before: of the calibration in force on the rows; brier_after: of the new one, cross-fitted (None where nothing
+    could be fitted). warnings: what the fit warned of.
+    """
 
+    adopted: bool
+    reason: str = ""
+    before_id: str
+    after_id: str
+    version: int
+    labels: int
+    brier_before: float | None = None
+    brier_after: float | None = None
+    warnings: tuple[str, ...] = ()
 
-def write(folder: Path, state: State, rows: Rows, calibrator: Calibrator) -> None:
-    """The calibration first, under a name of its own, then the rows that name it: never one without the other."""
-    folder.mkdir(parents=True, exist_ok=True)
-    calibration = f"calibration-{state['calibration_version']}-{calibrator.calibration_id}.calib.json"
-    calibrator.save(folder / calibration)
-    meta = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "calibration": calibration,
-        "state": state,
-        "counts": asdict(rows.counts),
-        "last_step": rows.last_step,
-        "loners": rows.loners,
-        "totals": [rows.labels.total, rows.scores.total],
-        "known": list(rows.known.items()),
-        "waiting": list(rows.waiting),
-    }
-    columns: dict[str, Any] = {f"labels.{name}": column for name, column in rows.labels.rows().items()}
-    columns |= {f"scores.{name}": column for name, column in rows.scores.rows().items()}
-    waiting = zip(*rows.waiting.values(), strict=True) if rows.waiting else [()] * len(SCORED)
-    columns |= {f"waiting.{n}": np.array(c, SCORED[n]) for n, c in zip(SCORED, waiting, strict=True)}
-    partial = folder / f".{ROWS}.{os.getpid()}.partial"
-    with partial.open("wb") as out:
-        np.savez(out, meta=np.array(json.dumps(meta)), **columns)
-    os.replace(partial, folder / ROWS)
-    for old in folder.glob("calibration-*.calib.json"):
-        if old.name != calibration:
-            old.unlink()
+    def message(self) -> str:
+        """One line: what is in force now and why."""
+        score = (
+            ""
+            if self.brier_after is None
+            else f", Brier {self.brier_before:.4f} to {self.brier_after:.4f} cross-fitted"
+        )
+        if self.adopted:
+            return f"refit on {self.labels} labels: {self.before_id} to {self.after_id} (version {self.version}){score}"
+        return f"refit on {self.labels} labels: {self.before_id} stays, {self.reason}{score}"
 
 
-def read(folder: Path) -> tuple[State, Rows, Calibrator]:
-    """What `write` wrote. Raises ValueError on anything else, CalibrationMismatchError on an edited calibration."""
-    path = folder / ROWS
-    if not path.is_file():
-        raise ValueError(f"{folder}: no {ROWS} in it, so no drift monitor was saved there")
+def refitted(
+    current: Calibrator, version: int, rows: dict[str, np.ndarray], *, drifted: bool
+) -> tuple[Calibrator, RefitOutcome]:
+    """The calibration to be in force after a fit of its kind on labelled rows: the new one where rows it has not seen show that
+    it is better. version: of the current one.
+
+    Better: the cross-fitted Brier score of the new one is lower. Beyond chance (95 %, one-sided, over clusters), or versions
+    would change while nothing else does; where the current one is known to have drifted, lower is enough. Scores that fall
+    with success, or labels that are all the same, leave Platt with a rate: the reward model then has no say until later
+    labels give it one. The other kinds cannot follow such rows, which is a reason and not an exception: the run goes on with
+    what it has. Raises ValueError for the identity.
+    """
+    if isinstance(current, IdentityCalibrator):
+        raise ValueError("refit: the identity calibrator has nothing to fit; start from another method")
+    logit_N, label_N, weight_N, cluster_N = (rows[name] for name in ("logit", "label", "weight", "cluster"))
+    _, group_N = np.unique(cluster_N, return_inverse=True)
+    scored = ScoreRows(shape="binary", logits=logit_N, labels_N=label_N, weight_N=weight_N, group_N=group_N)
+    before = current.calibration_id
+    stays = RefitOutcome(adopted=False, before_id=before, after_id=before, version=version, labels=len(logit_N))
+    calibrator = _like(current)
     try:
-        with np.load(path, allow_pickle=False) as content:
-            columns = dict(content)
-        meta = json.loads(str(columns["meta"]))
-        found = meta["format"], meta["format_version"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a saved drift monitor ({error})") from error
-    if found != (FORMAT, FORMAT_VERSION):
-        raise ValueError(f"{path}: holds {found}, this rlalign reads {(FORMAT, FORMAT_VERSION)}")
-    state: State = meta["state"]
-    rows = Rows(state["options"]["window"])
-    for ring, name, total in ((rows.labels, "labels", meta["totals"][0]), (rows.scores, "scores", meta["totals"][1])):
-        _fill(ring, {n.removeprefix(f"{name}."): c for n, c in columns.items() if n.startswith(f"{name}.")}, total)
-    waiting = zip(*(columns[f"waiting.{n}"].tolist() for n in SCORED), strict=True)
-    rows.waiting = dict(zip(meta["waiting"], waiting, strict=True))
-    rows.known = dict(meta["known"])
-    rows.counts, rows.last_step, rows.loners = Counts(**meta["counts"]), meta["last_step"], meta["loners"]
-    return state, rows, Calibrator.load(folder / meta["calibration"])
+        said = fit_and_hear(calibrator, scored)
+        held_N = cross_fitted(lambda: _like(current), scored, folds=FOLDS)
+    except ValueError as error:
+        return current, replace(stays, reason=f"the rows cannot be fitted ({error})")
+    calibrator.model_ = current.model_
+    before_N, after_N = (current.transform(logit_N) - label_N) ** 2, (held_N - label_N) ** 2
+    won = mean_interval(before_N - after_N, weight_N, cluster_N, level=0.9)
+    judged = replace(
+        stays,
+        brier_before=float(np.average(before_N, weights=weight_N)),
+        brier_after=float(np.average(after_N, weights=weight_N)),
+        warnings=tuple(said),
+    )
+    if won is None or not (won.value if drifted else won.low) > 0:
+        return current, replace(judged, reason=f"the new fit is not better{'' if drifted else ' beyond chance'}")
+    return calibrator, replace(judged, adopted=True, after_id=calibrator.calibration_id, version=version + 1)
 
 
-def _fill(ring: Ring, columns: dict[str, np.ndarray], total: int) -> None:
-    """Rows back into their slots: the ring is told how many came before them."""
-    ring.total = total - len(next(iter(columns.values())))
-    ring.append(columns)
+def _like(current: Calibrator) -> Calibrator:
+    """Unfitted, of the same kind and options; a Platt that must not fall may become flat."""
+    if isinstance(current, PlattCalibrator) and not current.allow_negative_scale:
+        return PlattCalibrator(smooth_targets=current.smooth_targets, flat_if_falling=True)
+    return current.unfitted()

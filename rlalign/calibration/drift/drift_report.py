@@ -162,20 +162,18 @@ def judge(
     enough = labels is not None and labels.effective >= min_labels and labels.gap is not None
     if shift is not None:
         beyond = shift.psi if shift.psi > shift.psi_by_chance else 0.0
-        checks.append(_warning("psi", shift.psi, beyond, limits.psi, scores))
-        outside = shift.out_of_support
-        checks.append(_warning("out_of_support", outside.value, outside.low, limits.out_of_support, scores))
+        checks.append(_check("psi", shift.psi, beyond, limits.psi, scores, worst=DriftState.warn))
+        outside, limit = shift.out_of_support, limits.out_of_support
+        checks.append(_check("out_of_support", outside.value, outside.low, limit, scores, worst=DriftState.warn))
     if not enough:
         return DriftState.insufficient_data, tuple(checks)
     order = (DriftState.ok, DriftState.warn, DriftState.drift)
     return max((check.state for check in checks), key=order.index), tuple(checks)
 
 
-def _check(name: str, value: float, beyond: float, limit: float, rows: int) -> Check:
-    state = DriftState.drift if beyond > limit else DriftState.warn if beyond > limit / 2 else DriftState.ok
-    return Check(name=name, state=state, value=value, beyond=beyond, limit=limit, rows=rows)
-
-
-def _warning(name: str, value: float, beyond: float, limit: float, rows: int) -> Check:
-    state = DriftState.warn if beyond > limit else DriftState.ok
+def _check(
+    name: str, value: float, beyond: float, limit: float, rows: int, *, worst: DriftState = DriftState.drift
+) -> Check:
+    nearly = worst is DriftState.drift and beyond > limit / 2
+    state = worst if beyond > limit else DriftState.warn if nearly else DriftState.ok
     return Check(name=name, state=state, value=value, beyond=beyond, limit=limit, rows=rows)

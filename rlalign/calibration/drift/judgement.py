@@ -24,7 +24,7 @@ from rlalign.calibration.metrics import (
     expected_calibration_error,
 )
 from rlalign.calibration.metrics.ece import bin_stats, debiased
-from rlalign.calibration.metrics.reliability import reliability_diagram
+from rlalign.calibration.metrics.reliability import Bin, reliability_diagram, wilson
 
 if TYPE_CHECKING:
     from rlalign.calibration.arrays import Floats
@@ -39,17 +39,6 @@ class Segment:
     last_version: int | None
     labels: int
     gap: Interval | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bin:
-    """A point of the reliability diagram: mean p, observed rate with its 95 % range, share of the weight."""
-
-    confidence: float
-    outcome: float
-    low: float
-    high: float
-    share: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,17 +94,8 @@ def describe(rows: Judged, *, bins: int, min_labels: int, seed: int) -> Labels:
         brier=brier_score(rows.p_N, rows.y_N, sample_weight=weight_N),
         brier_parts=brier_decomposition(rows.p_N, rows.y_N, n_bins=bins, sample_weight=weight_N),
         auroc=auroc,
-        reliability=_reliability(rows, bins),
+        reliability=reliability_diagram(rows.p_N, rows.y_N, n_bins=bins, sample_weight=weight_N),
         segments=segments(rows, least=min_labels),
-    )
-
-
-def _reliability(rows: Judged, bins: int) -> tuple[Bin, ...]:
-    diagram = reliability_diagram(rows.p_N, rows.y_N, n_bins=bins, sample_weight=rows.weight_N)
-    columns = (diagram.confidence_M, diagram.outcome_M, diagram.low_M, diagram.high_M, diagram.share_M)
-    return tuple(
-        Bin(confidence=confidence, outcome=outcome, low=low, high=high, share=share)
-        for confidence, outcome, low, high, share in zip(*(column.tolist() for column in columns), strict=True)
     )
 
 
@@ -360,16 +340,10 @@ def shift(logit_N: Floats, weight_N: Floats, cluster_N: np.ndarray, support: Sup
     fit_B = (fit_B * fit_rows + 0.5) / (fit_rows + 0.5 * bins)
     independent = min(rows, float(len(np.unique(cluster_N))))
     outside_N = (logit_N < support.min) | (logit_N > support.max)
+    outside = outside_N @ weight_N / weight_N.sum()
+    low, high = wilson(outside, independent)
     return Shift(
         psi=float((now_B - fit_B) @ np.log(now_B / fit_B)),
         psi_by_chance=float(chi2.ppf(0.99, max(bins - 1, 1))) * (1 / independent + 1 / fit_rows),
-        out_of_support=_share(float(outside_N @ weight_N / weight_N.sum()), independent),
+        out_of_support=Interval(value=float(outside), low=float(low), high=float(high)),
     )
-
-
-def _share(rate: float, rows: float) -> Interval:
-    """Wilson's 95 % range of a rate (Wilson 1927)."""
-    z2 = 1.959963984540054**2
-    centre = (rate + z2 / (2 * rows)) / (1 + z2 / rows)
-    half = np.sqrt(z2 * (rate * (1 - rate) / rows + z2 / (4 * rows**2))) / (1 + z2 / rows)
-    return Interval(value=rate, low=max(float(centre - half), 0.0), high=min(float(centre + half), 1.0))

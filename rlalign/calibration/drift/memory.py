@@ -5,13 +5,13 @@ N rows of one call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from rlalign.calibration.arrays import as_rows, numbers
+from rlalign.calibration.arrays import as_rows, numbers, whole
 
 if TYPE_CHECKING:
     from rlalign.calibration.arrays import Floats, Numbers
@@ -21,7 +21,7 @@ class Ring:
     """The last W rows of some columns, oldest first. Appending is vectorised: rows that would be pushed out are not copied."""
 
     def __init__(self, columns: dict[str, type], capacity: int) -> None:
-        self._columns = {name: np.zeros(capacity, dtype=kind) for name, kind in columns.items()}
+        self.columns = {name: np.zeros(capacity, dtype=kind) for name, kind in columns.items()}
         self.capacity = capacity
         self.total = 0  # rows ever appended; row number r lies in slot r % capacity
 
@@ -38,7 +38,7 @@ class Ring:
         count = len(next(iter(rows.values())))
         kept = min(count, self.capacity)
         slots_N = np.arange(self.total + count - kept, self.total + count) % self.capacity
-        for name, column in self._columns.items():
+        for name, column in self.columns.items():
             column[slots_N] = rows[name][count - kept :]
         numbers = range(self.total, self.total + count)
         self.total += count
@@ -47,19 +47,7 @@ class Ring:
     def rows(self) -> dict[str, np.ndarray]:
         """Copies of the held rows, oldest first."""
         slots_W = np.arange(self.first, self.total) % self.capacity
-        return {name: column[slots_W] for name, column in self._columns.items()}
-
-    def value(self, name: str, number: int) -> float:
-        """One entry of a held row."""
-        return float(self._columns[name][number % self.capacity])
-
-    def change(self, name: str, number: int, value: float) -> None:
-        """Overwrite one entry of a held row."""
-        self._columns[name][number % self.capacity] = value
-
-    def clear(self) -> None:
-        """Forget every row."""
-        self.total = 0
+        return {name: column[slots_W] for name, column in self.columns.items()}
 
 
 RowId = str | int
@@ -117,6 +105,33 @@ class Rows:
         self.last_step = -1
         self.loners = 0  # rows that came without a cluster: each is one of its own, numbered below 0
 
+    def scored(
+        self,
+        logits: Numbers,
+        *,
+        step: int,
+        policy_version: int | Numbers | None,
+        clusters: Numbers | None,
+        calibration: int,
+    ) -> Scored:
+        """Check scores and spread what is one for all rows. Raises ValueError as `DriftMonitor.update` says."""
+        logit_N = as_rows(logits, "logits")
+        if logit_N.ndim != 1:
+            raise ValueError(f"logits: a drift monitor watches one logit per row, got shape {logit_N.shape}")
+        if whole(step, "step", at_least=0) < self.last_step:
+            raise ValueError(
+                f"step went back: {step} after {self.last_step}. After a resume, go on from the state saved with that checkpoint "
+                "(DriftMonitor.load); a run that starts anew needs a new monitor"
+            )
+        count = len(logit_N)
+        return {
+            "logit": logit_N,
+            "step": np.full(count, step, dtype=np.int64),
+            "policy_version": _whole_rows(policy_version, "policy_version", count),
+            "cluster": _whole_rows(clusters, "clusters", count),
+            "calibration": np.full(count, calibration, dtype=np.int64),
+        }
+
     def labelled(self, scored: Scored, label_N: Floats, weight_N: Floats, ids: Sequence[RowId] | None) -> LabelOutcome:
         """Rows whose labels come with their scores."""
         if ids is not None:
@@ -154,15 +169,45 @@ class Rows:
                 continue
             revised += changed
             duplicates += not changed
-        self._move(new, label_N, weight_N)
+        scored = _columns([self.waiting.pop(row_id) for row_id in new])
+        at_N = np.fromiter(new.values(), dtype=np.int64, count=len(new))
+        numbers_N = self.labels.append(scored | {"label": label_N[at_N], "weight": weight_N[at_N]})
+        self.known.update(zip(new, numbers_N, strict=True))
+        self._forget_known()
         return self._told(accepted=len(new), duplicates=duplicates, revised=revised, unknown=tuple(unknown))
 
     def forget(self) -> None:
         """Every row and id; the counts stay."""
-        self.labels.clear()
-        self.scores.clear()
+        self.labels.total = self.scores.total = 0
         self.waiting.clear()
         self.known.clear()
+
+    def saved(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Everything, as JSON and as columns."""
+        meta = {
+            "counts": asdict(self.counts),
+            "last_step": self.last_step,
+            "loners": self.loners,
+            "totals": [self.labels.total, self.scores.total],
+            "known": list(self.known.items()),
+            "waiting": list(self.waiting),
+        }
+        columns: dict[str, Any] = {f"labels.{name}": column for name, column in self.labels.rows().items()}
+        columns |= {f"scores.{name}": column for name, column in self.scores.rows().items()}
+        return meta, columns | {f"waiting.{name}": column for name, column in _columns(self.waiting.values()).items()}
+
+    @classmethod
+    def of_saved(cls, meta: dict[str, Any], columns: dict[str, np.ndarray], window: int) -> Self:
+        """The inverse of `saved`."""
+        rows = cls(window)
+        for ring, name, total in zip((rows.labels, rows.scores), ("labels.", "scores."), meta["totals"], strict=True):
+            held = {n.removeprefix(name): column for n, column in columns.items() if n.startswith(name)}
+            ring.total = total - len(next(iter(held.values())))  # rows before them, so that they come into their slots
+            ring.append(held)
+        waiting = zip(*(columns[f"waiting.{name}"].tolist() for name in SCORED), strict=True)
+        rows.waiting, rows.known = dict(zip(meta["waiting"], waiting, strict=True)), dict(meta["known"])
+        rows.counts, rows.last_step, rows.loners = Counts(**meta["counts"]), meta["last_step"], meta["loners"]
+        return rows
 
     def _wait(self, ids: Sequence[RowId], scored: Scored, weight_N: Floats) -> None:
         self._enter(scored)
@@ -183,21 +228,11 @@ class Rows:
             self.last_step = int(scored["step"][0])
 
     def _revise(self, number: int, label: float, weight: float) -> bool:
-        if self.labels.value("label", number) == label:
+        columns, slot = self.labels.columns, number % self.labels.capacity
+        if columns["label"][slot] == label:
             return False
-        self.labels.change("label", number, label)
-        self.labels.change("weight", number, weight)
+        columns["label"][slot], columns["weight"][slot] = label, weight
         return True
-
-    def _move(self, new: dict[RowId, int], label_N: Floats, weight_N: Floats) -> None:
-        """From waiting to labelled."""
-        rows = [self.waiting.pop(row_id) for row_id in new]
-        at_N = np.fromiter(new.values(), dtype=np.int64, count=len(new))
-        columns = zip(*rows, strict=True) if rows else [()] * len(SCORED)
-        scored = {name: np.array(column, dtype=SCORED[name]) for name, column in zip(SCORED, columns, strict=True)}
-        numbers_N = self.labels.append(scored | {"label": label_N[at_N], "weight": weight_N[at_N]})
-        self.known.update(zip(new, numbers_N, strict=True))
-        self._forget_known()
 
     def _forget_known(self) -> None:
         """Ids of rows that were pushed out; their numbers rise, so they come first."""
@@ -216,34 +251,9 @@ class Rows:
         return LabelOutcome(accepted=accepted, duplicates=duplicates, revised=revised, unknown=unknown)
 
 
-def scored_rows(
-    logits: Numbers,
-    *,
-    step: int,
-    policy_version: int | Numbers | None,
-    clusters: Numbers | None,
-    calibration: int,
-    last_step: int,
-) -> Scored:
-    """Check scores and spread what is one for all rows. Raises ValueError as `DriftMonitor.update` says."""
-    logit_N = as_rows(logits, "logits")
-    if logit_N.ndim != 1:
-        raise ValueError(f"logits: a drift monitor watches one logit per row, got shape {logit_N.shape}")
-    if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
-        raise ValueError(f"step: expected a whole number of at least 0, got {step!r}")
-    if step < last_step:
-        raise ValueError(
-            f"step went back: {step} after {last_step}. After a resume, go on from the state saved with that checkpoint "
-            "(DriftMonitor.load); a run that starts anew needs a new monitor"
-        )
-    count = len(logit_N)
-    return {
-        "logit": logit_N,
-        "step": np.full(count, step, dtype=np.int64),
-        "policy_version": _whole_rows(policy_version, "policy_version", count),
-        "cluster": _whole_rows(clusters, "clusters", count),
-        "calibration": np.full(count, calibration, dtype=np.int64),
-    }
+def _columns(rows: Collection[tuple[float, int, int, int, int]]) -> Scored:
+    columns = zip(*rows, strict=True) if rows else [()] * len(SCORED)
+    return {name: np.array(column, dtype=SCORED[name]) for name, column in zip(SCORED, columns, strict=True)}
 
 
 def _whole_rows(values: int | Numbers | None, what: str, count: int) -> np.ndarray:

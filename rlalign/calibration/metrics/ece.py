@@ -6,7 +6,7 @@ N rows, K classes, M non-empty bins.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, cast
 
 import numpy as np
 
@@ -15,8 +15,15 @@ from rlalign.calibration.arrays import binary_rows, class_rows, one_of, root, wh
 if TYPE_CHECKING:
     from rlalign.calibration.arrays import Floats, Numbers
 
-Strategy = Literal["uniform", "quantile"]
-Closed = Literal["right", "left"]
+
+class Binning(TypedDict, total=False):
+    """How `bin_stats` sorts rows, which says what each means; every binned metric takes these."""
+
+    n_bins: int
+    strategy: Literal["uniform", "quantile"]
+    closed: Literal["right", "left"]
+    sample_weight: Numbers | None
+    soft_labels: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +51,8 @@ def bin_stats(
     y: Numbers,
     *,
     n_bins: int = 15,
-    strategy: Strategy = "uniform",
-    closed: Closed = "right",
+    strategy: Literal["uniform", "quantile"] = "uniform",
+    closed: Literal["right", "left"] = "right",
     sample_weight: Numbers | None = None,
     soft_labels: bool = False,
 ) -> BinStats:
@@ -84,21 +91,12 @@ Norm = Literal["l1", "l2", "max"]
 
 
 def expected_calibration_error(
-    p: Numbers,
-    y: Numbers,
-    *,
-    n_bins: int = 15,
-    strategy: Strategy = "uniform",
-    norm: Norm = "l1",
-    closed: Closed = "right",
-    debias: bool = False,
-    sample_weight: Numbers | None = None,
-    soft_labels: bool = False,
+    p: Numbers, y: Numbers, *, norm: Norm = "l1", debias: bool = False, **binning: Unpack[Binning]
 ) -> float:
     """Binned calibration error in [0, 1]; the defaults are those of Guo et al. 2017 (1706.04599).
 
     norm: `l1` sum of share * |mean y - mean p|; `l2` root of the share-weighted squares; `max` the worst bin (MCE).
-    strategy, closed, n_bins: see `bin_stats`. debias (Kumar et al. 2019, 1909.10155): take off what chance alone adds
+    binning: as `bin_stats`. debias (Kumar et al. 2019, 1909.10155): take off what chance alone adds
     in bins of this size. For l2 the variance of the mean outcome; for l1 the expected rise of |gap| under normal noise
     of that variance, which is a part of it only. A bin of one row has no variance estimate.
     Perfectly calibrated scores do not reach 0 without it: compare with `ece_noise_floor`.
@@ -107,14 +105,7 @@ def expected_calibration_error(
     one_of(norm, ("l1", "l2", "max"), "norm")
     if debias and norm == "max":
         raise ValueError("expected_calibration_error: debias is defined for norm 'l1' and 'l2', got 'max'")
-    bins = bin_stats(
-        p, y, n_bins=n_bins, strategy=strategy, closed=closed, sample_weight=sample_weight, soft_labels=soft_labels
-    )
-    return error_of_bins(bins, norm=norm, debias=debias)
-
-
-def error_of_bins(bins: BinStats, *, norm: Norm = "l1", debias: bool = False) -> float:
-    """The error of rows already sorted into bins; `expected_calibration_error` says what the arguments mean."""
+    bins = bin_stats(p, y, **binning)
     gap_M = np.abs(bins.outcome_M - bins.confidence_M)
     if norm == "max":
         return float(gap_M.max())
@@ -140,29 +131,15 @@ def debiased(gap_M: Floats, outcome_M: Floats, share_M: Floats, effective_M: Flo
 
 
 def classwise_ece(
-    p_NK: Numbers,
-    y: Numbers,
-    *,
-    n_bins: int = 15,
-    strategy: Strategy = "uniform",
-    norm: Norm = "l1",
-    closed: Closed = "right",
-    debias: bool = False,
-    sample_weight: Numbers | None = None,
+    p_NK: Numbers, y: Numbers, *, norm: Norm = "l1", debias: bool = False, **binning: Unpack[Binning]
 ) -> float:
     """Mean over the K classes of the binary ECE of each column (Nixon et al. 2019, 1904.01685). y: classes 0..K-1.
 
     Raises ValueError as `expected_calibration_error` does, and when p is not [N, K] with rows that sum to 1.
     """
     p_NK, y_N = class_rows(p_NK, y)
-    each = [
-        expected_calibration_error(
-            p_NK[:, k], y_N == k, n_bins=n_bins, strategy=strategy, norm=norm, closed=closed, debias=debias,
-            sample_weight=sample_weight,
-        )
-        for k in range(p_NK.shape[1])
-    ]  # fmt: skip
-    return float(np.mean(each))
+    columns = ((p_N, y_N == k) for k, p_N in enumerate(p_NK.T))
+    return float(np.mean([expected_calibration_error(*each, norm=norm, debias=debias, **binning) for each in columns]))
 
 
 CELLS = 8192  # a cell is 1.2e-4 wide

@@ -1,84 +1,77 @@
-"""Reliability diagrams: what happened against what was promised, with the uncertainty of every bin.
-
-N rows, M non-empty bins.
-"""
+"""Reliability diagrams: what happened against what was promised, with the uncertainty of every bin."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
-from rlalign.calibration.metrics.ece import Closed, Strategy, bin_stats
+from rlalign.calibration.metrics.ece import bin_stats
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from matplotlib.axes import Axes
 
     from rlalign.calibration.arrays import Floats, Numbers
+    from rlalign.calibration.metrics.ece import Binning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReliabilityDiagram:
-    """One point per non-empty bin: mean p, observed rate with its 95 % Wilson range, and share of the weight."""
+class Bin:
+    """A point of the diagram, of a bin with rows: mean p, observed rate with its 95 % range, share of the weight."""
 
-    confidence_M: Floats
-    outcome_M: Floats
-    low_M: Floats
-    high_M: Floats
-    share_M: Floats
+    confidence: float
+    outcome: float
+    low: float
+    high: float
+    share: float
 
 
-def reliability_diagram(
-    p: Numbers,
-    y: Numbers,
-    *,
-    n_bins: int = 15,
-    strategy: Strategy = "uniform",
-    closed: Closed = "right",
-    sample_weight: Numbers | None = None,
-    soft_labels: bool = False,
-) -> ReliabilityDiagram:
-    """The diagram's numbers; bins and errors as in `expected_calibration_error` (Wilson 1927 for the ranges)."""
-    bins = bin_stats(
-        p, y, n_bins=n_bins, strategy=strategy, closed=closed, sample_weight=sample_weight, soft_labels=soft_labels
-    )
-    n_M, rate_M, z2 = bins.effective_M, bins.outcome_M, 1.959963984540054**2
-    centre_M = (rate_M + z2 / (2 * n_M)) / (1 + z2 / n_M)
-    half_M = np.sqrt(z2 * (rate_M * (1 - rate_M) / n_M + z2 / (4 * n_M**2))) / (1 + z2 / n_M)
-    return ReliabilityDiagram(
-        confidence_M=bins.confidence_M,
-        outcome_M=rate_M,
-        low_M=np.clip(centre_M - half_M, 0, 1),
-        high_M=np.clip(centre_M + half_M, 0, 1),
-        share_M=bins.share_M,
+def reliability_diagram(p: Numbers, y: Numbers, **binning: Unpack[Binning]) -> tuple[Bin, ...]:
+    """One point per non-empty bin, by rising p; bins and errors as in `expected_calibration_error`."""
+    bins = bin_stats(p, y, **binning)
+    low_M, high_M = wilson(bins.outcome_M, bins.effective_M)
+    columns = {
+        "confidence": bins.confidence_M, "outcome": bins.outcome_M, "low": low_M, "high": high_M, "share": bins.share_M,
+    }  # fmt: skip
+    return tuple(
+        Bin(**dict(zip(columns, row, strict=True)))
+        for row in zip(*map(np.ndarray.tolist, columns.values()), strict=True)
     )
 
 
-def draw_reliability(axes: Axes, diagram: ReliabilityDiagram, *, label: str, color: str) -> None:
-    """Points with ranges; a point's area grows with its share of the rows."""
-    error = np.abs(np.stack([diagram.outcome_M - diagram.low_M, diagram.high_M - diagram.outcome_M]))
-    axes.errorbar(
-        diagram.confidence_M, diagram.outcome_M, yerr=error, fmt="none", ecolor=color, elinewidth=1, alpha=0.5
-    )
-    axes.plot(diagram.confidence_M, diagram.outcome_M, color=color, linewidth=1.2, label=label)
-    axes.scatter(
-        diagram.confidence_M, diagram.outcome_M, s=12 + 300 * diagram.share_M, color=color, alpha=0.8, zorder=3
-    )
+def wilson(rate: Floats, rows: Floats | float) -> tuple[Floats, Floats]:
+    """The 95 % range of rates seen in so many rows each, within [0, 1] (Wilson 1927)."""
+    z2 = 1.959963984540054**2
+    centre = (rate + z2 / (2 * rows)) / (1 + z2 / rows)
+    half = np.sqrt(z2 * (rate * (1 - rate) / rows + z2 / (4 * rows**2))) / (1 + z2 / rows)
+    return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
 
 
-def write_reliability(path: Path, diagrams: dict[str, ReliabilityDiagram], *, title: str) -> None:
+def draw_reliability(axes: Axes, bins: Sequence[Mapping[str, float]], *, color: str, label: str = "") -> None:
+    """Rates with their ranges; a point's area grows with its share of the rows. bins: fields of `Bin` by name."""
+    p, rate, low, high, share = (
+        np.array([each[name] for each in bins]) for name in ("confidence", "outcome", "low", "high", "share")
+    )
+    axes.vlines(p, low, high, color=color, linewidth=1.2, alpha=0.45)
+    axes.plot(p, rate, color=color, linewidth=1.4, label=label)
+    axes.scatter(p, rate, s=8 + 260 * share, color=color, alpha=0.85, zorder=3, linewidth=0)
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+
+
+def write_reliability(path: Path, diagrams: dict[str, tuple[Bin, ...]], *, title: str) -> None:
     """One picture (PNG, SVG or PDF, by the file's ending) with every diagram over the diagonal of perfect calibration."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2, 5.2), layout="constrained")
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--", label="perfect")
-    for color, (label, diagram) in zip(["#c44e52", "#4c72b0", "#55a868", "#8172b3"], diagrams.items(), strict=False):
-        draw_reliability(axes, diagram, label=label, color=color)
-    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", title=title)
-    axes.set(xlabel="predicted probability", ylabel="observed rate (bars: 95 %)")
+    for color, (label, bins) in zip(["#c44e52", "#4c72b0", "#55a868", "#8172b3"], diagrams.items(), strict=False):
+        draw_reliability(axes, [asdict(each) for each in bins], label=label, color=color)
+    axes.set(aspect="equal", title=title, xlabel="predicted probability", ylabel="observed rate (bars: 95 %)")
     axes.legend(loc="upper left", frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

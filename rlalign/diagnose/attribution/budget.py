@@ -22,8 +22,7 @@ from rlalign.head import multiplied
 from rlalign.head.multiplied import Multiplied
 from rlalign.objective import presets
 from rlalign.trainer import logit_check
-from rlalign.trainer.fake_quantised import Recipe, fake_quantised, layers_of
-from rlalign.trainer.rounding.formats import FORMATS
+from rlalign.trainer.fake_quantised import FORMATS, Recipe, fake_quantised, layers_of
 from rlalign.types import RolloutBatch
 
 LOGIT_ELEMENTS = 2**22  # logits compared at once
@@ -51,7 +50,7 @@ class Divergence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """format, kv: names of `formats`. rounding_k3: of the body's own dtype against float32. alone: one component quantised;
+    """format, kv: names of formats. rounding_k3: of the body's own dtype against float32. alone: one component quantised;
     share: its part of together.k3, these add up to it (Shapley values). layers: k3 of one component in one layer.
     quantised_head: what a head in the same format would add alone; head: how the head of the quantised model was found to multiply.
     """

@@ -28,7 +28,7 @@ from rlalign.rollout.engine import teacher_forcing
 from rlalign.rollout.engine.embedded import VLLMEngine
 from rlalign.rollout.engine.teacher_forcing import Route
 from rlalign.rollout.worker.recording import Tap
-from rlalign.trainer.attention_heads import heads_changed
+from rlalign.trainer.attention import heads_changed
 from rlalign.trainer.checkpoint_names import as_checkpoint
 from rlalign.types import RolloutBatch
 

@@ -24,7 +24,7 @@ from rlalign.diagnose.both_sides import head_logprobs
 from rlalign.head.transform import HeadTransform
 from rlalign.rollout.worker.recording import LOGITS as LOGIT_ROWS
 from rlalign.rollout.worker.recording import POSITION, SEQUENCE, TOKENS, Recorder, Recording, Tap
-from rlalign.trainer.attention_heads import Change, heads_changed
+from rlalign.trainer.attention import Change, heads_changed
 from rlalign.types import RolloutBatch
 
 # Given a point and its value [B, L, D], returns what the model shall go on with, or None for the value itself.

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from rlalign.loops.body import Settled
+    from rlalign.loops.mirrors import Settled
     from rlalign.rollout.attached import AttachedEngine
     from rlalign.rollout.engine.embedded import VLLMEngine
 

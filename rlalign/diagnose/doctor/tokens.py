@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from rlalign.config import RunConfig
 from rlalign.diagnose.both_sides import model_folder
 from rlalign.diagnose.doctor.check import Check, judged, text_config
-from rlalign.rollout.engine.known_ids import UnknownIds
-from rlalign.run import fitting_prompts
+from rlalign.rollout.engine.completions import UnknownIds
+from rlalign.run import assembly
 from rlalign.run.assembly import encode, load_task_of, load_tokenizer
 from rlalign.tasks.prefix_law import check_prefix_law
 from rlalign.types import Rollout
@@ -93,11 +93,11 @@ def prompts_fit(config: RunConfig, model: Path, tokenizer: PreTrainedTokenizerBa
         lengths.append(len(ids))
         return ids
 
-    bad = fitting_prompts.unfit(prompts, config, ids_of, int(text_config(model)["vocab_size"]))
+    bad = assembly.unfit(prompts, config, ids_of, int(text_config(model)["vocab_size"]))
     room = config.rollout.max_model_len - config.rollout.max_tokens
     found = f"longest of {len(prompts)} prompts {max(lengths)} tokens, room for {room}"
     if bad:
-        found = fitting_prompts.describe(bad, len(prompts), config)
+        found = assembly.describe_unfit(bad, len(prompts), config)
     if bad and config.task.unusable_prompts == "drop":
         return Check("prompt length", "ok", f"{found}; they are dropped")
     remedy = "raise rollout.max_model_len, lower rollout.max_tokens, or task.unusable_prompts=drop"

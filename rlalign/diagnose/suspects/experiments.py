@@ -279,11 +279,11 @@ def _adapters(case: Case) -> Iterator[Cause]:
 
 
 def _weights(case: Case) -> Iterator[Cause]:
-    from rlalign.rollout.engine import inspection
+    from rlalign.rollout.engine import teacher_forcing
 
     own = list(as_checkpoint(case.network, ((n, p) for n, p in case.network.named_parameters() if LORA not in n)))
     weights = own if case.weights is None else list(case.weights())
-    by_rank = inspection.differing_weights(case.engine, weights, shared=Path(case.shared))
+    by_rank = teacher_forcing.differing_weights(case.engine, weights, shared=Path(case.shared))
     wrong = {rank: lines for rank, lines in by_rank.items() if lines}
     if not wrong:
         return
@@ -308,23 +308,23 @@ def _summary(names: Sequence[str]) -> str:
 
 
 def _constants(case: Case) -> Iterator[Cause]:
-    from rlalign.rollout.engine import inspection
+    from rlalign.rollout.engine import teacher_forcing
 
-    theirs, ours = inspection.constants(case.engine), _trainer_constants(case.network)
+    theirs, ours = teacher_forcing.constants(case.engine), _trainer_constants(case.network)
     wrong = [n for n in theirs if n in ours and not _same(theirs[n], ours[n])]
-    epsilons = [n for n in wrong if n != inspection.FREQUENCIES]
+    epsilons = [n for n in wrong if n != teacher_forcing.FREQUENCIES]
     if epsilons:
         shown = ", ".join(f"{n} {theirs[n][0]:g} against {ours[n][0]:g}" for n in epsilons[:3])
         why = f"{len(epsilons)} norm(s) have another epsilon in the engine than in the trainer: {shown}"
         yield Cause("norm epsilon", why, "rlalign attribute", 1.0)
-    if inspection.FREQUENCIES in wrong:
-        one, other = theirs[inspection.FREQUENCIES], ours[inspection.FREQUENCIES]
+    if teacher_forcing.FREQUENCIES in wrong:
+        one, other = theirs[teacher_forcing.FREQUENCIES], ours[teacher_forcing.FREQUENCIES]
         why = f"positions are rotated by {_theta(one)} in the engine and {_theta(other)} in the trainer"
         yield Cause("rope theta", why, "rlalign attribute", 1.0)
 
 
 def _trainer_constants(network: nn.Module) -> dict[str, list[float]]:
-    from rlalign.rollout.engine.inspection import FREQUENCIES
+    from rlalign.rollout.engine.teacher_forcing import FREQUENCIES
 
     found: dict[str, list[float]] = {}
     for name, module in network.named_modules():

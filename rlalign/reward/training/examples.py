@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rlalign.tasks.rows import jsonl_rows
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Labelled:
@@ -24,6 +26,11 @@ class Labelled:
     completion: str
     label: float
     weight: float = 1.0
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What is scored."""
+        return (self.completion,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +42,11 @@ class Pair:
     rejected: str
     weight: float = 1.0
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What is scored."""
+        return self.chosen, self.rejected
+
 
 Row = Labelled | Pair
 SomeRow = TypeVar("SomeRow", Labelled, Pair)
@@ -42,15 +54,11 @@ SomeRow = TypeVar("SomeRow", Labelled, Pair)
 
 def read_rows(path: Path) -> list[Row]:
     """All rows of a file, of one kind. Raises ValueError naming file and line on anything that the module's text does not show."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    rows: list[Labelled | Pair] = []
-    with path.open(encoding="utf-8") as lines:
-        for at, line in enumerate(lines, start=1):
-            if line.strip():
-                rows.append(_row(f"{path}:{at}", line))
-                if type(rows[-1]) is not type(rows[0]):
-                    raise ValueError(f"{path}:{at}: labelled completions and pairs in one file; use one kind")
+    rows: list[Row] = []
+    for where, record in jsonl_rows(path):
+        rows.append(_row(where, record))
+        if type(rows[-1]) is not type(rows[0]):
+            raise ValueError(f"{where}: labelled completions and pairs in one file; use one kind")
     if not rows:
         raise ValueError(f"{path}: empty; expected one JSON object per line")
     return rows
@@ -104,13 +112,7 @@ def _by_prompt(rows: Sequence[SomeRow]) -> dict[str, list[SomeRow]]:
     return found
 
 
-def _row(where: str, line: str) -> Labelled | Pair:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
+def _row(where: str, record: Mapping[str, Any]) -> Row:
     weight = _number(where, record, "weight", low=0.0, high=math.inf) if "weight" in record else 1.0
     names = set(record) - {"weight"}
     if names == {"prompt", "completion", "label"}:

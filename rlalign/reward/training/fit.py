@@ -111,9 +111,8 @@ def tokenised(
 
 def padded(sequences: Sequence[list[int]], *, pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """ids [N, L] padded on the right, and lengths [N]."""
-    ids_NL = torch.full((len(sequences), max(map(len, sequences))), pad_token_id)
-    for row, ids in enumerate(sequences):
-        ids_NL[row, : len(ids)] = torch.tensor(ids)
+    rows = [torch.tensor(ids) for ids in sequences]
+    ids_NL = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
     return ids_NL.to(device), torch.tensor([len(ids) for ids in sequences], device=device)
 
 

@@ -19,7 +19,7 @@ from rlalign.ranks import environment_without_launcher
 from rlalign.reward.training import RECORD, Labelled, Recipe, train_reward_model, write_rows
 from rlalign.tasks import load_task
 from rlalign.tiny_policy import cache_root, make_tiny_policy
-from rlalign.tiny_policy.policy_recipe import TinyRecipe
+from rlalign.tiny_policy.teaching import TinyRecipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -130,7 +130,6 @@ def verified_samples(policy: Path, recipe: TinyRewardRecipe) -> list[Labelled]:
 
 
 def _sampled(policy: Path, prompts: list[Prompt], recipe: TinyRewardRecipe, *, at_once: int = 1024) -> list[str]:
-    """One completion of each prompt at temperature 1."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     tokenizer = AutoTokenizer.from_pretrained(policy)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rlalign.config import RolloutConfig
+from rlalign.rollout import SETTINGS_KEY
+from rlalign.rollout.engine.own_process import YIELDING, model_config
 from rlalign.rollout.engine.surface import captured_ids
-from rlalign.rollout.engine.yielding import VARIABLE as YIELDING
 from rlalign.rollout.head.head_settings import HeadSettings
-from rlalign.rollout.names import SETTINGS_KEY
 
 ENVIRONMENT = {  # read when vLLM and our plugin are imported; only for where the user has not chosen
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise every engine pins itself to core 0
@@ -67,7 +67,8 @@ def caches_prefixes(model: Path, config: RolloutConfig) -> bool:
     vLLM 0.32 caches prefixes of such a model only with chunked prefills, which a CPU engine does without (`_must_not_chunk`), and
     would not start. The cache saves time; no number depends on it.
     """
-    return config.prefix_caching and not (_must_not_chunk(config) and _keeps_state(model))
+    keeps_state = any(name.startswith(STATE_FIELDS) for name in _fields(model))
+    return config.prefix_caching and not (_must_not_chunk(config) and keeps_state)
 
 
 def require_dtype(model: Path, dtype: str) -> None:
@@ -115,20 +116,10 @@ def require_one_window(model: Path, max_model_len: int) -> None:
         )
 
 
-def _keeps_state(model: Path) -> bool:
-    return any(name.startswith(STATE_FIELDS) for name in _fields(model))
-
-
 def _fields(model: Path) -> dict[str, Any]:
     """Of a model folder's configuration, its text part where it has several."""
     about = model_config(model)
     return about.get("text_config", about)
-
-
-def model_config(model: Path) -> dict[str, Any]:
-    """A model folder's config.json; empty where there is no such file."""
-    file = model / "config.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def as_options(arguments: Arguments) -> list[str]:

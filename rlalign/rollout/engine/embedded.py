@@ -12,15 +12,22 @@ from typing import TYPE_CHECKING
 from rlalign.config import RolloutConfig
 from rlalign.rollout.engine import handshake, own_process
 from rlalign.rollout.engine.arguments import ENVIRONMENT, Arguments, engine_arguments, engine_environment
-from rlalign.rollout.engine.kept_report import kept_sets
-from rlalign.rollout.engine.known_ids import UnknownIds
-from rlalign.rollout.engine.routed import RoutedExperts
-from rlalign.rollout.engine.surface import EMBEDDED, captured_ids, group_seed, kv_spans, labelled, require_room, spec_of
-from rlalign.rollout.engine.texts import core_of, said, texts
-from rlalign.rollout.exact.switch import building
+from rlalign.rollout.engine.completions import RoutedExperts, UnknownIds, core_of, kept_sets, said, texts
+from rlalign.rollout.engine.surface import (
+    EMBEDDED,
+    captured_ids,
+    forcing,
+    group_seed,
+    kv_spans,
+    labelled,
+    of_prompt,
+    require_room,
+    spec_of,
+)
+from rlalign.rollout.exact import building
 from rlalign.rollout.head.head_settings import HeadSettings
-from rlalign.rollout.versions import has_output_spans, has_weight_version
-from rlalign.rollout.worker.steady_layers import building_steady
+from rlalign.rollout.versions import has_output_spans
+from rlalign.rollout.worker.cpu import building_steady
 from rlalign.types import LogprobSpec, Rollout
 
 if TYPE_CHECKING:
@@ -54,7 +61,7 @@ class VLLMEngine:
         """Start vLLM on a Hugging Face folder and prove that every rank runs the head asked for.
 
         dtype: "bfloat16" or "float32", the model's body. exact: computing as `rlalign.head.exact` does, its float32 head included.
-        steady: linear layers add in one order (`rlalign.rollout.worker.steady_layers`), as a mirrored trainer's do.
+        steady: linear layers add in one order (`rlalign.rollout.worker.cpu`), as a mirrored trainer's do.
         beside_training: in a process of its own, so that `generate` can run in a thread meanwhile. It gets one in any case where
         vLLM serves the model through transformers' own classes.
         Raises RuntimeError when the handshake fails, ValueError for a dtype that vLLM cannot run the model in.
@@ -82,7 +89,7 @@ class VLLMEngine:
         self.policy_version = 0
         device = self._llm.llm_engine.vllm_config.device_config.device_type
         wanted = HeadSettings.of_run(head_dtype, config.head_mode, exact=exact)
-        self.mode = wanted.resolve(device=device, vllm=self.version).value
+        self.mode = wanted.resolve(device=device).value
         self.routed = RoutedExperts(self.ask) if config.replay_experts != "off" else None
         self.acknowledge(0)
         handshake.require(self.status(), mode=self.mode, ranks=config.tensor_parallel_size)
@@ -136,17 +143,11 @@ class VLLMEngine:
 
         vLLM applies neither temperature nor truncation to prompt logprobs, so another spec is refused with ValueError.
         """
-        from vllm import SamplingParams
-
         self._refuse_if_in_doubt()
         plain = LogprobSpec(head_dtype=self.spec.head_dtype)
         self.spec.require_equal(plain, what="scoring through prompt_logprobs")
-        params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
-        outputs = self.request(sequences, [params] * len(sequences))
-        return [
-            [0.0] + [entry[token].logprob for entry, token in zip(o.prompt_logprobs[1:], sequence[1:], strict=True)]
-            for o, sequence in zip(outputs, sequences, strict=True)
-        ]
+        outputs = self.request(sequences, [forcing()] * len(sequences))
+        return [of_prompt(output, ids) for output, ids in zip(outputs, sequences, strict=True)]
 
     def next_logprobs(self, prefixes: Sequence[Sequence[int]], tokens: Sequence[int]) -> tuple[list[float], int]:
         """Logprob of each token as the next one after its prefix, by decoding (nats, temperature 1).
@@ -210,8 +211,7 @@ class VLLMEngine:
         """Stamp `version` on everything sampled from now on, with no key/value block of older weights."""
         self.reset_prefix_cache()
         self.ask("rlalign_acknowledge", version)
-        if has_weight_version(self.version):
-            self._llm.update_weight_version(str(version))
+        self._llm.update_weight_version(str(version))
         self.policy_version = version
         self._refusal = None
 

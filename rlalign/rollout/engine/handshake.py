@@ -13,15 +13,14 @@ from importlib.metadata import entry_points
 import rlalign
 from rlalign.head import multiplied
 from rlalign.head.routes import law
+from rlalign.rollout import SLOT
 from rlalign.rollout.engine.surface import EMBEDDED
 from rlalign.rollout.exact import MODE as EXACT
 from rlalign.rollout.exact import VARIABLE
 from rlalign.rollout.head.head_settings import promised
-from rlalign.rollout.names import SLOT
 
 GROUP, NAME = "vllm.general_plugins", "rlalign"
 LAYER = "rlalign.rollout.head.logits_processor.AlignedLogitsProcessor"
-LAYERS = (LAYER, "rlalign.rollout.head.logits_processor_early.EarlyLogitsProcessor")  # the second before vLLM 0.26
 
 
 def preflight() -> None:
@@ -110,8 +109,8 @@ def _who(status: dict) -> str:
 
 
 def _wrong(status: dict, mode: str) -> str | None:
-    if status["class"] not in LAYERS:
-        if status["slot_holder"] not in (None, *LAYERS):
+    if status["class"] != LAYER:
+        if status["slot_holder"] not in (None, LAYER):
             return f"another plugin holds vLLM's {SLOT} slot ({status['slot_holder']}); only one of the two can run"
         return (
             f"its model was built with {status['class']}: the rlalign plugin did not register in that process "

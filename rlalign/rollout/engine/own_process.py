@@ -6,6 +6,7 @@ for ever. So the wait happens in a thread that may be left behind, and the calle
 
 from __future__ import annotations
 
+import json
 import multiprocessing.connection
 import os
 import signal
@@ -16,11 +17,10 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlalign.exits import Lost
 from rlalign.head import widened
-from rlalign.rollout.engine.arguments import model_config
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
@@ -30,6 +30,15 @@ LOOK_S = 0.5  # seconds between two looks at the processes
 GRACE_S = 10.0  # between asking an orphan to end and ending it
 FOLLOWS = "RLALIGN_ENGINE_ENDS_WITH"  # the pid of the trainer
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+YIELDING = "RLALIGN_YIELDING"  # set to 1 for the processes of engines that rlalign starts; others keep vLLM's way
+SPIN_S = 0.001  # looked at without a pause: most answers to small calls come within it
+LOOK_MS = 2  # then asleep until told, and at most so long: the telling gets lost now and then (vLLM itself looks again after 5 s)
+
+
+def model_config(model: Path) -> dict[str, Any]:
+    """A model folder's config.json; empty where there is no such file."""
+    file = model / "config.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def needed_for(model: Path) -> str | None:
@@ -143,3 +152,26 @@ def _answer(call: Callable[[], T], answer: Future[T]) -> None:
         answer.set_result(call())
     except BaseException as error:  # raised again where the answer is waited for
         answer.set_exception(error)
+
+
+def yield_cores() -> None:
+    """On CPU, let who waits for another process of vLLM soon do so asleep. Idempotent; nothing happens on other devices.
+
+    vLLM (0.32) passes messages between an engine and its workers through shared memory, and who waits for one looks at it without
+    a pause for a whole second before it sleeps. With a GPU these are idle cores; on CPU they sample, train and take weights.
+    """
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu() or SpinCondition.wait.__module__ == __name__:
+        return
+    wait = SpinCondition.wait
+
+    def briefly(self: SpinCondition, timeout_ms: int | None = None) -> None:
+        since = time.monotonic() - self.last_read
+        if since <= SPIN_S or since > self.busy_loop_s:  # as vLLM does it: look again, or sleep for long
+            wait(self, timeout_ms)
+        elif self.local_notify_socket in dict(self.poller.poll(LOOK_MS)):
+            self.local_notify_socket.recv(copy=False)
+
+    SpinCondition.wait = briefly

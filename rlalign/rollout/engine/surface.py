@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlalign.config import RolloutConfig
 from rlalign.types import LogprobSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from vllm import RequestOutput, SamplingParams
 
 EMBEDDED = "embedded"  # the name of the one engine inside this process; a server's is its url
 
@@ -47,6 +55,30 @@ def require_room(prompts: Sequence[Sequence[int]], prompt_ids: Sequence[int], co
                 f"prompt {prompt_id} has {len(prompt)} tokens; with rollout.max_tokens={config.max_tokens} and "
                 f"rollout.max_model_len={config.max_model_len} it must have 1 to {room}"
             )
+
+
+@contextmanager
+def compared_in(shared: Path, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """A safetensors file of these tensors that workers can read, gone at the end: for RPCs that compare and load nothing."""
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory(prefix="rlalign-compare-", dir=shared) as directory:
+        Path(directory).chmod(0o755)  # workers may run as somebody else
+        file = Path(directory) / "weights.safetensors"
+        save_file(dict(tensors), file)
+        yield str(file)
+
+
+def forcing() -> SamplingParams:
+    """vLLM's parameters for logprobs of given tokens, in one prefill; it applies no temperature to them."""
+    from vllm import SamplingParams
+
+    return SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
+
+
+def of_prompt(output: RequestOutput, ids: Sequence[int]) -> list[float]:
+    """Those logprobs: entry t about token t, entry 0 is 0.0."""
+    return [0.0] + [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
 
 
 def labelled(answer: object, rank: int, engine: str, method: str) -> dict:

@@ -1,11 +1,10 @@
-"""Given tokens through the live engine, on the path of prefilling or of decoding, with every activation recorded.
-
-Suffixes: B sequences, L padded length.
+"""Given tokens through the live engine, on the path of prefilling or of decoding, with every activation recorded; and what it
+holds, looked at without changing it. Suffixes: B sequences, L padded length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from enum import Enum
 from pathlib import Path
@@ -15,9 +14,13 @@ from torch import Tensor
 from vllm import RequestOutput, SamplingParams
 
 from rlalign.rollout.engine.embedded import VLLMEngine
+from rlalign.rollout.engine.surface import compared_in
 from rlalign.rollout.worker.capture import FORCED_KEY, SEQUENCE_KEY
 from rlalign.rollout.worker.recording import Recording, Tap
 from rlalign.types import RolloutBatch
+from rlalign.weights import MASTER_WEIGHT
+
+FREQUENCIES = "rotary frequencies"
 
 
 class Route(Enum):
@@ -95,3 +98,22 @@ def _place(logprobs_L: Tensor, output: RequestOutput, mask_L: Tensor, tokens: Se
         if tokens[t] not in entry:
             raise RuntimeError(f"the engine decoded token {list(entry)} at position {t} where {tokens[t]} was forced")
         logprobs_L[t] = entry[tokens[t]].logprob
+
+
+def differing_weights(
+    engine: VLLMEngine, weights: Iterable[tuple[str, Tensor]], *, shared: Path
+) -> dict[int, list[str]]:
+    """{rank: one line for every weight that this rank does not compute with}; empty lists where all are equal.
+
+    weights: Hugging Face names and full tensors, as for a publish. Sampled columns of every row, through the kernels.
+    """
+    tensors = {n: t.detach().cpu().contiguous() for n, t in weights if n != MASTER_WEIGHT}
+    with compared_in(shared, tensors) as file:
+        return {answer["rank"]: answer["problems"] for answer in engine.ask("rlalign_unlanded", file)}
+
+
+def constants(engine: VLLMEngine) -> dict[str, list[float]]:
+    """{module or FREQUENCIES: values} of the first rank: the epsilon of every norm, and what positions are rotated by."""
+    answer = engine.ask("rlalign_constants")[0]
+    rotary = {FREQUENCIES: answer["frequencies"]} if answer["frequencies"] else {}
+    return {name: [epsilon] for name, epsilon in answer["epsilons"].items()} | rotary

@@ -1,18 +1,80 @@
-"""Exact mode of the rollout engine: vLLM computing with `rlalign.head.exact`, through its own extension points.
+"""Exact mode of the rollout engine: vLLM computing with `rlalign.head.exact`, through its own extension points (`layers`).
 
-layers puts out-of-tree classes into vLLM's slots for linear layers, lm_head, norms and rope (`register_oot`); attention overrides
-the CPU attention backend (`register_backend`). Both act only in engines that are built while RLALIGN_EXACT=1, which their workers
-inherit; proof says of a live engine what is still vLLM's own.
+It acts only in engines that are built while RLALIGN_EXACT=1, which their workers inherit.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+    from vllm.config import VllmConfig
 
 VARIABLE = "RLALIGN_EXACT"
 MODE = "exact"  # what an exact engine's head says of itself
+# Classes of these names must be ours in an exact engine, scaled rope, other norms and routers among them
+REPLACED = ("Linear", "LMHead", "RMSNorm", "RotaryEmbedding", "AndMul")
 
 
 def enabled() -> bool:
     """True while engines are to be built exact."""
     return os.environ.get(VARIABLE) == "1"
+
+
+@contextmanager
+def asked_by(variable: str, wanted: bool) -> Iterator[None]:
+    """Inside, this variable is 1 or not there, as wanted; afterwards it says what it said."""
+    before = os.environ.pop(variable, None)
+    if wanted:
+        os.environ[variable] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(variable, None)
+        if before is not None:
+            os.environ[variable] = before
+
+
+@contextmanager
+def building(wanted: bool) -> Iterator[None]:
+    """Engines built inside are exact, or vLLM's own, whatever the environment says; afterwards it says what it said.
+
+    Raises RuntimeError where this machine, its device or another plugin does not allow exact mode.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(asked_by(VARIABLE, wanted))
+        if wanted:
+            register()
+            from rlalign.rollout.exact.layers import rope_cache_of_its_own
+
+            stack.enter_context(rope_cache_of_its_own())
+        yield
+
+
+def register() -> None:
+    """Put our classes in place, in every process that builds a model. Idempotent.
+
+    Raises RuntimeError where another plugin holds one of the slots, or on another device than the CPU.
+    """
+    from rlalign.head import exact
+    from rlalign.rollout.exact import layers
+
+    exact.require_reproducible()
+    layers.register_attention()
+    layers.register_layers()
+
+
+def attention_classes(config: VllmConfig) -> list[str]:
+    """Class of every attention layer's implementation, which is no module of its own."""
+    layers = config.compilation_config.static_forward_context.values()
+    return sorted({type(layer.impl).__qualname__ for layer in layers if hasattr(layer, "impl")})
+
+
+def not_exact(model: nn.Module, config: VllmConfig) -> list[str]:
+    """Classes that compute here and are not those of exact mode; empty in an engine that is exact."""
+    classes = {type(m).__qualname__ for m in model.modules() if type(m).__qualname__.endswith(REPLACED)}
+    return sorted(c for c in classes | set(attention_classes(config)) if not c.startswith("Exact"))

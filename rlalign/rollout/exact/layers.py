@@ -1,4 +1,7 @@
-"""Out-of-tree layers of exact mode: each turns into vLLM's own at once unless its engine is built exact."""
+"""vLLM's layers and attention in exact mode: each turns into vLLM's own at once unless its engine is built exact.
+
+Suffixes: N tokens, H heads, G key/value heads, D head size, S keys.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.custom_op import CustomOp, PluggableLayer, op_registry_oot
+from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
 from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -21,9 +24,14 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl, CPUAttentionMetadata
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from rlalign.head import exact
 from rlalign.rollout.exact import enabled
+
+LINEARS = (ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, ReplicatedLinear, RowParallelLinear)
 
 
 class ExactLinearMethod(UnquantizedLinearMethod):
@@ -111,7 +119,6 @@ def _with_method(parent: type[PluggableLayer], method: type, plain: type) -> typ
     return type(f"Exact{parent.__name__}", (parent,), {"__init__": init, "__doc__": method.__doc__})
 
 
-LINEARS = (ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, ReplicatedLinear, RowParallelLinear)
 CLASSES: dict[type, type] = {
     RMSNorm: ExactRMSNorm,
     RotaryEmbedding: ExactRotaryEmbedding,
@@ -121,12 +128,12 @@ CLASSES: dict[type, type] = {
 }
 
 
-def register() -> None:
+def register_layers() -> None:
     """Put every class into its slot. Idempotent. Raises RuntimeError for a slot that somebody else holds."""
     for parent, ours in CLASSES.items():
         holder = op_registry_oot.get(parent.__name__)
         if holder is None:
-            _register(parent, ours)
+            parent.register_oot(ours)
         elif holder is not ours:
             raise RuntimeError(
                 f"exact mode: vLLM's slot for {parent.__name__} is held by {holder.__module__}.{holder.__qualname__}"
@@ -145,5 +152,73 @@ def rope_cache_of_its_own() -> Iterator[None]:
         rotary_embedding._ROPE_DICT.update(cached)
 
 
-def _register(parent: type[CustomOp] | type[PluggableLayer], ours: type) -> None:
-    parent.register_oot(ours)
+class ExactAttentionBackend(CPUAttentionBackend):
+    """CPU_ATTN with another implementation."""
+
+    @staticmethod
+    def get_impl_cls() -> type[CPUAttentionBackendImpl]:
+        return ExactAttentionImpl if enabled() else CPUAttentionBackendImpl
+
+
+class ExactAttentionImpl(CPUAttentionBackendImpl):
+    """Keys and values lie in vLLM's blocks as [G, slot, 2 D], unpacked. Decoder attention without windows, caps, sinks or alibi."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        plain = (
+            self.sliding_window == -1 and not self.logits_soft_cap and self.alibi_slopes is None and self.sinks is None
+        )
+        if not plain or self.is_fp8_kv_cache or self.attn_type != AttentionType.DECODER:
+            raise RuntimeError(
+                "exact mode knows plain causal attention only: no window, soft cap, alibi, sinks, or fp8 cache"
+            )
+
+    def do_kv_cache_update(
+        self, layer: nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Write this step's keys and values to their slots."""
+        size, count = kv_cache.shape[2], len(slot_mapping)
+        held = slot_mapping >= 0
+        slots = slot_mapping[held]
+        kv_cache[slots // size, :, slots % size, : self.head_size] = key[:count][held]
+        kv_cache[slots // size, :, slots % size, self.head_size :] = value[:count][held]
+
+    def forward(
+        self,
+        layer: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: CPUAttentionMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Every request by itself: its queries against all its keys so far."""
+        if attn_metadata is None:
+            return output
+        starts, lengths = attn_metadata.query_start_loc.tolist(), attn_metadata.seq_lens.tolist()
+        for i, length in enumerate(lengths):
+            rows = slice(starts[i], starts[i + 1])
+            blocks = attn_metadata.block_table[i, : -(-length // kv_cache.shape[2])]
+            held_SG = kv_cache[blocks].transpose(1, 2).flatten(0, 1)[:length]
+            key_SGD, value_SGD = held_SG.split(self.head_size, dim=-1)
+            count = rows.stop - rows.start
+            output[rows] = exact.attend(
+                query[rows], key_SGD, value_SGD, first=length - count, scale=self.scale
+            ).view_as(output[rows])
+        return output
+
+
+def register_attention() -> None:
+    """Override the CPU backend. Raises RuntimeError on another platform."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention import selector
+
+    if not current_platform.is_cpu():
+        raise RuntimeError(
+            f"exact mode is for the CPU so far; this is {current_platform.device_name or torch.device('cuda')}"
+        )
+    register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.ExactAttentionBackend")
+    selector._cached_get_attn_backend.cache_clear()  # an earlier engine of this process has filled it with vLLM's own

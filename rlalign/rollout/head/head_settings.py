@@ -14,9 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from rlalign.head import triton as gpu_head
-from rlalign.rollout import versions
+from rlalign.rollout import SETTINGS_KEY
 from rlalign.rollout.exact import MODE as EXACT
-from rlalign.rollout.names import SETTINGS_KEY
 
 FIELDS_SPELLING = "fp32_lm_head"  # the same wish as other stacks write it, beside our key or inside it
 MODES_OF = {  # head_dtype -> what mode may say beside it
@@ -119,8 +118,8 @@ class HeadSettings:
         """For vLLM's additional_config."""
         return {"head_dtype": self.head_dtype, "mode": self.mode}
 
-    def resolve(self, *, device: str, vllm: str) -> HeadMode:
-        """The one decision. device: vLLM's word for where it runs ("cuda" for ROCm too); vllm: its version.
+    def resolve(self, *, device: str) -> HeadMode:
+        """The one decision. device: vLLM's word for where it runs ("cuda" for ROCm too).
 
         RLALIGN_GPU_HEAD=triton takes our product on CUDA, in the trainer's process as in the engine's: one kernel for both.
         """
@@ -130,7 +129,7 @@ class HeadSettings:
             return HeadMode.MASTER
         if self.mode != "auto":
             return HeadMode(self.mode)
-        native = device == "cuda" and versions.has_native_head(vllm) and gpu_head.asked() != gpu_head.TRITON
+        native = device == "cuda" and gpu_head.asked() != gpu_head.TRITON
         return HeadMode.NATIVE if native else HeadMode.CACHED
 
 

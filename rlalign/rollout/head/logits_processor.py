@@ -1,6 +1,6 @@
 """The layer that replaces vLLM's LogitsProcessor: same head, float32 logits, proof of what it did.
 
-Only `_apply_head` is overridden (signature stable from vLLM 0.26 to 0.32): gathering, padding, soft cap, scale and LoRA stay
+Only `_apply_head` is overridden (signature stable from vLLM 0.28 to 0.33): gathering, padding, soft cap, scale and LoRA stay
 vLLM's own. `forward` must not be overridden, since the LoRA wrapper calls it unbound with itself as `self`.
 """
 
@@ -16,6 +16,7 @@ import vllm
 from torch import Tensor, nn
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
+from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
@@ -25,12 +26,17 @@ from rlalign.head.cache import HeadCache, MasterHead
 from rlalign.head.multiplied import Multiplied
 from rlalign.head.products import AS_STORED
 from rlalign.head.routes import bits, kernel_name
-from rlalign.rollout import exact, versions
+from rlalign.rollout import SLOT, exact, versions
 from rlalign.rollout.head.decode import decode_logits
 from rlalign.rollout.head.head_settings import HeadMode, HeadSettings
 
 log = init_logger("vllm.rlalign")  # under vLLM's name: only its own loggers are shown in workers
 ApplyHead = Callable[["AlignedLogitsProcessor", VocabParallelEmbedding, Tensor, Tensor | None], Tensor]
+# Speculative methods that propose tokens without a network of their own: nothing but the target's head makes logits.
+DRAFTS_WITHOUT_HEAD = frozenset({"ngram", "ngram_gpu", "suffix"})
+VLLMS_OWN = (HeadMode.OFF, HeadMode.NATIVE, HeadMode.EXACT)  # ways through vLLM's own `_apply_head`
+CACHE = HeadCache()  # one per process: a worker has one target model
+METHODS = ("forward", "_get_logits", "_apply_head", "_gather_logits", "get_top_tokens")
 
 
 class HeadWatch:
@@ -104,12 +110,12 @@ def probe(model: nn.Module, layer: AlignedLogitsProcessor, lm_head: nn.Module, *
     if weight is None or weight.is_meta or not weight.numel() or not weight.is_floating_point():
         return Multiplied(dtype=None, why=f"{type(lm_head).__name__} has no plain weight")
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(multiplied.ROWS, layer.hidden_size(lm_head), generator=generator)
+    hidden = torch.randn(multiplied.ROWS, weight.shape[1], generator=generator)
     hidden = hidden.to(weight.device, layer.body_dtype)
     calls, layer.watch.asked = layer.calls, False
     try:
         with torch.inference_mode():
-            found = judged(layer, lm_head, hidden, None, layer.product(lm_head, hidden))
+            found = judged(layer, lm_head, hidden, None, layer._apply_head(lm_head, hidden, None))
             final = model.compute_logits(hidden) if whole_path else None
     except RuntimeError as error:  # a head that refuses, since its weight is in doubt, also refuses to sample
         return Multiplied(dtype=None, why=f"the head refused: {error}")
@@ -126,7 +132,7 @@ def probe(model: nn.Module, layer: AlignedLogitsProcessor, lm_head: nn.Module, *
 def line(layer: AlignedLogitsProcessor, lm_head: nn.Module) -> str:
     """What a worker's log says of its head."""
     route = route_of(layer, lm_head)
-    body = _name(layer.body_dtype)
+    body = str(layer.body_dtype).removeprefix("torch.")
     dtype = body if layer.mode is HeadMode.OFF and layer.settings is not None else "float32"
     if layer.settings is None:
         return "rlalign: neither additional_config nor RLALIGN_HEAD asks for a head; it is vLLM's own"
@@ -138,18 +144,6 @@ def line(layer: AlignedLogitsProcessor, lm_head: nn.Module) -> str:
 def _is_rounded(logits: Tensor) -> bool:
     finite = logits[torch.isfinite(logits)]
     return finite.numel() > 0 and bool((finite.to(torch.bfloat16).to(finite.dtype) == finite).all())
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-# Speculative methods that propose tokens without a network of their own: nothing but the target's head makes logits.
-DRAFTS_WITHOUT_HEAD = frozenset({"ngram", "ngram_gpu", "suffix"})
-
-
-VLLMS_OWN = (HeadMode.OFF, HeadMode.NATIVE, HeadMode.EXACT)  # ways through vLLM's own `_apply_head`
-CACHE = HeadCache()  # one per process: a worker has one target model
 
 
 class AlignedLogitsProcessor(LogitsProcessor):
@@ -167,9 +161,8 @@ class AlignedLogitsProcessor(LogitsProcessor):
         config = get_current_vllm_config()  # only here: it is out of reach during forward
         self.settings = HeadSettings.wanted(config.additional_config)
         self.body_dtype: torch.dtype = config.model_config.dtype
-        # Before 0.26 there is no head_dtype and vLLM's head always works in the body's dtype. What it is from then on the
-        # checkpoint may have said: an engine of ours has the trainer's head instead, and that knows the body's dtype alone.
-        own = self.head_dtype if versions.has_native_head(vllm.__version__) else None
+        # The checkpoint may have said head_dtype: an engine of ours has the trainer's head, which knows the body's dtype alone.
+        own = self.head_dtype
         self.claimed = None if own in (None, self.body_dtype) else str(own).removeprefix("torch.")
         self.off_dtype = own if own is None or self.settings is None else self.body_dtype
         self.calls = 0
@@ -179,21 +172,10 @@ class AlignedLogitsProcessor(LogitsProcessor):
         self.set_mode(mode_of(config))
 
     def set_mode(self, mode: HeadMode) -> None:
-        """Switch the head. Runs set it once; `rlalign parity` compares modes on one engine. Raises ValueError for native
-        where this vLLM has no float32 head of its own."""
-        if mode is HeadMode.NATIVE and not versions.has_native_head(vllm.__version__):
-            raise ValueError(f"vLLM {vllm.__version__} has no float32 head of its own (0.26 on); use head_mode=cached")
+        """Switch the head. Runs set it once; `rlalign parity` compares modes on one engine."""
         self.mode = mode
         self.watch.forget()
         self.head_dtype = torch.float32 if mode is HeadMode.NATIVE else self.off_dtype
-
-    def product(self, lm_head: VocabParallelEmbedding, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """This rank's logits of hidden states, as the model would have them from this layer, without a bias."""
-        return self._apply_head(lm_head, hidden_ND, None)
-
-    def hidden_size(self, lm_head: VocabParallelEmbedding) -> int:
-        """Columns of this head's weight."""
-        return int(lm_head.weight.shape[1])
 
     @watched
     def _apply_head(
@@ -239,7 +221,7 @@ def mode_of(config: VllmConfig) -> HeadMode:
     if settings is None:
         return HeadMode.OFF
     versions.require_supported(vllm.__version__)
-    mode = settings.resolve(device=config.device_config.device_type, vllm=vllm.__version__)
+    mode = settings.resolve(device=config.device_config.device_type)
     if mode is HeadMode.EXACT and not exact.enabled():
         raise ValueError(
             f'additional_config["rlalign"]: mode "exact" in an engine that is not built in exact mode ({exact.VARIABLE} is not '
@@ -281,3 +263,27 @@ def route_of(layer: LogitsProcessor, lm_head: VocabParallelEmbedding) -> dict[st
         "kernel": kernel_name(route, hidden, operand),
         "bits": bits(product, size, body, operand.dtype, weight.device),
     }
+
+
+def require_no_rival() -> None:
+    """Raise RuntimeError naming who else makes logits in this process: a plugin in the slot, or functions over vLLM's methods."""
+    nothing = "ask rlalign for nothing (unset RLALIGN_HEAD; no additional_config)"
+    holder = op_registry_oot.get(SLOT)
+    if holder is not None and not _is_of(("rlalign",), holder):
+        raise RuntimeError(
+            f"rlalign's head was asked for, and another plugin holds vLLM's {SLOT} slot: "
+            f"{holder.__module__}.{holder.__qualname__}. Only one of the two can make the logits: leave that plugin out of "
+            f"VLLM_PLUGINS, or {nothing}"
+        )
+    methods = {name: function for name in METHODS if (function := vars(LogitsProcessor).get(name)) is not None}
+    foreign = [f"{n} (now of {f.__module__})" for n, f in methods.items() if not _is_of(("vllm", "rlalign"), f)]
+    if foreign:
+        raise RuntimeError(
+            f"rlalign's head was asked for, and something has written over vLLM's {SLOT}: {', '.join(foreign)}. Its logits "
+            f"would be neither's: switch that patch off (prime-rl's comes with its plugin: leave it out of VLLM_PLUGINS), "
+            f"or {nothing}"
+        )
+
+
+def _is_of(packages: tuple[str, ...], found: type | Callable) -> bool:
+    return found.__module__.split(".")[0] in packages

@@ -29,9 +29,9 @@ class Unreachable(RuntimeError):
 
 
 class Refused(RuntimeError):
-    """The server answered with an error. status: HTTP's."""
+    """The server answered with an error, or otherwise than it should. status: HTTP's."""
 
-    def __init__(self, message: str, status: int) -> None:
+    def __init__(self, message: str, status: int = 200) -> None:
         super().__init__(message)
         self.status = status
 
@@ -75,7 +75,7 @@ class Client:
         try:
             found = sorted(ANSWER.decode(raw).choices, key=lambda c: c.index)
         except ValueError as error:
-            raise Refused(f"{self.url}: an answer that is not vLLM's of 0.32 or later ({error})", 200) from error
+            raise Refused(f"{self.url}: an answer that is not vLLM's of 0.32 or later ({error})") from error
         if any(c.finish_reason == "abort" for c in found):
             raise Unreachable(f"{self.url}: gave the request up (it is ending, or somebody aborted it)")
         return found
@@ -97,7 +97,7 @@ class Client:
             raise Refused(f"{self.url}: {method} failed: {error}", error.status) from error
         answers = _field(raw, "results", self.url)
         if not isinstance(answers, list):
-            raise Refused(f"{self.url}: {method} answered {answers!r}, expected one answer a rank", 200)
+            raise Refused(f"{self.url}: {method} answered {answers!r}, expected one answer a rank")
         return [labelled(answer, rank, self.url, method) for rank, answer in enumerate(answers)]
 
     async def prompt_logprobs(self, sequences: Sequence[Sequence[int]], timeout: float) -> list[list[float]]:
@@ -192,7 +192,7 @@ def _field(raw: bytes, name: str, url: str) -> object:
     try:
         return json.loads(raw)[name]
     except (ValueError, KeyError, TypeError) as error:
-        raise Refused(f"{url}: an answer without {name!r}; is that a vLLM server?", 200) from error
+        raise Refused(f"{url}: an answer without {name!r}; is that a vLLM server?") from error
 
 
 def _message(answer: httpx.Response) -> str:

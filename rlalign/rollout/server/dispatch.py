@@ -7,18 +7,60 @@ has room, so that the servers finish together. A request is a pure function of p
 from __future__ import annotations
 
 import asyncio
+import enum
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from rlalign.config import RolloutConfig
 from rlalign.exits import Lost
-from rlalign.rollout.server.client import Refused, Unreachable
-from rlalign.rollout.server.members import Member, State
+from rlalign.rollout.server.client import Client, Refused, Unreachable
 from rlalign.rollout.server.wire import Completion, Request
 
 ATTEMPTS = 5  # of one request, before it is taken for the cause of the failures
-ALIVE = (State.SERVING, State.SUSPECT)
 Answer = tuple[list[Completion], list[list[int]]]  # completions, and the version of every span of each
+
+
+class State(enum.Enum):
+    """Only a serving member gets requests."""
+
+    SERVING = "serving"  # has the current weights
+    SUSPECT = "suspect"  # a request failed there; it is being examined
+    JOINING = "joining"  # the right server, but its weights are not this run's: the next publish takes it in
+    DOWN = "down"  # does not answer
+    REFUSED = "refused"  # answers, but is not what this run needs
+
+
+@dataclass(eq=False)
+class Member:
+    """One server of the pool. why: of a state other than serving; life: of the process that passed the handshake."""
+
+    client: Client
+    state: State = State.DOWN
+    why: str = "not asked yet"
+    life: str = ""
+    misses: int = 0  # health checks in a row without an answer
+    tokens: int = 0  # that it was asked for and has not delivered, at most
+    sequences: int = 0  # in flight there
+    calls: set[asyncio.Future] = field(default_factory=set)  # of requests in flight there; completing one takes it back
+
+    @property
+    def url(self) -> str:
+        return self.client.url
+
+    def becomes(self, state: State, why: str = "") -> None:
+        """Change state; whatever is in flight at a member that does not serve any more is taken back."""
+        self.state, self.why, self.misses = state, why, 0
+        if state in (State.DOWN, State.JOINING, State.REFUSED):
+            for call in self.calls:
+                if not call.done():
+                    call.set_result(None)
+
+    def describe(self) -> str:
+        return f"{self.url} is {self.state.value}" + (f" ({self.why})" if self.why else "")
+
+
+ALIVE = (State.SERVING, State.SUSPECT)
 
 
 class Dispatcher:
@@ -185,11 +227,10 @@ class Dispatcher:
 def _require_complete(member: Member, request: Request, completions: Sequence[Completion]) -> None:
     if [c.index for c in completions] != list(range(request.count)):
         raise Refused(
-            f"{member.url}: {request.count} completions were asked for, it gave {[c.index for c in completions]}", 200
+            f"{member.url}: {request.count} completions were asked for, it gave {[c.index for c in completions]}"
         )
     for c in completions:
         if c.weight_versions is None or len(c.logprobs.content) != len(c.token_ids):
             raise Refused(
-                f"{member.url}: an answer without a logprob or a weight version for every token; vLLM 0.32 or later gives both",
-                200,
+                f"{member.url}: an answer without a logprob or a weight version for every token; vLLM 0.32 or later gives both"
             )

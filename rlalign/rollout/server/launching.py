@@ -11,84 +11,16 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from rlalign import ranks
-from rlalign.config import RolloutConfig, RunConfig
-from rlalign.rollout.engine.arguments import as_options, engine_arguments, engine_environment
-from rlalign.rollout.exact import VARIABLE as EXACT_VARIABLE
-from rlalign.rollout.server import key_guard as guard
-from rlalign.rollout.server.greeting import Wanted
+from rlalign.rollout.server import process_guard as guard
+from rlalign.rollout.server.greeting import Launch
 from rlalign.rollout.server.pool import ServerPool
-from rlalign.rollout.worker.steady_layers import VARIABLE as STEADY_VARIABLE
 
 GRACE = 20.0  # seconds between SIGTERM and SIGKILL
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 TAIL = 3000  # characters of a log that an error repeats
-
-
-@dataclass(frozen=True, kw_only=True)
-class Launch:
-    """What a server is started with. exact: by `rlalign.head.exact`; steady: adding in one order; options: more of vLLM's own."""
-
-    model: Path
-    config: RolloutConfig
-    dtype: str
-    head_dtype: str
-    seed: int
-    exact: bool = False
-    steady: bool = False
-    options: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, config: RunConfig, model: Path, options: Sequence[str] = ()) -> Launch:
-        """As a run with this configuration needs it."""
-        return cls(
-            model=model,
-            config=config.rollout,
-            dtype=config.model.dtype.value,
-            head_dtype=config.head_dtype.value,
-            seed=config.seed,
-            exact=config.exact,
-            steady=config.mirrored,
-            options=tuple(options),
-        )
-
-    def command(self, host: str, port: int, key: str | None) -> list[str]:
-        """The command line of vLLM's server."""
-        arguments = engine_arguments(
-            self.model, self.config, dtype=self.dtype, head_dtype=self.head_dtype, seed=self.seed, exact=self.exact
-        )
-        return [
-            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-            *("--host", host, "--port", str(port), "--enable-scale-out", "--disable-uvicorn-access-log"),
-            *as_options(arguments),
-            *(("--middleware", guard.CLASS) if key else ()),
-            *self.options,
-        ]
-
-    def wanted(self) -> Wanted:
-        """What such a server must say of itself."""
-        return Wanted(
-            model=self.model,
-            dtype=self.dtype,
-            head_dtype=self.head_dtype,
-            head_mode=self.config.head_mode,
-            exact=self.exact,
-            max_model_len=self.config.max_model_len,
-        )
-
-    def environment(self, key: str | None) -> dict[str, str]:
-        """Its environment: ours without the launcher's, with the development routes that weights travel through."""
-        found = engine_environment(self.config) | ranks.environment_without_launcher()
-        found |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-        found.pop(EXACT_VARIABLE, None)
-        found.pop(STEADY_VARIABLE, None)
-        found |= {STEADY_VARIABLE: "1"} if self.steady else {}
-        found.pop(guard.KEY_VARIABLE, None)
-        return found | ({EXACT_VARIABLE: "1"} if self.exact else {}) | ({guard.KEY_VARIABLE: key} if key else {})
 
 
 class ServerProcess:
@@ -111,7 +43,7 @@ class ServerProcess:
         reachable = socket.gethostname() if host in ("0.0.0.0", "::") else host
         self.url = f"http://{f'[{reachable}]' if ':' in reachable else reachable}:{self.port}"
         self._log, self._reserved = log, reserved
-        tether = [sys.executable, "-m", f"{__package__}.tethered", str(os.getpid())]
+        tether = [sys.executable, "-m", guard.__name__, str(os.getpid())]
         with contextlib.ExitStack() as stack:
             out: IO[bytes] | None = None
             if log is not None:
@@ -171,10 +103,10 @@ def open_pool(launch: Launch, *, logs: Path, say: Callable[[str], None] = lambda
     config, key = launch.config, os.environ.get(guard.KEY_VARIABLE) or None
     if not config.start:
         count = len(config.servers) or config.wait_for
-        return ServerPool(config.servers, config, launch.wanted(), count=count, key=key, say=say)
+        return ServerPool(config.servers, launch, count=count, key=key, say=say)
     started = start_all(launch, config.start, logs=logs)
     urls = [server.url for server in started]
-    return ServerPool(urls, config, launch.wanted(), count=len(urls), stop=lambda: stop_all(started), say=say)
+    return ServerPool(urls, launch, count=len(urls), stop=lambda: stop_all(started), say=say)
 
 
 def start_all(launch: Launch, count: int, *, logs: Path) -> list[ServerProcess]:

@@ -10,21 +10,22 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from rlalign.config import RolloutConfig
 from rlalign.exits import Lost
 from rlalign.rollout.engine import handshake
 from rlalign.rollout.engine.surface import require_room, spec_of
 from rlalign.rollout.server import wire
 from rlalign.rollout.server.client import Unreachable
-from rlalign.rollout.server.dispatch import Dispatcher
-from rlalign.rollout.server.greeting import Wanted
-from rlalign.rollout.server.members import Member, State
+from rlalign.rollout.server.dispatch import Dispatcher, Member, State
+from rlalign.rollout.server.greeting import Launch
 from rlalign.rollout.server.roster import Roster
 from rlalign.rollout.server.wire import Completion
 from rlalign.types import Rollout
 
 LAST = 2.0  # seconds that coroutines may take to end by themselves
 T = TypeVar("T")
+SURE = 4  # completions for every further engine of a server, after which each of them has had one
+NOT_YET = "no weights were published to the servers yet"
+Answered = TypeVar("Answered")
 
 
 class LoopThread:
@@ -67,11 +68,6 @@ async def _finish() -> None:
     await asyncio.sleep(0)  # their callbacks carry the results to the other threads
 
 
-SURE = 4  # completions for every further engine of a server, after which each of them has had one
-NOT_YET = "no weights were published to the servers yet"
-Answered = TypeVar("Answered")
-
-
 class ServerPool:
     """The servers of a run. Refuses to generate before the first publish, and while the weights are in doubt.
 
@@ -84,21 +80,21 @@ class ServerPool:
     def __init__(
         self,
         urls: Sequence[str],
-        config: RolloutConfig,
-        wanted: Wanted,
+        wanted: Launch,
         *,
         count: int,
         key: str | None = None,
         stop: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = lambda message: None,
     ) -> None:
-        """Greet `count` servers: those at `urls` and those announced in rollout.server_folder.
+        """Greet `count` servers, which are as `wanted`: those at `urls` and those announced in rollout.server_folder.
 
         key: of servers that ask for one; stop: ends servers that were started for this pool, when it is closed; say: writes down
         what became of servers and requests, from any thread.
         Raises RuntimeError naming each server that does not answer, or that this run must not use.
         """
-        self.config, self.spec = config, spec_of(config, wanted.head_dtype)
+        config = self.config = wanted.config
+        self.spec = spec_of(config, wanted.head_dtype)
         self.policy_version = 0
         self.engines: list[str] = []
         self._run = uuid.uuid4().hex[:8]  # whose weights a server has: part of every label
@@ -113,7 +109,7 @@ class ServerPool:
         self._dispatcher = Dispatcher(
             config, refusal=NOT_YET, read=self._versions, trouble=lambda m, why: self._roster.examine(m, why)
         )
-        self._roster = Roster(config, wanted, key=key, changed=self._dispatcher.pump, left=self._left, say=say)
+        self._roster = Roster(wanted, key=key, changed=self._dispatcher.pump, left=self._left, say=say)
         self._dispatcher.members = self._roster.members
         self._loop = LoopThread("rlalign-rollout-servers")
         try:
@@ -139,7 +135,9 @@ class ServerPool:
         require_room(prompts, prompt_ids, self.config)
         requests = wire.cut(prompts, prompt_ids, samples=samples, seed=seed, config=self.config)
         answers = self._loop.call(self._dispatcher.run(requests))
-        self._tell_reissued()
+        again, self._told = self.reissued - self._told, self.reissued
+        if again:
+            self._roster.tell(f"{again} requests were asked for again, after a server did not answer them")
         rollouts = [
             rollout
             for request, (completions, versions) in zip(requests, answers, strict=True)
@@ -277,11 +275,6 @@ class ServerPool:
             self._update.cancel()
         self._update = None
         self._dispatcher.release()
-
-    def _tell_reissued(self) -> None:
-        again, self._told = self.reissued - self._told, self.reissued
-        if again:
-            self._roster.tell(f"{again} requests were asked for again, after a server did not answer them")
 
     def _versions(self, member: Member, completions: Sequence[Completion]) -> list[list[int]]:
         """Of every span. A label that this pool did not give means weights that nobody here knows."""

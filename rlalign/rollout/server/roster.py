@@ -1,19 +1,24 @@
-"""The servers of a run and what becomes of them: greeted, examined after trouble, watched, taken in again."""
+"""The servers of a run and what becomes of them: announced, greeted, examined after trouble, watched, taken in again.
+
+A ready file is how a server is found without guessed ports: it writes one when it answers and removes it when it ends. One JSON a
+server, url, host, pid, model, versions and key, readable by its owner alone: who may read it may steer the server.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rlalign.config import RolloutConfig
-from rlalign.rollout.server import ready
 from rlalign.rollout.server.client import Client, Unreachable
-from rlalign.rollout.server.dispatch import ALIVE
-from rlalign.rollout.server.greeting import Greeting, Wanted, greet, require_same_numbers
-from rlalign.rollout.server.members import Member, State
+from rlalign.rollout.server.dispatch import ALIVE, Member, State
+from rlalign.rollout.server.greeting import Greeting, Launch, greet, require_same_numbers
 
+SUFFIX = ".server.json"
 PATIENCE = 5.0  # seconds for a sign of life
 MISSED = 3  # health checks in a row without an answer: down
 EXAMINED = 3  # attempts of an examination, at most a second apart
@@ -21,13 +26,48 @@ TOLD_EVERY = 30.0  # seconds of waiting for servers at the start
 log = logging.getLogger("rlalign.rollout.server")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Announcement:
+    """A server that is ready. pid: of vLLM's HTTP process on `host`; key: None where none is asked for."""
+
+    url: str
+    host: str
+    pid: int
+    model: str
+    vllm: str
+    rlalign: str
+    key: str | None = None
+
+
+def announce(folder: Path, announced: Announcement) -> Path:
+    """Announce a server; the file appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = announced.url.split("://")[1].replace(":", "-").replace("[", "").replace("]", "")
+    file, partial = folder / f"{name}{SUFFIX}", folder / f".{name}.partial"
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as out:
+        json.dump(asdict(announced), out, indent=1)
+    partial.replace(file)
+    return file
+
+
+def announced_in(folder: Path) -> Iterator[Announcement]:
+    """Every announced server, whether it still lives or not. Raises ValueError for a file that is no announcement."""
+    for file in sorted(folder.glob(f"*{SUFFIX}")):
+        try:
+            yield Announcement(**json.loads(file.read_text()))
+        except FileNotFoundError:  # its server ended just now
+            continue
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}: no announcement of `rlalign rollout-server` ({error}); remove it") from error
+
+
 class Roster:
     """Members, by url. A server that comes back is greeted again, and joins at the next publish: until then it gets nothing."""
 
     def __init__(
         self,
-        config: RolloutConfig,
-        wanted: Wanted,
+        wanted: Launch,
         *,
         key: str | None,
         changed: Callable[[], None],
@@ -35,8 +75,8 @@ class Roster:
         say: Callable[[str], None],
     ) -> None:
         """changed: called after a member's state did; left: with a member that serves no more; say: of the run's events."""
-        self._config, self._wanted, self._key, self._changed, self._left = config, wanted, key, changed, left
-        self._say = say
+        self._wanted, self._key, self._changed, self._left, self._say = wanted, key, changed, left, say
+        config = self._config = wanted.config
         self._folder = Path(config.server_folder) if config.server_folder else None
         self._examinations: set[asyncio.Task] = set()
         self.members: list[Member] = []
@@ -121,7 +161,7 @@ class Roster:
         if self._folder is None:
             return
         known = {m.url: m for m in self.members}
-        for announced in ready.read_all(self._folder):
+        for announced in announced_in(self._folder):
             member = known.get(announced.url)
             if member is None:
                 self.add(announced.url, announced.key)

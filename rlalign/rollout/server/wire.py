@@ -113,25 +113,24 @@ def rollouts_of(
     request: Request, completions: Sequence[Completion], versions: Sequence[Sequence[int]]
 ) -> list[Rollout]:
     """The rollouts of one answered request. versions: of every span of every completion, as the pool read them."""
-    return [_rollout(request, c, v) for c, v in zip(completions, versions, strict=True)]
-
-
-def _rollout(request: Request, completion: Completion, versions: Sequence[int]) -> Rollout:
-    start, tokens = len(request.prompt), completion.token_ids
-    logprobs = [entry.logprob for entry in completion.logprobs.content]
-    spans = [
-        (start + span.start, start + span.end, version)
-        for span, version in zip(completion.weight_versions, versions, strict=True)
-    ]
-    return Rollout(
-        token_ids=[*request.prompt, *tokens],
-        loss_mask=[False] * start + [True] * len(tokens),
-        rollout_logprobs=[0.0] * start + [math.nan if p == UNSPEAKABLE else p for p in logprobs],
-        prompt_id=request.prompt_id,
-        group_id=request.group_id,
-        finish_reason=completion.finish_reason,
-        version_spans=spans,
-        kv_spans=kv_spans(spans) if len(spans) < 2 else [],
-        kv_recomputed=len(spans) > 1,  # a publish pauses with clear_cache
-        text=completion.text,
-    )
+    start, found = len(request.prompt), []
+    for completion, labels in zip(completions, versions, strict=True):
+        tokens, logprobs = completion.token_ids, [entry.logprob for entry in completion.logprobs.content]
+        spans = [
+            (start + span.start, start + span.end, version)
+            for span, version in zip(completion.weight_versions, labels, strict=True)
+        ]
+        rollout = Rollout(
+            token_ids=[*request.prompt, *tokens],
+            loss_mask=[False] * start + [True] * len(tokens),
+            rollout_logprobs=[0.0] * start + [math.nan if p == UNSPEAKABLE else p for p in logprobs],
+            prompt_id=request.prompt_id,
+            group_id=request.group_id,
+            finish_reason=completion.finish_reason,
+            version_spans=spans,
+            kv_spans=kv_spans(spans) if len(spans) < 2 else [],
+            kv_recomputed=len(spans) > 1,  # a publish pauses with clear_cache
+            text=completion.text,
+        )
+        found.append(rollout)
+    return found

@@ -1,7 +1,7 @@
-"""Worker side of capture: RPCs that record activations of the live engine and force the tokens that it decodes.
+"""Worker side of attribution: activations of the live engine recorded, the tokens it decodes forced, its modules outlined.
 
 Each method runs on every rank. Hooks see nothing of a compiled model, so capture asks for an eager engine; and they read the
-state of vLLM's V1 model runner, so capture refuses any other.
+state of vLLM's V1 model runner, so capture refuses any other. R output features of this rank, C input features, K sampled columns.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from rlalign.rollout.worker import readback
 from rlalign.rollout.worker.load_record import dry_record
+from rlalign.rollout.worker.readback import Expected
 from rlalign.rollout.worker.recording import LOGITS, UNKNOWN, Recorder, Tap
 
 if TYPE_CHECKING:
@@ -32,6 +33,27 @@ if TYPE_CHECKING:
 Sample = Callable[..., tuple[Tensor, Tensor | None]]  # vLLM's Sampler.sample: token ids [N], processed logprobs
 SEQUENCE_KEY = "rlalign_sequence"  # SamplingParams.extra_args: which sequence of the batch a request is
 FORCED_KEY = "rlalign_forced"  # SamplingParams.extra_args: the tokens to decode, whatever the sampler draws
+
+
+def positions_of(args: tuple, kwargs: dict[str, object]) -> Tensor:
+    """[N] positions that a model's forward is given; the last axis where it has several."""
+    positions = kwargs["positions"] if "positions" in kwargs else args[1]
+    return positions[-1] if positions.ndim == 2 else positions
+
+
+def scheduled_rows(
+    runner: GPUModelRunner, args: tuple, kwargs: dict[str, object], number: Callable[[str], int]
+) -> Tensor:
+    """[N, 3] (number of the request, position, decoded) of the scheduled tokens, in the order of the flattened batch."""
+    batch, ends = runner.input_batch, runner.query_start_loc.np
+    count = int(ends[batch.num_reqs])
+    rows_N3 = torch.full((count, 3), UNKNOWN, dtype=torch.int64)
+    rows_N3[:, 1] = positions_of(args, kwargs)[:count].cpu()
+    for i, name in enumerate(batch.req_ids[: batch.num_reqs]):
+        own = slice(int(ends[i]), int(ends[i + 1]))
+        rows_N3[own, 0] = number(name)
+        rows_N3[own, 2] = rows_N3[own, 1] >= len(runner.requests[name].prompt_token_ids)
+    return rows_N3
 
 
 @dataclass
@@ -46,26 +68,15 @@ class Capture:
 
     def begin_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
         """Forward pre-hook of the model: which token each row is."""
-        positions = kwargs["positions"] if "positions" in kwargs else args[1]
-        self.rows_N3 = self.rows(positions[-1] if positions.ndim == 2 else positions)
+        requests = self.runner.requests
+        self.rows_N3 = scheduled_rows(
+            self.runner, args, kwargs, lambda name: _extra(requests[name].sampling_params).get(SEQUENCE_KEY, UNKNOWN)
+        )
         self.recorder.rows("tokens", self.rows_N3)
 
     def end_forward(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         """Forward hook of the model."""
         self.hidden_ND = output
-
-    def rows(self, positions_N: Tensor) -> Tensor:
-        """[N, 3] (sequence, position, decoded) of the scheduled tokens, in the order of the flattened batch."""
-        batch = self.runner.input_batch
-        ends = self.runner.query_start_loc.np[: batch.num_reqs + 1]
-        rows_N3 = torch.full((int(ends[-1]), 3), UNKNOWN, dtype=torch.int64)
-        rows_N3[:, 1] = positions_N[: len(rows_N3)].cpu()
-        for i, request_id in enumerate(batch.req_ids[: batch.num_reqs]):
-            request = self.runner.requests[request_id]
-            own = slice(int(ends[i]), int(ends[i + 1]))
-            rows_N3[own, 0] = _extra(request.sampling_params).get(SEQUENCE_KEY, UNKNOWN)
-            rows_N3[own, 2] = rows_N3[own, 1] >= len(request.prompt_token_ids)
-        return rows_N3
 
     def take(self, tap: Tap, module: nn.Module, value: object) -> None:
         """Record one activation. It is copied at once: vLLM's fused norm overwrites its inputs."""
@@ -105,10 +116,53 @@ class Capture:
         return sampled_N
 
 
+@dataclass
+class Outline:
+    """The modules of the first forward that ran: by name, in the order in which they began."""
+
+    tokens: int = 0
+    found: dict[str, dict[str, object]] = field(default_factory=dict)
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    def watch(self, model: nn.Module) -> None:
+        """Hook every module. The model's own hook counts the tokens."""
+        self.handles.append(model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True))
+        for name, module in model.named_modules():
+            if name:
+                self.handles += [
+                    module.register_forward_pre_hook(
+                        lambda m, args, kwargs, name=name: self._enter(name, m, args, kwargs), with_kwargs=True
+                    ),
+                    module.register_forward_hook(lambda m, args, output, name=name: self._leave(name, output)),
+                ]
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
+        self.tokens = self.tokens or len(positions_of(args, kwargs))
+
+    def _enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
+        if name not in self.found:
+            inputs = self._widths((*args, *kwargs.values()))
+            self.found[name] = {"class": type(module).__name__, "inputs": inputs, "outputs": None}
+
+    def _leave(self, name: str, output: object) -> None:
+        about = self.found.get(name)
+        if about is not None and about["outputs"] is None:
+            about["outputs"] = self._widths(output if isinstance(output, tuple | list) else (output,))
+
+    def _widths(self, values: tuple | list) -> list[tuple[int, int]]:
+        """(place, features of one token) of what has as many rows as there are tokens."""
+        return [
+            (i, v.numel() // self.tokens)
+            for i, v in enumerate(values)
+            if isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 1 and self.tokens in v.shape[:2]
+        ]
+
+
 class CaptureExtension:
-    """RPCs of one worker that `rlalign attribute` adds. State: the recording under way."""
+    """RPCs of one worker that `rlalign attribute` adds. State: the recording, and the outline, under way."""
 
     rlalign_capture: Capture | None = None
+    rlalign_outline: Outline | None = None
 
     def rlalign_modules(self) -> dict[str, dict[str, str]]:
         """ "modules": {name: class} of the engine's modules, for pairing them with the trainer's."""
@@ -169,6 +223,38 @@ class CaptureExtension:
                 frequencies = torch.atan2(sine, cosine).tolist()
         return {"epsilons": epsilons, "frequencies": frequencies}
 
+    def rlalign_outline_start(self) -> dict[str, object]:
+        """Watch the next forward."""
+        self._rlalign_refuse_capture()
+        self.rlalign_outline = Outline()
+        self.rlalign_outline.watch(self.get_model())
+        return {}
+
+    def rlalign_outline_stop(self) -> dict[str, object]:
+        """ "modules": {name: class, inputs and outputs as (place, features)} in their order."""
+        outline, self.rlalign_outline = self.rlalign_outline, None
+        for handle in outline.handles:
+            handle.remove()
+        return {"modules": outline.found}
+
+    def rlalign_places(self, file: str) -> dict[str, object]:
+        """ "places": {name of a safetensors file's tensor: (module, part)}, where its features are the module's in their order.
+
+        part: which piece of a fused projection it is, None for the whole of it. A tensor whose features the engine keeps in another
+        order, or in several modules, is left out.
+        """
+        names = {module: name for name, module in self.get_model().named_modules()}
+        with safe_open(file, framework="pt") as tensors, set_current_vllm_config(self.vllm_config):
+            weights = ((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118 (not a mapping)
+            record, _ = dry_record(self.get_model(), weights, offset=0)
+            places: dict[str, list] = {}
+            for e in record.expected:
+                for owner, rows_R in e.owners:
+                    part = _part(e, rows_R, tensors.get_tensor(owner)) if owner in tensors.keys() else -1  # noqa: SIM118
+                    places.setdefault(owner, []).append((names.get(e.module, ""), part))
+        single = {owner: found[0] for owner, found in places.items() if len(found) == 1 and found[0][1] != -1}
+        return {"places": single}
+
     def _rlalign_refuse_capture(self) -> None:
         runner = self.model_runner
         if not isinstance(runner, GPUModelRunner):
@@ -222,3 +308,31 @@ def _pick(value: object, index: int) -> Tensor:
 def _extra(params: object) -> dict[str, object]:
     """extra_args of a request's sampling parameters; none for a pooling request."""
     return (params.extra_args if params is not None else None) or {}
+
+
+def _part(e: Expected, rows_R: Tensor | None, published: Tensor) -> int | None:
+    """-1 where the features have no place of their own, or another order."""
+    if e.sample_KR is None:
+        return None if len(e.owners) == 1 else -1
+    own_RK, whole = e.sample_KR.t()[rows_R], published.detach().to(e.sample_KR)
+    if not _in_order(own_RK, whole, e) and not _in_order(own_RK, whole.t(), e):
+        return -1
+    sizes = list(getattr(e.module, "output_partition_sizes", ()))
+    if bool(rows_R.all()):
+        return (
+            None if len(sizes) < 2 or e.module.tp_size == 1 else -1
+        )  # of several ranks the pieces would come interleaved
+    start, count = int(rows_R.nonzero()[0]), int(rows_R.sum())
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return starts.index(start) if start in starts and sizes[starts.index(start)] == count else -1
+
+
+def _in_order(own_RK: Tensor, whole_RC: Tensor, e: Expected) -> bool:
+    """Whether this rank's rows are consecutive rows of the whole. Where its inputs are a shard, all rows are here and summed up."""
+    count, inputs = len(own_RK), getattr(e.module, "input_size_per_partition", e.module.input_size)
+    if whole_RC.ndim != 2 or count > len(whole_RC) or inputs > whole_RC.shape[1]:
+        return False
+    if inputs < whole_RC.shape[1]:
+        return count == len(whole_RC)
+    seen_RK = whole_RC[:, e.columns_K]
+    return any(torch.equal(seen_RK[i : i + count], own_RK) for i in range(0, len(whole_RC) - count + 1, count))

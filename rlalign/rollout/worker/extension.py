@@ -20,29 +20,20 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 import rlalign
 from rlalign.head import widened
 from rlalign.head.cache import Epoch, MasterHead, fingerprint, rounds_to
-from rlalign.rollout.exact import proof
+from rlalign.rollout import SLOT, exact
 from rlalign.rollout.head import logits_processor
 from rlalign.rollout.head.head_settings import HeadMode
-from rlalign.rollout.head.logits_processor import (
-    CACHE,
-    AlignedLogitsProcessor,
-    require_plain_weight,
-    route_of,
-)
-from rlalign.rollout.names import SLOT
-from rlalign.rollout.worker import readback, steady_layers
+from rlalign.rollout.head.logits_processor import CACHE, AlignedLogitsProcessor, require_plain_weight, route_of
+from rlalign.rollout.worker import cpu, readback
 from rlalign.rollout.worker.capture import CaptureExtension
 from rlalign.rollout.worker.expert_routes import RoutesExtension
 from rlalign.rollout.worker.model_identity import IdentityExtension
 from rlalign.rollout.worker.op_record import OpRecordExtension
-from rlalign.rollout.worker.outline import OutlineExtension
 from rlalign.rollout.worker.receiving import ReceivingExtension
 from rlalign.weights import MASTER_WEIGHT, digest
 
 
-class WorkerExtension(
-    CaptureExtension, IdentityExtension, OpRecordExtension, OutlineExtension, ReceivingExtension, RoutesExtension
-):
+class WorkerExtension(CaptureExtension, IdentityExtension, OpRecordExtension, ReceivingExtension, RoutesExtension):
     """RPCs of one worker. State: the version acknowledged last."""
 
     rlalign_version: int = 0
@@ -51,7 +42,7 @@ class WorkerExtension(
         """Which head this rank runs, and what it has done so far.
 
         route: the product behind our modes (None when vLLM's own runs); copies: whether it needs an fp32 copy of the weight;
-        kernel: what carries it out in place of the library, with the same bits. products: of the body's layers on CPU.
+        kernel: what carries it out in place of the library, with the same bits. products: how CPUs multiply the body's dtype.
         head: name and kind of the module; bumps: how often each hook has announced a change of weights. attention: classes that
         compute it; unsteady: linear layers whose bits may change with the number of rows; not_exact: everything that computes
         without `rlalign.head.exact`, empty in exact mode. multiplied: the dtype that logits were found to be
@@ -74,11 +65,11 @@ class WorkerExtension(
             "mode": layer.mode.value if ours else None,
             **route_of(layer, lm_head),
             "head": f"{name}: {type(lm_head).__name__}/{type(lm_head.quant_method).__name__}",
-            "products": _products_of(lm_head),
+            "products": None if (choice := widened.decide_for(lm_head)) is None else choice.products,
             "calls": layer.calls if ours else 0,
-            "attention": proof.attention(self.vllm_config),
-            "unsteady": steady_layers.unsteady(self.get_model()),
-            "not_exact": proof.not_exact(self.get_model(), self.vllm_config),
+            "attention": exact.attention_classes(self.vllm_config),
+            "unsteady": cpu.unsteady(self.get_model()),
+            "not_exact": exact.not_exact(self.get_model(), self.vllm_config),
             "rebuilds": CACHE.rebuilds,
             "caught_by_fingerprint": CACHE.caught_by_fingerprint,
             "cache_bytes": CACHE.nbytes + master.nbytes,
@@ -210,9 +201,3 @@ class WorkerExtension(
         if copies and not rounds_to(CACHE.get(lm_head.weight), lm_head.weight):
             return [f"{name}: the fp32 copy differs from the weight it was made of"]
         return []
-
-
-def _products_of(lm_head: VocabParallelEmbedding) -> str | None:
-    """native or widened: how this process computes products of the body's dtype (`rlalign.head.widened`). None off the CPU."""
-    choice = widened.decide_for(lm_head)
-    return None if choice is None else choice.products

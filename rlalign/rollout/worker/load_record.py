@@ -6,7 +6,7 @@ So that the loaders cannot vouch for themselves, every piece that they are hande
 elements: a view of it, or the same elements in another order.
 Memory: one layer's twin at a time.
 
-vLLM's layerwise reload (0.24 to 0.32) is watched at two of its functions, `get_numel_loaded` (each call of a loader) and
+vLLM's layerwise reload (0.28 to 0.33) is watched at two of its functions, `get_numel_loaded` (each call of a loader) and
 `_layerwise_process` (a layer whose tensors are all there).
 """
 
@@ -28,7 +28,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from rlalign.rollout.worker import readback
 from rlalign.rollout.worker.readback import Expected
 from rlalign.weights import digest
-from rlalign.weights.shuffled import shuffled_sum
+from rlalign.weights.digest import shuffled_sum
 
 if TYPE_CHECKING:
     from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo

@@ -18,6 +18,8 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from rlalign.rollout.worker.capture import scheduled_rows
+
 FORWARDS = 24  # that are recorded: a prefill of all requests and some decoding
 ROWS = "rows"
 
@@ -39,16 +41,10 @@ class OpRecord:
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
         """Forward pre-hook of the model: which tokens the rows are."""
-        positions = kwargs["positions"] if "positions" in kwargs else args[1]
-        batch, ends = self.runner.input_batch, self.runner.query_start_loc.np
-        count = int(ends[batch.num_reqs])
-        rows_N3 = torch.zeros(count, 3, dtype=torch.int64)
-        rows_N3[:, 1] = (positions[-1] if positions.ndim == 2 else positions)[:count]
-        for i, name in enumerate(batch.req_ids[: batch.num_reqs]):
-            own = slice(int(ends[i]), int(ends[i + 1]))
-            rows_N3[own, 0] = self.requests.setdefault(name, len(self.requests))
-            rows_N3[own, 2] = rows_N3[own, 1] >= len(self.runner.requests[name].prompt_token_ids)
-        self.rows.append(rows_N3)
+        numbered = self.requests
+        self.rows.append(
+            scheduled_rows(self.runner, args, kwargs, lambda name: numbered.setdefault(name, len(numbered)))
+        )
 
     def take(self, name: str, side: str, value: object) -> None:
         """Keep the tensors of one call; the first of a forward, where several layers share a module."""

@@ -106,7 +106,12 @@ class Twin:
 
     def expected(self) -> list[Expected]:
         """What the live layer must compute with, by parameter."""
-        whole = {name: not self._unwritten(name).any() for name in self._written}
+
+        def unwritten(name: str) -> Tensor:
+            tensor, columns_K = getattr(self.twin, name), self._columns.get(name)
+            return (tensor if columns_K is None else tensor[:, columns_K]).isnan()
+
+        whole = {name: not unwritten(name).any() for name in self._written}
         plain = {name: getattr(self.twin, name) for name in self._written}
         packs = self._packs()
         found = [self._sampled(name, whole[name]) for name in self._columns]
@@ -115,13 +120,13 @@ class Twin:
             self._pack()
         for name in rest:
             value = getattr(self.twin, name).data
-            e = Expected(f"{self.name}.{name}", self.layer, name, self._owners(name), whole[name])
+            e = Expected(f"{self.name}.{name}", self.layer, name, list(dict.fromkeys(self._written[name])), whole[name])
             if packs:
                 e.proof, e.packed = PACKED, value
             if whole[name]:
                 e.digest = digest(value)
             else:
-                e.values, e.whole = value, self._only_padding(name, plain[name])
+                e.values, e.whole = value, _only_padding(plain[name])
             found.append(e)
         return found
 
@@ -138,29 +143,18 @@ class Twin:
             fresh = materialize_meta_tensor(meta)
         own = self.twin._parameters if parameter in self.twin._parameters else self.twin._buffers
         own[parameter] = fresh
-        if _through_a_product(self.layer, parameter, fresh):
+        product = isinstance(self.layer, LinearBase) and parameter == "weight" and fresh.ndim == 2
+        if product and fresh.is_floating_point():
             columns_K = self._columns[parameter] = _columns(fresh.shape[1], self.offset)
             fresh.data[:, columns_K] = torch.nan
         elif fresh.is_floating_point() and fresh.dtype.itemsize > 1:
             fresh.data.fill_(torch.nan)
-
-    def _unwritten(self, parameter: str) -> Tensor:
-        tensor, columns_K = getattr(self.twin, parameter), self._columns.get(parameter)
-        return (tensor if columns_K is None else tensor[:, columns_K]).isnan()
-
-    def _only_padding(self, parameter: str, loaded: Tensor) -> bool:
-        """True where the elements that nobody wrote are those that vLLM says no checkpoint has."""
-        wanted = getattr(loaded, "weight_loader_numel", loaded.numel())
-        return int((~loaded.isnan()).sum()) >= wanted
 
     def _sampled(self, name: str, whole: bool) -> Expected:
         columns_K = self._columns[name]
         sample_KR = getattr(self.twin, name).data[:, columns_K].t().contiguous()
         place = f"{self.name}.{name}"
         return Expected(place, self.layer, name, self._written[name], whole, KERNEL, columns_K, sample_KR)
-
-    def _owners(self, name: str) -> list[tuple[str, Tensor | None]]:
-        return list(dict.fromkeys(self._written[name]))
 
     def _packs(self) -> bool:
         """True for a layer that turns its loaded parameters into its kernel's own form, in the parameters themselves."""
@@ -177,6 +171,11 @@ class Twin:
         self.twin.__dict__.pop("_already_called_process_weights_after_loading", None)
         self.twin.quant_method = method
         method.process_weights_after_loading(self.twin)
+
+
+def _only_padding(loaded: Tensor) -> bool:
+    """True where the elements that nobody wrote are those that vLLM says no checkpoint has."""
+    return int((~loaded.isnan()).sum()) >= getattr(loaded, "weight_loader_numel", loaded.numel())
 
 
 def meta_like(tensor: Tensor) -> Tensor:
@@ -240,20 +239,14 @@ def _columns(count: int, offset: int) -> Tensor:
 
 def _through_kernel(module: nn.Module, columns_K: Tensor, rows: int) -> Tensor:
     """[K, R]: the sampled columns of the weight that the module's kernel multiplies by; no bias, no all-reduce."""
-    size = module.embedding_dim if isinstance(module, VocabParallelEmbedding) else _input_size(module)
+    if isinstance(module, VocabParallelEmbedding):
+        size = module.embedding_dim
+    else:  # input features on this rank; a replicated layer has them all
+        size = getattr(module, "input_size_per_partition", module.input_size)
     one_hot_KC = torch.zeros(len(columns_K), size, dtype=module.params_dtype, device=module.weight.device)
     one_hot_KC[torch.arange(len(columns_K)), columns_K] = 1.0
     with torch.inference_mode():
         return module.quant_method.apply(module, one_hot_KC, bias=None)[:, :rows]
-
-
-def _input_size(module: LinearBase) -> int:
-    """Input features on this rank; a replicated layer has them all."""
-    return getattr(module, "input_size_per_partition", module.input_size)
-
-
-def _through_a_product(layer: nn.Module, parameter: str, tensor: Tensor) -> bool:
-    return isinstance(layer, LinearBase) and parameter == "weight" and tensor.ndim == 2 and tensor.is_floating_point()
 
 
 def _differs(live: Tensor, wanted: Tensor) -> bool:

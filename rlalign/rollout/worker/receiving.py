@@ -17,19 +17,19 @@ from functools import wraps
 from pathlib import Path
 
 import torch
-import vllm
 from vllm.config import set_current_vllm_config
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rlalign.head.cache import Epoch
-from rlalign.rollout import versions
 from rlalign.rollout.head.logits_processor import CACHE
 from rlalign.rollout.worker import readback
 from rlalign.rollout.worker.load_record import LoadRecord
 from rlalign.weights import MASTER_WEIGHT, digest
 from rlalign.weights.bucket import Entry
 from rlalign.weights.file_transport import greet, read
+from rlalign.weights.groups import GlooGroup, worker_name
 
 logger = init_logger(__name__)
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -89,13 +89,8 @@ class ReceivingExtension:
     def rlalign_join(self, told: dict) -> dict[str, object]:
         """Join the trainer's group with vLLM's weight-transfer engine of this "backend", made here unless the server has one.
 
-        told: also "init", what the engine is told. Raises ValueError for a vLLM without that interface or with another backend.
+        told: also "init", what the engine is told. Raises ValueError for a server with another backend.
         """
-        if not versions.has_weight_transfer(vllm.__version__):
-            raise ValueError(
-                f"vLLM {vllm.__version__} has no weight-transfer interface that rlalign knows (0.28 on); install a newer one, or "
-                "use weights.transport=folder"
-            )
         from vllm.config import WeightTransferConfig
         from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
@@ -204,8 +199,7 @@ class ReceivingExtension:
             update.record.release()
         self.model_runner.reset_encoder_cache()
         self.model_runner.reset_mm_cache()
-        if versions.keeps_lora_state(vllm.__version__):
-            self.model_runner.reset_lora_state()
+        self.model_runner.reset_lora_state()
         Epoch.bump("rlalign_update")
 
     @contextmanager
@@ -241,3 +235,64 @@ class ReceivingExtension:
             for name, parameter in self.get_model().named_parameters()
             if id(parameter) not in came
         ]
+
+
+@dataclass
+class GlooInit(WeightTransferInitInfo):
+    """address, port: of the trainer's store. size: the trainer and all workers of all servers. timeout_s: of every wait.
+
+    engine: what the trainer calls the server of this worker.
+    """
+
+    address: str
+    port: int
+    size: int
+    timeout_s: float
+    engine: str
+
+
+@dataclass
+class GlooUpdate(WeightTransferUpdateInfo):
+    """entries: the tensors of the next bucket (`rlalign.weights.bucket.Entry`), in the order of its bytes."""
+
+    entries: list[dict]
+
+
+class GlooTransferEngine(WeightTransferEngine[GlooInit, GlooUpdate]):
+    """Takes part in the trainer's broadcast of every bucket and loads it layer by layer; every rank takes its own shard."""
+
+    init_info_cls = GlooInit
+    update_info_cls = GlooUpdate
+    _group: GlooGroup | None = None
+
+    def init_transfer_engine(self, init_info: GlooInit) -> None:
+        """Join the trainer's group, leaving an older one. Raises RuntimeError when that takes longer than the timeout."""
+        self.shutdown()
+        parallel = self.parallel_config
+        rank = parallel.data_parallel_index * parallel.world_size + parallel.rank  # over all engines of the server
+        name = worker_name(init_info.engine, rank)
+        self._group = GlooGroup.join(
+            init_info.address, init_info.port, init_info.size, name=name, timeout_s=init_info.timeout_s
+        )
+
+    def start_weight_update(self) -> None:
+        """Open the model for checkpoint tensors: its parameters go to the meta device."""
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: GlooUpdate) -> None:
+        """Receive one bucket and load it. Raises RuntimeError before init and when the trainer or a worker is lost."""
+        if self._group is None:
+            raise RuntimeError("weight transfer: init_weight_transfer_engine was not called")
+        entries = [Entry(**entry) for entry in update_info.entries]
+        data = self._group.receive(entries[-1].end)
+        self.model.load_weights((entry.name, entry.view(data)) for entry in entries)
+
+    def finish_weight_update(self) -> None:
+        """Close the update: what did not arrive keeps its old value, what did is packed for its kernel."""
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        """Leave the group."""
+        if self._group is not None:
+            self._group.close()
+            self._group = None

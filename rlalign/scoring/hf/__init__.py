@@ -5,8 +5,7 @@
     result.rewards()
 
 `model_loading` makes a checkpoint something that scores, `describe` its ModelInfo, `sequences` its tokens, `forward_pass` its
-logits and answers. Items that share a query share its computation where that is exact
-(`item_packing`).
+logits and answers; items that share a query share its computation where that is exact.
 """
 
 from rlalign.scoring.hf.hf_scorer import HFRequest, HFScorer

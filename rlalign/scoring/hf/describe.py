@@ -7,15 +7,13 @@ D hidden, L tokens, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import torch
 
-from rlalign.scoring.hf.forward_pass import outputs, score_logits, vocabulary_logits
-from rlalign.scoring.hf.item_packing import Row
-from rlalign.scoring.hf.model_loading import activation_named
+from rlalign.scoring.hf.forward_pass import Row, outputs, score_logits, vocabulary_logits
+from rlalign.scoring.hf.model_loading import activation_named, template_digest
 from rlalign.scoring.params import Activation, ModelInfo, PoolerDefaults, Task
 from rlalign.trainer import attention_choice
 
@@ -31,7 +29,7 @@ TOLERANCE = {torch.float32: 1e-4}  # relative; bf16 and fp16 take 0.05, and a wr
 
 def describe(loaded: LoadedModel, pooler: PoolerDefaults | None) -> ModelInfo:
     """Everything a request is checked against. pooler: overrides what the checkpoint states."""
-    config, tokenizer = loaded.config, loaded.tokenizer
+    config = loaded.config
     causal = _is_causal(loaded)
     pooler = pooler or loaded.pooler
     if pooler.pooling is None:
@@ -41,7 +39,6 @@ def describe(loaded: LoadedModel, pooler: PoolerDefaults | None) -> ModelInfo:
     _check_head(loaded)
     stated = loaded.model.config.to_dict()
     matryoshka = stated.get("matryoshka_dimensions") or (() if stated.get("is_matryoshka") else None)
-    template = tokenizer.chat_template if tokenizer is not None else None
     return ModelInfo(
         id=loaded.id,
         revision=loaded.revision,
@@ -62,7 +59,7 @@ def describe(loaded: LoadedModel, pooler: PoolerDefaults | None) -> ModelInfo:
         packing_reason=packing_reason,
         matryoshka_dimensions=None if matryoshka is None else tuple(matryoshka),
         pooler=pooler,
-        template_sha256=None if not isinstance(template, str) else hashlib.sha256(template.encode()).hexdigest(),
+        template_sha256=template_digest(loaded.tokenizer),
     )
 
 
@@ -224,14 +221,11 @@ def _num_labels(loaded: LoadedModel) -> int:
 
 
 def _max_length(loaded: LoadedModel) -> int | None:
-    """The smallest limit that the config, a table of learned positions, or the tokenizer states."""
     limits = [getattr(loaded.config, "max_position_embeddings", None), loaded.facts.max_length]
     for name, module in loaded.model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            reserved = (
-                0 if module.padding_idx is None else module.padding_idx + 1
-            )  # RoBERTa counts from padding_idx + 1
-            limits.append(module.num_embeddings - reserved)
+            reserved = -1 if module.padding_idx is None else module.padding_idx  # RoBERTa counts from padding_idx + 1
+            limits.append(module.num_embeddings - reserved - 1)
     if loaded.tokenizer is not None and loaded.tokenizer.model_max_length < 10**9:
         limits.append(loaded.tokenizer.model_max_length)
     return min((int(limit) for limit in limits if limit), default=None)

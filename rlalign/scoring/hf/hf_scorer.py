@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, TypedDict, Unpack
 
 from rlalign.calibration.arrays import whole
 from rlalign.scoring.hf import model_loading
 from rlalign.scoring.hf.describe import attention_balance, describe, window_of
-from rlalign.scoring.hf.forward_pass import outputs, read_row
-from rlalign.scoring.hf.item_packing import Row, split_by_budget, worthwhile_groups
+from rlalign.scoring.hf.forward_pass import Row, outputs, read_row, split_by_budget, worthwhile_groups
 from rlalign.scoring.params import PoolerDefaults, ScoringParams
 from rlalign.scoring.result import Answer, score_result
 from rlalign.scoring.scorer import Scoring, checked_inputs
@@ -42,6 +41,15 @@ class HFRequest:
         return sum(row.length for row in self.rows)
 
 
+class Options(TypedDict, total=False):
+    """How a model is described and run, see `HFScorer`."""
+
+    pooler: PoolerDefaults | None
+    packing: Packing
+    max_batch_tokens: int
+    max_pack_tokens: int
+
+
 class HFScorer(Scoring[HFRequest]):
     """Sequence and token classifiers, cross-encoders, generative judges and embedders, from a folder or a hub id.
 
@@ -62,17 +70,14 @@ class HFScorer(Scoring[HFRequest]):
         dtype: str = "auto",
         device: str = "cpu",
         attention: Literal["auto", "sdpa", "eager", "flex_attention"] = "auto",
-        pooler: PoolerDefaults | None = None,
-        packing: Packing = "auto",
-        max_batch_tokens: int = 4096,
-        max_pack_tokens: int = 4096,
         trust_remote_code: bool = False,
+        **options: Unpack[Options],
     ) -> None:
         loaded = model_loading.load(
             str(path), revision=revision, dtype=dtype, device=device, attention=attention,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
-        self._start(loaded, pooler, packing, max_batch_tokens, max_pack_tokens)
+        self._start(loaded, **options)
 
     @classmethod
     def wrap(
@@ -81,23 +86,21 @@ class HFScorer(Scoring[HFRequest]):
         tokenizer: PreTrainedTokenizerBase | None,
         *,
         id: str,
-        pooler: PoolerDefaults | None = None,
-        packing: Packing = "auto",
-        max_batch_tokens: int = 4096,
-        max_pack_tokens: int = 4096,
+        **options: Unpack[Options],
     ) -> Self:
         """A scorer of a model in memory, whose head is copied: wrap again after an update of its weights."""
         scorer = cls.__new__(cls)
-        scorer._start(model_loading.wrap(model, tokenizer, id=id), pooler, packing, max_batch_tokens, max_pack_tokens)
+        scorer._start(model_loading.wrap(model, tokenizer, id=id), **options)
         return scorer
 
     def _start(
         self,
         loaded: model_loading.LoadedModel,
-        pooler: PoolerDefaults | None,
-        packing: Packing,
-        max_batch_tokens: int,
-        max_pack_tokens: int,
+        *,
+        pooler: PoolerDefaults | None = None,
+        packing: Packing = "auto",
+        max_batch_tokens: int = 4096,
+        max_pack_tokens: int = 4096,
     ) -> None:
         self._loaded = loaded
         self.info = describe(loaded, pooler)
@@ -133,13 +136,10 @@ class HFScorer(Scoring[HFRequest]):
             for (r, g), output in zip(batch, found, strict=True):
                 request, indices = requests[r], requests[r].indices[g]
                 labels = [request.label_ids[i] for i in indices]
-                readings = read_row(self._loaded, self.info, request.params, request.rows[g], output, labels)
-                for i, reading in zip(indices, readings, strict=True):
+                found_here = read_row(self._loaded, self.info, request.params, request.rows[g], output, labels)
+                for i, answer in zip(indices, found_here, strict=True):
                     sequence = request.sequences[i]
-                    answers[r][i] = Answer(
-                        values=reading.values.numpy(), state=reading.state, prompt_tokens=len(sequence),
-                        truncated=sequence.truncated,
-                    )  # fmt: skip
+                    answers[r][i] = replace(answer, prompt_tokens=len(sequence), truncated=sequence.truncated)
         return [score_result(row, request.params, self.info) for row, request in zip(answers, requests, strict=True)]
 
     def _rows(self, sequences: list[TokenSequence]) -> tuple[list[Row], list[list[int]]]:
@@ -157,7 +157,6 @@ class HFScorer(Scoring[HFRequest]):
         return rows, indices
 
     def _groups(self, query_length: int, item_lengths: list[int]) -> list[list[int]]:
-        """Which items of one query go into a row together."""
         fits = self._window is None or query_length + max(item_lengths) <= self._window
         if self._packing == "never" or query_length == 0 or not fits:
             return [[i] for i in range(len(item_lengths))]

@@ -7,6 +7,7 @@ states before the head are there to return and to pack; any other (BERT, XLM-R, 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -65,6 +66,12 @@ def activation_named(name: Any) -> Activation:
     return ACTIVATIONS[kind]
 
 
+def template_digest(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    """sha256 of the chat template's text, None without one."""
+    template = None if tokenizer is None else tokenizer.chat_template
+    return hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None
+
+
 def read(path: str, name: str, revision: str | None) -> str | None:
     """The text of a file of the checkpoint, None where it has no such file."""
     from transformers.utils.hub import cached_file
@@ -94,7 +101,6 @@ def _prompt(path: str, stated: dict[str, Any]) -> str:
 
 
 def _pooler(path: str, revision: str | None) -> PoolerDefaults | None:
-    """Pooling and normalisation of a sentence-transformers folder, None for other folders."""
     modules = _json(path, "modules.json", revision)
     if modules is None:
         return None

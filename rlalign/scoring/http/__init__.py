@@ -12,7 +12,7 @@ tei         /predict /rerank                  no          classify              
 infinity    /rerank                           no          classify, one label                      raw
 openrlhf    /get_reward                       no          classify, one label                      whatever the model's config does
 
-`transport` sends, retries and gives up; `http_scorer` finds the dialect; `*_dialect` speak.
+`transport` sends, retries and gives up; `http_scorer` finds the dialect; `engine_dialects` and `text_dialects` speak.
 """
 
 from rlalign.scoring.http.http_scorer import HTTPScorer, KnownLogits

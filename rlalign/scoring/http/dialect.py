@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -87,33 +87,46 @@ def behind(server: str, id: str) -> ModelInfo:
     )
 
 
-def chosen_card(ask: Ask, path: str, model: str | None) -> dict[str, Any]:
-    """The card of `model` in a list of models; without a name that of the first. Raises ValueError where it is not served."""
+def chosen_card(ask: Ask, path: str, model: str | None, *, alone: bool = False) -> dict[str, Any]:
+    """The card of `model` in a list of models; without a name that of the first, which with `alone` must be the only one.
+
+    Raises ValueError where it is not served.
+    """
     cards = [card for card in entries(ask(Call(path=path)), "data") if isinstance(card, dict)]
     chosen = [card for card in cards if model in (None, card.get("id"))]
+    names = ", ".join(str(card.get("id")) for card in cards) or "none"
+    if model is None and alone and len(cards) != 1:
+        raise ValueError(f"the server has {len(cards)} models ({names}): say which, with model=")
     if not chosen:
-        names = ", ".join(str(card.get("id")) for card in cards) or "none"
         raise ValueError(f"model {model!r} is not served here; the server has {names}")
     return chosen[0]
 
 
-class Dialect(Protocol):
-    """One server's language."""
+class Dialect:
+    """One server's language: `connect`, `call` and `values`, where one call gives each item the logits of its labels."""
 
-    name: str
-    takes_ids: bool  # token ids instead of text
+    takes_ids = False  # token ids instead of text
 
     def connect(self, ask: Ask, *, model: str | None, pairs: bool) -> Served:
         """Find out what is served, with a few small requests. Raises RequestFailed, or ValueError where it cannot score."""
-        ...
+        raise NotImplementedError
+
+    def call(self, request: HTTPRequest, served: Served, span: range) -> Call:
+        """What to send for the items in `span`."""
+        raise NotImplementedError
+
+    def values(self, request: HTTPRequest, span: range, body: Json) -> list[Any]:
+        """What each item of `span` got, in their order, None for nothing. Raises RequestFailed on a body of another shape."""
+        raise NotImplementedError
 
     def calls(self, request: HTTPRequest, served: Served, span: range) -> list[Call]:
-        """What to send for the items in `span`."""
-        ...
+        """All that is to be sent for the items in `span`."""
+        return [self.call(request, served, span)]
 
     def answers(self, request: HTTPRequest, served: Served, span: range, bodies: Sequence[Json]) -> list[Answer]:
         """One answer an item of `span`. Raises RequestFailed on a body of another shape."""
-        ...
+        values, shape = self.values(request, span, bodies[0]), (served.info.num_labels,)
+        return [answer(value, request, i, shape=shape) for i, value in zip(span, values, strict=True)]
 
 
 def entries(body: Json, *path: str) -> list[Any]:

@@ -13,7 +13,7 @@ import msgspec
 
 from rlalign.config.reward import DIALECTS
 from rlalign.scoring.http.dialect import Ask, Dialect, HTTPRequest, known
-from rlalign.scoring.http.sglang_dialect import OURS
+from rlalign.scoring.http.engine_dialects import OURS
 from rlalign.scoring.http.transport import Call, Json, RequestFailed, Transport
 from rlalign.scoring.params import InvalidParams, ScoringParams
 from rlalign.scoring.result import Answer, score_result
@@ -117,12 +117,21 @@ class HTTPScorer(Scoring[HTTPRequest]):
         self._concurrency = concurrency
         try:
             self.dialect = detect(self._transport.send) if dialect == "auto" else dialect
-            self._dialect = _dialect(self.dialect)
+            module, _, kind = DIALECTS[self.dialect].partition(".")
+            self._dialect: Dialect = getattr(import_module(f"rlalign.scoring.http.{module}"), kind)()
             self._served = self._dialect.connect(self._transport.send, model=model, pairs=cross_encoder)
             self.info = self._served.info
-            self.tokenizer = _tokenizer(tokenizer)
+            if isinstance(tokenizer, str):
+                from transformers import AutoTokenizer
+
+                self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+            else:
+                self.tokenizer = tokenizer
             self._takes_ids = self._dialect.takes_ids and (self.info.causal or self.dialect != "vllm")  # /score is text
-            self._sequencer = self._make_sequencer()
+            # cuts and joins token ids, and text too where there is a tokenizer; not where the server reads query and item apart
+            joins = self._dialect.takes_ids and self.info.causal
+            limit, name = self.info.max_length, self.info.id
+            self._sequencer = Sequencer(self.tokenizer, pairs=False, max_length=limit, model=name) if joins else None
             self._settle(server_calibrated, known_logits)
         except BaseException:
             self.close()
@@ -194,12 +203,6 @@ class HTTPScorer(Scoring[HTTPRequest]):
                 return [answer for i in span for answer in await self._answered(request, range(i, i + 1))]
             return [replace(known(request, i), error=f"server: {error}") for i in span]
 
-    def _make_sequencer(self) -> Sequencer | None:
-        """Cuts and joins token ids, and text too where there is a tokenizer; None where the server reads query and item apart."""
-        if not self._dialect.takes_ids or not self.info.causal:
-            return None
-        return Sequencer(self.tokenizer, pairs=False, max_length=self.info.max_length, model=self.info.id)
-
     def _refuse(self, params: ScoringParams, *, here: bool, text: bool) -> None:
         """Raise InvalidParams on what neither this client nor the server can do. here: token ids are made in this client."""
         refused = [
@@ -256,16 +259,3 @@ class HTTPScorer(Scoring[HTTPRequest]):
                     f"{self.info.id}: known_logits item {i} is {want:.6g}, the server gives {found:.6g}: it serves "
                     "another model, or calibrates or activates its scores. A calibrator on top would be wrong"
                 )
-
-
-def _dialect(name: str) -> Dialect:
-    module, _, kind = DIALECTS[name].partition(".")
-    return getattr(import_module(f"rlalign.scoring.http.{module}"), kind)()
-
-
-def _tokenizer(given: str | PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
-    if not isinstance(given, str):
-        return given
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(given)

@@ -7,38 +7,32 @@ OpenRLHF  /get_reward: rewards as the model's config normalises them; nothing te
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import msgspec
 
 from rlalign.scoring.http.dialect import (
     Ask,
+    Dialect,
     HTTPRequest,
     Served,
     activation_between,
-    answer,
     behind,
+    chosen_card,
     entries,
     in_order,
-    known,
     numbers,
     one_each,
 )
 from rlalign.scoring.http.transport import Call, Json, RequestFailed
-from rlalign.scoring.result import Answer
 
 PROBE = ("a", ["b", "c d"])
 REFUSES = ("max_tokens_per_item", "skip_reading_prefix_cache")
 RAW = "the request asks for raw_scores=true"
 
 
-class TEIDialect:
+class TEIDialect(Dialect):
     """Text-embeddings-inference (schema of 1.7)."""
-
-    name = "tei"
-    takes_ids = False
 
     def connect(self, ask: Ask, *, model: str | None, pairs: bool) -> Served:
         """Read /info, then ask for two scores, raw and activated."""
@@ -65,8 +59,8 @@ class TEIDialect:
         )
         return Served(info=info, batch=int(stated.get("max_client_batch_size") or 32), refuses=REFUSES, proof=RAW)
 
-    def calls(self, request: HTTPRequest, served: Served, span: range) -> list[Call]:
-        """One call. A reranker scores pairs with /rerank unless the pair is turned round or the query is empty."""
+    def call(self, request: HTTPRequest, served: Served, span: range) -> Call:
+        """A reranker scores pairs with /rerank unless the pair is turned round or the query is empty."""
         cut = request.params.truncate_prompt_tokens
         if cut not in (None, -1, served.info.max_length):
             raise ValueError(
@@ -79,17 +73,14 @@ class TEIDialect:
         }
         if self._reranks(request):
             texts = [request.items[i] for i in span]
-            return [Call(path="/rerank", body={**common, "query": request.query, "texts": texts, "return_text": False})]
-        return [Call(path="/predict", body={**common, "inputs": [_pair(request, i) for i in span]})]
+            return Call(path="/rerank", body={**common, "query": request.query, "texts": texts, "return_text": False})
+        return Call(path="/predict", body={**common, "inputs": [_pair(request, i) for i in span]})
 
-    def answers(self, request: HTTPRequest, served: Served, span: range, bodies: Sequence[Json]) -> list[Answer]:
+    def values(self, request: HTTPRequest, span: range, body: Json) -> list[Any]:
         """Scores by index, or each item's labels put in the order of the head."""
         if self._reranks(request):
-            values = in_order(entries(bodies[0]), span, "score")
-        else:
-            values = [self._logits(labels) for labels in one_each(entries(bodies[0]), span)]
-        shape = (served.info.num_labels,)
-        return [answer(value, request, i, shape=shape) for i, value in zip(span, values, strict=True)]
+            return in_order(entries(body), span, "score")
+        return [self._logits(labels) for labels in one_each(entries(body), span)]
 
     def _reranks(self, request: HTTPRequest) -> bool:
         return self._rerank and bool(request.query) and not request.params.item_first
@@ -112,25 +103,18 @@ class TEIDialect:
         return [found[name] for name in sorted(columns, key=columns.__getitem__)]
 
 
-class InfinityDialect:
+class InfinityDialect(Dialect):
     """Infinity's reranker (0.0.7x)."""
-
-    name = "infinity"
-    takes_ids = False
 
     def connect(self, ask: Ask, *, model: str | None, pairs: bool) -> Served:
         """Choose a model, then ask it for two scores, raw and activated."""
-        names = [card.get("id") for card in entries(ask(Call(path="/models")), "data") if isinstance(card, dict)]
-        if model is None and len(names) != 1:
-            raise ValueError(
-                f"the server has {len(names)} models ({', '.join(map(str, names))}): say which, with model="
-            )
-        if model is not None and model not in names:
-            raise ValueError(f"model {model!r} is not served here; the server has {', '.join(map(str, names))}")
-        chosen = str(model or names[0])
+        chosen = str(chosen_card(ask, "/models", model, alone=True).get("id"))
         body = {"model": chosen, "query": PROBE[0], "documents": PROBE[1]}
         raw, activated = (
-            [numbers([v]) for v in self._scores(ask(Call(path="/rerank", body=body | {"raw_scores": flag})), range(2))]
+            [
+                numbers([v])
+                for v in self.values(None, range(2), ask(Call(path="/rerank", body=body | {"raw_scores": flag})))
+            ]
             for flag in (True, False)
         )
         activation = activation_between(raw, activated)
@@ -139,50 +123,36 @@ class InfinityDialect:
             info=info, batch=256, refuses=(*REFUSES, "item_first", "alone", "truncate_prompt_tokens"), proof=RAW
         )
 
-    def calls(self, request: HTTPRequest, served: Served, span: range) -> list[Call]:
-        """One call."""
+    def call(self, request: HTTPRequest, served: Served, span: range) -> Call:
+        """One reranking."""
         body = {"model": served.info.id, "query": request.query, "documents": [request.items[i] for i in span]}
-        return [Call(path="/rerank", body=body | {"raw_scores": True, "return_documents": False})]
+        return Call(path="/rerank", body=body | {"raw_scores": True, "return_documents": False})
 
-    def answers(self, request: HTTPRequest, served: Served, span: range, bodies: Sequence[Json]) -> list[Answer]:
+    def values(self, request: HTTPRequest | None, span: range, body: Json) -> list[Any]:
         """Scores by index."""
-        values = self._scores(bodies[0], span)
-        return [answer(value, request, i, shape=(1,)) for i, value in zip(span, values, strict=True)]
-
-    def _scores(self, body: Json, span: range) -> list[Any]:
         return in_order(entries(body, "results"), span, "relevance_score")
 
 
-class OpenRLHFDialect:
+class OpenRLHFDialect(Dialect):
     """OpenRLHF's reward server: one reward a text."""
-
-    name = "openrlhf"
-    takes_ids = False
 
     def connect(self, ask: Ask, *, model: str | None, pairs: bool) -> Served:
         """Ask for two rewards. The server says nothing of its model."""
-        found = self._rewards(ask(Call(path="/get_reward", body=_get_reward(["a b", "a c d"], ["a ", "a "]))), range(2))
+        asked = Call(path="/get_reward", body=_get_reward(["a b", "a c d"], ["a ", "a "]))
+        found = self.values(None, range(2), ask(asked))
         if any(numbers(value) is None for value in found):
             raise RequestFailed(f"the server answered a small test request with rewards {found}")
         info = behind("OpenRLHF's reward server", model or "OpenRLHF reward server")
         info = msgspec.structs.replace(info, num_labels=1)
         return Served(info=info, batch=256, refuses=(*REFUSES, "truncate_prompt_tokens", "use_activation"))
 
-    def calls(self, request: HTTPRequest, served: Served, span: range) -> list[Call]:
-        """One call."""
+    def call(self, request: HTTPRequest, served: Served, span: range) -> Call:
+        """Whole texts, and the prompt of each."""
         texts = [request.text(i) for i in span]
-        return [Call(path="/get_reward", body=_get_reward(texts, [str(request.query)] * len(texts)))]
+        return Call(path="/get_reward", body=_get_reward(texts, [str(request.query)] * len(texts)))
 
-    def answers(self, request: HTTPRequest, served: Served, span: range, bodies: Sequence[Json]) -> list[Answer]:
+    def values(self, request: HTTPRequest | None, span: range, body: Json) -> list[Any]:
         """In the order of the items; `rewards`, not `scores`, which OpenRLHF keeps for its filters."""
-        values = self._rewards(bodies[0], span)
-        return [
-            replace(known(request, i), error="the server returned null") if value is None
-            else answer(value, request, i, shape=(1,))
-            for i, value in zip(span, values, strict=True)
-        ]  # fmt: skip
-
-    def _rewards(self, body: Json, span: range) -> list[Any]:
         return one_each(entries(body, "rewards"), span)
 
 

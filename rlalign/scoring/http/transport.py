@@ -164,7 +164,6 @@ def _parsed(reply: httpx.Response) -> Json:
 
 
 def _refused(reply: httpx.Response) -> RequestFailed:
-    """What the server says went wrong, whatever it wraps it in."""
     try:
         found = json.loads(reply.content)
     except ValueError:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlalign.head import steady
-from rlalign.trainer.rounding import mirrored_attention, residual_stream, rotated_attention, variants
-from rlalign.trainer.rounding.mirrored_attention import EngineKernels
+from rlalign.trainer.fake_quantised import layers_of
+from rlalign.trainer.rounding import mirrored_modules, variants
+from rlalign.trainer.rounding.mirrored_modules import EngineKernels
 from rlalign.trainer.rounding.variants import ACTIVATION, ADD_AND_NORM, ATTENTION, MODEL, PRODUCTS, RESIDUAL, ROPE
 
 KNOWN = (
@@ -157,43 +158,31 @@ def unmirror_body(model: PreTrainedModel) -> None:
         model.set_attn_implementation(before)
 
 
-def layers_of(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers. Raises ValueError for a model that keeps them elsewhere than `base_model.layers`."""
-    layers = getattr(_decoder(model), "layers", None)
-    if layers is None:
-        raise ValueError(f"{type(model).__name__}: no layers under its base model; a mirrored body knows decoders only")
-    return list(layers)
-
-
-def _decoder(model: PreTrainedModel) -> nn.Module:
-    return model.base_model
-
-
 def _mirror_stream(model: PreTrainedModel, name: str) -> str:
     if type(model).__name__ not in KNOWN:
         return f"the layers of {type(model).__name__} are not known; known are {', '.join(KNOWN)}"
     late = name in (variants.SUM_ROUNDED_LATE, variants.SUM_ROUNDED_LATE_WEIGHT_WIDE)
     wide = name in (variants.WEIGHT_WIDE, variants.SUM_ROUNDED_LATE_WEIGHT_WIDE)
     for layer in layers_of(model):
-        residual_stream.mirror_layer(layer)
-    norms = [module for layer in layers_of(model) for module in layer.modules()] + [_decoder(model).norm]
-    for norm in filter(residual_stream.is_rms, norms):
-        residual_stream.mirror_norm(norm, late=late, weight_wide=wide)
+        mirrored_modules.mirror_layer(layer)
+    norms = [module for layer in layers_of(model) for module in layer.modules()] + [model.base_model.norm]
+    for norm in filter(mirrored_modules.is_rms, norms):
+        mirrored_modules.mirror_norm(norm, late=late, weight_wide=wide)
     return ""
 
 
 def _mirror_parallel(model: PreTrainedModel) -> str:
-    if not all(residual_stream.is_parallel(layer) for layer in layers_of(model)):
+    if not all(mirrored_modules.is_parallel(layer) for layer in layers_of(model)):
         return f"the layers of {type(model).__name__} do not run attention and MLP side by side"
     for layer in layers_of(model):
-        residual_stream.mirror_parallel(layer)
+        mirrored_modules.mirror_parallel(layer)
     return ""
 
 
 def _mirror_rope(model: PreTrainedModel, choices: Choices) -> str:
     """Known attention modules turn by `variants.rotated`. Others are handed cosine and sine in float32, so that transformers' own
     formula computes in it and attention rounds what it is given: the same bits, slower."""
-    rotary = getattr(_decoder(model), "rotary_emb", None)
+    rotary = getattr(model.base_model, "rotary_emb", None)
     if rotary is None:
         return f"{type(model).__name__} has no rotary_emb"
     own, wide = rotary.forward, choices.rope == variants.ROUNDED_ONCE_WIDE_COS
@@ -203,7 +192,7 @@ def _mirror_rope(model: PreTrainedModel, choices: Choices) -> str:
         return (cos, sin) if turned else (cos.float(), sin.float())
 
     toward_zero = choices.rope == variants.TRUNCATED_ONCE
-    known = [rotated_attention.mirror_rotation(module, toward_zero=toward_zero) for module in _attentions(model)]
+    known = [mirrored_modules.mirror_rotation(module, toward_zero=toward_zero) for module in _attentions(model)]
     turned = all(known)
     if toward_zero and not turned:
         return f"the attention of {type(model).__name__} is not known, and what it is given it rounds to nearest"
@@ -245,7 +234,7 @@ def _mirror_attention(model: PreTrainedModel, choices: Choices, kernels: EngineK
         return f"{type(model).__name__}: no attention modules found in its layers"
     chosen = kernels if choices.attention == variants.ENGINE_KERNEL else None
     _ATTENTION[model] = model.config._attn_implementation
-    mirrored_attention.install(model, attentions, chosen)
+    mirrored_modules.install_attention(model, attentions, chosen)
     return ""
 
 

@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlalign.head import steady
-from rlalign.trainer.rounding import residual_stream, rotated_attention, variants
-from rlalign.trainer.rounding.mirrored_attention import EngineKernels
+from rlalign.trainer.fake_quantised import FUSED
+from rlalign.trainer.rounding import mirrored_modules, variants
+from rlalign.trainer.rounding.mirrored_modules import EngineKernels
 from rlalign.trainer.rounding.mirroring import Choices
 from rlalign.trainer.rounding.variants import ACTIVATION, ADD_AND_NORM, ATTENTION, MODEL, PRODUCTS, RESIDUAL, ROPE
 
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 Values = Mapping[str, Tensor]  # {in0, in1, ..., out0, ...} of one module
 Way = tuple[str, Callable[[], Tensor]]  # a variant's name, and what it gives
 Compared = tuple[str, list[Way], Tensor]  # an op, its ways, what the engine gave
@@ -257,9 +257,9 @@ def _norms(norm: nn.Module, given: list[Tensor]) -> list[Way]:
     """given: a state, and the residual where the engine adds it."""
     rounded, wide = variants.added(given[1], given[0]) if len(given) > 1 else (given[0], given[0].float())
     ways: list[Way] = [(MODEL, lambda: type(norm).forward(norm, rounded))]
-    if not residual_stream.is_rms(norm):
+    if not mirrored_modules.is_rms(norm):
         return ways
-    options = residual_stream.epsilon_of(norm), residual_stream.has_offset(norm)
+    options = mirrored_modules.epsilon_of(norm), mirrored_modules.has_offset(norm)
     for name, of, weight_wide in (
         (variants.WEIGHT_WIDE, rounded.float(), True),
         (variants.SUM_ROUNDED_LATE, wide, False),
@@ -333,7 +333,7 @@ def _ropes(network: nn.Module, attention: nn.Module, given: list[Tensor], size: 
 def _attentions(
     attention: nn.Module, states: list[Tensor], tokens: _Tokens, kernels: EngineKernels | None
 ) -> list[Way]:
-    window, cap = rotated_attention.window_of(attention), getattr(attention, "attn_logit_softcapping", None)
+    window, cap = mirrored_modules.window_of(attention), getattr(attention, "attn_logit_softcapping", None)
     arguments = {"scale": attention.scaling, "window": window, "soft_cap": cap or 0.0}
     ways: list[Way] = [(MODEL, lambda: torch.cat([*_by_sdpa(states, tokens.lengths, attention.scaling, window)]))]
     if kernels is not None:
@@ -355,7 +355,7 @@ def _sums(layers: Mapping[str, nn.Module], name: str, tensors: Values) -> tuple[
     """Of a parallel layer between two recorded ones: how its branches are added to the stream. None for any other layer."""
     above, _, at = name.rpartition(".")
     before, after = f"{name}.input_layernorm|in0", f"{above}.{int(at) + 1}.input_layernorm|in0"
-    if not residual_stream.is_parallel(layers[name]) or not {before, after} <= tensors.keys():
+    if not mirrored_modules.is_parallel(layers[name]) or not {before, after} <= tensors.keys():
         return None
     stream = tensors[before]
     attended, fed = tensors[f"{name}.self_attn.o_proj|out0"], tensors[f"{name}.mlp.down_proj|out0"]

@@ -21,6 +21,13 @@ ELEMENTS = 2**17  # of a norm's temporaries on CPU: 512 KiB
 ADD_AND_NORM, ROPE, ACTIVATION, PRODUCTS, ATTENTION = "add_and_norm", "rope", "activation", "products", "attention"
 RESIDUAL = "residual"  # of layers whose attention and MLP run side by side
 OPS = (ADD_AND_NORM, ROPE, ACTIVATION, PRODUCTS, ATTENTION, RESIDUAL)
+SUM_ROUNDED_LATE, SUM_ROUNDED_LATE_WEIGHT_WIDE = "sum_rounded_after_norm", "sum_rounded_after_norm_weight_in_float32"
+WEIGHT_WIDE = "weight_in_float32"
+ROUNDED_ONCE, ROUNDED_ONCE_WIDE_COS = "rounded_once", "rounded_once_cos_in_float32"
+TRUNCATED_ONCE = "truncated_once"
+ONE_ORDER, ENGINE_KERNEL = "one_order", "engine_kernel"
+BRANCHES_FIRST = "branches_first"
+SUMS = (PRODUCTS, ATTENTION)  # whose last variant adds up as the engine does, whatever the rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,14 +167,6 @@ def activated_once(gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) ->
     """Activation and product in float32, rounded once."""
     return (act(gate.float()) * up.float()).to(gate.dtype)
 
-
-SUM_ROUNDED_LATE, SUM_ROUNDED_LATE_WEIGHT_WIDE = "sum_rounded_after_norm", "sum_rounded_after_norm_weight_in_float32"
-WEIGHT_WIDE = "weight_in_float32"
-ROUNDED_ONCE, ROUNDED_ONCE_WIDE_COS = "rounded_once", "rounded_once_cos_in_float32"
-TRUNCATED_ONCE = "truncated_once"
-ONE_ORDER, ENGINE_KERNEL = "one_order", "engine_kernel"
-BRANCHES_FIRST = "branches_first"
-SUMS = (PRODUCTS, ATTENTION)  # whose last variant adds up as the engine does, whatever the rows
 
 TABLE: tuple[Variant, ...] = (
     Variant(ADD_AND_NORM, MODEL, 0, "the sum, the normalised sum, its product with the weight"),

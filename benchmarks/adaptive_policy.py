@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from rlalign.cli import set_environment
-from rlalign.config.compose import compose
+from rlalign.config import compose
 from rlalign.tiny_policy import cached_policy
 
 

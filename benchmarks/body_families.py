@@ -22,7 +22,7 @@ from torch import Tensor
 import rlalign
 from rlalign.cli import set_environment
 from rlalign.diagnose.families import building
-from rlalign.diagnose.families.recipes import RECIPES, Recipe
+from rlalign.diagnose.families.family_table import RECIPES, Recipe
 from rlalign.rollout.engine.embedded import EMBEDDED_ENVIRONMENT
 
 if TYPE_CHECKING:

@@ -132,11 +132,10 @@ def summary(runs: list[dict]) -> dict[str, object]:
 
 def run_ours(arguments: dict) -> dict[str, object]:
     """`rlalign train` in this process, with a clock around the verbs of its parties."""
-    from rlalign.config import load
-    from rlalign.config.compose import compose
+    from rlalign.config import compose, load
     from rlalign.rollout.engine.embedded import VLLMEngine
+    from rlalign.run import assembly, train
     from rlalign.run import step as loop
-    from rlalign.run import train
     from rlalign.tracking.run_directory import Run
     from rlalign.trainer.policy import Policy
 
@@ -150,12 +149,12 @@ def run_ours(arguments: dict) -> dict[str, object]:
         (Policy, "optim_step", "optimizer"),
     ):
         setattr(owner, verb, clocked(getattr(owner, verb), phase, spent))
-    parties_of = train._parties
+    parties_of = assembly.parties
     plain_log, plain_step = Run.log, loop.train_step
     ends: list[tuple[float, float]] = []
 
-    def with_clock(*given):
-        parties = parties_of(*given)
+    def with_clock(*given, **options):
+        parties = parties_of(*given, **options)
         return replace(parties, publish=clocked(parties.publish, "publish", spent))
 
     def step(*given, **options):
@@ -171,7 +170,7 @@ def run_ours(arguments: dict) -> dict[str, object]:
         logged.append(dict(metrics))
         ends.append((time.perf_counter(), time.process_time()))
 
-    train._parties, train.train_step, Run.log = with_clock, step, log
+    assembly.parties, train.train_step, Run.log = with_clock, step, log
     config = load(compose("demo", overrides(arguments)))
     train.train(config)
     step_s, cpu_s = ([end - start for start, end in pairwise(times)] for times in zip(*ends, strict=True))
@@ -219,8 +218,7 @@ def overrides(arguments: dict) -> list[str]:
 
 def write_prompts(path: Path, arguments: dict) -> Path:
     """The prompts of our steps, in their order, with their answers, for the peer."""
-    from rlalign.config import load
-    from rlalign.config.compose import compose
+    from rlalign.config import compose, load
     from rlalign.run.assembly import load_task_of
 
     config = load(compose("demo", overrides(arguments | {"overrides": [], "output": "none"})))

@@ -24,8 +24,8 @@ from benchmarks.real_model_check import BATCHED, About, require_room, usable
 from benchmarks.real_model_memory import Peak
 from benchmarks.real_model_table import markdown
 from rlalign.tracking import environment
+from rlalign.tracking.console import Stages
 from rlalign.tracking.files import write_json
-from rlalign.tracking.stages import Stages
 
 QUESTIONS = Path(__file__).with_name("questions.jsonl")
 PROMPTS, EXACT_PROMPTS, HELD_OUT, STEPS = 32, 8, 4, 3

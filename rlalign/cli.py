@@ -10,8 +10,8 @@ import warnings
 from collections.abc import Sequence
 
 from rlalign.commands import parser
-from rlalign.diagnose.install_check import require_working
 from rlalign.exits import INTERRUPTED, LOST, REQUEUE, Lost, Preempted
+from rlalign.tracking.environment import require_working
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -114,8 +114,9 @@ def keys(section: type) -> list[tuple[str, str, str, str]]:
 
 
 def comments(section: type) -> dict[str, str]:
-    """The comment at the end of each field's line or lines, and of the comment lines that go on below it."""
+    """The comment of each field: at the end of its line or lines, or on lines of its own right above it."""
     source = inspect.getsource(section)
+    alone = {n for n, line in enumerate(source.splitlines(), 1) if line.lstrip().startswith("#")}
     (parsed,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
     said = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -124,7 +125,10 @@ def comments(section: type) -> dict[str, str]:
     found = {}
     for node in parsed.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            lines = [said[n] for n in range(node.lineno, (node.end_lineno or node.lineno) + 1) if n in said]
+            first = node.lineno
+            while first - 1 in alone:
+                first -= 1
+            lines = [said[n] for n in range(first, (node.end_lineno or node.lineno) + 1) if n in said]
             found[node.target.id] = " ".join(lines)
     return found
 

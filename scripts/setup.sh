@@ -42,7 +42,7 @@ if ! pip install -q --no-deps "${arguments[@]}" > "$log" 2>&1; then
   fi
 fi
 pip install -q --no-deps --no-build-isolation -e . >> "$log" 2>&1 || fail "could not install the checkout itself, see $log"
-.venv/bin/python -c 'from rlalign.diagnose.install_check import require_working; require_working()' || fail "the installation is broken, see above"
+.venv/bin/python -c 'from rlalign.tracking.environment import require_working; require_working()' || fail "the installation is broken, see above"
 .venv/bin/rlalign build-kernel > /dev/null 2>> "$log" || true # optional: without it the same bits take longer
 for have in requirements/cpu.txt "${wanted[*]}"; do
   # shellcheck disable=SC2086  # a list of files

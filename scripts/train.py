@@ -13,8 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from rlalign.cli import own_arguments, set_environment
-from rlalign.config import load
-from rlalign.config.compose import register_schema
+from rlalign.config import load, register_schema
 from rlalign.exits import LOST, REQUEUE, Lost, Preempted
 from rlalign.ranks import explained
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlalign.cli import set_environment
-from rlalign.config import RunConfig, load
-from rlalign.config.compose import compose
+from rlalign.config import RunConfig, compose, load
 
 if TYPE_CHECKING:
     from rlalign.reward.training.examples import Labelled

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlalign.head import kernel
-from rlalign.head.kernel.build import library_path, problem_of
+from rlalign.head.kernel import library_path, problem_of
 
 COMPILER = next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)
 needs_compiler = pytest.mark.skipif(

@@ -53,7 +53,7 @@ def _asked(self: object, attn_implementation: str | None, default: Callable) -> 
 
 def summary(found: dict[str, Iterable[str]]) -> Iterator[str]:
     """One line per kind: what ran, and what exists but did not."""
-    from rlalign.head.kernel.build import PATHS
+    from rlalign.head.kernel import PATHS
     from rlalign.head.products import Route
 
     possible = POSSIBLE | {HEAD: tuple(map(str, Route)), KERNEL: tuple(PATHS)}

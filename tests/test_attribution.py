@@ -6,9 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlalign.diagnose.attribution.difference import Spread, common_rows, counted, differences, distinct
-from rlalign.diagnose.attribution.findings import bias
-from rlalign.diagnose.attribution.patching import removed
+from rlalign.diagnose.attribution.findings import Spread, bias, common_rows, counted, differences, distinct
+from rlalign.diagnose.attribution.trainer_side import removed
 from rlalign.rollout.engine.teacher_forcing import Route
 from rlalign.rollout.worker.recording import LOGITS, TOKENS, Recorder, Recording, join
 from tests import attribution_parts as parts
@@ -86,7 +85,7 @@ def test_differences_equal_numpy_and_chunks_change_nothing(tmp_path, monkeypatch
     one, other = recording(tmp_path / "a", one_ND), recording(tmp_path / "b", other_ND)
     every = torch.arange(40), torch.arange(40)
     found = differences(one, other, "p", every, width=7)
-    monkeypatch.setattr("rlalign.diagnose.attribution.difference.ELEMENTS", 21)
+    monkeypatch.setattr("rlalign.diagnose.attribution.findings.ELEMENTS", 21)
     again = differences(one, other, "p", every, width=7)
     a, b = one_ND.double().numpy(), other_ND.double().numpy()
     apart = np.linalg.norm(a - b, axis=1)

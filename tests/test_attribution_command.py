@@ -9,13 +9,11 @@ import pytest
 
 from rlalign.cli import main
 from rlalign.commands import attribute
-from rlalign.diagnose.attribution import page, words
-from rlalign.diagnose.attribution.difference import Spread
-from rlalign.diagnose.attribution.findings import Attribution, Bias, PointDifference, RouteAttribution
+from rlalign.diagnose.attribution import report
+from rlalign.diagnose.attribution.findings import Attribution, Bias, PointDifference, RouteAttribution, Spread
 from rlalign.diagnose.attribution.mapping import LAYER_PAIRS, match, parse, read_pairs
-from rlalign.diagnose.attribution.patching import Removed
 from rlalign.diagnose.attribution.sources import budget, of_run
-from rlalign.diagnose.attribution.trainer_side import module_names
+from rlalign.diagnose.attribution.trainer_side import Removed, module_names
 from rlalign.report.drawings import BELOW, FAULT, NOTHING, Scale, heat_map, scale_of
 from rlalign.rollout.worker.recording import Tap
 from tests import attribution_parts as parts
@@ -183,7 +181,7 @@ def test_the_first_step_over_its_floor_in_the_order_of_computation():
         "layers.1.q_rope",
         "layers.1.attn_out",
     ]
-    text = " ".join(words.verdict(found))
+    text = " ".join(report.verdict(found))
     assert "layers.1.q_rope (queries after rope, layer 1), 50 times its floor" in text
     assert "rope theta or scaling, position ids" in text
     assert "also over their floors: q_rope in layer 3 (90 times); attn_out in layer 1 (4.0 times)" in text
@@ -196,30 +194,30 @@ def test_three_times_the_floor_is_the_limit_and_a_bias_alone_is_enough():
 
 
 def test_without_a_finding_the_shares_are_said():
-    text = " ".join(words.verdict(result()))
+    text = " ".join(report.verdict(result()))
     assert "No step by itself differs by more than rounding explains" in text and "layers.2.attn_out 70%" in text
     route = result().routes["prefill"]
     equal = replace(
         result(), routes={"prefill": replace(route, delta_logp={"mean": 0.0, "abs_mean": 0.0, "abs_max": 0.0})}
     )
-    assert "bit for bit" in words.verdict(equal)[0]
+    assert "bit for bit" in report.verdict(equal)[0]
 
 
 def test_the_table_marks_findings_and_shows_other_points_on_request():
     found = result(layers_1_q_rope=50.0)
-    lines = words.text(found).splitlines()
+    lines = report.text(found).splitlines()
     assert [line.split()[0] for line in lines if line.endswith("<-")] == ["layers.1.q_rope"]
     assert not any(line.startswith("layers.2.q_rope") for line in lines)
-    assert any(line.startswith("layers.2.q_rope") for line in words.text(found, every=True).splitlines())
+    assert any(line.startswith("layers.2.q_rope") for line in report.text(found, every=True).splitlines())
 
 
 def test_the_page_is_self_contained_escapes_names_and_says_the_verdict(tmp_path):
-    out = page.write(result(layers_1_q_rope=50.0), ["note <script>"], tmp_path / "a.html")
+    out = report.write(result(layers_1_q_rope=50.0), ["note <script>"], tmp_path / "a.html")
     text = out.read_text()
     assert "<script" not in text and "<b>Model</b>" not in text and "&lt;b&gt;Model" in text
     assert not re.search(r"(?:src|href)=|url\(|@import", text)
     assert "layers.1.q_rope differs by itself" in text and "note &lt;script&gt;" in text
-    assert "Rounding, and nothing else" in page.render(result(), [])
+    assert "Rounding, and nothing else" in report.render(result(), [])
 
 
 def test_json_is_strict_and_complete():

@@ -5,9 +5,10 @@ import torch
 
 from rlalign.diagnose.attribution import derived, trainer_side
 from rlalign.diagnose.attribution.derived import _Derivation, _probe, _traced, _width
-from rlalign.diagnose.attribution.mapping import ModelMap
+from rlalign.diagnose.attribution.mapping import ModelMap, Pair
 from rlalign.diagnose.attribution.trainer_side import Side
-from rlalign.diagnose.families import building, recipes
+from rlalign.diagnose.families import building, family_table
+from rlalign.rollout.worker.recording import Tap
 from rlalign.types import LogprobSpec, Rollout, collate
 
 
@@ -21,7 +22,7 @@ def batch_of(ids):
 
 def against_itself(family, tmp_path):
     """The trainer's model in the engine's place too: {point: values} of one sequence."""
-    network = building.perturbed(building.build(recipes.RECIPES[family], tmp_path / "m"), seed=1, dtype="float32")
+    network = building.perturbed(building.build(family_table.RECIPES[family], tmp_path / "m"), seed=1, dtype="float32")
     batch = batch_of(building.probes()[0])
     seen = _traced(network, _probe(batch))
     weights = [n.rpartition(".") for n, p in network.named_parameters() if p.ndim <= 2]
@@ -81,9 +82,21 @@ def test_every_linear_layer_and_norm_is_a_point_of_its_own(tmp_path):
 
 
 def test_layers_that_cannot_be_told_are_refused(tmp_path):
-    network = building.perturbed(building.build(recipes.RECIPES["llama"], tmp_path / "m"), seed=1, dtype="float32")
+    network = building.perturbed(building.build(family_table.RECIPES["llama"], tmp_path / "m"), seed=1, dtype="float32")
     seen = _traced(network, _probe(batch_of(building.probes()[0])))
     with pytest.raises(
         ValueError, match=r"cannot tell the layers of LlamaForCausalLM: its configuration has 2.*--mapping"
     ):
         derived._Derivation(network, seen, {}, {"model.norm": ("model.norm", None)}, 1).points()
+
+
+def test_an_engine_is_looked_at_once_when_the_built_in_pairs_are_refused(monkeypatch, tmp_path):
+    """A layer that gives one tensor where the pairs expect two: what refused them is what the points are derived from."""
+    tap, looks = Tap("residual", "model.norm", "output", 1), []
+    seen = {"model.norm": {"inputs": [], "outputs": [(0, 8)]}}
+    monkeypatch.setattr(derived.teacher_forcing, "modules", lambda engine: {})
+    monkeypatch.setattr(derived, "match", lambda *names: ModelMap((Pair("residual", "residual", 0, tap, tap),), 1))
+    monkeypatch.setattr(derived, "_outline", lambda engine, batch: looks.append(batch.token_ids_BL.shape) or seen)
+    monkeypatch.setattr(derived, "derive", lambda engine, network, small, outline, folder: (small, outline))
+    small, outline = derived.mapping_of(None, torch.nn.Linear(1, 1), batch_of([5] * 48), None, tmp_path)
+    assert looks == [small.token_ids_BL.shape] and outline is seen

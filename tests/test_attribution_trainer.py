@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from rlalign.diagnose.attribution import patching, trainer_side
-from rlalign.diagnose.attribution.difference import counted, differences
+from rlalign.diagnose.attribution import trainer_side
+from rlalign.diagnose.attribution.findings import counted, differences
 from rlalign.diagnose.attribution.trainer_side import Side, Widened, visited
 from rlalign.diagnose.both_sides import head_logprobs, hidden_states
 from rlalign.trainer.head_mirror import mirror
@@ -133,7 +133,7 @@ def faulty_rollout(tmp_path, batch, layer, attribute):
         rollout.get_submodule(f"model.layers.{layer}.{attribute}").weight.mul_(1.05)
     side = side_of(rollout)
     recorded = trainer_side.record(side, batch, tmp_path / "rollout")
-    return recorded, patching.logprobs(side, batch, head_dtype="float32", temperature=1.0)
+    return recorded, trainer_side.logprobs(side, batch, head_dtype="float32", temperature=1.0)
 
 
 @pytest.mark.parametrize(
@@ -147,10 +147,10 @@ def faulty_rollout(tmp_path, batch, layer, attribute):
 def test_patching_puts_the_whole_difference_where_the_fault_is(tmp_path, batch, layer, attribute, cut):
     recorded, rollout_BL = faulty_rollout(tmp_path, batch, layer, attribute)
     side = side_of(parts.model())
-    own_BL = patching.logprobs(side, batch, head_dtype="float32", temperature=1.0)
-    found = patching.attribute(side, batch, recorded, rollout_BL, own_BL, head_dtype="float32", temperature=1.0)
+    own_BL = trainer_side.logprobs(side, batch, head_dtype="float32", temperature=1.0)
+    found = trainer_side.attribute(side, batch, recorded, rollout_BL, own_BL, head_dtype="float32", temperature=1.0)
     shares = {r.cut: r.share for r in found}
-    assert list(shares) == [c.name for c in patching.cuts(side.mapping)] + ["logits", "logprobs"]
+    assert list(shares) == [c.name for c in trainer_side.cuts(side.mapping)] + ["logits", "logprobs"]
     assert shares[cut] == pytest.approx(1.0, abs=1e-3) and sum(shares.values()) == pytest.approx(1.0)
     whole = float((own_BL - rollout_BL)[batch.loss_mask_BL].abs().mean())
     remaining = {r.cut: r.remaining for r in found}
@@ -161,7 +161,7 @@ def test_patching_puts_the_whole_difference_where_the_fault_is(tmp_path, batch, 
 
 def test_unpatched_logprobs_are_the_trainers(batch):
     network = parts.model()
-    own_BL = patching.logprobs(side_of(network, rows=4), batch, head_dtype="float32", temperature=0.7)
+    own_BL = trainer_side.logprobs(side_of(network, rows=4), batch, head_dtype="float32", temperature=0.7)
     expected_BL = head_logprobs(network, hidden_states(network, batch, rows=4), batch, "float32", temperature=0.7)
     assert torch.equal(own_BL, expected_BL)
 
@@ -170,9 +170,9 @@ def test_a_patch_ends_with_the_pass(tmp_path, batch):
     recorded, rollout_BL = faulty_rollout(tmp_path, batch, 1, "mlp.up_proj")
     network = parts.model()
     side = side_of(network)
-    own_BL = patching.logprobs(side, batch, head_dtype="float32", temperature=1.0)
-    patching.attribute(side, batch, recorded, rollout_BL, own_BL, head_dtype="float32", temperature=1.0)
-    assert torch.equal(own_BL, patching.logprobs(side, batch, head_dtype="float32", temperature=1.0))
+    own_BL = trainer_side.logprobs(side, batch, head_dtype="float32", temperature=1.0)
+    trainer_side.attribute(side, batch, recorded, rollout_BL, own_BL, head_dtype="float32", temperature=1.0)
+    assert torch.equal(own_BL, trainer_side.logprobs(side, batch, head_dtype="float32", temperature=1.0))
     assert all("forward" not in layer.__dict__ for layer in network.model.layers)
 
 
@@ -180,8 +180,8 @@ def test_logprobs_of_recorded_logits(tmp_path, batch):
     network = parts.model()
     side = side_of(network)
     found = trainer_side.record(side, batch, tmp_path)
-    again_BL = patching.from_logits(found, batch, 0.6, torch.float64)
-    expected_BL = patching.logprobs(side, batch, head_dtype="float32", temperature=0.6)
+    again_BL = trainer_side.from_logits(found, batch, 0.6, torch.float64)
+    expected_BL = trainer_side.logprobs(side, batch, head_dtype="float32", temperature=0.6)
     assert torch.allclose(again_BL.float(), expected_BL, atol=1e-5)
     assert bool((again_BL[~batch.loss_mask_BL] == 0).all())
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlalign.diagnose.attribution import page as attribution
+from rlalign.diagnose.attribution import report as attribution
 from rlalign.report import charts, write_report
 from rlalign.report.dashboard import spec
 from rlalign.tracking.run_directory import Run

@@ -5,14 +5,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rlalign.diagnose.families import building, recipes
+from rlalign.diagnose.families import building, family_table
 from rlalign.trainer import checkpoint_names
 from rlalign.weights.digest import shuffled_sum
 
 
 @pytest.mark.parametrize("family", ["qwen3-moe", "mixtral", "gpt2"])
 def test_what_travels_is_what_a_saved_folder_holds(family, tmp_path):
-    folder = building.build(recipes.RECIPES[family], tmp_path / family)
+    folder = building.build(family_table.RECIPES[family], tmp_path / family)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     saved = load_file(folder / "model.safetensors")
     sent = dict(checkpoint_names.as_checkpoint(model, model.named_parameters()))
@@ -23,7 +23,7 @@ def test_what_travels_is_what_a_saved_folder_holds(family, tmp_path):
 
 
 def test_experts_that_transformers_fused_travel_apart(tmp_path):
-    folder = building.build(recipes.RECIPES["mixtral"], tmp_path / "mixtral")
+    folder = building.build(family_table.RECIPES["mixtral"], tmp_path / "mixtral")
     model = AutoModelForCausalLM.from_pretrained(folder)
     own = {name for name, _ in model.named_parameters()}
     sent = {name for name, _ in checkpoint_names.as_checkpoint(model, model.named_parameters())}
@@ -32,7 +32,7 @@ def test_experts_that_transformers_fused_travel_apart(tmp_path):
 
 def test_weights_that_need_each_other_are_converted_a_layer_at_a_time(tmp_path, monkeypatch):
     """The way taken where several tensors make one: the same names and tensors."""
-    folder = building.build(recipes.RECIPES["qwen3-moe"], tmp_path / "qwen3-moe")
+    folder = building.build(family_table.RECIPES["qwen3-moe"], tmp_path / "qwen3-moe")
     model = AutoModelForCausalLM.from_pretrained(folder)
     alone = dict(checkpoint_names.as_checkpoint(model, model.named_parameters()))
     monkeypatch.setitem(checkpoint_names._ALONE, model, False)
@@ -57,9 +57,9 @@ def test_the_shuffled_sum_sees_elements_and_not_their_order(dtype):
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "opt"])  # scaled by the head, by 1 + a norm's weight, by a norm
 def test_a_recipe_is_a_model_with_realistic_logits_and_a_padded_vocabulary(family, tmp_path):
-    folder = building.build(recipes.RECIPES[family], tmp_path / family)
+    folder = building.build(family_table.RECIPES[family], tmp_path / family)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         logits = model(torch.tensor(building.probes()), use_cache=False).logits
     assert 0.5 * building.SPREAD < float(logits.std(-1).mean()) < 2 * building.SPREAD
-    assert model.config.vocab_size == recipes.VOCABULARY > len(building.byte_tokenizer(recipes.CONTEXT))
+    assert model.config.vocab_size == family_table.VOCABULARY > len(building.byte_tokenizer(family_table.CONTEXT))

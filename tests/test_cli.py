@@ -102,7 +102,6 @@ def test_a_key_that_is_added_and_unknown_is_refused(word, capsys):
 
 
 def test_a_tasks_own_parameters_can_be_added():
-    from rlalign.config import load
-    from rlalign.config.compose import compose
+    from rlalign.config import compose, load
 
     assert load(compose("demo", ["+task.params.match=numeric"])).task.params["match"] == "numeric"

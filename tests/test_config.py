@@ -9,8 +9,16 @@ import pytest
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from rlalign.config import PRESETS, CorrectionConfig, Dtype, HeadDtype, load, to_plain
-from rlalign.config.compose import compose, register_schema
+from rlalign.config import (
+    PRESETS,
+    CorrectionConfig,
+    Dtype,
+    HeadDtype,
+    compose,
+    load,
+    register_schema,
+    to_plain,
+)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MINIMAL = ["model.path=x", "task.name=y"]
@@ -102,7 +110,7 @@ BAD = {
     "rollout.temperature=0": "must be positive",
     "rollout.group_size=1": "at least 2 samples",
     "rollout.max_tokens=64": "leaves no room for a prompt",
-    "rollout.head_mode=magic": "auto, native or cached",
+    "rollout.head_mode=magic": "choose one of auto, native, cached",
     "rollout.backend=ray": "choose one of embedded, server",
     "rollout.start=2": "rollout.start with rollout.backend=embedded: set rollout.backend=server",
     "rollout.wait_for=2": "rollout.wait_for with rollout.backend=embedded",
@@ -111,7 +119,7 @@ BAD = {
     "rollout.backend=server & rollout.server_folder=x": "the folder needs the number of servers to wait for",
     "rollout.backend=server & rollout.servers=[localhost:8000]": "'localhost:8000' is no url; write http://HOST:PORT",
     "rollout.backend=server & rollout.servers=[http://a,http://a]": "names a server twice",
-    "rollout.backend=server & rollout.start=-1": "must not be negative",
+    "rollout.backend=server & rollout.start=-1": "cannot be negative",
     "rollout.pause_timeout_s=0": "must be positive",
     "algo.minibatches=7": "does not divide",
     "algo.lr=-1": "cannot be negative",
@@ -124,9 +132,9 @@ BAD = {
     "trainer.zero_stage=0": "without an fp32 master",
     "trainer.logprob_keep_mib=-1": "cannot be negative",
     "trainer.zero_stage=4": "0, 1, 2 or 3",
-    "checkpoint.resume=maybe": "never, auto or must",
+    "checkpoint.resume=maybe": "choose one of never, auto, must",
     "checkpoint.keep=0": "at least one must stay",
-    "tracking.wandb=maybe": "auto, online, offline or disabled",
+    "tracking.wandb=maybe": "choose one of auto, online, offline, disabled",
     "steps=0": "must be positive",
     "task.train_size=8": "more than task.train_size",
 }

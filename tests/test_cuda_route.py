@@ -11,8 +11,7 @@ from rlalign.head import products
 from rlalign.head.products import Route
 from rlalign.logprobs.backward import Upstream, backward_tiles
 from rlalign.logprobs.blocks import Tile
-from rlalign.logprobs.forward import Problem, Sums, Transform, _sums, forward_sums, mirror
-from rlalign.logprobs.kept import Kept
+from rlalign.logprobs.forward import Kept, Problem, Sums, Transform, _sums, forward_sums, mirror
 
 N, D, V = 19, 64, 301
 TRANSFORMS = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlalign.config import RunConfig, load, to_plain
+from rlalign.config import RunConfig, TrainerConfig, load, to_plain
 
 ROOT = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("docs_site", ROOT / "scripts" / "docs_site.py")
@@ -31,9 +31,11 @@ def test_every_configuration_key_is_in_the_reference():
     assert missing == []
 
 
-def test_a_comment_beside_a_key_is_its_explanation():
-    about = docs_site.comments(RunConfig)
-    assert about["steps"] == "batches of rollouts"
+def test_a_comment_beside_or_above_a_key_is_its_explanation():
+    assert docs_site.comments(RunConfig)["steps"] == "batches of rollouts"
+    about = docs_site.comments(TrainerConfig)
+    assert about["attention"].startswith("auto: transformers' choice") and about["grad_clip"] == "2-norm"
+    assert not about["body"].startswith("auto") and about["body"].startswith("model: as transformers rounds")
 
 
 @pytest.mark.slow

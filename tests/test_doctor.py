@@ -22,7 +22,7 @@ from rlalign.config import (
     WeightsConfig,
 )
 from rlalign.diagnose.doctor import check, machine, tokens
-from rlalign.diagnose.doctor.known_versions import KNOWN, Surroundings, numbers
+from rlalign.diagnose.doctor.machine import KNOWN, Surroundings, numbers
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
 
 

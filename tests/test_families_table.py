@@ -3,14 +3,16 @@
 import pytest
 
 from rlalign.diagnose.doctor.examine import TABLE, judged_family, of_latent_norms
-from rlalign.diagnose.families import cell, recipes
-from rlalign.diagnose.families.cell import FAILED, OK, Cell
+from rlalign.diagnose.families import family_table
+from rlalign.diagnose.families.family_table import FAILED, OK, Cell
 
 
 def test_the_table_that_ships_is_about_the_recipes():
-    table = cell.read(TABLE)
-    assert table and table.keys() <= recipes.RECIPES.keys()
-    assert all(set(cells) <= set(cell.COLUMNS) and {"head", "bfloat16"} <= set(cells) for cells in table.values())
+    table = family_table.read(TABLE)
+    assert table and table.keys() <= family_table.RECIPES.keys()
+    assert all(
+        set(cells) <= set(family_table.COLUMNS) and {"head", "bfloat16"} <= set(cells) for cells in table.values()
+    )
 
 
 def test_doctor_shows_the_row_of_the_model_and_calls_nothing_sound_that_was_not():
@@ -39,7 +41,7 @@ def test_doctor_names_an_epsilon_that_vllm_reads_and_transformers_does_not():
 
 
 def test_a_reason_is_given_once_below_the_table():
-    shown = cell.as_markdown(
+    shown = family_table.as_markdown(
         {"a": {"load": Cell(FAILED, "no")}, "b": {"load": Cell(FAILED, "no"), "score": Cell(OK, "1e-06")}}
     )
     assert shown.splitlines() == [
@@ -49,10 +51,10 @@ def test_a_reason_is_given_once_below_the_table():
 
 def test_a_table_survives_its_file(tmp_path):
     table = {"a": {"load": Cell(OK, "x"), "score": Cell(FAILED, "y")}}
-    cell.write(table, tmp_path / "table.json")
-    assert cell.read(tmp_path / "table.json") == table and cell.read(tmp_path / "none.json") == {}
+    family_table.write(table, tmp_path / "table.json")
+    assert family_table.read(tmp_path / "table.json") == table and family_table.read(tmp_path / "none.json") == {}
 
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="no family is called lama; there are llama"):
-        recipes.named(["lama"])
+        family_table.named(["lama"])

@@ -51,7 +51,7 @@ def test_too_few_that_are_left_stop_the_run():
     for whole in (task("x", "a" * 99), task("x", "y", held_out=("a" * 99,))):
         with pytest.raises(ValueError, match="are left, and a run needs rollout.prompts_per_step=2 and 1"):
             assembly.fitted(whole, config("drop"), encode, 128)
-    with pytest.raises(ValueError, match="choose stop or drop"):
+    with pytest.raises(ValueError, match="choose one of stop, drop"):
         TaskConfig(name="x", unusable_prompts="skip")
 
 

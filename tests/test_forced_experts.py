@@ -9,9 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlalign.config import TrainerConfig, load
-from rlalign.config.compose import compose
-from rlalign.diagnose.families.recipes import RECIPES
+from rlalign.config import TrainerConfig, compose, load
+from rlalign.diagnose.families.family_table import RECIPES
 from rlalign.diagnose.replay import _Trainer
 from rlalign.ragged import Routes
 from rlalign.rollout.worker.expert_routes import Kept

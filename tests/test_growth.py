@@ -10,8 +10,8 @@ import torch
 from scipy.stats import spearmanr
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlalign.diagnose.families.recipes import RECIPES
-from rlalign.mismatch.growth import follows
+from rlalign.diagnose.families.family_table import RECIPES
+from rlalign.mismatch.causes import follows
 from rlalign.report.run_page import growth
 from rlalign.run.observation import traced
 from rlalign.types import LogprobSpec, Rollout, collate

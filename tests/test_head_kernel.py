@@ -9,7 +9,7 @@ import torch
 
 from rlalign.head import kernel as head_kernel
 from rlalign.head import projection, routes
-from rlalign.head.kernel.build import PATHS
+from rlalign.head.kernel import PATHS
 from rlalign.head.products import Route, logits_of
 from rlalign.rollout.head.decode import decode_logits
 from tests.kernel_parts import needs_compiler

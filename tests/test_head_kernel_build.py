@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlalign.head import kernel, projection, routes
-from rlalign.head.kernel.build import DIGEST_BYTES, FOLDER, SOURCES, problem_of
+from rlalign.head.kernel import DIGEST_BYTES, FOLDER, SOURCES, problem_of
 from rlalign.head.products import Route
 from rlalign.rollout.engine import handshake
 from tests.kernel_parts import COMPILER, forget, needs_compiler

@@ -21,7 +21,7 @@ HOMES = {
     "jinja2": ("report",),
     "trackio": ("tracking.trackio_run",),
     "prometheus_client": ("tracking.prometheus", "serve"),
-    "hydra": ("config.compose",),
+    "hydra": ("config.run",),
     "omegaconf": ("config",),
     "reasoning_gym": ("tasks",),
     "trl": ("integrations",),

@@ -8,7 +8,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlalign.config import LoraConfig
-from rlalign.diagnose.families import building, recipes
+from rlalign.diagnose.families import building, family_table
 from rlalign.trainer.checkpoint_names import named_weights
 from rlalign.trainer.lora import Adapters
 
@@ -30,7 +30,7 @@ LEFT_OUT = {  # family: (what has an adapter, what the log says has none)
 
 
 def network_of(family: str):
-    recipe = recipes.RECIPES[family]
+    recipe = family_table.RECIPES[family]
     torch.manual_seed(0)
     config = AutoConfig.for_model(recipe.model_type, **recipe.arguments())
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from rlalign import mismatch
-from rlalign.mismatch.distribution import Distribution
+from rlalign.mismatch.stats import Distribution
 from rlalign.objective import corrections
 
 QUANTILE = ("p50", "p90", "p99", "p999")

@@ -9,8 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from rlalign import mismatch
-from rlalign.commands import mismatch_report
+from rlalign import cli, mismatch
 from rlalign.diagnose import offline, offline_files
 
 LENGTHS = (5, 17, 9, 30, 12, 12)
@@ -148,31 +147,30 @@ def test_a_lag_column_separates_staleness(tmp_path):
 
 def test_run_prints_writes_and_gates(tmp_path, capsys):
     ours(tmp_path / "o.parquet", data())
-    status = mismatch_report.run(
-        tmp_path / "o.parquet", json_path=tmp_path / "r.json", plot=tmp_path / "r.png", k3_limit=1e-6
-    )
+    dump, page, picture = (str(tmp_path / name) for name in ("o.parquet", "r.json", "r.png"))
+    status = cli.main(["mismatch", dump, "--json", page, "--plot", picture, "--k3-limit", "1e-6"])
     text = capsys.readouterr().out
     assert status == 1 and "over the limit" in text and "| step |" in text and "worst tokens" in text
     written = json.loads((tmp_path / "r.json").read_text())
     assert written["overall"]["tokens"] == sum(n - 2 for n in LENGTHS) and len(written["steps"]) == 3
     assert (tmp_path / "r.png").stat().st_size > 10_000
-    assert mismatch_report.run(tmp_path / "o.parquet", k3_limit=1.0) == 0
+    assert cli.main(["mismatch", dump, "--k3-limit", "1.0"]) == 0
 
 
-def test_other_column_names_can_be_mapped(tmp_path):
+def test_other_column_names_can_be_mapped(tmp_path, capsys):
     rows = data()
     lists(("p", "q", "m", "i"))(tmp_path / "x.jsonl", rows)
     with pytest.raises(ValueError, match=r"no old_logprobs.*--column old_logprobs=NAME.*Text dumps"):
         offline.analyse(tmp_path / "x.jsonl")
-    assert (
-        mismatch_report.run(tmp_path / "x.jsonl", columns=["old_logprobs=p", "rollout_logprobs=q", "loss_mask=m"]) == 0
-    )
-    with pytest.raises(ValueError, match="unknown field"):
-        mismatch_report.run(tmp_path / "x.jsonl", columns=["old=p"])
-    with pytest.raises(ValueError, match="no column"):
-        mismatch_report.run(tmp_path / "x.jsonl", columns=["old_logprobs=zz"])
-    with pytest.raises(ValueError, match="field=name"):
-        mismatch_report.run(tmp_path / "x.jsonl", columns=["old_logprobs"])
+
+    def told(*columns):
+        status = cli.main(["mismatch", str(tmp_path / "x.jsonl"), *(f"--column={column}" for column in columns)])
+        return status, capsys.readouterr().err
+
+    assert told("old_logprobs=p", "rollout_logprobs=q", "loss_mask=m")[0] == 0
+    for column, what in (("old=p", "unknown field"), ("old_logprobs=zz", "no column"), ("old_logprobs", "field=name")):
+        status, said = told(column)
+        assert status == 2 and what in said
 
 
 @pytest.mark.parametrize(

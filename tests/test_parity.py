@@ -10,9 +10,9 @@ from torch import nn
 
 from rlalign.commands import parity
 from rlalign.config import ModelConfig, RunConfig, TaskConfig
-from rlalign.diagnose.both_sides import lengthened
+from rlalign.diagnose.both_sides import lengthened, read_prompts
 from rlalign.diagnose.parity import baseline, grid, measuring
-from rlalign.diagnose.prompt_file import read_prompts
+from rlalign.rollout.engine.noise_floor import KEPT
 
 
 def options(*arguments):
@@ -216,7 +216,7 @@ def test_a_float32_checkpoint_brings_its_own_master(tmp_path):
 
 def test_the_trainers_floor_is_what_its_own_ways_differ_by():
     """A trainer that is off by 0.1 nats alone, by 0.2 with padding and by 0.3 in its update has these in its floor."""
-    from rlalign.diagnose.parity import trainer_floor
+    from rlalign.diagnose import body_rounding
     from rlalign.types import LogprobSpec, Rollout, collate
 
     rollouts = [
@@ -233,9 +233,9 @@ def test_the_trainers_floor_is_what_its_own_ways_differ_by():
         off = 0.1 * (len(part) == 1) + 0.2 * (part.token_ids_BL.shape[1] > width) + 0.3 * (not exact)
         return torch.where(part.loss_mask_BL, -2.0 + off, 0.0)
 
-    found = trainer_floor.measure(score, batch)
+    found = body_rounding.trainer_floor(score, batch)
     assert {name: pytest.approx(of["abs_max"], abs=1e-6) for name, of in found.items()} == {
         "trainer_batch_of_one": 0.1, "trainer_padding": 0.2, "trainer_tiles": 0.0, "trainer_update": 0.3,
     }  # fmt: skip
-    engine = {"repeat": dict.fromkeys(trainer_floor.KEPT, 0.5), "floor": dict.fromkeys(trainer_floor.KEPT, 0.5)}
-    assert trainer_floor.together(engine, found)["floor"]["abs_max"] == pytest.approx(0.8, abs=1e-6)
+    engine = dict.fromkeys(("repeat", "floor"), dict.fromkeys(KEPT, 0.5))
+    assert body_rounding.with_trainer_floor(engine, found)["floor"]["abs_max"] == pytest.approx(0.8, abs=1e-6)

@@ -214,7 +214,7 @@ BASE = {"model": {"path": "x"}, "task": {"name": "x"}}
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        ({"algo": {"advantage": "vtrace"}}, "choose group or gae"),
+        ({"algo": {"advantage": "vtrace"}}, "choose one of group, gae"),
         ({"algo": {"critic": {"lr": 1e-4}}}, "algo.critic: set, but algo.advantage=group"),
         ({"algo": {"kl_penalty": {"coef": 0.1}, "gae": {"lam": 1.0}}}, "algo.gae, algo.kl_penalty: set, but"),
         ({"algo": {"advantage": "gae", "gae": {"lam": 1.5}}}, r"algo.gae.lam=1.5: must lie in \[0, 1\]"),

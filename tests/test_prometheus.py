@@ -14,7 +14,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as families
 
 from rlalign.ranks import free_port
-from rlalign.tracking.backend_contract import Places
+from rlalign.tracking.backends import Places
 from rlalign.tracking.prometheus import _State, gauge_name
 from rlalign.tracking.run_directory import Run
 

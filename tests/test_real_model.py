@@ -132,8 +132,7 @@ def test_exit_status_1_is_a_finding_only_where_there_is_a_result(tmp_path, code,
 @pytest.mark.slow
 def test_the_commands_of_all_phases_are_configurations_that_exist(about, tmp_path):
     from rlalign.cli import parsed
-    from rlalign.config import load
-    from rlalign.config.compose import compose
+    from rlalign.config import compose, load
 
     for model in (replace(about, chat=True), replace(about, chat=False)):
         for each in real_model.phases(model, tmp_path, max_tokens=64):

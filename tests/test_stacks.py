@@ -1,6 +1,7 @@
 """OpenRLHF's and SkyRL's released model wrappers with a mirrored head, and their own metrics beside ours."""
 
 import typing
+from functools import partial
 
 import pytest
 import torch
@@ -34,6 +35,32 @@ def by_hand(model):
     return logits.log_softmax(-1).gather(2, IDS[:, 1:, None])[:, -5:, 0]
 
 
+def the_same_through_a_mirrored_head(wrapper, model, plain, with_entropy):
+    """Scores are float64's and gradients the wrapper's own. plain: what it scores; with_entropy: the same and the entropy."""
+    plain().sum().backward()
+    wanted = {name: p.grad.clone() for name, p in wrapper.named_parameters()}
+    wrapper.zero_grad()
+    with rlalign.mirror(model) as mirrored:
+        ours, entropy = with_entropy()
+        ours.sum().backward()
+        assert mirrored.status.calls == 1 and entropy.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), by_hand(model), rtol=0, atol=2e-5)
+    for name, parameter in wrapper.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+@torch.no_grad()
+def rounded_no_more(model, score):
+    """Of a bf16 model: mirrored, scores are float64's of its own hidden states, which they are not without. Returns the latter."""
+    theirs = score()
+    with rlalign.mirror(model):
+        ours = score()
+    wanted = by_hand(model)
+    assert ours.dtype == torch.float32
+    assert (ours - wanted).abs().max() < 2e-5 and (theirs - wanted).abs().max() > 1e-3
+    return theirs
+
+
 @pytest.fixture(scope="module")
 def openrlhf(tmp_path_factory):
     absent = ("flash_attn", "ring_flash_attn", "pylatexenc", "optimum", "bitsandbytes")
@@ -50,17 +77,13 @@ def test_openrlhfs_actor_scores_through_the_mirrored_head(openrlhf, folder):
     Actor, _ = openrlhf
     actor = Actor(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), temperature=HEAT)
     actor.packing_samples = False  # which it sets only where it loads the model itself, in 16 bits
-    stock = actor(IDS, ACTIONS, attention_mask=ATTENTION)
-    stock.sum().backward()
-    wanted = {name: p.grad.clone() for name, p in actor.named_parameters()}
-    actor.zero_grad()
-    with rlalign.mirror(actor.model) as mirrored:
-        ours, output = actor(IDS, ACTIONS, attention_mask=ATTENTION, return_output=True, return_entropy=True)
-        ours.sum().backward()
-        assert mirrored.status.calls == 1 and output.entropy.dtype == torch.float32
-    torch.testing.assert_close(ours.double(), by_hand(actor.model), rtol=0, atol=2e-5)
-    for name, parameter in actor.named_parameters():
-        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-4, atol=1e-4, msg=name)
+
+    def with_entropy():
+        scores, output = actor(IDS, ACTIONS, attention_mask=ATTENTION, return_output=True, return_entropy=True)
+        return scores, output.entropy
+
+    plain = partial(actor, IDS, ACTIONS, attention_mask=ATTENTION)
+    the_same_through_a_mirrored_head(actor, actor.model, plain, with_entropy)
 
 
 @pytest.mark.nightly
@@ -68,13 +91,7 @@ def test_openrlhfs_actor_scores_through_the_mirrored_head(openrlhf, folder):
 def test_openrlhfs_bf16_logits_are_rounded_no_more(openrlhf, folder):
     Actor, _ = openrlhf
     actor = Actor(str(folder), attn_implementation="sdpa", param_dtype="bf16", temperature=HEAT)
-    with torch.no_grad():
-        theirs = actor(IDS, ACTIONS, attention_mask=ATTENTION)
-        with rlalign.mirror(actor.model):
-            ours = actor(IDS, ACTIONS, attention_mask=ATTENTION)
-    assert ours.dtype == torch.float32
-    wanted = by_hand(actor.model)
-    assert (ours - wanted).abs().max() < 2e-5 and (theirs - wanted).abs().max() > 1e-3
+    rounded_no_more(actor.model, partial(actor, IDS, ACTIONS, attention_mask=ATTENTION))
 
 
 @pytest.mark.nightly
@@ -104,37 +121,21 @@ def skyrl(tmp_path_factory):
 
 
 def scored(wrapper):
-    return wrapper(IDS, 5, attention_mask=ATTENTION, temperature=HEAT, compute_entropy=True, return_output=True)
+    scores, output = wrapper(
+        IDS, 5, attention_mask=ATTENTION, temperature=HEAT, compute_entropy=True, return_output=True
+    )
+    return scores, output["entropy"]
 
 
 @pytest.mark.nightly
-@pytest.mark.proves(
-    "SkyRL HFModelWrapper",
-    "mirrored in float32: log_probs are float64's, gradients its own",
-)
+@pytest.mark.proves("SkyRL HFModelWrapper", "mirrored in float32: log_probs are float64's, gradients its own")
 def test_skyrls_wrapper_scores_through_the_mirrored_head(skyrl, folder):
     wrapper = skyrl(str(folder), bf16=False)
-    stock, _ = scored(wrapper)
-    stock.sum().backward()
-    wanted = {name: p.grad.clone() for name, p in wrapper.named_parameters()}
-    wrapper.zero_grad()
-    with rlalign.mirror(wrapper.model) as mirrored:
-        ours, output = scored(wrapper)
-        ours.sum().backward()
-        assert mirrored.status.calls == 1 and output["entropy"].dtype == torch.float32
-    torch.testing.assert_close(ours.double(), by_hand(wrapper.model), rtol=0, atol=2e-5)
-    for name, parameter in wrapper.named_parameters():
-        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-4, atol=1e-4, msg=name)
+    the_same_through_a_mirrored_head(wrapper, wrapper.model, lambda: scored(wrapper)[0], lambda: scored(wrapper))
 
 
 @pytest.mark.nightly
 @pytest.mark.proves("SkyRL HFModelWrapper", "mirrored in bf16: log_probs are float64's of its own hidden states")
 def test_skyrls_bf16_log_probs_are_rounded_no_more(skyrl, folder):
     wrapper = skyrl(str(folder), bf16=True)
-    with torch.no_grad():
-        theirs, _ = scored(wrapper)
-        with rlalign.mirror(wrapper.model):
-            ours, _ = scored(wrapper)
-    assert theirs.dtype == torch.bfloat16 and ours.dtype == torch.float32
-    wanted = by_hand(wrapper.model)
-    assert (ours - wanted).abs().max() < 2e-5 and (theirs - wanted).abs().max() > 1e-3
+    assert rounded_no_more(wrapper.model, lambda: scored(wrapper)[0]).dtype == torch.bfloat16

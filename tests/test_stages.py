@@ -5,7 +5,7 @@ import time
 
 from rich.console import Console
 
-from rlalign.tracking.stages import Stages
+from rlalign.tracking.console import Stages
 
 
 def log(**kind):

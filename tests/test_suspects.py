@@ -5,10 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rlalign.diagnose import suspects
 from rlalign.diagnose.both_sides import head_logprobs, head_put_back
-from rlalign.diagnose.suspects import Case, calling, ranking, report
-from rlalign.diagnose.suspects import case as holding
-from rlalign.diagnose.suspects.ranking import merged
+from rlalign.diagnose.suspects import Case, experiments, merged, report
 from rlalign.mismatch.causes import Cause
 from rlalign.trainer.head_mirror import mirror
 from rlalign.types import LogprobSpec, Rollout, collate
@@ -31,19 +30,19 @@ def attribution(*points):
 
 
 def test_the_first_step_over_its_floor_leads():
-    causes = ranking.of_attribution(
+    causes = suspects.of_attribution(
         attribution(("layers.1.q", 1, 0.5), ("layers.1.mlp_norm", 1, 40.0), ("layers.2.gate", 2, 9e5), ("layers.3.up", 3, 9.0))
     )  # fmt: skip
     assert [(c.name, c.score) for c in causes] == [
-        ("norm epsilon", ranking.FIRST),
-        ("stale weights", ranking.FURTHER),
+        ("norm epsilon", suspects.FIRST),
+        ("stale weights", suspects.FURTHER),
     ]
     assert "layers.1.mlp_norm is the first" in causes[0].why
     assert "in layer(s) 2, 3" in causes[1].why and "layers.2.gate, 9e+05 times" in causes[1].why
 
 
 def test_steps_within_their_floor_are_no_cause():
-    assert ranking.of_attribution(attribution(("layers.1.q", 1, 2.9))) == []
+    assert suspects.of_attribution(attribution(("layers.1.q", 1, 2.9))) == []
 
 
 @pytest.mark.parametrize(
@@ -55,16 +54,20 @@ def test_steps_within_their_floor_are_no_cause():
     ],
 )  # fmt: skip
 def test_many_weights_are_summed_up_by_layer(names, text):
-    assert holding._summary(names) == text
+    assert experiments._summary(names) == text
 
 
 def test_frequencies_may_be_rounded_and_epsilons_may_not():
     exact = [10_000.0 ** (-j / 16) for j in range(16)]
     rounded = [f * (1 + 0.004 * (-1) ** j) for j, f in enumerate(exact)]
     other = [500_000.0 ** (-j / 16) for j in range(16)]
-    assert holding._same(exact, rounded) and not holding._same(exact, other) and not holding._same(exact, exact[:8])
-    assert holding._same([1e-6], [1e-6]) and not holding._same([1e-6], [1e-5])
-    assert holding._theta(other) == "theta 5e+05"
+    assert (
+        experiments._same(exact, rounded)
+        and not experiments._same(exact, other)
+        and not experiments._same(exact, exact[:8])
+    )
+    assert experiments._same([1e-6], [1e-6]) and not experiments._same([1e-6], [1e-5])
+    assert experiments._theta(other) == "theta 5e+05"
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +101,7 @@ def called(sides, score, *, temperature=0.7):
     network, rollouts = sides
     spec = LogprobSpec(temperature=temperature)
     batch = collate(rollouts, pad_token_id=0, spec=spec)
-    return calling.causes(Case(engine=SimpleNamespace(spec=spec), network=network, batch=batch, score=score))
+    return experiments.of_calls(Case(engine=SimpleNamespace(spec=spec), network=network, batch=batch, score=score))
 
 
 def scorer(sides, *, temperature=0.7, head="float32", **options):
@@ -169,6 +172,6 @@ def test_adapters_are_a_cause_only_where_nothing_merged_is_published():
     network = torch.nn.Module()
     network.lora_A = torch.nn.Linear(2, 2)
     case = SimpleNamespace(network=network, weights=None)
-    (cause,) = holding._adapters(case)
+    (cause,) = experiments._adapters(case)
     assert cause.name == "LoRA not applied" and "2 adapter weights" in cause.why
-    assert not list(holding._adapters(SimpleNamespace(network=network, weights=lambda: [])))
+    assert not list(experiments._adapters(SimpleNamespace(network=network, weights=lambda: [])))

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from rlalign.config import TrackingConfig
-from rlalign.tracking.backend_contract import Places
-from rlalign.tracking.backends import places_of
+from rlalign.tracking.backends import Places, places_of
 from rlalign.tracking.run_directory import HISTOGRAMS, WORST, Run
 from rlalign.tracking.token_files import sampled_tokens, worst_tokens
 

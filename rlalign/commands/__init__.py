@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlalign.commands import attach_check as attach_command
 from rlalign.commands import attribute as attribute_command
-from rlalign.commands import families as families_command
 from rlalign.commands import parity as parity_command
 from rlalign.commands import rollout_server as rollout_command
 from rlalign.commands import serve as serve_command
-from rlalign.config.compose import compose
+from rlalign.config import compose, load
 from rlalign.report import dashboard
 
 if TYPE_CHECKING:
     from rlalign.config import RunConfig
+    from rlalign.diagnose.families.family_table import Cell
 
 
 def _config(arguments: argparse.Namespace) -> RunConfig:
-    from rlalign.config import load
-
     return load(compose(arguments.config_name, arguments.overrides))
 
 
@@ -94,17 +92,53 @@ def _replay(arguments: argparse.Namespace) -> int:
 
 
 def _mismatch(arguments: argparse.Namespace) -> int:
-    from rlalign.commands import mismatch_report
+    """1 when k3 is over --k3-limit, or undefined."""
+    from rlalign.diagnose import offline
 
-    return mismatch_report.run(
-        arguments.file,
-        columns=arguments.column,
-        plot=arguments.plot,
-        json_path=arguments.json,
-        k3_limit=arguments.k3_limit,
-        worst=arguments.worst,
-        all_tokens=arguments.all_tokens,
-    )
+    pairs = [pair.partition("=") for pair in arguments.column]
+    if wrong := ["".join(p) for p in pairs if not (p[0] and p[2])]:
+        raise ValueError(f"--column takes field=name, got {wrong}")
+    columns = {name: column for name, _, column in pairs}
+    found = offline.analyse(arguments.file, columns=columns, worst=arguments.worst, all_tokens=arguments.all_tokens)
+    print(offline.report(found))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(offline.jsonable(found), indent=2, allow_nan=False))
+    if arguments.plot:
+        offline.write_plot(found, arguments.plot)
+        print(f"\nplot: {arguments.plot}")
+    k3, limit = found.overall["k3"], arguments.k3_limit
+    if limit is not None and not k3 <= limit:
+        undefined = "is undefined, which passes no limit" if k3 != k3 else "is over the limit"
+        print(f"\nk3 = {k3:.3g} nats/token {undefined} {limit:g}")
+        return 1
+    return 0
+
+
+def _families(arguments: argparse.Namespace) -> int:
+    """Exit code 1 when a cell failed; one that is refused by name is an answer."""
+    from rlalign.diagnose.families import family_table, matrix
+
+    families = family_table.named(arguments.names)
+    if arguments.list:
+        print("\n".join(families))
+        return 0
+    columns = arguments.cells.split(",")
+    if unknown := set(columns) - set(family_table.COLUMNS):
+        raise ValueError(f"--cells: unknown {', '.join(sorted(unknown))}; there are {', '.join(family_table.COLUMNS)}")
+    table = family_table.read(arguments.json) if arguments.json else {}
+
+    def done(name: str, cells: dict[str, Cell]) -> None:
+        table[name] = table.get(name, {}) | cells
+        print(f"{name}: {'; '.join(f'{c} {found.state} {found.found}' for c, found in cells.items())}", flush=True)
+        if arguments.json:
+            family_table.write(table, arguments.json)
+
+    found = matrix.examine(families, columns, timeout_s=arguments.timeout, say=done)
+    ordered = {name: table[name] for name in family_table.RECIPES if name in table}
+    if arguments.markdown:
+        arguments.markdown.write_text(family_table.as_markdown(ordered) + "\n")
+    print(family_table.as_markdown({name: ordered[name] for name in found}))
+    return 1 if any(c.state == family_table.FAILED for cells in found.values() for c in cells.values()) else 0
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
@@ -226,6 +260,24 @@ def _calibrate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--template", type=Path, metavar="FILE", help="the chat template; its hash is checked")
 
 
+def _families_options(parser: argparse.ArgumentParser) -> None:
+    """Which families, which cells, where the table goes."""
+    from rlalign.diagnose.families.family_table import COLUMNS
+
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="families (default: all)")
+    add("--list", action="store_true", help="print their names and end")
+    add(
+        "--cells",
+        default=",".join(c for c in COLUMNS if c != "TP 2"),
+        metavar="A,B",
+        help=f"of {', '.join(COLUMNS)} (default: without TP 2)",
+    )
+    add("--timeout", type=float, default=600.0, metavar="S", help="of one process (default %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write the table as JSON; families that it holds already are kept")
+    add("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
+
+
 def _report_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--out", type=Path, help="default: RUN/report.html, or report.html for several runs")
@@ -261,14 +313,14 @@ COMMANDS: tuple[Command, ...] = (  # name, help, the configuration it takes by d
     ("rollout-server", "vLLM's HTTP server for a run with rollout.backend=server; vLLM's own options after --", "train",
      rollout_command.add_options, _rollout_server),
     ("attach-check", "which head a living vLLM server runs on every rank, and whether it holds a folder's weights", "",
-     attach_command.add_options, attach_command.run),
+     rollout_command.add_check_options, rollout_command.check),
     ("parity", "the same tokens through both engines: {model, float32} head on each side", "demo",
      parity_command.add_options, _parity),
     ("doctor", "is this run set up right? Checks the configuration and a live engine", "demo", _doctor_options, _doctor),
     ("attribute", "which layer, and which step of it, the mismatch comes from: both sides captured point by point", "demo",
      attribute_command.add_options, _attribute),
     ("families", "tiny random models of each model family through everything: what works, what is refused and why", "",
-     families_command.add_options, families_command.run),
+     _families_options, _families),
     ("replay", "one logged step once more: do both sides still give the logged numbers?", "", _replay_options, _replay),
     ("mismatch", "the mismatch report of a run you already have, from its token dump", "", _mismatch_options, _mismatch),
     ("calibrate", "fit a calibration of reward scores, or judge one (report FILE)", "", _calibrate_options, _calibrate),

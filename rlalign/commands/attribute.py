@@ -73,7 +73,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(config: Callable[[], RunConfig], arguments: argparse.Namespace) -> int:
     """Measure, print, write. 1 when a step by itself is over its noise floor. config: composed only when no run is given."""
-    from rlalign.diagnose.attribution import page, sources, words
+    from rlalign.diagnose.attribution import report, sources
 
     if arguments.run_directory is not None:
         if arguments.overrides or arguments.prompt_file:
@@ -90,11 +90,11 @@ def run(config: Callable[[], RunConfig], arguments: argparse.Namespace) -> int:
             f"--kv-cache {arguments.kv_cache} is of a budget; name the body's format too, with --budget FORMAT"
         )
     found, notes = _measured(source, arguments)
-    print(words.text(found, every=arguments.all_points))
+    print(report.text(found, every=arguments.all_points))
     for note in notes:
         print(f"note: {note}")
     out = arguments.html or (arguments.run_directory or Path()) / "attribution.html"
-    print(f"page: {page.write(found, notes, out)}")
+    print(f"page: {report.write(found, notes, out)}")
     in_run = arguments.run_directory and arguments.run_directory / ATTRIBUTION
     for file in filter(None, (arguments.json, in_run)):
         write_json(file, found.as_json() | {"notes": list(notes)})
@@ -106,7 +106,7 @@ def _budget(source: Source, arguments: argparse.Namespace) -> int:
     from rlalign.diagnose.attribution import budget
     from rlalign.diagnose.both_sides import trainer_network
     from rlalign.run.assembly import start_embedded
-    from rlalign.tracking.stages import Stages
+    from rlalign.tracking.console import Stages
     from rlalign.trainer.fake_quantised import Recipe
 
     for name in arguments.budget:
@@ -148,7 +148,7 @@ def _sampled(engine: VLLMEngine, source: Source, arguments: argparse.Namespace) 
 def _measured(source: Source, arguments: argparse.Namespace) -> tuple[Attribution, list[str]]:
     from rlalign.diagnose.attribution.mapping import read_pairs
     from rlalign.rollout.engine.teacher_forcing import Route
-    from rlalign.tracking.stages import Stages
+    from rlalign.tracking.console import Stages
 
     config, changed = _adjusted(source.config, exact=arguments.exact)
     pairs = read_pairs(arguments.mapping) if arguments.mapping else None

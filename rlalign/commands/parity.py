@@ -58,14 +58,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(config: RunConfig, arguments: argparse.Namespace) -> int:
     """Measure, print, write, judge. 1 when a limit is passed or something is worse than the baseline."""
+    from rlalign.diagnose.both_sides import model_folder
     from rlalign.diagnose.parity import baseline
     from rlalign.diagnose.parity.baseline import markdown
     from rlalign.diagnose.parity.measuring import measure
-    from rlalign.run.assembly import resolve_model
 
     before = baseline.read(arguments.baseline) if arguments.baseline else None
     if before is not None:
-        baseline.check_same_model(before, resolve_model(config.model.path, say=lambda _: None))
+        baseline.check_same_model(before, model_folder(config))
     result = measure(config, grid_of(config, arguments), prompt_file=arguments.prompt_file)
     print(markdown(result))
     if arguments.json:
@@ -86,14 +86,10 @@ def grid_of(config: RunConfig, arguments: argparse.Namespace) -> grid.Grid:
     if exact and arguments.mode:
         raise ValueError(f"parity: exact=true has a head of its own; leave out --mode {' '.join(arguments.mode)}")
     if full and not contexts:
+        from rlalign.diagnose.both_sides import model_folder
         from rlalign.diagnose.parity.measuring import longest_context
-        from rlalign.run.assembly import resolve_model
 
-        contexts = [
-            longest_context(
-                resolve_model(config.model.path, say=lambda _: None), config.rollout.max_tokens, grid.LONGEST
-            )
-        ]
+        contexts = [longest_context(model_folder(config), config.rollout.max_tokens, grid.LONGEST)]
     return grid.Grid(
         bodies=tuple(dict.fromkeys(arguments.body or ("bfloat16", "float32"))),
         tensor_parallel=tuple(arguments.tensor_parallel or (grid.FULL_TENSOR_PARALLEL if full and not exact else (1,))),

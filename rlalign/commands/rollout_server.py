@@ -1,4 +1,4 @@
-"""rlalign rollout-server: vLLM's own HTTP server with the run's head, proved, announced in a folder, ended cleanly on SIGTERM."""
+"""`rlalign rollout-server` and `rlalign attach-check URL`: vLLM's own HTTP server started for a run, and a living one looked at."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ import signal
 import socket
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import rlalign
 from rlalign.config import RunConfig
+from rlalign.config.sections import MEMORY_OF_ONE_BOX
 from rlalign.rollout.server import process_guard as guard
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rlalign.rollout.server.greeting import Greeting
     from rlalign.rollout.server.launching import Launch, ServerProcess
     from rlalign.rollout.server.roster import Announcement
@@ -113,3 +116,71 @@ def _ending() -> Callable[[], bool]:
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda number, _: came.append(number))
     return lambda: bool(came)
+
+
+CHECKED = ("rank", "mode", "body", "probe", "last call", "calls", "version", "head")
+
+
+def add_check_options(parser: ArgumentParser) -> None:
+    """What the command takes."""
+    parser.add_argument("url", help="of a `vllm serve` with VLLM_SERVER_DEV_MODE=1, such as http://host:8000")
+    parser.add_argument(
+        "--head-dtype",
+        default="float32",
+        choices=("float32", "master", "model"),
+        help="what it must check (default %(default)s)",
+    )
+    parser.add_argument("--model", type=Path, help="compare its weights with those of this Hugging Face folder")
+    parser.add_argument(
+        "--shared", type=Path, default=Path(MEMORY_OF_ONE_BOX), help="a folder that both can read (default %(default)s)"
+    )
+
+
+def check(arguments: Namespace) -> int:
+    """Ask, print and compare; the server is left as it is. Raises RuntimeError for what does not fit, which is exit code 1."""
+    from rlalign.rollout.attached import attach
+
+    key = os.environ.get("RLALIGN_ROLLOUT_KEY")
+    engine = attach(
+        arguments.url, head_dtype=arguments.head_dtype, key=key, shared=arguments.shared, after_generation=True
+    )  # fmt: skip
+    try:
+        for line in _table(engine.status()):
+            print(line)
+        if arguments.model is not None:
+            found = engine.verify(_folder_weights(arguments.model), hold=False)
+            print(
+                f"{found.tensors} weights of {arguments.model} are what {found.ranks} ranks compute with ({found.seconds:.1f} s)"
+            )
+    finally:
+        engine.detach()
+    return 0
+
+
+def _table(statuses: list[dict]) -> list[str]:
+    """One line a rank, under a head line."""
+
+    def dtype(found: dict | None) -> str:
+        return "-" if found is None or found["dtype"] is None else str(found["dtype"])
+
+    rows = [
+        (s["rank"], s["mode"], s["body_dtype"], dtype(s["multiplied"]["probe"]), dtype(s["multiplied"]["sampled"]), s["calls"],
+         s["policy_version"], s["head"])
+        for s in statuses
+    ]  # fmt: skip
+    cells = [CHECKED, *(tuple(map(str, row)) for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(CHECKED))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
+def _folder_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a folder's safetensors files, by name. Raises ValueError for a folder without any."""
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"--model {folder}: no *.safetensors there")
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                yield name, tensors.get_tensor(name)

@@ -7,7 +7,7 @@
 from rlalign.config.algo import LOSSES, PRESETS, AlgoConfig, CorrectionConfig, CriticConfig, GaeConfig, KlPenaltyConfig
 from rlalign.config.reward import DriftConfig, RewardConfig, RewardModelConfig, ScoringServerConfig
 from rlalign.config.rollout import RolloutConfig
-from rlalign.config.run import RunConfig, load, to_plain
+from rlalign.config.run import RunConfig, compose, load, register_schema, to_plain
 from rlalign.config.sections import (
     CheckpointConfig,
     Dtype,
@@ -53,6 +53,8 @@ __all__ = [
     "TrackingConfig",
     "TrainerConfig",
     "WeightsConfig",
+    "compose",
     "load",
+    "register_schema",
     "to_plain",
 ]

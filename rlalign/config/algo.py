@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rlalign.config.sections import positive, require
+from rlalign.config.sections import not_negative, one_of, positive, require
 
 ESTIMATORS = ("k1", "k2", "k3")
 
@@ -33,9 +33,7 @@ class CriticConfig:
 
     def __post_init__(self) -> None:
         positive(self, "algo.critic", "clip")
-        require(
-            self.lr >= 0 and self.warmup_steps >= 0, "algo.critic.lr and algo.critic.warmup_steps cannot be negative"
-        )
+        not_negative(self, "algo.critic", "lr", "warmup_steps")
 
 
 @dataclass(kw_only=True)
@@ -49,13 +47,8 @@ class KlPenaltyConfig:
 
     def __post_init__(self) -> None:
         positive(self, "algo.kl_penalty", "horizon")
-        require(
-            self.estimator in ESTIMATORS,
-            f"algo.kl_penalty.estimator={self.estimator!r}: choose one of {', '.join(ESTIMATORS)}",
-        )
-        require(
-            self.coef >= 0 and self.target >= 0, "algo.kl_penalty.coef and algo.kl_penalty.target cannot be negative"
-        )
+        one_of(self, "algo.kl_penalty", "estimator", ESTIMATORS)
+        not_negative(self, "algo.kl_penalty", "coef", "target")
         require(
             self.target == 0 or self.coef > 0,
             f"algo.kl_penalty.target={self.target} with coef=0: steering multiplies coef, and 0 stays 0; set where it starts",
@@ -88,9 +81,8 @@ class CorrectionConfig:
     """A preset by name, or a level and a mode; see rlalign.objective.presets and rlalign.objective.corrections.correct. Off:
     weights of one."""
 
-    preset: str = (
-        ""  # tis | ess_tis | icepop | kpop | mis | seq_tis | geo_mask | veto | opsm | dppo_tv | m2po | m2po_all
-    )
+    # tis | ess_tis | icepop | kpop | mis | seq_tis | geo_mask | veto | opsm | dppo_tv | m2po | m2po_all
+    preset: str = ""
     level: str = ""  # token | sequence | geometric | segment
     mode: str = ""  # truncate | clip | mask
     low: float | None = None  # bounds on the ratio old / rollout; a preset's own where not given
@@ -98,9 +90,8 @@ class CorrectionConfig:
     threshold: float | None = None  # kpop: binary KL, nats; ess_tis: effective sample size, 0 to 1; m2po: mean of d^2
     veto: float | None = None  # with level and mode: a token ratio under this rejects its sequence
     normalize: bool = False  # with level and mode: weights divided by their mean over the batch
-    on_policy_one: bool = (
-        False  # tokens of the current version keep weight 1 exactly: no variance from engine mismatch, but its bias
-    )
+    # tokens of the current version keep weight 1 exactly: no variance from engine mismatch, but its bias
+    on_policy_one: bool = False
 
     @property
     def off(self) -> bool:
@@ -126,9 +117,7 @@ class CorrectionConfig:
             "algo.correction.threshold goes with the presets kpop, ess_tis, m2po and m2po_all; level and mode take low and high",
         )
         if self.preset:
-            require(
-                self.preset in PRESETS, f"algo.correction.preset={self.preset!r}: choose one of {', '.join(PRESETS)}"
-            )
+            one_of(self, "algo.correction", "preset", PRESETS)
             require(
                 self.veto is None and not self.normalize,
                 "algo.correction: veto and normalize go with level and mode; presets are fixed recipes",
@@ -166,21 +155,18 @@ class AlgoConfig:
 
     def __post_init__(self) -> None:
         positive(self, "algo", "epochs", "minibatches")
-        require(self.loss in LOSSES, f"algo.loss={self.loss!r}: choose one of {', '.join(LOSSES)}")
+        one_of(self, "algo", "loss", LOSSES)
         require(self.lr >= 0, f"algo.lr={self.lr}: cannot be negative (0 is the weight-sync self-test)")
-        require(self.kl_coef >= 0 and self.warmup_steps >= 0, "algo.kl_coef and algo.warmup_steps cannot be negative")
+        not_negative(self, "algo", "kl_coef", "warmup_steps")
         require(
             self.kl_coef == 0 or self.loss in WITH_REFERENCE,
             f"algo.kl_coef={self.kl_coef}: algo.loss={self.loss} has no reference term",
         )
-        require(
-            self.kl_gradient in KL_GRADIENTS,
-            f"algo.kl_gradient={self.kl_gradient!r}: choose one of {', '.join(KL_GRADIENTS)}",
-        )
+        one_of(self, "algo", "kl_gradient", KL_GRADIENTS)
         self._check_advantage()
 
     def _check_advantage(self) -> None:
-        require(self.advantage in ("group", "gae"), f"algo.advantage={self.advantage!r}: choose group or gae")
+        one_of(self, "algo", "advantage", ("group", "gae"))
         require(
             self.kl_coef == 0 or self.kl_penalty.coef == 0,
             f"algo.kl_coef={self.kl_coef} and algo.kl_penalty.coef={self.kl_penalty.coef}: the policy would pay twice for "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlalign.config.algo import AlgoConfig
-from rlalign.config.sections import positive, require
+from rlalign.config.sections import not_negative, one_of, positive, require
 
 ACTIONS = ("warn", "stop")
 
@@ -29,9 +29,8 @@ class DriftConfig:
     psi: float = 0.25  # of the scores against the fit; a warning, as scores may move for good reasons
     out_of_support: float = 0.05  # share of scores outside the fitted range; a warning
     action: str = "warn"  # on drift: warn | stop
-    refit_every: int = (
-        0  # steps after which the calibration is fitted again on the window, if it is the better one; 0: never
-    )
+    # steps after which the calibration is fitted again on the window, if it is the better one; 0: never
+    refit_every: int = 0
 
     def __post_init__(self) -> None:
         positive(self, "reward.drift", "window", "bins", "gap", "tilt", "ece", "auroc", "psi", "out_of_support")
@@ -39,11 +38,11 @@ class DriftConfig:
             2 <= self.min_labels <= self.window,
             f"reward.drift.min_labels={self.min_labels}: from 2 to reward.drift.window={self.window}",
         )
-        require(self.every >= 0 and self.refit_every >= 0, "reward.drift.every and refit_every cannot be negative")
+        not_negative(self, "reward.drift", "every", "refit_every")
         require(
             self.every > 0 or self.refit_every == 0, "reward.drift.refit_every needs reward.drift.every of at least 1"
         )
-        require(self.action in ACTIONS, f"reward.drift.action={self.action!r}: choose one of {', '.join(ACTIONS)}")
+        one_of(self, "reward.drift", "action", ACTIONS)
 
 
 SHAPES = {  # of a reward model's score; r the raw logit, p its calibrated probability
@@ -80,10 +79,7 @@ class ScoringServerConfig:
     raw: bool | None = None  # true: the user knows that the server neither shifts nor scales its logits
 
     def __post_init__(self) -> None:
-        require(
-            self.dialect in ("auto", *DIALECTS),
-            f"server.dialect={self.dialect!r}: choose one of auto, {', '.join(DIALECTS)}",
-        )
+        one_of(self, "server", "dialect", ("auto", *DIALECTS))
         positive(self, "reward.models: server", "timeout_s")
         others = (self.model, self.tokenizer, self.api_key_env, self.raw)
         require(bool(self.url) or others == ("", "", "", None), "reward.models: server has settings, but no url")

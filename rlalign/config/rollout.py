@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from rlalign.config.sections import positive, require
+from rlalign.config.sections import not_negative, one_of, positive, require
 
 BACKENDS = ("embedded", "server")
 REPLAY_EXPERTS = ("off", "all", "known")
@@ -18,23 +18,17 @@ class ServersConfig:
     server_folder: str = ""  # where such servers say that they are ready, instead of urls
     wait_for: int = 0  # servers to wait for in server_folder; those that come later join at the next publish
     concurrency: int = 0  # completions in flight at one server; 0: twice max_num_seqs, so that it never runs dry
-    samples_per_request: int = (
-        0  # completions asked for at once; 0: the whole group, whose prompt is then computed once
-    )
+    # completions asked for at once; 0: the whole group, whose prompt is then computed once
+    samples_per_request: int = 0
     start_timeout_s: float = 1800.0  # until every server is ready
     request_timeout_s: float = 7200.0  # of one request, pauses included; afterwards the server counts as hung
     pause_timeout_s: float = 900.0  # of one update of the weights, for which completions wait
     health_every_s: float = 5.0  # three missed answers in a row: the server is down
 
     def __post_init__(self) -> None:
-        positive(
-            self, "rollout", "start_timeout_s", "request_timeout_s", "pause_timeout_s", "health_every_s"
-        )  # fmt: skip
-        require(
-            self.backend in BACKENDS, f"rollout.backend={self.backend!r}: choose one of {', '.join(BACKENDS)}"
-        )  # fmt: skip
-        for name in ("start", "wait_for", "concurrency", "samples_per_request"):
-            require(getattr(self, name) >= 0, f"rollout.{name}={getattr(self, name)}: must not be negative")
+        positive(self, "rollout", "start_timeout_s", "request_timeout_s", "pause_timeout_s", "health_every_s")
+        one_of(self, "rollout", "backend", BACKENDS)
+        not_negative(self, "rollout", "start", "wait_for", "concurrency", "samples_per_request")
         self._require_one_source()
 
     def _require_one_source(self) -> None:
@@ -76,15 +70,13 @@ class RolloutConfig(ServersConfig):
     min_p: float = 0.0
     bar_unknown_ids: bool = False  # never sample ids behind the tokenizer's last one (embedded engine)
     capture_ids: int = 128  # largest kept set the embedded engine reports; 0: the trainer computes them all
-    replay_experts: str = (
-        "off"  # of mixtures: off | all (every token's, or an error) | known (else the trainer's own choice)
-    )
+    # of mixtures: off | all (every token's, or an error) | known (else the trainer's own choice)
+    replay_experts: str = "off"
     max_tokens: int = 512  # sampled tokens of one completion
     max_model_len: int = 2048  # prompt + completion, tokens
     max_num_seqs: int = 128  # sequences the engine decodes at once
-    max_num_batched_tokens: int = (
-        0  # tokens of one engine step; 0: vLLM's choice. Below max_model_len prefills are chunked
-    )
+    # tokens of one engine step; 0: vLLM's choice. Below max_model_len prefills are chunked
+    max_num_batched_tokens: int = 0
     tensor_parallel_size: int = 1
     gpu_memory_utilization: float = 0.4  # the trainer shares the device
     cpu_kv_cache_gib: int = 1
@@ -126,10 +118,7 @@ class RolloutConfig(ServersConfig):
             f"rollout.capture_ids={self.capture_ids}: must lie in 0..4095; the trainer computes larger kept sets from its own "
             "logits",
         )
-        require(
-            self.replay_experts in REPLAY_EXPERTS,
-            f"rollout.replay_experts={self.replay_experts!r}: choose one of {', '.join(REPLAY_EXPERTS)}",
-        )
+        one_of(self, "rollout", "replay_experts", REPLAY_EXPERTS)
         require(
             self.replay_experts == "off" or self.backend == "embedded",
             f"rollout.replay_experts={self.replay_experts} with rollout.backend={self.backend}: routes are read off the embedded "
@@ -144,7 +133,4 @@ class RolloutConfig(ServersConfig):
             self.max_tokens < self.max_model_len,
             f"rollout.max_tokens={self.max_tokens} leaves no room for a prompt in rollout.max_model_len={self.max_model_len}",
         )
-        require(
-            self.head_mode in ("auto", "native", "cached"),
-            f"rollout.head_mode={self.head_mode!r}: choose auto, native or cached",
-        )
+        one_of(self, "rollout", "head_mode", ("auto", "native", "cached"))

@@ -1,13 +1,16 @@
-"""The whole of a run: its sections, the checks between them, and `load`, the only place that touches OmegaConf."""
+"""The whole of a run: its sections, the checks between them, the shipped configurations composed by Hydra, and `load`.
+
+The only place that touches Hydra and OmegaConf.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from rlalign.config.algo import AlgoConfig
+from rlalign.config.algo import PRESETS, AlgoConfig
 from rlalign.config.reward import RewardConfig, require_that_it_matters
 from rlalign.config.rollout import RolloutConfig
 from rlalign.config.sections import (
@@ -26,6 +29,9 @@ from rlalign.config.sections import (
     positive,
     require,
 )
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 def require_exact_possible(head_dtype: HeadDtype, rollout: RolloutConfig, trainer: TrainerConfig) -> None:
@@ -206,6 +212,43 @@ class RunConfig:
     def mirrored(self) -> bool:
         """Does the trainer's body follow the engine's roundings, and the engine keep to one order of additions?"""
         return self.trainer.body == "mirrored"
+
+
+def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """The shipped Hydra configuration with overrides applied. Raises ValueError with one readable line."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    register_schema()
+    try:
+        with initialize_config_module("rlalign.configs", version_base="1.3"):
+            return hydra_compose(config_name, overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(f"configuration: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line that says something: Hydra keeps the reason in the cause and appends search paths and advice."""
+    what = str(error).split("Config search path")[0].split("To append to your config")[0]
+    why = str(error.__cause__ or "").split("\n")[0]
+    return f"{' '.join(what.split()).rstrip('.')}{': ' if why else ''}{why}"
+
+
+@cache
+def register_schema() -> None:
+    """Give Hydra the dataclasses, so that unknown keys and wrong types are refused while composing, and `correction=PRESET`.
+
+    It stands beside `algo=NAME`, so that a loss and a correction can both be said.
+    """
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(name="schema", node=RunConfig)
+    for name in ("none", *PRESETS):  # none: what `algo` says stays
+        chosen = {} if name == "none" else {"preset": name}
+        store.store(group="correction", name=name, node=chosen, package="algo.correction")
 
 
 def load(overrides: Mapping[str, Any]) -> RunConfig:

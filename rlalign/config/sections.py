@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,17 @@ def positive(section: object, prefix: str, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
         require(value > 0, f"{prefix}.{name}={value}: must be positive")
+
+
+def one_of(section: object, prefix: str, name: str, choices: Collection[str]) -> None:
+    value = getattr(section, name)
+    require(value in choices, f"{prefix}.{name}={value!r}: choose one of {', '.join(choices)}")
+
+
+def not_negative(section: object, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        require(value >= 0, f"{prefix}.{name}={value}: cannot be negative")
 
 
 class HeadDtype(enum.Enum):
@@ -67,7 +79,7 @@ class ScheduleConfig:
             f"schedule.max_lag={self.max_lag} with schedule.mode={self.mode.value}: only in_flight samples further ahead "
             "than one step",
         )
-        require(self.probe_every >= 0, f"schedule.probe_every={self.probe_every}: cannot be negative")
+        not_negative(self, "schedule", "probe_every")
 
 
 @dataclass(kw_only=True)
@@ -80,11 +92,9 @@ class CheckpointConfig:
     accept_changes: bool = False  # resume although the configuration differs from the checkpoint's
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, f"checkpoint.every={self.every}: cannot be negative")
+        not_negative(self, "checkpoint", "every")
         require(self.keep >= 1, f"checkpoint.keep={self.keep}: at least one must stay")
-        require(
-            self.resume in ("never", "auto", "must"), f"checkpoint.resume={self.resume!r}: choose never, auto or must"
-        )
+        one_of(self, "checkpoint", "resume", ("never", "auto", "must"))
 
 
 @dataclass(kw_only=True)
@@ -97,9 +107,8 @@ class TaskConfig:
     chat_template: bool = False  # wrap each prompt in the tokenizer's chat template
     eval_size: int = 128  # distinct prompts, none of them in the training split
     seed: int = 0
-    environment: str = (
-        ""  # answers between turns: calculator | higher_lower | module:attribute; "": one answer, no turns
-    )
+    # answers between turns: calculator | higher_lower | module:attribute; "": one answer, no turns
+    environment: str = ""
     max_turns: int = 8  # answers of one conversation
     turn_timeout_s: float = 60.0  # of one answer of the environment; afterwards the conversation has no reward
     unusable_prompts: str = "stop"  # stop | drop: those too long for the engine, all looked at before the first step
@@ -111,10 +120,7 @@ class TaskConfig:
             f"task.environment={self.environment!r} with task.chat_template=true: its messages always go through the tokenizer's "
             "chat template; leave task.chat_template out",
         )
-        require(
-            self.unusable_prompts in ("stop", "drop"),
-            f"task.unusable_prompts={self.unusable_prompts!r}: choose stop or drop",
-        )
+        one_of(self, "task", "unusable_prompts", ("stop", "drop"))
 
 
 BACKENDS = {  # of tracking, each in rlalign.tracking.NAME_run: the package it needs, and the extra of ours that brings it
@@ -146,18 +152,13 @@ class TrackingConfig:
         unknown = [name for name in self.backends if name not in BACKENDS]
         require(not unknown, f"tracking.backends: unknown {unknown}; choose from {', '.join(BACKENDS)}")
         require(len(set(self.backends)) == len(self.backends), f"tracking.backends={self.backends}: one is there twice")
-        require(
-            self.wandb in ("auto", "online", "offline", "disabled"),
-            f"tracking.wandb={self.wandb!r}: choose auto, online, offline or disabled",
-        )
+        one_of(self, "tracking", "wandb", ("auto", "online", "offline", "disabled"))
         require(
             0 <= self.prometheus_port < 2**16,
             f"tracking.prometheus_port={self.prometheus_port}: a port is 1 to 65535, and 0 is none",
         )
         positive(self, "tracking", "eval_every", "eval_samples")
-        require(self.tokens_every >= 0, f"tracking.tokens_every={self.tokens_every}: cannot be negative")
-        require(self.trace_every >= 0, f"tracking.trace_every={self.trace_every}: cannot be negative")
-        require(self.replay_every >= 0, f"tracking.replay_every={self.replay_every}: cannot be negative")
+        not_negative(self, "tracking", "tokens_every", "trace_every", "replay_every")
 
 
 FILE_TRANSPORTS = ("shared_memory", "folder")
@@ -174,22 +175,17 @@ class WeightsConfig:
     """Where and how published weights travel from the trainer to the rollout engines."""
 
     transport: str = "shared_memory"  # shared_memory (one box) | folder (a shared filesystem) | gloo (CPU) | nccl (GPU)
-    shared: str = (
-        MEMORY_OF_ONE_BOX  # shared_memory, folder: where buckets lie; every rollout rank must be able to read it
-    )
-    bucket_mib: int = (
-        256  # MiB carried at once; a larger tensor is a bucket of its own. At most two exist at any moment
-    )
+    # shared_memory, folder: where buckets lie; every rollout rank must be able to read it
+    shared: str = MEMORY_OF_ONE_BOX
+    # MiB carried at once; a larger tensor is a bucket of its own. At most two exist at any moment
+    bucket_mib: int = 256
     timeout_s: float = 120.0  # longest wait for one bucket, for a worker to join, for a file to be seen on another node
     address: str = ""  # gloo, nccl: the first trainer rank's host as the rollout nodes reach it; empty: found
     port: int = 0  # gloo, nccl: TCP port on that host where the workers meet; 0: any free one
 
     def __post_init__(self) -> None:
         positive(self, "weights", "bucket_mib", "timeout_s")
-        require(
-            self.transport in FILE_TRANSPORTS + WIRE_TRANSPORTS,
-            f"weights.transport={self.transport!r}: choose one of {', '.join(FILE_TRANSPORTS + WIRE_TRANSPORTS)}",
-        )
+        one_of(self, "weights", "transport", FILE_TRANSPORTS + WIRE_TRANSPORTS)
         require(
             self.transport != "folder" or self.shared != MEMORY_OF_ONE_BOX,
             f"weights.transport=folder with weights.shared={self.shared}: that is the memory of one box; name a folder of a "
@@ -218,7 +214,7 @@ class RuleConfig:
 
     def __post_init__(self) -> None:
         actions = ("log", "warn", "stop", "checkpoint+stop")
-        require(self.action in actions, f"mismatch.rules: action={self.action!r}: choose one of {', '.join(actions)}")
+        one_of(self, "mismatch.rules", "action", actions)
 
 
 @dataclass(kw_only=True)
@@ -227,9 +223,8 @@ class MismatchConfig:
 
     k3_limit: float = 1e-2  # nats per token; checked on every batch before it is trained on
     action: GateAction = GateAction.stop
-    accept_k3: float = (
-        0.0  # nats per token on held-out completions of the updated weights; past it the update is undone; 0: off
-    )
+    # nats per token on held-out completions of the updated weights; past it the update is undone; 0: off
+    accept_k3: float = 0.0
     accept_prompts: int = 8  # of those completions, one of each prompt
     head_every: int = 10  # steps between measurements of the head in isolation; 0: never
     floor: str = ""  # file of `rlalign parity --noise-floor --json FILE`: logs mismatch/excess/* beyond it
@@ -237,10 +232,7 @@ class MismatchConfig:
 
     def __post_init__(self) -> None:
         positive(self, "mismatch", "k3_limit", "accept_prompts")
-        require(
-            self.accept_k3 >= 0, f"mismatch.accept_k3={self.accept_k3}: cannot be negative (0: updates are not judged)"
-        )
-        require(self.head_every >= 0, f"mismatch.head_every={self.head_every}: cannot be negative")
+        not_negative(self, "mismatch", "accept_k3", "head_every")
 
 
 @dataclass(kw_only=True)
@@ -252,7 +244,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         positive(self, "trainer.lora", "alpha")
-        require(self.rank >= 0, f"trainer.lora.rank={self.rank}: cannot be negative (0 trains the whole model)")
+        not_negative(self, "trainer.lora", "rank")
         require(0.0 <= self.dropout < 1.0, f"trainer.lora.dropout={self.dropout}: must be at least 0 and below 1")
         require(
             bool(self.targets) and ("all-linear" not in self.targets or len(self.targets) == 1),
@@ -290,11 +282,6 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         positive(self, "trainer", "micro_batch_size", "grad_clip")
         require(self.zero_stage in (0, 1, 2, 3), f"trainer.zero_stage={self.zero_stage}: choose 0, 1, 2 or 3")
-        require(self.body in BODIES, f"trainer.body={self.body!r}: choose one of {', '.join(BODIES)}")
-        require(
-            self.attention in ATTENTION, f"trainer.attention={self.attention!r}: choose one of {', '.join(ATTENTION)}"
-        )
-        require(
-            min(self.threads, self.logprob_chunk, self.logprob_keep_mib, self.pack_tokens) >= 0,
-            "trainer.threads, trainer.logprob_chunk, trainer.logprob_keep_mib and trainer.pack_tokens cannot be negative",
-        )
+        one_of(self, "trainer", "body", BODIES)
+        one_of(self, "trainer", "attention", ATTENTION)
+        not_negative(self, "trainer", "threads", "logprob_chunk", "logprob_keep_mib", "pack_tokens")

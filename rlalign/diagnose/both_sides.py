@@ -1,17 +1,19 @@
-"""Both engines on the same tokens, outside a run: what parity, doctor and replay share.
+"""Both engines on the same tokens, outside a run: what parity, doctor, attribution and suspects share.
 
 Suffixes: B sequences, L padded length, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlalign.config import RunConfig
@@ -19,22 +21,35 @@ from rlalign.head import widened
 from rlalign.logprobs.truncation import Truncation
 from rlalign.loops.mirrors import Settled, recorded
 from rlalign.run.assembly import PROOF_PROMPTS, encode, fitted_task, load_task_of, resolve_model, settle_body
+from rlalign.tasks.rows import cell, jsonl_rows
+from rlalign.trainer import head_isolation
+from rlalign.trainer.checkpoint_names import as_checkpoint
 from rlalign.types import Rollout, RolloutBatch, collate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from rlalign.rollout.attached import AttachedEngine
     from rlalign.rollout.engine.embedded import VLLMEngine
     from rlalign.trainer.rounding.mirroring import BodyPlan
 
 LOGITS = 2**25  # at a time, where a head builds them: 128 MiB in float32, of which a softmax makes several copies
 
 
-def task_prompts(tokenizer: PreTrainedTokenizerBase, config: RunConfig, *, count: int) -> list[list[int]]:
-    """Token ids of the task's first training prompts; with task.unusable_prompts=drop of those that fit."""
+def model_folder(config: RunConfig) -> Path:
+    """Of the configured model; one of the demo's is built in silence where it is not there yet."""
+    return resolve_model(config.model.path, say=lambda _: None)
+
+
+def task_prompts(
+    tokenizer: PreTrainedTokenizerBase, config: RunConfig, *, count: int, file: Path | None = None
+) -> list[list[int]]:
+    """Token ids of the first prompts of the user's file, or of the task; with task.unusable_prompts=drop of those that fit."""
+    if file is not None:
+        return read_prompts(file, tokenizer, chat=config.task.chat_template, limit=count)
     task = load_task_of(config)
     if config.task.unusable_prompts == "drop":
-        task = fitted_task(config, resolve_model(config.model.path, say=lambda _: None), tokenizer)
+        task = fitted_task(config, model_folder(config), tokenizer)
     chosen = task.train_prompts(0, min(count, len(task.train)))
     return [encode(tokenizer, p.text, chat=config.task.chat_template) for p in chosen]
 
@@ -98,6 +113,31 @@ def trainer_network(
 
         mirror_body(network, mirrored.choices, kernels=mirrored.kernels)
     return network
+
+
+def ask_about_weights(
+    engine: VLLMEngine, network: nn.Module, question: str, folder: Path | None
+) -> list[dict[str, Any]]:
+    """Every rank's answer to a question about the trainer's weights, which lie in one file below `folder` meanwhile."""
+    with tempfile.TemporaryDirectory(prefix="rlalign-weights-", dir=folder) as temporary:
+        file, named = Path(temporary) / "trainer.safetensors", as_checkpoint(network, network.named_parameters())
+        save_file({name: parameter.detach().cpu().contiguous() for name, parameter in named}, file)
+        return engine.ask(question, str(file))
+
+
+def isolated_heads(
+    engine: VLLMEngine | AttachedEngine,
+    network: nn.Module,
+    hidden_BLD: Tensor,
+    batch: RolloutBatch,
+    *,
+    tokens: int,
+    shared: Path,
+    master_VD: Tensor | None = None,
+) -> dict[str, float]:
+    """What `head_isolation.measure` gives of both live heads, on hidden states of at most so many scored tokens."""
+    hidden, ids = head_isolation.predicting(hidden_BLD, batch.token_ids_BL, batch.loss_mask_BL, limit=tokens)
+    return head_isolation.measure(engine, network, hidden, ids, temperature=1.0, shared=shared, master_VD=master_VD)
 
 
 def head_weight(network: PreTrainedModel) -> Tensor:
@@ -199,3 +239,31 @@ def lengthened(prompts: Sequence[Sequence[int]], length: int, *, count: int) -> 
             at += 1
         found.append(tokens[:length])
     return found
+
+
+def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, *, chat: bool, limit: int) -> list[list[int]]:
+    """Token ids of the first `limit` prompts. Raises ValueError naming file and line for what cannot be used."""
+    if path.suffix != ".jsonl":
+        if not path.is_file():
+            raise ValueError(f"prompt file {path} does not exist")
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        found = [encode(tokenizer, line, chat=chat) for line in lines[:limit]]
+    else:
+        found = []
+        for where, row in jsonl_rows(path):
+            if len(found) == limit:
+                break
+            if "token_ids" in row:
+                found.append(_prompt_ids(row["token_ids"], where, len(tokenizer)))
+            else:
+                found.append(encode(tokenizer, cell(row, "prompt", where), chat=chat))
+    if not found:
+        raise ValueError(f"prompt file {path} holds no prompts")
+    return found
+
+
+def _prompt_ids(value: Any, where: str, vocabulary: int) -> list[int]:
+    right = isinstance(value, list) and value and all(type(i) is int and 0 <= i < vocabulary for i in value)
+    if not right:
+        raise ValueError(f"{where}: token_ids must be a list of ids below {vocabulary}, got {str(value)[:60]}")
+    return value

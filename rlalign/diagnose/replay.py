@@ -16,8 +16,9 @@ from torch import Tensor
 
 from rlalign import mismatch
 from rlalign.config import HeadDtype, RunConfig
+from rlalign.diagnose.both_sides import model_folder
 from rlalign.rollout.engine import noise_floor
-from rlalign.run.assembly import load_task_of, load_tokenizer, resolve_model, sampling, start_embedded
+from rlalign.run.assembly import load_task_of, load_tokenizer, sampling, start_embedded
 from rlalign.run.sampler import step_seed
 from rlalign.tracking import environment
 from rlalign.tracking.record import RunRecord, config_of, read_run
@@ -231,7 +232,7 @@ class _Trainer:
         from rlalign.trainer.passes import Passes
 
         t = config.trainer
-        folder = resolve_model(config.model.path, say=lambda _: None) if t.lora.rank else saved.model
+        folder = model_folder(config) if t.lora.rank else saved.model
         whole: dict[str, Any] = {"zero_optimization": {"stage": 0}}
         form = {
             "exact": config.exact,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 from itertools import pairwise
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlalign.head import blocked
 from rlalign.head import kernel as head_kernel
 from rlalign.head import triton as gpu_head
 
@@ -66,7 +66,7 @@ def matmul(a_MK: Tensor, b_KJ: Tensor, route: Route, *, out: Tensor | None = Non
     if out is None:
         out = torch.empty(a_MK.shape[0], b_KJ.shape[1], dtype=torch.float32, device=a_MK.device)
     if route in (Route.KERNEL_FMA, Route.BLOCKED_FP32, Route.TRITON):
-        product = {Route.KERNEL_FMA: _kernel_product, Route.BLOCKED_FP32: blocked.product}.get(route, _triton_product)
+        product = {Route.KERNEL_FMA: _kernel_product, Route.BLOCKED_FP32: blocked_product}.get(route, _triton_product)
         return out.add_(product(a_MK, b_KJ.t(), torch.empty_like(out))) if accumulate else product(a_MK, b_KJ.t(), out)
     if route is Route.MKL_BF16:
         return _mkl_bf16(a_MK, b_KJ, out, accumulate)
@@ -105,6 +105,74 @@ def fp32_matmul(precision: str, device: torch.device) -> Iterator[None]:
             yield
     finally:
         switch.fp32_precision = before
+
+
+BLOCK_COLUMNS = (512, 32)
+BLOCK_ROWS = (512, 64, 16)  # a call takes the lowest that holds its rows, of those that agree bit for bit
+
+
+@dataclass(frozen=True, slots=True)
+class BlockShape:
+    """Of one block: `columns` of the vocabulary, any of these numbers of rows (ascending)."""
+
+    columns: int
+    rows: tuple[int, ...]
+
+
+def blocked_product(hidden_ND: Tensor, weight_VD: Tensor, out_NV: Tensor) -> Tensor:
+    """hidden @ weight.T into `out` (float32), made of torch's own products of one shape, padded with zeros.
+
+    For a host without the compiled kernel. Operands float32 or bf16, on CPU.
+    A library may order the additions of an element by the shape of the product and by the element's place in it; one shape leaves
+    only the place, and `block_shape` looks at every place before it trusts a shape. Raises RuntimeError where none is sound.
+    """
+    (n, d), vocab = hidden_ND.shape, weight_VD.shape[0]
+    shape = block_shape(d, torch.get_num_threads())
+    if shape is None:
+        raise RuntimeError(f"no shape of blocks gives the same bits at every place on this host (hidden size {d})")
+    height = next((rows for rows in shape.rows if rows >= n), shape.rows[-1])
+    rows = [(start, _filled(hidden_ND[start : start + height], height)) for start in range(0, n, height)]
+    block = torch.empty(height, shape.columns)
+    for start in range(0, vocab, shape.columns):
+        weight = _filled(weight_VD[start : start + shape.columns], shape.columns)
+        for first, hidden in rows:
+            target = out_NV[first : first + height, start : start + shape.columns]
+            with fp32_matmul("ieee", hidden.device):
+                torch.mm(hidden, weight.t(), out=block)
+            target.copy_(block[: target.shape[0], : target.shape[1]])
+    return out_NV
+
+
+@lru_cache(maxsize=64)
+def block_shape(hidden_size: int, threads: int) -> BlockShape | None:
+    """The largest blocks whose elements come out the same at every place, here and with so many threads; None: there are none."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = [torch.randn(2, hidden_size, generator=generator).bfloat16().float() for _ in range(3)]
+    for columns in BLOCK_COLUMNS:
+        found = {rows: _the_same_everywhere(pairs, rows, columns) for rows in BLOCK_ROWS}
+        values = [value for value in found.values() if value is not None]
+        if values:
+            return BlockShape(columns, tuple(sorted(rows for rows, value in found.items() if value == values[0])))
+    return None
+
+
+def _the_same_everywhere(pairs: list[Tensor], rows: int, columns: int) -> tuple[float, ...] | None:
+    """h.w of every pair from a block filled with h and w; None when two places differ."""
+    values = []
+    for hidden_D, weight_D in pairs:
+        with fp32_matmul("ieee", hidden_D.device):
+            block = torch.mm(hidden_D.repeat(rows, 1), weight_D.repeat(columns, 1).t())
+        if not bool((block == block[0, 0]).all()):
+            return None
+        values.append(block[0, 0].item())
+    return tuple(values)
+
+
+def _filled(part: Tensor, height: int) -> Tensor:
+    """A new float32 tensor of `height` rows that begins with `part`."""
+    whole = torch.zeros(height, part.shape[1])
+    whole[: len(part)] = part
+    return whole
 
 
 @lru_cache(maxsize=1)

@@ -13,10 +13,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from rlalign.head import blocked
 from rlalign.head import kernel as head_kernel
 from rlalign.head import triton as gpu_head
-from rlalign.head.products import Route, has_mkl_bf16, logits_of, stored_for
+from rlalign.head.products import Route, block_shape, has_mkl_bf16, logits_of, stored_for
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ def _chosen(hidden_size: int, bf16: bool, threads: int, asked: str, has_kernel: 
         return library
     if kernel:
         return Route.KERNEL_FMA
-    if blocked.shape_for(hidden_size, threads) is not None and is_exact_and_invariant(Route.BLOCKED_FP32, hidden_size):
+    if block_shape(hidden_size, threads) is not None and is_exact_and_invariant(Route.BLOCKED_FP32, hidden_size):
         logger.warning(
             "head: without the compiled kernel (%s) float32 logits are made of torch products of one fixed shape: the same bits "
             "for every batch, but 3 to 8 times slower for few rows; run `rlalign build-kernel` on every host",

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from rlalign.head.projection import check_operands
-from rlalign.logprobs.forward import Transform
-from rlalign.logprobs.kept import BARRED, Kept
+from rlalign.logprobs.forward import BARRED, Kept, Transform
 from rlalign.logprobs.op import flat_logprobs
 from rlalign.logprobs.vocab_parallel import VocabShard, sharded_logprobs
 from rlalign.types import KeptSets

@@ -13,8 +13,7 @@ from torch import Tensor
 from rlalign.head.projection import route
 from rlalign.logprobs.backward import Upstream, backward_tiles
 from rlalign.logprobs.blocks import Stash, Tile, stash_size
-from rlalign.logprobs.forward import Problem, Transform, forward_sums, mirror
-from rlalign.logprobs.kept import Kept
+from rlalign.logprobs.forward import Kept, Problem, Transform, forward_sums, mirror
 
 
 @torch.library.custom_op("rlalign::token_logprobs", mutates_args=())

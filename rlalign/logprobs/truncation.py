@@ -19,8 +19,7 @@ from torch import Tensor
 from rlalign.head.products import stored_for
 from rlalign.head.projection import route
 from rlalign.logprobs.blocks import Tile, token_tiles
-from rlalign.logprobs.forward import Problem, Transform
-from rlalign.logprobs.kept import Kept
+from rlalign.logprobs.forward import Kept, Problem, Transform
 from rlalign.types import KeptSets
 
 if TYPE_CHECKING:

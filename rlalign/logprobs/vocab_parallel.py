@@ -18,8 +18,7 @@ from torch import Tensor
 from rlalign.head.projection import route
 from rlalign.logprobs.backward import Upstream, backward_tiles
 from rlalign.logprobs.blocks import Stash, Tile, stash_size
-from rlalign.logprobs.forward import Problem, Sums, Transform, forward_sums
-from rlalign.logprobs.kept import Kept
+from rlalign.logprobs.forward import Kept, Problem, Sums, Transform, forward_sums
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -16,8 +16,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from rlalign.mismatch.across_ranks import reduce
-from rlalign.mismatch.stats import EXP_LIMIT, Stats, collect, merge
+from rlalign.mismatch.stats import EXP_LIMIT, Stats, collect, merge, reduce
 from rlalign.mismatch.summary import summarize
 
 if TYPE_CHECKING:

@@ -66,6 +66,12 @@ def usable(old_BL: Tensor, rollout_BL: Tensor, mask_BL: Tensor) -> Tensor:
     return mask_BL & old_BL.isfinite() & sampled(rollout_BL)
 
 
+def require_usable(what: str, old_BL: Tensor, rollout_BL: Tensor, mask_BL: Tensor) -> Tensor:
+    """`usable` of what `require_aligned` lets pass, without a gradient. what: the caller's name, for the message."""
+    require_aligned(what, old=old_BL, rollout=rollout_BL, mask=mask_BL)
+    return usable(old_BL.detach(), rollout_BL.detach(), mask_BL)
+
+
 def sampled(rollout_logprobs_BL: Tensor) -> Tensor:
     """[B, L] bool: finite and, to rounding, at most 0, as the log-probability of a sampled token is."""
     return rollout_logprobs_BL.isfinite() & (rollout_logprobs_BL <= ABOVE_ZERO)

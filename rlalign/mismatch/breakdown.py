@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rlalign.mismatch.aligned import require_aligned, usable
+from rlalign.mismatch.aligned import require_aligned, require_usable
 from rlalign.mismatch.stats import DECILES, label_table
 from rlalign.mismatch.summary import label_means
 
@@ -50,7 +50,8 @@ def by_label(
     B, L = loss_mask_BL.shape
     if label_BL.shape not in ((B, L), (B, 1), (1, L)):
         raise ValueError(f"by_label: labels must be {(B, L)}, {(B, 1)} or {(1, L)}, got {tuple(label_BL.shape)}")
-    old_N, rollout_N, keep_BL = _finite(old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL)
+    keep_BL = require_usable("mismatch", old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL)
+    old_N, rollout_N = (x_BL.detach()[keep_BL].double() for x_BL in (old_logprobs_BL, rollout_logprobs_BL))
     table = label_table(old_N, rollout_N, label_BL.to(keep_BL.device).expand_as(keep_BL)[keep_BL])
     return {label: label_means(row) for label, row in table.items()}
 
@@ -97,7 +98,7 @@ def worst_tokens(
     token_ids_BL: Tensor | None = None,
 ) -> list[TokenMismatch]:
     """The finite masked tokens of largest |d|, worst first; equal ones in batch order."""
-    keep_BL = _usable(old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL)
+    keep_BL = require_usable("mismatch", old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL)
     size_BL = (old_logprobs_BL.detach().double() - rollout_logprobs_BL.detach().double()).abs()
     flat = size_BL.masked_fill(~keep_BL, -1.0).flatten()
     largest = flat.topk(min(count, int(keep_BL.sum()))).indices.tolist()
@@ -114,7 +115,7 @@ def nonfinite_tokens(
     token_ids_BL: Tensor | None = None,
 ) -> list[TokenMismatch]:
     """The first `count` masked tokens whose logprob is NaN or infinite on either side, or above 0 in the rollout."""
-    broken_BL = loss_mask_BL & ~_usable(old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL)
+    broken_BL = loss_mask_BL & ~require_usable("mismatch", old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL)
     found = broken_BL.flatten().nonzero().flatten()[:count].tolist()
     return _rows(old_logprobs_BL, rollout_logprobs_BL, found, token_ids_BL)
 
@@ -135,16 +136,6 @@ def token_lags(version_BL: Tensor, loss_mask_BL: Tensor, *, version: int) -> Ten
             f"{int(version_BL[row, position])}, with the trainer at {version} (-1 is unknown)"
         )
     return lag_BL
-
-
-def _usable(old_BL: Tensor, rollout_BL: Tensor, mask_BL: Tensor) -> Tensor:
-    require_aligned("mismatch", old=old_BL, rollout=rollout_BL, mask=mask_BL)
-    return usable(old_BL.detach(), rollout_BL.detach(), mask_BL)
-
-
-def _finite(old_BL: Tensor, rollout_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    keep_BL = _usable(old_BL, rollout_BL, mask_BL)
-    return old_BL.detach()[keep_BL].double(), rollout_BL.detach()[keep_BL].double(), keep_BL
 
 
 def _rows(

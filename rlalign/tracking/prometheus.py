@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
-from rlalign.tracking.backend_contract import Cell
+from rlalign.tracking.backends import Cell
 
 if TYPE_CHECKING:
     import numpy as np

@@ -21,8 +21,8 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 from rlalign.config.sections import BACKENDS
-from rlalign.tracking import backend_contract, backends, environment, files
-from rlalign.tracking.backend_contract import Backend, Places
+from rlalign.tracking import backends, environment, files
+from rlalign.tracking.backends import Backend, Places
 from rlalign.tracking.record import read_header, read_metrics
 from rlalign.tracking.timeline import RESUMED, SHORTEST_S, Span, encode
 from rlalign.tracking.token_files import Column, sampled_tokens, worst_tokens, write_tokens
@@ -180,7 +180,7 @@ class Run:
     def _start_backends(self) -> None:
         header = self._header
         for name in self._places.backends:
-            given = backend_contract.Start(
+            given = backends.Start(
                 directory=self.directory,
                 project=header["project"],
                 name=self.name,

@@ -9,7 +9,7 @@ from typing import cast
 
 import numpy as np
 
-from rlalign.tracking.backend_contract import Cell, Start
+from rlalign.tracking.backends import Cell, Start, finite
 
 FOLDER = "tensorboard"
 FLUSH_S = 10  # a killed run loses no more; the run directory itself loses nothing
@@ -41,10 +41,8 @@ class TensorBoardRun:
 
     def log_histogram(self, step: int, name: str, values: np.ndarray | Sequence[float]) -> None:
         """64 bins of the finite values."""
-        values = np.asarray(values, dtype=np.float64)
-        finite = values[np.isfinite(values)]
-        if finite.size:
-            self._writer.add_histogram(name, finite, step, bins=cast("str", 64))  # typed too narrowly: numpy takes both
+        if (kept := finite(values)).size:
+            self._writer.add_histogram(name, kept, step, bins=cast("str", 64))  # typed too narrowly: numpy takes both
 
     def log_table(self, step: int, name: str, rows: Sequence[Mapping[str, Cell]]) -> None:
         """A markdown table under "text"."""

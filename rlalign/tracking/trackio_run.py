@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 
@@ -11,7 +10,7 @@ import numpy as np
 import trackio
 from trackio.utils import TRACKIO_DIR
 
-from rlalign.tracking.backend_contract import Cell, Start
+from rlalign.tracking.backends import Cell, Start, cells, finite
 
 LEVELS = {"alert": trackio.AlertLevel.WARN, "mismatch": trackio.AlertLevel.WARN, "failed": trackio.AlertLevel.ERROR}
 
@@ -47,18 +46,13 @@ class TrackioRun:
 
     def log_histogram(self, step: int, name: str, values: np.ndarray | Sequence[float]) -> None:
         """64 bins of the finite values."""
-        values = np.asarray(values, dtype=np.float64)
-        finite = values[np.isfinite(values)]
-        if finite.size:
-            self.run.log({name: trackio.Histogram(np_histogram=np.histogram(finite, bins=64))}, step=step)
+        if (kept := finite(values)).size:
+            self.run.log({name: trackio.Histogram(np_histogram=np.histogram(kept, bins=64))}, step=step)
 
     def log_table(self, step: int, name: str, rows: Sequence[Mapping[str, Cell]]) -> None:
         """A cell whose number is not finite is empty."""
         if rows:
-            cells = [
-                [None if isinstance(c, float) and not math.isfinite(c) else c for c in row.values()] for row in rows
-            ]
-            self.run.log({name: trackio.Table(columns=list(rows[0]), data=cells)}, step=step)
+            self.run.log({name: trackio.Table(columns=list(rows[0]), data=cells(rows))}, step=step)
 
     def event(self, step: int, kind: str, message: str) -> None:
         """An alert in its list, by level."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import netrc
 import os
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ import numpy as np
 import wandb
 from wandb.errors import CommError
 
-from rlalign.tracking.backend_contract import Cell, Start
+from rlalign.tracking.backends import Cell, Start, cells, finite
 
 MODES = ("auto", "online", "offline", "disabled")
 ONLINE_TIMEOUT_S = 30.0  # a compute node with a key but without a network must not hold a job for wandb's 90 s
@@ -119,18 +118,16 @@ class WandbRun:
 
     def log_histogram(self, step: int, name: str, values: np.ndarray | Sequence[float]) -> None:
         """64 bins of the finite values; a histogram has no place for the others, NAME/nonfinite counts them."""
-        values = np.asarray(values, dtype=np.float64)
-        finite = values[np.isfinite(values)]
-        row: dict[str, Any] = {f"{name}/nonfinite": int(values.size - finite.size)}
-        if finite.size:
-            row[name] = wandb.Histogram(np_histogram=np.histogram(finite, bins=64))
+        kept = finite(values)
+        row: dict[str, Any] = {f"{name}/nonfinite": int(np.size(values) - kept.size)}
+        if kept.size:
+            row[name] = wandb.Histogram(np_histogram=np.histogram(kept, bins=64))
         self._log(step, row)
 
     def log_table(self, step: int, name: str, rows: Sequence[Mapping[str, Cell]]) -> None:
         """A cell whose number is not finite is empty: wandb's tables are JSON."""
         if rows:
-            cells = [[None if _lost(cell) else cell for cell in row.values()] for row in rows]
-            self._log(step, {name: wandb.Table(columns=list(rows[0]), data=cells)})
+            self._log(step, {name: wandb.Table(columns=list(rows[0]), data=cells(rows))})
 
     def event(self, step: int, kind: str, message: str) -> None:
         """Alerts and failures go out as wandb's alerts: by mail or chat, as the user has set it there."""
@@ -151,10 +148,6 @@ class WandbRun:
         if self._offset is None:
             self._offset = max(0, self.run.step - step)
         self.run.log({"step": step, **row}, step=step + self._offset)
-
-
-def _lost(cell: Cell) -> bool:
-    return isinstance(cell, float) and not math.isfinite(cell)
 
 
 def start(given: Start) -> tuple[WandbRun | None, str]:

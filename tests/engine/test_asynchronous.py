@@ -9,8 +9,7 @@ import time
 
 import pytest
 
-from rlalign.config import load
-from rlalign.config.compose import compose
+from rlalign.config import compose, load
 from rlalign.exits import Preempted
 from rlalign.run import assembly
 from rlalign.run.sampler import Sampler

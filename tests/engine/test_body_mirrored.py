@@ -41,8 +41,7 @@ def engine(untied):
 
 @pytest.fixture(scope="module")
 def settled(engine, untied, own_cache):
-    from rlalign.config import load
-    from rlalign.config.compose import compose
+    from rlalign.config import compose, load
 
     return probed_body(engine, untied, load(compose("demo", ["model.dtype=bfloat16"])), PROMPTS)
 

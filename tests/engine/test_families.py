@@ -6,9 +6,8 @@ import re
 import pytest
 import torch
 
-from rlalign.diagnose.attribution import steps
-from rlalign.diagnose.attribution.measure import measure
-from rlalign.diagnose.families import building, recipes
+from rlalign.diagnose.attribution.measure import measure, prove_steps
+from rlalign.diagnose.families import building, family_table
 from rlalign.rollout.engine import own_process, teacher_forcing
 from rlalign.rollout.engine.arguments import require_dtype, require_one_window, require_reloads
 from rlalign.rollout.worker import readback
@@ -21,7 +20,7 @@ from tests.engine.conftest import start, worker_of
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory):
     """A mixture of experts: (folder, engine in float32)."""
-    folder = building.build(recipes.RECIPES["qwen3-moe"], tmp_path_factory.mktemp("families") / "qwen3-moe")
+    folder = building.build(family_table.RECIPES["qwen3-moe"], tmp_path_factory.mktemp("families") / "qwen3-moe")
     engine = start(folder, dtype="float32")
     yield folder, engine
     engine.close()
@@ -100,7 +99,7 @@ def test_a_loader_that_vouches_for_itself_is_caught_by_its_output(experts, tmp_p
     """Keys where values belong: the read-back's twin is loaded the same way and agrees; the trainer's modules do not."""
     folder, engine = experts
     model, _ = published(folder, engine, tmp_path, version=8, seed=8)
-    found = steps.prove(engine, model, scratch=tmp_path)
+    found = prove_steps(engine, model, scratch=tmp_path)
     assert max(found.values()) < 1e-4 and {
         "layers.1.v",
         "layers.1.attention",
@@ -120,15 +119,15 @@ def test_a_loader_that_vouches_for_itself_is_caught_by_its_output(experts, tmp_p
     model, report = published(folder, engine, tmp_path, version=9, seed=9)
     assert report.proof_of["model.layers.1.self_attn.k_proj.weight"] == "kernel"
     with pytest.raises(RuntimeError, match=r"computes something else with them.*layers\.1\.[kv] by 1\d\d%"):
-        steps.prove(engine, model, scratch=tmp_path)
+        prove_steps(engine, model, scratch=tmp_path)
     monkeypatch.undo()
     model, _ = published(folder, engine, tmp_path, version=10, seed=10)
-    assert max(steps.prove(engine, model, scratch=tmp_path).values()) < 1e-4
+    assert max(prove_steps(engine, model, scratch=tmp_path).values()) < 1e-4
 
 
 def test_a_convolution_that_is_kept_twice_is_published_twice(tmp_path):
     """Mamba 2 in bfloat16 on CPU: vLLM packs the weight away from the view that the mixer convolves with, and reloads only one."""
-    folder = building.build(recipes.RECIPES["mamba2"], tmp_path / "mamba2")
+    folder = building.build(family_table.RECIPES["mamba2"], tmp_path / "mamba2")
     engine, model = start(folder, dtype="bfloat16"), building.perturbed(folder, seed=1, dtype="bfloat16")
     try:
         weights = list(as_checkpoint(model, model.named_parameters()))
@@ -147,7 +146,7 @@ def test_a_convolution_that_is_kept_twice_is_published_twice(tmp_path):
 
 def test_the_bias_of_an_lm_head_that_every_load_makes_anew_is_published(tmp_path):
     """Phi, through vLLM's transformers backend; the bias comes before the weight, as no model has them."""
-    folder = building.build(recipes.RECIPES["phi"], tmp_path / "phi")
+    folder = building.build(family_table.RECIPES["phi"], tmp_path / "phi")
     engine, model = start(folder, dtype="float32"), building.perturbed(folder, seed=1, dtype="float32")
     try:
         weights = sorted(as_checkpoint(model, model.named_parameters()), key=lambda w: w[0] != "lm_head.bias")
@@ -159,7 +158,7 @@ def test_the_bias_of_an_lm_head_that_every_load_makes_anew_is_published(tmp_path
 
 def test_a_layer_of_another_shape_is_attributed_to_its_norms(tmp_path):
     """Gemma 3 has norms behind attention and MLP, which no list of ours pairs; a fault of one is named exactly."""
-    folder = building.build(recipes.RECIPES["gemma3"], tmp_path / "gemma3")
+    folder = building.build(family_table.RECIPES["gemma3"], tmp_path / "gemma3")
     engine, model = start(folder, dtype="float32"), building.perturbed(folder, seed=1, dtype="float32", size=0.0)
     try:
         rollouts = engine.generate([s[:24] for s in building.probes()], prompt_ids=range(3), samples=4, seed=0)
@@ -214,7 +213,7 @@ def test_weights_that_vllm_cannot_load_again_are_refused_before_anything_runs(tm
             require_reloads(tmp_path)
 
 
-def test_a_window_of_which_the_two_libraries_have_two_ideas_is_refused_before_anything_runs(tmp_path):
+def test_a_context_beyond_cohere2s_window_is_refused_before_anything_runs(tmp_path):
     """Cohere 2: up to its length both see every token, beyond it vLLM sees one more."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "cohere2", "sliding_window": 64}))
     require_one_window(tmp_path, 64)

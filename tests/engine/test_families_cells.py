@@ -3,14 +3,14 @@
 import pytest
 
 from rlalign.diagnose.doctor.examine import TABLE as SHIPS
-from rlalign.diagnose.families import cell, matrix, recipes
+from rlalign.diagnose.families import family_table, matrix
 
-TABLE = cell.read(SHIPS)
+TABLE = family_table.read(SHIPS)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", TABLE)
 def test_every_cell_has_the_state_that_the_table_says(name, tmp_path):
-    found = matrix.row(recipes.RECIPES[name], tmp_path, list(TABLE[name]), timeout_s=1200)
+    found = matrix.row(family_table.RECIPES[name], tmp_path, list(TABLE[name]), timeout_s=1200)
     states = {column: (c.state, c.found) for column, c in found.items()}
     assert {c: s for c, (s, _) in states.items()} == {c: wanted.state for c, wanted in TABLE[name].items()}, states

@@ -5,8 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlalign.config import LoraConfig, TrainerConfig, load
-from rlalign.config.compose import compose
+from rlalign.config import LoraConfig, TrainerConfig, compose, load
 from rlalign.diagnose.replay import replay
 from rlalign.run.train import train as run_training
 from rlalign.trainer.lora import Adapters

@@ -9,7 +9,6 @@ import pytest
 from benchmarks import planted_faults, planting
 from benchmarks.planting_bench import Bench, build_model
 from rlalign.diagnose import suspects
-from rlalign.diagnose.suspects import ranking
 
 ONE_RANK = [f for f in planting.FAULTS if planting.FLOAT32 in f.benches]
 
@@ -40,7 +39,7 @@ def test_the_fault_is_named(bench, fault):
 def test_the_attribution_points_at_the_same_layer(bench, name):
     (fault,) = [f for f in ONE_RANK if f.name == name]
     try:
-        causes = ranking.causes(fault.plant(bench))
+        causes = suspects.of_layers(fault.plant(bench))
     finally:
         bench.put_right()
     first = max(causes, key=lambda c: c.score)

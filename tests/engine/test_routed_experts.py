@@ -10,9 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlalign import mismatch
-from rlalign.config import TrainerConfig, load
-from rlalign.config.compose import compose
-from rlalign.diagnose.families.recipes import RECIPES
+from rlalign.config import TrainerConfig, compose, load
+from rlalign.diagnose.families.family_table import RECIPES
 from rlalign.run.step import scored
 from rlalign.run.train import train
 from rlalign.tasks import Task

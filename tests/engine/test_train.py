@@ -10,8 +10,7 @@ import time
 import pytest
 import torch
 
-from rlalign.config import load
-from rlalign.config.compose import compose
+from rlalign.config import compose, load
 from rlalign.run.train import train
 from tests.engine.conftest import build_model
 

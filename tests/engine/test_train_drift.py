@@ -9,8 +9,7 @@ import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification
 
 from rlalign.calibration.calibrators import Calibrator, PlattCalibrator
-from rlalign.config import load
-from rlalign.config.compose import compose
+from rlalign.config import compose, load
 from rlalign.reward.drift_watch import RewardDriftError
 from rlalign.run.train import train
 from rlalign.scoring.calibrated import identity_of

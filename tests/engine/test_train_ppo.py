@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from rlalign.config import load
-from rlalign.config.compose import compose
+from rlalign.config import compose, load
 from rlalign.run.train import train
 
 STEPS = 8

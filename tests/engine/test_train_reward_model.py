@@ -13,8 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlalign.config import load
-from rlalign.config.compose import compose
+from rlalign.config import compose, load
 from rlalign.ranks import environment_without_launcher, free_port
 from rlalign.reward.mixture import Sample
 from rlalign.reward.training.fit import bradley_terry_loss

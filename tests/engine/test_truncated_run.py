@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 
-from rlalign.config import load
-from rlalign.config.compose import compose
+from rlalign.config import compose, load
 from rlalign.run.train import train
 from rlalign.tasks import Task
 

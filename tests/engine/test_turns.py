@@ -8,8 +8,7 @@ import shutil
 
 from transformers import AutoTokenizer
 
-from rlalign.config import load
-from rlalign.config.compose import compose
+from rlalign.config import compose, load
 from rlalign.diagnose.replay import replay
 from rlalign.rollout.engine.embedded import VLLMEngine
 from rlalign.run.train import train

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlalign.diagnose.attribution import trainer_side
-from rlalign.diagnose.attribution.difference import common_rows, differences
+from rlalign.diagnose.attribution.findings import common_rows, differences
 from rlalign.diagnose.attribution.mapping import EMBED, FINAL_NORM, RESIDUAL, ROUTER, ModelMap, Pair, Pairs, match
 from rlalign.diagnose.attribution.trainer_side import Side
+from rlalign.diagnose.both_sides import ask_about_weights
 from rlalign.rollout.engine import teacher_forcing
 from rlalign.rollout.engine.embedded import VLLMEngine
 from rlalign.rollout.engine.teacher_forcing import Route
@@ -71,11 +71,13 @@ def mapping_of(
     names = teacher_forcing.modules(engine), trainer_side.module_names(network)
     if pairs is not None:
         return match(*names, pairs)
+    small = _probe(batch)
+    outline = _outline(engine, small)
     try:
-        return _given(match(*names), _outline(engine, _probe(batch)))
+        return _given(match(*names), outline)
     except ValueError:
         with tempfile.TemporaryDirectory(prefix="rlalign-derived-", dir=scratch) as folder:
-            return derive(engine, network, batch, Path(folder))
+            return derive(engine, network, small, outline, Path(folder))
 
 
 def _given(mapping: ModelMap, outline: Mapping[str, dict]) -> ModelMap:
@@ -88,13 +90,15 @@ def _given(mapping: ModelMap, outline: Mapping[str, dict]) -> ModelMap:
     return mapping
 
 
-def derive(engine: VLLMEngine, network: nn.Module, batch: RolloutBatch, folder: Path) -> ModelMap:
-    """The points of a live engine and a trainer's model. folder: for one copy of the weights, which every rollout rank can read.
+def derive(
+    engine: VLLMEngine, network: nn.Module, small: RolloutBatch, outline: Mapping[str, dict], folder: Path
+) -> ModelMap:
+    """The points of a live engine and a trainer's model. outline: the engine's modules in a forward of `small`, one sequence.
 
-    Raises ValueError where the two do not have the same layers, or share no point in one.
+    folder: for one copy of the weights, which every rollout rank can read. Raises ValueError where the two do not have the same
+    layers, or share no point in one.
     """
-    small = _probe(batch)
-    seen, outline, places = _traced(network, small), _outline(engine, small), _places(engine, network, folder)
+    seen, places = _traced(network, small), _places(engine, network, folder)
     derivation = _Derivation(network, seen, outline, places, engine.config.tensor_parallel_size)
     found = _nearest(derivation.points(), engine, network, small, folder)
     return replace(found, tuples=derivation.tuples)
@@ -120,12 +124,7 @@ def _outline(engine: VLLMEngine, batch: RolloutBatch) -> dict[str, dict]:
 
 def _places(engine: VLLMEngine, network: nn.Module, folder: Path) -> dict[str, tuple[str, int | None]]:
     """{trainer's module: (engine's module, part)} of the modules whose weight is one of a checkpoint's tensors."""
-    with tempfile.TemporaryDirectory(prefix="rlalign-places-", dir=folder) as temporary:
-        file = Path(temporary) / "trainer.safetensors"
-        save_file(
-            {n: p.detach().cpu().contiguous() for n, p in as_checkpoint(network, network.named_parameters())}, file
-        )
-        places = engine.ask("rlalign_places", str(file))[0]["places"]
+    places = ask_about_weights(engine, network, "rlalign_places", folder)[0]["places"]
     found = {}
     for name, parameter in network.named_parameters():
         module, _, leaf = name.rpartition(".")

@@ -5,22 +5,18 @@ Suffixes: B sequences, L padded length.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import nn
 
 from rlalign.config import Dtype, HeadDtype, ModelConfig, RolloutConfig, RunConfig
-from rlalign.diagnose.both_sides import task_prompts
-from rlalign.diagnose.prompt_file import read_prompts
+from rlalign.diagnose.both_sides import ask_about_weights, task_prompts
 from rlalign.rollout.engine.embedded import VLLMEngine
 from rlalign.run.assembly import encode, load_task_of, load_tokenizer, resolve_model
 from rlalign.tracking.record import config_of, read_run
 from rlalign.tracking.token_files import read_loop, read_step, read_tokens, saved_steps
-from rlalign.trainer.checkpoint_names import as_checkpoint
 from rlalign.types import LogprobSpec, Rollout, RolloutBatch, collate
 
 COLUMNS = ("sequence", "position", "token_id", "rollout_logprob", "policy_version", "prompt_id", "group_id")
@@ -107,10 +103,7 @@ def sampled(
 ) -> RolloutBatch:
     """Prompts through the live engine, within the budget."""
     tokenizer = load_tokenizer(source.model)
-    if prompt_file is None:
-        ids = task_prompts(tokenizer, source.config, count=prompts)
-    else:
-        ids = read_prompts(prompt_file, tokenizer, chat=source.config.task.chat_template, limit=prompts)
+    ids = task_prompts(tokenizer, source.config, count=prompts, file=prompt_file)
     rollouts = engine.generate(ids, prompt_ids=range(len(ids)), samples=samples, seed=source.config.seed)
     return budget(collate(rollouts, pad_token_id=tokenizer.pad_token_id, spec=engine.spec), tokens)
 
@@ -167,12 +160,7 @@ def require_same_weights(engine: VLLMEngine, network: nn.Module, shared: Path, *
 
     Raises RuntimeError naming the tensors that differ, unless `anyway`: then a note says so.
     """
-    with tempfile.TemporaryDirectory(prefix="rlalign-weights-", dir=shared) as folder:
-        file = Path(folder) / "trainer.safetensors"
-        save_file(
-            {n: p.detach().cpu().contiguous() for n, p in as_checkpoint(network, network.named_parameters())}, file
-        )
-        answers = engine.ask("rlalign_differing_weights", str(file))
+    answers = ask_about_weights(engine, network, "rlalign_differing_weights", shared)
     differ = sorted({name for answer in answers for name in answer["differ"]})
     unknown = sorted({name for answer in answers for name in answer["unknown"]})
     notes = []

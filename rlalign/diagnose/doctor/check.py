@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rlalign.config import HeadDtype, RunConfig
-from rlalign.run.assembly import resolve_model
+from rlalign.diagnose.both_sides import model_folder
 from rlalign.trainer.attention_choice import SOFT_CAP, choose
 
 STATES = ("ok", "problem", "unknown")
@@ -56,11 +57,21 @@ def as_json(checks: Sequence[Check]) -> str:
     return json.dumps([asdict(check) for check in checks], indent=2)
 
 
+def read_config(model: Path) -> dict[str, Any]:
+    """A model folder's config.json."""
+    return json.loads((model / "config.json").read_text())
+
+
+def text_config(model: Path) -> dict[str, Any]:
+    """What it says of the language model, where a model has several parts."""
+    about = read_config(model)
+    return about.get("text_config", about)
+
+
 def of_checkpoint(config: RunConfig) -> Iterator[Check]:
     """The head dtype that it claims and the cap of its attention scores. Raises ValueError for an attention that leaves it out."""
-    about = json.loads((resolve_model(config.model.path, say=lambda _: None) / "config.json").read_text())
+    about, text = read_config(model_folder(config)), text_config(model_folder(config))
     yield head_dtype(about, config)
-    text = about.get("text_config", about)
     chosen = choose(text, config.trainer.attention, setting="trainer.attention")
     cap = f"scores capped at {text[SOFT_CAP]:g}" if text.get(SOFT_CAP) else "scores not capped"
     why = f" for {chosen.why}" if chosen.why else ""

@@ -11,7 +11,9 @@ from rlalign.config import GateAction, HeadDtype, RunConfig
 from rlalign.diagnose import body_rounding
 from rlalign.diagnose.both_sides import (
     head_weight,
+    isolated_heads,
     lm_head_of,
+    model_folder,
     probed_body,
     sample,
     task_prompts,
@@ -23,8 +25,7 @@ from rlalign.diagnose.doctor.check import Check, judged
 from rlalign.head import multiplied
 from rlalign.rollout.engine.arguments import caches_prefixes
 from rlalign.rollout.engine.surface import spec_of
-from rlalign.run.assembly import PROOF_PROMPTS, load_tokenizer, resolve_model, start_embedded
-from rlalign.trainer import head_isolation
+from rlalign.run.assembly import PROOF_PROMPTS, load_tokenizer, start_embedded
 from rlalign.trainer.checkpoint_names import as_checkpoint
 from rlalign.trainer.rounding.variants import MODEL
 from rlalign.types import RolloutBatch
@@ -42,7 +43,7 @@ ISOLATED_TOKENS = 64  # of the head alone
 
 def engine_and_trainer(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> Iterator[Check]:
     """Start both, publish the trainer's own copy, sample, teacher-force: weights, tokens and numbers of both sides at once."""
-    model = resolve_model(config.model.path, say=lambda _: None)
+    model = model_folder(config)
     say("starting vLLM")
     engine = start_embedded(model, config)  # proves the head on every rank, or raises
     try:
@@ -92,21 +93,13 @@ def settings(engine: VLLMEngine, config: RunConfig) -> Iterator[Check]:
     """What the running engine says of itself, against what the run needs."""
     live = engine.settings()
     wanted = {"logprobs mode": "processed_logprobs", "body dtype": config.model.dtype.value}
-    wanted["prefix caching"] = str(
-        caches_prefixes(resolve_model(config.model.path, say=lambda _: None), config.rollout)
-    )
+    wanted["prefix caching"] = str(caches_prefixes(model_folder(config), config.rollout))
     wanted["tensor parallel"] = str(config.rollout.tensor_parallel_size)
     for name, value in live.items():
         if name in ("kv-cache dtype", "tied embeddings"):
             continue
         yield judged(name, wanted.get(name, value) == value, value, f"this run needs {wanted.get(name)}")
-    cache = live["kv-cache dtype"]
-    yield judged(
-        "kv-cache dtype",
-        cache in ("auto", config.model.dtype.value),
-        cache,
-        "decoding reads keys and values that were rounded; run with kv_cache_dtype=auto",
-    )
+    yield kv_cache(live["kv-cache dtype"], config.model.dtype.value)
     wanted_spec = spec_of(config.rollout, config.head_dtype.value, vocab_size=engine.spec.vocab_size)
     shaped = f"temperature {engine.spec.temperature:g}, top_p {engine.spec.top_p:g}, top_k {engine.spec.top_k}"
     yield judged(
@@ -115,6 +108,12 @@ def settings(engine: VLLMEngine, config: RunConfig) -> Iterator[Check]:
         f"{shaped}, min_p {engine.spec.min_p:g}, over {engine.spec.support}, {'processed' if engine.spec.processed else 'raw'}",
         f"sample with processed logprobs as the configuration says: {wanted_spec}",
     )
+
+
+def kv_cache(cache: str, body: str) -> Check:
+    """Does the engine keep keys and values in the dtype that the body computes them in?"""
+    remedy = "decoding reads keys and values that were rounded; run with kv_cache_dtype=auto"
+    return judged("kv-cache dtype", cache in ("auto", body), cache, remedy)
 
 
 def tied(engine: VLLMEngine, network: PreTrainedModel) -> Check:
@@ -200,12 +199,12 @@ def head_alone(
     master_VD: Tensor | None = None,
 ) -> Check:
     """Does each side's live head, given the same hidden states, multiply in the dtype it is named after?"""
-    hidden, ids = head_isolation.predicting(hidden_BLD, batch.token_ids_BL, batch.loss_mask_BL, limit=ISOLATED_TOKENS)
-    measured = head_isolation.measure(
-        engine, network, hidden, ids, temperature=1.0, shared=Path(config.weights.shared), master_VD=master_VD
+    shared, scored = Path(config.weights.shared), min(ISOLATED_TOKENS, int(batch.loss_mask_BL.sum()))
+    measured = isolated_heads(
+        engine, network, hidden_BLD, batch, tokens=ISOLATED_TOKENS, shared=shared, master_VD=master_VD
     )
     found = f"mean distance from the float64 head: rollout {measured['rollout_error']:.1e}, "
-    found += f"trainer {measured['trainer_error']:.1e} nats over {len(ids)} tokens"
+    found += f"trainer {measured['trainer_error']:.1e} nats over {scored} tokens"
     wrong = "" if config.head_dtype is HeadDtype.model else body_rounding.heads_over(measured)
     return judged("head alone", not wrong, wrong or found, "that side's head is other than its name; see its status")
 

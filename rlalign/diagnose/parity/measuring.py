@@ -26,18 +26,16 @@ from rlalign.diagnose.both_sides import (
     head_logprobs,
     head_weight,
     hidden_states,
+    isolated_heads,
     lengthened,
     probed_body,
     task_prompts,
     trainer_network,
 )
-from rlalign.diagnose.parity import trainer_floor
 from rlalign.diagnose.parity.grid import COLUMNS, ERRORS, HEAD_OF_MODE, Grid, Setting, rollout_modes, stage_count
-from rlalign.diagnose.prompt_file import read_prompts
 from rlalign.rollout.engine import noise_floor
 from rlalign.run.assembly import load_tokenizer, resolve_model
-from rlalign.tracking.stages import Stages
-from rlalign.trainer import head_isolation
+from rlalign.tracking.console import Stages
 from rlalign.trainer.checkpoint_names import as_checkpoint
 from rlalign.trainer.rounding.mirroring import body_of
 from rlalign.types import Rollout, RolloutBatch, collate
@@ -100,11 +98,8 @@ def measure(config: RunConfig, grid: Grid, *, prompt_file: Path | None = None) -
     model = resolve_model(config.model.path, say=_aside)
     result = {"model": config.model.path, "identity": identity(model), "tokens": {}, "rows": [], "head_isolated": []}
     result |= {"settings": [], "notes": []} | ({"noise_floor": {}} if grid.noise_floor else {})
-    tokenizer, chat = load_tokenizer(model), config.task.chat_template
-    if prompt_file is None:
-        prompts = task_prompts(tokenizer, config, count=grid.prompts)
-    else:
-        prompts = read_prompts(prompt_file, tokenizer, chat=chat, limit=grid.prompts)
+    tokenizer = load_tokenizer(model)
+    prompts = task_prompts(tokenizer, config, count=grid.prompts, file=prompt_file)
     needed = max(grid.longest, *(len(p) for p in prompts)) + config.rollout.max_tokens + 1  # scoring samples one more
     _require_room(model, needed)
     plain = config.rollout.over_all_ids()
@@ -179,8 +174,8 @@ def _one_engine(
             engine.set_head(engine.mode)
             batch = sides.tokens_of(Setting(), engine.mode)
             of_engine = noise_floor.measure(engine, model, config, batch, body=body)
-            of_trainer = trainer_floor.measure(sides.score_again, batch)
-            result["noise_floor"][body] = trainer_floor.together(of_engine, of_trainer)
+            of_trainer = body_rounding.trainer_floor(sides.score_again, batch)
+            result["noise_floor"][body] = body_rounding.with_trainer_floor(of_engine, of_trainer)
     finally:
         engine.close()
         gc.collect()  # two engines follow each other in one process
@@ -328,18 +323,10 @@ class _Sides:
         }
 
     def _isolated(self, hidden_BLD: Tensor, batch: RolloutBatch, head: str) -> dict[str, float]:
-        hidden, ids = head_isolation.predicting(
-            hidden_BLD, batch.token_ids_BL, batch.loss_mask_BL, limit=ISOLATED_TOKENS
-        )
-        measured = head_isolation.measure(
-            self.engine,
-            self.network,
-            hidden,
-            ids,
-            temperature=1.0,
-            shared=Path(self.config.weights.shared),
+        measured = isolated_heads(
+            self.engine, self.network, hidden_BLD, batch, tokens=ISOLATED_TOKENS, shared=Path(self.config.weights.shared),
             master_VD=self.master_VD if head == "master" else None,
-        )
+        )  # fmt: skip
         return _columns(measured) | {error: measured[error] for error in ERRORS}
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from rlalign.config import RolloutConfig
 from rlalign.rollout import SETTINGS_KEY
-from rlalign.rollout.engine.own_process import YIELDING
+from rlalign.rollout.engine.own_process import YIELDING, model_config
 from rlalign.rollout.engine.surface import captured_ids
 from rlalign.rollout.head.head_settings import HeadSettings
 
@@ -115,10 +116,9 @@ def require_one_window(model: Path, max_model_len: int) -> None:
         )
 
 
-def _fields(model: Path) -> dict[str, object]:
-    """Of a model folder's configuration, its text part where it has several; empty where there is no such file."""
-    file = model / "config.json"
-    about = json.loads(file.read_text()) if file.is_file() else {}
+def _fields(model: Path) -> dict[str, Any]:
+    """Of a model folder's configuration, its text part where it has several."""
+    about = model_config(model)
     return about.get("text_config", about)
 
 

@@ -17,7 +17,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlalign.exits import Lost
 from rlalign.head import widened
@@ -35,6 +35,12 @@ SPIN_S = 0.001  # looked at without a pause: most answers to small calls come wi
 LOOK_MS = 2  # then asleep until told, and at most so long: the telling gets lost now and then (vLLM itself looks again after 5 s)
 
 
+def model_config(model: Path) -> dict[str, Any]:
+    """A model folder's config.json; empty where there is no such file."""
+    file = model / "config.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
 def needed_for(model: Path) -> str | None:
     """Why an engine of this model folder may not share the trainer's process; None where it may.
 
@@ -43,10 +49,7 @@ def needed_for(model: Path) -> str | None:
     """
     from vllm.model_executor.models import ModelRegistry
 
-    file = model / "config.json"
-    if not file.is_file():
-        return None
-    names = json.loads(file.read_text()).get("architectures") or []
+    names = model_config(model).get("architectures") or []
     known = {
         name: str(getattr(ModelRegistry.models[name], "module_name", ""))
         for name in names

@@ -27,7 +27,7 @@ from rlalign.serve.service import Service
 
 if TYPE_CHECKING:
     from rlalign.scoring.scorer import RewardScorer
-    from rlalign.serve import ServerSettings
+    from rlalign.serve.settings import ServerSettings
 
 
 def create_app(scorer: RewardScorer, settings: ServerSettings, calibration: Json | None = None) -> FastAPI:

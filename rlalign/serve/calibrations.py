@@ -23,7 +23,7 @@ from rlalign.serve.bodies import ApiError, invalid
 if TYPE_CHECKING:
     from rlalign.calibration.calibrators.calibration_file import Json
     from rlalign.scoring.params import ModelInfo
-    from rlalign.serve import ServerSettings
+    from rlalign.serve.settings import ServerSettings
 
 log = logging.getLogger("rlalign.server")
 T = TypeVar("T")

@@ -15,8 +15,8 @@ from rlalign.serve.bodies import ApiError, internal, response
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from rlalign.serve import ServerSettings
     from rlalign.serve.batcher import ServerMetrics
+    from rlalign.serve.settings import ServerSettings
 
 log = logging.getLogger("rlalign.server")
 UNANSWERED = 499  # what nginx calls a client that left; only the metrics ever see it

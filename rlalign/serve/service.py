@@ -22,8 +22,8 @@ from rlalign.serve.calibrations import Calibrations, InForce
 if TYPE_CHECKING:
     from rlalign.scoring.result import ScoreResult
     from rlalign.scoring.scorer import Prepared, RewardScorer, Text
-    from rlalign.serve import ServerSettings
     from rlalign.serve.batcher import ServerMetrics
+    from rlalign.serve.settings import ServerSettings
 
 NUMBERS = ("logits", "scores", "pooled_hidden_states", "token_logprobs", "label_mass")
 

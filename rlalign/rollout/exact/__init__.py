@@ -5,38 +5,29 @@ It acts only in engines that are built while RLALIGN_EXACT=1, which their worker
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
+
+from rlalign.rollout.exact.switch import MODE, VARIABLE, asked_by, enabled
 
 if TYPE_CHECKING:
     from torch import nn
     from vllm.config import VllmConfig
 
-VARIABLE = "RLALIGN_EXACT"
-MODE = "exact"  # what an exact engine's head says of itself
+__all__ = [
+    "MODE",
+    "REPLACED",
+    "VARIABLE",
+    "asked_by",
+    "attention_classes",
+    "building",
+    "enabled",
+    "not_exact",
+    "register",
+]
 # Classes of these names must be ours in an exact engine, scaled rope, other norms and routers among them
 REPLACED = ("Linear", "LMHead", "RMSNorm", "RotaryEmbedding", "AndMul")
-
-
-def enabled() -> bool:
-    """True while engines are to be built exact."""
-    return os.environ.get(VARIABLE) == "1"
-
-
-@contextmanager
-def asked_by(variable: str, wanted: bool) -> Iterator[None]:
-    """Inside, this variable is 1 or not there, as wanted; afterwards it says what it said."""
-    before = os.environ.pop(variable, None)
-    if wanted:
-        os.environ[variable] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(variable, None)
-        if before is not None:
-            os.environ[variable] = before
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentio
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from rlalign.head import exact
-from rlalign.rollout.exact import enabled
+from rlalign.rollout.exact.switch import enabled
 
 LINEARS = (ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, ReplicatedLinear, RowParallelLinear)
 

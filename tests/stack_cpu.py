@@ -1,4 +1,4 @@
-"""OpenRLHF's and SkyRL's released actors on one CPU process: what stands for Ray, CUDA and NCCL.
+"""OpenRLHF's released actors on one CPU process: what stands for Ray, CUDA and NCCL.
 
 Ray: an actor is an object of this process, a reference its value; requests to vLLM that nobody waited for yet run as one batch.
 CUDA: calls that name the device answer "cpu", others do nothing. A push: vLLM's reload in the place of NCCL and CUDA IPC, whose
@@ -17,17 +17,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-import typing_extensions
 
 from rlalign.rollout.attached import lines
 from tests.released import VERSIONS, released
 from tests.verl_cpu import start_group
 
-ABSENT = {
-    "openrlhf": ("flash_attn", "ring_flash_attn", "pylatexenc", "optimum", "bitsandbytes", "torchdata"),
-    "skyrl": ("flash_attn", "jaxtyping", "loguru", "polars", "torchdata", "skyrl_gym"),
-}
+ABSENT = ("flash_attn", "ring_flash_attn", "pylatexenc", "optimum", "bitsandbytes", "torchdata")
 SIZES = {"max_model_len": 128, "max_num_seqs": 128, "enforce_eager": True, "disable_log_stats": True}
+
+
+class Device(str):
+    """Where tensors go, and a number inside the name that OpenRLHF's buffer makes of it and does not use."""
+
+    __slots__ = ()
+
+    def __format__(self, spec):
+        return "0"
 
 
 class Ray(types.ModuleType):
@@ -169,7 +174,7 @@ class Batching:
 
 
 @contextmanager
-def stack(name, folder):
+def stack(folder):
     """Inside, the stack's released package can be imported and runs here."""
     from vllm import LLM  # noqa: F401 (before the stand-in for Ray, of which it must see nothing)
 
@@ -180,16 +185,16 @@ def stack(name, folder):
     with pytest.MonkeyPatch.context() as patch:
         for method in ("set_device", "empty_cache", "synchronize", "manual_seed_all"):
             patch.setattr(torch.cuda, method, lambda *_: None)
-        patch.setattr(torch.cuda, "current_device", lambda: "cpu")
+        patch.setattr(torch.cuda, "current_device", lambda: Device("cpu"))
         mesh = dist.device_mesh.init_device_mesh
         patch.setattr(dist.device_mesh, "init_device_mesh", lambda _, *args, **kwargs: mesh("cpu", *args, **kwargs))
         patch.setattr(lines, "_ray_get", lambda: ray.get)
 
         def importing():
             sys.modules["ray"] = ray
-            IMPORTING[name](patch)
+            _import_openrlhf(patch)
 
-        with released(name, folder, absent=ABSENT[name], importing=importing):
+        with released("openrlhf", folder, absent=ABSENT, importing=importing):
             start_group()
             yield
     if dist.is_initialized():
@@ -230,25 +235,6 @@ def _import_openrlhf(patch):
 def _reload(trainer):
     for handle in trainer.vllm_engines:
         handle.actor.llm.reload(trainer.actor.model.module.named_parameters())
-
-
-def _import_skyrl(patch):
-    patch.setattr(typing, "TypedDict", typing_extensions.TypedDict)  # without it SkyRL imports from Python 3.12 on only
-    from skyrl.backends.skyrl_train.distributed import fsdp_utils
-    from skyrl.backends.skyrl_train.workers.fsdp import fsdp_worker
-    from skyrl.train import trainer
-    from skyrl.train.utils import ray_logging
-
-    patch.setattr(ray_logging, "redirect_actor_output_to_file", lambda: None)
-    patch.setattr(fsdp_utils, "_sync_non_persistent_buffers", lambda *_: None)  # between ranks, by way of .cuda()
-    patch.setattr(trainer, "get_sampling_params_for_backend", trainer.get_sampling_params_for_backend)
-    patch.setattr(trainer.RayPPOTrainer, "_build_train_dataloader_and_compute_training_steps", lambda _: None)
-    patch.setattr(
-        fsdp_worker.FSDPWeightExtractor, "_gather_tensor", lambda _, t: getattr(t, "full_tensor", lambda: t)()
-    )
-
-
-IMPORTING = {"openrlhf": _import_openrlhf, "skyrl": _import_skyrl}
 
 
 class Settings(SimpleNamespace):
@@ -335,93 +321,3 @@ def openrlhf_settings(*, prompts, group, temperature, lr):
         ),
         vllm=Settings(sync_backend="nccl"), ckpt=Settings(path="none"),
     )  # fmt: skip
-
-
-class SkyRL:
-    """Its FSDP policy worker and what RayPPOTrainer does in a step, around an engine with its worker extension."""
-
-    def __init__(self, folder, *, aligned, prompts, group, tokens, temperature=1.0, lr=3e-4, steps=100, **overrides):
-        from skyrl.backends.skyrl_train.inference_servers.new_inference_worker_wrap import (
-            VLLM_NEW_INFERENCE_WORKER_EXTENSION_CLS,
-        )
-        from skyrl.backends.skyrl_train.workers.fsdp import fsdp_worker
-        from skyrl.train.config import SkyRLTrainConfig
-        from skyrl.train.trainer import RayPPOTrainer
-        from transformers import AutoTokenizer
-        from vllm import LLM
-
-        from rlalign.integrations import skyrl as adapter
-
-        rows = prompts * group
-        asked = {
-            "trainer.policy.model.path": folder, "trainer.flash_attn": False, "trainer.gradient_checkpointing": False,
-            "trainer.train_batch_size": prompts, "trainer.policy_mini_batch_size": prompts,
-            "trainer.policy.optimizer_config.lr": lr,
-            "trainer.micro_train_batch_size_per_gpu": rows, "trainer.micro_forward_batch_size_per_gpu": rows,
-            "trainer.remove_microbatch_padding": False, "trainer.algorithm.use_kl_loss": False,
-            "trainer.policy.use_torch_compile": False, "trainer.placement.colocate_all": False,
-            "trainer.placement.policy_num_gpus_per_node": 1, "generator.n_samples_per_prompt": group,
-            "generator.sampling_params.temperature": temperature, "generator.sampling_params.max_generate_length": tokens,
-        }  # fmt: skip
-        self.cfg = cfg = SkyRLTrainConfig.from_cli_overrides(asked | overrides)
-        worker, trainer = adapter.plain(fsdp_worker.PolicyWorker), RayPPOTrainer
-        if aligned:
-            adapter.configure(cfg)
-            worker, trainer = adapter.aligned(worker), adapter.comparing(trainer)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.worker = worker(
-            cfg=cfg.trainer, world_size=1, rank=0, local_rank=0, master_addr="127.0.0.1", master_port=None,
-            sequence_parallel_size=1,
-        )  # fmt: skip
-        self.worker.init_worker_process_group()
-        self.worker.init_model(str(folder), num_training_steps=steps)
-        engine = {"dtype": "bfloat16"} | cfg.generator.inference_engine.engine_init_kwargs
-        self.llm = LLM(str(folder), worker_extension_cls=VLLM_NEW_INFERENCE_WORKER_EXTENSION_CLS, **SIZES, **engine)
-        self.client = SimpleNamespace(server_urls=[self.llm], data_parallel_size=1, reset_prefix_cache=self._reset)
-        self.worker.weight_extractor = fsdp_worker.FSDPWeightExtractor(self.worker.model.model)
-        self.worker._transfer_strategy_cls = self.worker._weight_transfer_sender = SimpleNamespace(
-            send_chunks=self._send
-        )
-        self.trainer = trainer(cfg, None, self.tokenizer, None, self.client, None)
-        self.trainer.dispatch = SimpleNamespace(
-            get_lcm_dp_size=lambda: 1, empty_cache=lambda *_: None, optim_step=lambda _: self.worker.optim_step(),
-            forward=lambda _, data: self.worker.forward(data), stage_data=lambda _, data, parts: [data[a:b] for a, b in parts],
-            forward_backward_from_staged=lambda _, chunk: self.worker.forward_backward(chunk),
-        )  # fmt: skip
-
-    async def _reset(self, **_):
-        self.llm.reset_prefix_cache()
-
-    async def _send(self, chunks, **_):
-        Batching(self.llm).reload((n, t) for chunk in chunks for n, t in zip(chunk.names, chunk.tensors, strict=True))
-
-    def step(self, prompts, answers):
-        """Sample, score, one update: (training batch, what the trainer logs)."""
-        from skyrl.train import trainer as trainers
-        from vllm import SamplingParams
-
-        group, trainer = self.cfg.generator.n_samples_per_prompt, self.trainer
-        params = SamplingParams(**trainers.get_sampling_params_for_backend("vllm", self.cfg.generator.sampling_params))
-        given = [{"prompt_token_ids": self.tokenizer(p)["input_ids"]} for p in prompts for _ in range(group)]
-        outputs = self.llm.generate(given, params, use_tqdm=False)
-        responses = [o.outputs[0] for o in outputs]
-        wanted = [answer for answer in answers for _ in range(group)]
-        scores = [float(r.text.strip() == a) - 0.01 * len(r.text) for r, a in zip(responses, wanted, strict=True)]
-        ids = [list(r.token_ids) for r in responses]
-        made = {
-            "prompt_token_ids": [o.prompt_token_ids for o in outputs], "response_ids": ids,
-            "rewards": [[0.0] * (len(i) - 1) + [s] for i, s in zip(ids, scores, strict=True)],
-            "loss_masks": [[1] * len(i) for i in ids],
-            "rollout_logprobs": [[e[t].logprob for e, t in zip(r.logprobs, r.token_ids, strict=True)] for r in responses],
-        }  # fmt: skip
-        trainer.all_metrics = {}
-        batch = trainer.convert_to_training_input(made, [str(i // group) for i in range(len(ids))])
-        batch = trainer.compute_advantages_and_returns(trainer.fwd_logprobs_values_reward(batch))
-        batch.pop("rewards")
-        batch.metadata.pop("uids")
-        trainer.train_critic_and_policy(batch)
-        trainer.global_step += 1
-        return batch, trainer.all_metrics
-
-    def push(self):
-        asyncio.run(self.worker.broadcast_to_inference_engines(self.client, self.cfg.generator.inference_engine))

@@ -42,9 +42,9 @@ def switch_on() -> None:
     """
     does = "subclasses its PolicyModelActor, ReferenceModelActor and RolloutRayActor"
     require_tested("OpenRLHF", version("openrlhf"), TESTED, allow=ALLOW_UNTESTED, does=does, own="actor")
-    import ray
     from openrlhf.trainer.ray import launcher, ppo_actor, vllm_engine
 
+    ray = launcher.ray
     vllm_engine.RolloutRayActor = ray.remote(serving(plain(vllm_engine.RolloutRayActor)))
     ppo_actor.PolicyModelActor = ray.remote(num_gpus=1)(aligned(plain(ppo_actor.PolicyModelActor)))
     launcher.ReferenceModelActor = ray.remote(num_gpus=1)(mirrored(plain(launcher.ReferenceModelActor)))

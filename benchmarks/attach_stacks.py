@@ -4,8 +4,8 @@
 
 On one CPU process: tests/stack_cpu.py says what stands for Ray, CUDA and the push. The rest is the released package's:
 create_vllm_engines, RolloutRayActor, SamplesGenerator, RemoteExperienceMaker, PolicyModelActor with DeepSpeed ZeRO-2 (bf16 with
-float32 masters) and PolicyLoss, and its worker extension in a real vLLM. The arms take turns as in attach_trl.py. stock: OpenRLHF as
-it is. rollout only: the same with RLALIGN_HEAD=float32. aligned: rlalign.integrations.openrlhf.
+float32 masters) and PolicyLoss, and its worker extension in a real vLLM. The arms take turns as in attach_trl.py. stock: OpenRLHF
+as it is. rollout only: the same with RLALIGN_HEAD=float32. aligned: rlalign.integrations.openrlhf.
 """
 
 from __future__ import annotations

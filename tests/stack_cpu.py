@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rlalign.rollout.attached import lines
+from rlalign.rollout import attached_lines as lines
 from tests.released import VERSIONS, released
 from tests.verl_cpu import start_group
 

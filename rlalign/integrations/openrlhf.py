@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
+from rlalign.integrations import require_tested
 from rlalign.integrations.ray_actors import plain, verify_push
-from rlalign.integrations.tested import require_tested
 from rlalign.loops import Monitor
 from rlalign.rollout.attached import AttachedEngine, attach
 from rlalign.trainer.live_mirror import Mirror, mirror

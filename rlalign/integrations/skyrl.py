@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from rlalign.integrations import require_tested
 from rlalign.integrations.ray_actors import plain, verify_push
-from rlalign.integrations.tested import require_tested
 from rlalign.loops import Monitor
-from rlalign.rollout.attached import AttachedEngine, attach
-from rlalign.rollout.attached.sampling_convention import spec_of_sampling
+from rlalign.rollout.attached import AttachedEngine, attach, spec_of_sampling
 from rlalign.trainer.live_mirror import Mirror, mirror
 
 if TYPE_CHECKING:

@@ -11,9 +11,8 @@ from tests.peers import without_transport
 VERSIONS = {"openrlhf": "0.11.2", "skyrl": "0.3.0"}  # as the support matrix names them
 
 
-@contextmanager
-def released(name, folder, *, absent):
-    """Inside, the released package can be imported, with placeholders for what it imports and is absent here."""
+def unpacked(name, folder):
+    """The folder to import the released package from."""
     asked = f"{name}=={VERSIONS[name]}"
     command = [
         sys.executable,
@@ -33,13 +32,28 @@ def released(name, folder, *, absent):
     (wheel,) = Path(folder).glob("*.whl")
     zipfile.ZipFile(wheel).extractall(folder)
     (root,) = {p.parent.parent for p in Path(folder).rglob(f"{name}/__init__.py") if p.parent.name == name}
-    sys.path.append(str(root))
+    return str(root)
+
+
+@contextmanager
+def released(name, folder, *, absent, importing=None):
+    """Inside, the released package can be imported, with placeholders for what it imports and is absent here.
+
+    importing: called with them; then they are gone before the body, for what must find nothing in their place.
+    """
+    root = unpacked(name, folder)
+    sys.path.append(root)
     sys.modules["flash_attn.ops"] = None  # both fall back from its kernel where it is absent
     try:
         with without_transport(absent):
+            if importing is None:
+                yield
+            else:
+                importing()
+        if importing is not None:
             yield
     finally:
-        sys.path.remove(str(root))
+        sys.path.remove(root)
         sys.modules.pop("flash_attn.ops", None)
         for module in [m for m in sys.modules if m.partition(".")[0] == name]:
             del sys.modules[module]

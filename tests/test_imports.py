@@ -26,6 +26,8 @@ HOMES = {
     "reasoning_gym": ("tasks",),
     "trl": ("integrations",),
     "verl": ("integrations",),
+    "openrlhf": ("integrations",),
+    "skyrl": ("integrations",),
     "ray": ("integrations",),
     "fastapi": ("serve",),
     "httpx": ("scoring.http", "rollout.server"),

@@ -1,0 +1,30 @@
+"""What the adapters of stacks on Ray share: the class behind an actor class, and the comparison after a push."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from rlalign.rollout.attached import AttachedEngine
+
+__all__ = ["plain", "verify_push"]
+
+SAMPLE = 32  # tensors of a push that are compared, other ones each time
+
+
+def plain(actor: type) -> type:
+    """The class that `ray.remote` was given."""
+    return actor if inspect.isclass(actor) else actor.__ray_metadata__.modified_class.__ray_actor_class__
+
+
+def verify_push(engine: AttachedEngine | None, weights: Iterator[tuple[str, Tensor]]) -> None:
+    """Compare SAMPLE of the trainer's weights with what the engine computes with. engine: None on every rank but the first.
+
+    All ranks iterate, since they gather shards together. Raises RuntimeError naming what differs.
+    """
+    if engine is not None:
+        engine.verify(weights, sample=SAMPLE)
+    for _ in weights:
+        pass

@@ -1,11 +1,12 @@
 """OpenRLHF's actors and vLLM, as they are and aligned: mismatch, OpenRLHF's own metric, and what a step costs.
 
-    PYTHONPATH=. python benchmarks/attach_stacks.py [--steps 20]
+    PYTHONPATH=. python benchmarks/attach_stacks.py [--steps 20] [--min-tokens 1]
 
 On one CPU process: tests/stack_cpu.py says what stands for Ray, CUDA and the push. The rest is the released package's:
 create_vllm_engines, RolloutRayActor, SamplesGenerator, RemoteExperienceMaker, PolicyModelActor with DeepSpeed ZeRO-2 (bf16 with
 float32 masters) and PolicyLoss, and its worker extension in a real vLLM. The arms take turns as in attach_trl.py. stock: OpenRLHF
-as it is. rollout only: the same with RLALIGN_HEAD=float32. aligned: rlalign.integrations.openrlhf.
+as it is. rollout only: the same with RLALIGN_HEAD=float32. aligned: rlalign.integrations.openrlhf. OpenRLHF's min_tokens=1 takes
+the end of sequence out of the first token's distribution; the adapter sends 0, and so do all arms, unless --min-tokens 1.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ PROMPTS, GROUP, TOKENS = 8, 4, 6
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--min-tokens", type=int, default=0, choices=(0, 1), help="of the arms without the adapter")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
@@ -34,7 +36,8 @@ def main() -> None:
     columns = ("arm", "stack", "lag-0 k3", "mean abs log_ratio", OWN, "push, ms", "step, ms")
     print(f"| {' | '.join(columns)} | step, CPU time | step, wall |")
     print("|---|---|" + "--:|" * 7)
-    for line in table("OpenRLHF", in_turns({"precision": "OpenRLHF", "steps": given.steps, "script": __file__})):
+    asked = {"precision": "OpenRLHF", "steps": given.steps, "script": __file__, "min_tokens": given.min_tokens}
+    for line in table("OpenRLHF", in_turns(asked)):
         print(line, flush=True)
 
 
@@ -56,6 +59,8 @@ def worker(asked: dict) -> None:
             from rlalign.integrations import openrlhf
 
             openrlhf.switch_on()
+        elif not asked["min_tokens"]:
+            without_min_tokens()
         parts = stack_cpu.OpenRLHF(cached_policy("untied"), prompts=PROMPTS, group=GROUP, tokens=TOKENS)
         parts.push()
         print("READY", flush=True)
@@ -79,6 +84,22 @@ def worker(asked: dict) -> None:
             print("STEP", flush=True)
     print("RESULT " + json.dumps(found), flush=True)
     os._exit(0)  # vLLM's process group would be waited for
+
+
+def without_min_tokens() -> None:
+    """OpenRLHF's rollout actor, sampling the first token from the whole distribution."""
+    from openrlhf.trainer.ray import launcher, vllm_engine
+
+    from rlalign.integrations.ray_actors import plain
+
+    class Whole(plain(vllm_engine.RolloutRayActor)):
+        async def generate(
+            self, prompt_token_ids: list, sampling_params: object, *args: object, **named: object
+        ) -> object:
+            sampling_params.min_tokens = 0
+            return await super().generate(prompt_token_ids, sampling_params, *args, **named)
+
+    vllm_engine.RolloutRayActor = launcher.ray.remote(Whole)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from rlalign.rollout.engine import own_process
 from rlalign.rollout.engine.own_process import EngineProcesses
 
 SPAWN = multiprocessing.get_context("spawn")
-PATIENCE_S = 20.0
+PATIENCE_S = 120.0
 
 
 def sleeps(follows: bool, ready) -> None:

@@ -250,7 +250,7 @@ def test_bad_options():
         classwise_ece([[0.5, 0.5], [0.25, 0.25]], [0, 1])
     with pytest.raises(ValueError, match="expected shape \\[N, K\\]"):
         classwise_ece(p, y)
-    with pytest.raises(ValueError, match="sample_weight: negative"):
+    with pytest.raises(ValueError, match="sample_weight: expected nothing negative, got -1.0 at index 1"):
         brier_score(p, y, sample_weight=[1, -1])
     with pytest.raises(ValueError, match="pick a column"):
         expected_calibration_error([[0.5, 0.5]], [0])

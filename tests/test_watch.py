@@ -70,7 +70,7 @@ def test_default_rules_use_the_runs_own_limit_and_never_stop_a_run_that_only_war
 
 
 def test_unknown_actions_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"mismatch\.rules: action='explode'"):
+    with pytest.raises(ValueError, match=r"mismatch\.rules\.action='explode': choose one of log, warn"):
         config(tmp_path, rules=[RULE | {"action": "explode"}])
 
 

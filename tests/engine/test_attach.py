@@ -177,11 +177,11 @@ def test_an_engine_that_asked_for_no_head_is_told_how(tied, monkeypatch):
 
 def doctored(llm, handle, folder, monkeypatch):
     """`rlalign doctor --engine module:object` on an object that some stack holds."""
-    from rlalign.diagnose.doctor import examine
+    from rlalign.diagnose.doctor.examine import reached
 
     stack = SimpleNamespace(engines=SimpleNamespace(first=llm, make=lambda: llm))
     monkeypatch.setitem(sys.modules, "a_stack", stack)
-    assert examine.reached("a_stack:engines.first") is examine.reached("a_stack:engines.make") is llm
+    assert reached("a_stack:engines.first") is reached("a_stack:engines.make") is llm
     arguments = ["doctor", "--engine", "a_stack:engines.make", "--model", str(folder)]
     assert cli.main(arguments) == 1  # attached to the handle of the caller
     handle.detach()

@@ -222,21 +222,21 @@ def read_step(run: Path, step: int) -> SavedStep:
         )
     master = load_file(folder / MASTER)["master_VD"] if (folder / MASTER).is_file() else None
     old_BL = tensors.pop("old_logprobs_BL")
-    ragged = {
-        what: {
-            name.removeprefix(f"{what}_"): tensors.pop(name) for name in list(tensors) if name.startswith(f"{what}_")
-        }
-        for what in ("kept", "routes")
-    }
     kept, routes = (
-        kind(**ragged[what]) if ragged[what] else None for what, kind in (("kept", KeptSets), ("routes", Routes))
+        {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+        for prefix in ("kept_", "routes_")
     )
     return SavedStep(
         step=about["step"],
         version=about["version"],
         trainer_ranks=about["trainer_ranks"],
         model=folder / MODEL,
-        batch=RolloutBatch(**tensors, spec=LogprobSpec(**about["spec"]), kept=kept, routes=routes),
+        batch=RolloutBatch(
+            **tensors,
+            spec=LogprobSpec(**about["spec"]),
+            kept=KeptSets(**kept) if kept else None,
+            routes=Routes(**routes) if routes else None,
+        ),
         old_logprobs_BL=old_BL,
         master_VD=master,
     )

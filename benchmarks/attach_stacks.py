@@ -90,16 +90,10 @@ def without_min_tokens() -> None:
     """OpenRLHF's rollout actor, sampling the first token from the whole distribution."""
     from openrlhf.trainer.ray import launcher, vllm_engine
 
+    from rlalign.integrations.openrlhf import unrestricted
     from rlalign.integrations.ray_actors import plain
 
-    class Whole(plain(vllm_engine.RolloutRayActor)):
-        async def generate(
-            self, prompt_token_ids: list, sampling_params: object, *args: object, **named: object
-        ) -> object:
-            sampling_params.min_tokens = 0
-            return await super().generate(prompt_token_ids, sampling_params, *args, **named)
-
-    vllm_engine.RolloutRayActor = launcher.ray.remote(Whole)
+    vllm_engine.RolloutRayActor = launcher.ray.remote(unrestricted(plain(vllm_engine.RolloutRayActor)))
 
 
 if __name__ == "__main__":

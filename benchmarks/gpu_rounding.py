@@ -149,13 +149,9 @@ def ways(op: str, given: Inputs) -> dict[str, Tensor]:
     """Variant -> what it makes of the inputs, on their device."""
     if op == ADD_AND_NORM:
         rounded, wide = variants.added(given.stream, given.branch)
-        forms = {
-            MODEL: (rounded.float(), False),
-            variants.WEIGHT_WIDE: (rounded.float(), True),
-            variants.SUM_ROUNDED_LATE: (wide, False),
-            variants.SUM_ROUNDED_LATE_WEIGHT_WIDE: (wide, True),
-        }
-        return {name: variants.norm(x, given.weight, EPSILON, weight_wide=w) for name, (x, w) in forms.items()}
+        others = variants.norms(rounded, wide, given.weight, EPSILON)
+        own = variants.norm(rounded.float(), given.weight, EPSILON)
+        return {MODEL: own, **{name: way() for name, way in others.items()}}
     if op == ROPE:
         turn = (given.heads, given.cos, given.sin)
         return {

@@ -21,7 +21,7 @@ from rlalign.loops import Monitor
 from rlalign.rollout.attached import AttachedEngine, attach
 from rlalign.trainer.live_mirror import Mirror, mirror
 
-__all__ = ["aligned", "main", "mirrored", "require_settings", "serving", "switch_on"]
+__all__ = ["aligned", "main", "mirrored", "require_settings", "serving", "switch_on", "unrestricted"]
 
 TESTED = ("0.11",)
 ALLOW_UNTESTED = "RLALIGN_ALLOW_UNTESTED_OPENRLHF"
@@ -50,22 +50,26 @@ def switch_on() -> None:
     launcher.ReferenceModelActor = ray.remote(num_gpus=1)(mirrored(plain(launcher.ReferenceModelActor)))
 
 
-def serving(actor: type) -> type:
-    """RolloutRayActor, whose vLLM runs the float32 head and can be asked which one it runs.
+def unrestricted(actor: type) -> type:
+    """RolloutRayActor without OpenRLHF's min_tokens=1, which takes the end-of-sequence token out of the first distribution."""
 
-    It samples without OpenRLHF's min_tokens=1, which takes the end-of-sequence token out of the first token's distribution.
-    """
-
-    class Serving(actor):
-        async def __init__(self, *args: object, **kwargs: object) -> None:
-            kwargs["additional_config"] = {"rlalign": {"head_dtype": "float32"}}
-            await super().__init__(*args, **kwargs)
-
+    class Unrestricted(actor):
         async def generate(
             self, prompt_token_ids: list[int], sampling_params: object, *args: object, **kwargs: object
         ) -> object:
             sampling_params.min_tokens = 0
             return await super().generate(prompt_token_ids, sampling_params, *args, **kwargs)
+
+    return Unrestricted
+
+
+def serving(actor: type) -> type:
+    """RolloutRayActor, unrestricted, whose vLLM runs the float32 head and can be asked which one it runs."""
+
+    class Serving(unrestricted(actor)):
+        async def __init__(self, *args: object, **kwargs: object) -> None:
+            kwargs["additional_config"] = {"rlalign": {"head_dtype": "float32"}}
+            await super().__init__(*args, **kwargs)
 
         async def collective_rpc(self, method: str, args: tuple = ()) -> list:
             return await self.llm.collective_rpc(method, args=args)

@@ -259,21 +259,8 @@ def _norms(norm: nn.Module, given: list[Tensor]) -> list[Way]:
     ways: list[Way] = [(MODEL, lambda: type(norm).forward(norm, rounded))]
     if not mirrored_modules.is_rms(norm):
         return ways
-    options = mirrored_modules.epsilon_of(norm), mirrored_modules.has_offset(norm)
-    for name, of, weight_wide in (
-        (variants.WEIGHT_WIDE, rounded.float(), True),
-        (variants.SUM_ROUNDED_LATE, wide, False),
-        (variants.SUM_ROUNDED_LATE_WEIGHT_WIDE, wide, True),
-    ):
-        ways.append(
-            (
-                name,
-                lambda of=of, w=weight_wide: variants.norm(
-                    of, norm.weight, options[0], offset=options[1], weight_wide=w
-                ),
-            )
-        )
-    return ways
+    epsilon, offset = mirrored_modules.epsilon_of(norm), mirrored_modules.has_offset(norm)
+    return [*ways, *variants.norms(rounded, wide, norm.weight, epsilon, offset=offset).items()]
 
 
 def _products(network: nn.Module, name: str, x: Tensor, kernels: EngineKernels | None) -> list[Way]:

@@ -49,6 +49,21 @@ def norm(wide: Tensor, weight_D: Tensor, epsilon: float, *, offset: bool = False
     return _Norm.apply(wide, weight_D, epsilon, offset, weight_wide)
 
 
+def norms(
+    rounded: Tensor, wide: Tensor, weight_D: Tensor, epsilon: float, *, offset: bool = False
+) -> dict[str, Callable[[], Tensor]]:
+    """Variant -> the add-and-norm that rounds so, of the rounded sum and the float32 one; without MODEL, the layer's own."""
+    forms = {
+        WEIGHT_WIDE: (rounded.float(), True),
+        SUM_ROUNDED_LATE: (wide, False),
+        SUM_ROUNDED_LATE_WEIGHT_WIDE: (wide, True),
+    }
+    return {
+        name: lambda of=of, w=weight_wide: norm(of, weight_D, epsilon, offset=offset, weight_wide=w)
+        for name, (of, weight_wide) in forms.items()
+    }
+
+
 class _Norm(torch.autograd.Function):
     """Written out and a few rows at a time: autograd's own chain of a norm passes over the states three times as often, and its
     float32 temporaries leave the cache."""

@@ -109,7 +109,7 @@ def run(phase: Phase, out: Path) -> dict:
     }
     if code == 0 or (code == 1 and phase.judges and phase.result.is_file()):
         return row | {"state": "fine" if code == 0 else "finding", "reason": "" if code == 0 else _reason(log, code)}
-    return row | {"state": "failed", "reason": _reason(log, code)}
+    return row | {"state": "refused" if code == 2 else "failed", "reason": _reason(log, code)}
 
 
 def _environment() -> dict[str, str]:
@@ -159,7 +159,7 @@ def measure(about: About, out: Path, todo: Sequence[Phase]) -> int:
             write_json(file, result)
             (out / "real_model.md").write_text(markdown(result, out))
     print(markdown(result, out))
-    return 1 if any(rows[p.name]["state"] == "failed" for p in todo) else 0
+    return 1 if any(rows[p.name]["state"] in ("failed", "refused") for p in todo) else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ def markdown(result: Mapping, out: Path) -> str:
     lines += [f"{machine['cpu']}, {machine['cores_usable']} cores, {machine['memory_gib']} GiB; {versions}.", ""]
     lines += ["| phase | | seconds | peak MiB | what it found |", "|---|---|--:|--:|---|"]
     for name, row in phases.items():
-        found = row["reason"] if row["state"] == "failed" else _found(name, row, out)
+        found = row["reason"] if row["state"] in ("failed", "refused") else _found(name, row, out)
         lines.append(f"| {name} | {row['state']} | {row['seconds']:,.0f} | {row['peak_mib']:,} | {_cell(found)} |")
     for body in ("bfloat16", "float32"):
         if phases.get(f"parity_{body}", {}).get("state") in ("fine", "finding"):

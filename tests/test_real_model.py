@@ -91,7 +91,7 @@ def phase(name, out, code, *, judges=True):
 WRITES = "import sys, pathlib, time; time.sleep(0.7); pathlib.Path(sys.argv[1]).write_text('[]'); "
 
 
-def test_finished_phases_are_kept_and_a_failed_one_is_a_row_and_run_again(about, tmp_path, capsys):
+def test_finished_phases_are_kept_and_a_refused_one_is_a_row_and_run_again(about, tmp_path, capsys):
     count = tmp_path / "count"
     counted = f"open({str(count)!r}, 'a').write('x'); "
     fails = "import sys; print('rlalign: no such thing'); print('chatter'); sys.exit(2)"
@@ -101,12 +101,12 @@ def test_finished_phases_are_kept_and_a_failed_one_is_a_row_and_run_again(about,
     rows = json.loads((tmp_path / "real_model.json").read_text())["phases"]
     assert count.read_text() == "x", "the finished phase ran once"
     assert (
-        rows["train"]["state"] == "failed"
+        rows["train"]["state"] == "refused"
         and rows["train"]["reason"] == "no such thing"
         and rows["doctor"]["peak_mib"] > 0
     )
     assert (
-        "| train | failed |" in (tmp_path / "real_model.md").read_text() and "Traceback" not in capsys.readouterr().out
+        "| train | refused |" in (tmp_path / "real_model.md").read_text() and "Traceback" not in capsys.readouterr().out
     )
     with pytest.raises(ValueError, match="give this model an --out of its own"):
         real_model.read_before(tmp_path / "real_model.json", replace(about, folder=Path("/other")))

@@ -7,7 +7,10 @@ import torch
 
 from rlalign.diagnose.attribution.measure import measure
 from rlalign.diagnose.both_sides import head_logprobs, hidden_states, trainer_network
+from rlalign.diagnose.families.building import build
+from rlalign.diagnose.families.family_table import RECIPES
 from rlalign.rollout.engine import handshake
+from rlalign.rollout.engine.arguments import engine_arguments
 from rlalign.rollout.engine.embedded import VLLMEngine
 from rlalign.types import collate
 from tests.engine.conftest import ROLLOUT, start
@@ -48,6 +51,28 @@ def test_every_sampled_logprob_has_the_bits_of_the_trainers(kind, dtype, request
         )
     finally:
         engine.close()
+
+
+COVERED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "hyperclovax")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", COVERED)
+def test_every_family_that_is_taken_has_the_trainers_bits(name, tmp_path):
+    folder = build(RECIPES[name], tmp_path / name)
+    network, engine = trainer_network(folder, "bfloat16", exact=True), start_exact(folder, "bfloat16")
+    try:
+        batch = sampled(engine)
+        assert torch.equal(recomputed(network, batch, 1.0, 0), batch.rollout_logprobs_BL)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in COVERED])
+def test_every_other_family_is_refused_before_an_engine_is_built(name, tmp_path):
+    build(RECIPES[name], tmp_path)
+    with pytest.raises(ValueError, match=f"exact=true: .*{RECIPES[name].model_type} has .*Use exact=false"):
+        engine_arguments(tmp_path, ROLLOUT, dtype="bfloat16", head_dtype="float32", seed=0, exact=True)
 
 
 def test_prefill_decode_and_chunks_agree_in_every_point(untied):

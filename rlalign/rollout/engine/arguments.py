@@ -8,7 +8,7 @@ from typing import Any
 
 from rlalign.config import RolloutConfig
 from rlalign.rollout import SETTINGS_KEY
-from rlalign.rollout.engine.own_process import YIELDING, model_config
+from rlalign.rollout.engine.own_process import YIELDING, model_config, needed_for
 from rlalign.rollout.engine.surface import captured_ids
 from rlalign.rollout.head.head_settings import HeadSettings
 
@@ -18,6 +18,7 @@ ENVIRONMENT = {  # read when vLLM and our plugin are imported; only for where th
     YIELDING: "1",
 }
 STATE_FIELDS = ("mamba_", "ssm_", "state_size", "linear_conv_kernel_dim", "linear_key_head_dim")
+EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
 Arguments = dict[str, str | int | float | bool | dict[str, dict[str, str]] | None]
 
 
@@ -28,6 +29,8 @@ def engine_arguments(
 
     Raises ValueError for what vLLM cannot compute here, or not as the trainer does.
     """
+    if exact:
+        require_exact(model)
     require_dtype(model, dtype)
     require_one_window(model, config.max_model_len)
     return {
@@ -113,6 +116,35 @@ def require_one_window(model: Path, max_model_len: int) -> None:
         raise ValueError(
             f"rollout.max_model_len={max_model_len}: beyond {window} tokens Cohere 2's logprobs in vLLM are others: its sliding "
             f"layers see {window + 1} tokens; in transformers they see sliding_window={window}. Use at most {window}"
+        )
+
+
+def require_exact(model: Path) -> None:
+    """Raise ValueError, naming every field, for a model that exact mode does not compute; the engine's layers would say it late."""
+    fields = _fields(model)
+    ropes = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    kinds = {str(rope.get("rope_type", "default")) for rope in (ropes, *ropes.values()) if isinstance(rope, dict)}
+    # a list of layer types decides where there is one: many configurations carry a window that no layer has
+    windows = fields.get("sliding_window") and fields.get("use_sliding_window", True)
+    windows = "sliding_attention" in fields["layer_types"] if fields.get("layer_types") else windows
+    activation = fields.get("hidden_activation") or fields.get("hidden_act") or fields.get("activation_function")
+    against = {
+        f"sliding_window={fields.get('sliding_window')}": windows,
+        f"attn_logit_softcapping={fields.get('attn_logit_softcapping')}": fields.get("attn_logit_softcapping"),
+        f"activation {activation}": activation not in (None, "silu", "swish"),
+        f"rope of type {', '.join(sorted(kinds - {'default'}))}": kinds - {"default"},
+        f"partial_rotary_factor={fields.get('partial_rotary_factor')}": fields.get("partial_rotary_factor", 1) != 1,
+        "routed experts": any(fields.get(name) for name in EXPERT_FIELDS),
+        "latent attention": fields.get("kv_lora_rank"),
+        "state-space or linear-attention layers": any(name.startswith(STATE_FIELDS) for name in fields),
+        "transformers' own layers in vLLM": needed_for(model),
+    }
+    found = [name for name, stands in against.items() if stands]
+    if found:
+        raise ValueError(
+            "exact=true: exact mode computes plain causal attention, silu and whole ropes (Llama, Mistral, Qwen 2 and 3, Phi-3, "
+            f"Granite); {fields.get('model_type')} has {', '.join(found)}. Use exact=false; trainer.body=mirrored follows the "
+            "engine's roundings"
         )
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from rlalign.head import kernel, widened
+from rlalign.head import kernel, products, steady, widened
 from rlalign.head.widened import NATIVE, WIDENED, Choice
 from rlalign.trainer import attention as attentions
 from tests.kernel_parts import forget, needs_compiler
@@ -227,3 +227,22 @@ def test_where_torchs_own_are_kept_torchs_kernels_stay():
     environment = os.environ | {widened.VARIABLE: NATIVE}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert out.stdout.strip() == "[]"
+
+
+def test_the_measurement_is_one_threads_whatever_the_process_has(monkeypatch):
+    own, seen, threads = torch.mm, set(), torch.get_num_threads()
+    monkeypatch.setattr(torch, "mm", lambda a, b: (seen.add(torch.get_num_threads()), own(a, b))[1])
+    torch.set_num_threads(2)
+    try:
+        widened._measured(torch.bfloat16)
+        assert seen == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_host_without_instructions_is_not_asked_for_mkls_imitation(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(products, "_mkl_symbol", lambda: pytest.fail("asked"))
+    with widened.using(NATIVE):
+        assert "without instructions for them" in steady.missing(torch.bfloat16)

@@ -51,6 +51,11 @@ def missing(dtype: torch.dtype) -> str:
         if head_kernel.fma() is not None:
             return ""
         return f"bf16 products are widened here without the head's kernel ({head_kernel.why_none()}); run rlalign build-kernel"
+    if not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
+        return (
+            f"bf16 products are torch's own here, on a host without instructions for them ({widened.VARIABLE}=native?), and change "
+            f"their bits with the number of rows; unset {widened.VARIABLE}"
+        )  # nor is MKL's asked for: imitating one, it has been seen to write beyond its operands
     if not has_mkl_bf16():
         return "torch's CPU library has no MKL product of bf16 with a float32 result"
     if not all(is_exact_and_invariant(Route.MKL_BF16, size) for size in PROBE_SIZES):

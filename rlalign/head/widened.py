@@ -169,7 +169,10 @@ def _switch(dtype: torch.dtype, products: str) -> None:
 
 
 def _measured(dtype: torch.dtype) -> tuple[float, float]:
-    """Milliseconds of a product and its two gradients: torch's own, and widened. The fastest of a few of each, in turn."""
+    """Milliseconds of a product and its two gradients: torch's own, and widened. The fastest of a few of each, in turn.
+
+    On one thread, in its own processor time: on a busy host several threads wait for each other, and the ratio is then any.
+    """
     generator = torch.Generator().manual_seed(0)
     input_NK, grad_NM, weight_MK = (
         torch.randn(rows, SIZE, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
@@ -177,17 +180,27 @@ def _measured(dtype: torch.dtype) -> tuple[float, float]:
     )
     pairs = ((input_NK, weight_MK.t()), (grad_NM, weight_MK), (grad_NM.t(), input_NK))
     times: tuple[list[float], list[float]] = ([], [])
-    with torch.inference_mode(), using(NATIVE, dtype):
+    with torch.inference_mode(), using(NATIVE, dtype), _one_thread():
         for _ in range(TRIES):
             for (a, b), found in ((pair, times) for pair in pairs):
-                start = time.perf_counter()
+                start = time.thread_time()
                 torch.mm(a, b)
-                middle = time.perf_counter()
+                middle = time.thread_time()
                 torch.mm(a.float(), b.float()).to(dtype)
                 found[0].append(middle - start)
-                found[1].append(time.perf_counter() - middle)
+                found[1].append(time.thread_time() - middle)
     native, widened = (1e3 * sum(min(of_way[i :: len(pairs)]) for i in range(len(pairs))) for of_way in times)
     return native, widened
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _install() -> None:

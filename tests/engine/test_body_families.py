@@ -9,16 +9,17 @@ from benchmarks.body_families import KNOWN, gap, sampled, start
 from rlalign.diagnose.families import building
 from rlalign.rollout.worker import cpu
 from rlalign.trainer.rounding.mirroring import body_of
+from tests import kernel_parts
 
 EQUAL = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "granite", "cohere", "olmo2")
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch, tmp_path):
-    """Variables of the engine, and what its probe keeps, are this test's own."""
+    """Variables of the engine, and what its probe keeps, are this test's own; hosts without bf16 instructions need the kernel."""
     for name in ("RLALIGN_HEAD", "RLALIGN_STEADY"):
         monkeypatch.setenv(name, "")
-    monkeypatch.setenv("RLALIGN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("RLALIGN_CACHE", str(kernel_parts.library_in(tmp_path / "cache")))
     cpu.install_steady()  # vLLM loads plugins, which ask the variable, once per process: before another test's engine
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from vllm import _custom_ops
 
 from rlalign.diagnose.both_sides import probed_body, trainer_network, trainer_scores
 from rlalign.head import steady
@@ -14,6 +15,7 @@ from rlalign.run.assembly import require_steady
 from rlalign.trainer.rounding import variants
 from rlalign.trainer.rounding.mirroring import VLLM_CPU
 from rlalign.types import collate
+from tests import kernel_parts
 from tests.engine.conftest import ROLLOUT, perturbed, worker_of
 from tests.engine.test_train import lively, rows_of, small_run
 from tests.test_rounding import reference_kernel
@@ -23,11 +25,22 @@ __all__ = ["lively"]  # a fixture
 PROMPTS = [[5 + (7 * i + 3 * j) % 250 for j in range(12 + 9 * i)] for i in range(9)]
 
 
+def rope_here():
+    """How vLLM's kernel rounds on this host: turned by a cosine that leaves 0.78 of a bf16 unit, rounded up or cut off."""
+    value = 1 + 10 / 128
+    turned, cache_1D = torch.full((1, 32), value).bfloat16(), torch.tensor([[value] * 16 + [0.0] * 16]).bfloat16()
+    _custom_ops.rotary_embedding(torch.zeros(1, dtype=torch.long), turned, None, 32, cache_1D, True)
+    return variants.ROUNDED_ONCE if float(turned[0, 0]) > 1 + 20 / 128 else variants.TRUNCATED_ONCE
+
+
+HERE = replace(VLLM_CPU, rope=rope_here())
+
+
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(tmp_path_factory):
-    """What a probe keeps for the next start stays here."""
+    """What a probe keeps for the next start stays here, beside the kernel that hosts without bf16 instructions need."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RLALIGN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("RLALIGN_CACHE", str(kernel_parts.library_in(tmp_path_factory.mktemp("cache"))))
         yield
 
 
@@ -59,8 +72,8 @@ def test_every_sampled_token_has_the_trainers_logprob_bit_for_bit(engine, untied
 
 def test_the_probe_chooses_what_vllm_does_and_finds_nothing_left(settled):
     probed = settled.probed
-    assert settled.choices == VLLM_CPU and not probed.left and not settled.changed
-    assert all(probed.apart(op, getattr(VLLM_CPU, op)) == 0 for op in variants.OPS), "\n".join(settled.describe())
+    assert settled.choices == HERE and not probed.left and not settled.changed
+    assert all(probed.apart(op, getattr(HERE, op)) == 0 for op in variants.OPS), "\n".join(settled.describe())
     own = {(r.op, r.part): (r.prefill, r.decode) for r in probed.rows if r.variant == variants.MODEL}
     parts = {"input_layernorm", "post_attention_layernorm", "self_attn.qkv_proj", "self_attn.attn", "mlp.act_fn"}
     assert parts <= {part for _, part in own}
@@ -73,12 +86,12 @@ def test_the_probe_chooses_what_vllm_does_and_finds_nothing_left(settled):
 
 def test_a_choice_stands_until_it_is_beaten_and_is_then_named_and_not_taken(settled, untied, monkeypatch):
     network = trainer_network(untied, "bfloat16")
-    assert settle(settled.probed, network).choices == VLLM_CPU
-    rows = tuple(replace(r, apart=r.apart + (r.variant == VLLM_CPU.rope) * 10**9) for r in settled.probed.rows)
+    assert settle(settled.probed, network).choices == HERE
+    rows = tuple(replace(r, apart=r.apart + (r.variant == HERE.rope) * 10**9) for r in settled.probed.rows)
     again = settle(replace(settled.probed, rows=rows), network)
-    assert again.choices == replace(VLLM_CPU, rope=variants.MODEL) and set(again.changed) == {"rope"}
+    assert again.choices == replace(HERE, rope=variants.MODEL) and set(again.changed) == {"rope"}
     with pytest.raises(
-        RuntimeError, match=r"rope: rounded_once at an earlier start, \w+ now; its kernel is not determin"
+        RuntimeError, match=rf"rope: {HERE.rope} at an earlier start, \w+ now; its kernel is not determin"
     ):
         again.require_settled()
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import rlalign
+from rlalign.head import widened
 from rlalign.logprobs import token_logprobs
 from rlalign.logprobs.vocab_parallel import VocabShard
 
@@ -31,6 +32,13 @@ MIXED = {
 }
 CLOSE = 1e-5  # nats: what float32 sums of two layers are off from float64 by, ten times over for other orders
 SMALL, SCALE = 2.0**-22, 2.0**20  # a loss whose gradients float16 cannot hold, and what brings them into its range
+
+
+@pytest.fixture(scope="module", autouse=True)
+def torchs_own_products():
+    """As in the ranks' processes, whatever an earlier test of this process has decided on a host without bf16 instructions."""
+    with widened.using(widened.NATIVE):
+        yield
 
 
 def network(*, tied: bool = False) -> Qwen3ForCausalLM:

@@ -24,10 +24,10 @@ def small_run(folder, directory, *overrides, steps=2):
 
 @pytest.fixture
 def lively(monkeypatch):
-    """A reward that random models earn about half the time, so that their weights really move."""
+    """A reward that is another for almost any two completions, so that a random model's weights really move on every host."""
     from rlalign.tasks import Task
 
-    monkeypatch.setattr(Task, "reward", lambda self, prompt, completion: float(len(completion) % 2))
+    monkeypatch.setattr(Task, "reward", lambda self, prompt, completion: sum(completion.encode()) % 97 / 96)
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,16 @@
-"""The adapters of OpenRLHF and SkyRL, as far as they need no wheel: versions, settings, what they put where."""
+"""The adapters of OpenRLHF, SkyRL and prime-rl, as far as they need no wheel: versions, settings, what they put where."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from rlalign.integrations import openrlhf, skyrl
+from rlalign.integrations import openrlhf, prime_rl, skyrl
 from rlalign.integrations.ray_actors import plain, verify_push
 from tests.stack_cpu import ActorClass, openrlhf_settings
 
 
-@pytest.mark.parametrize("adapter, start", [(openrlhf, "switch_on"), (skyrl, "main")])
+@pytest.mark.parametrize("adapter, start", [(openrlhf, "switch_on"), (skyrl, "main"), (prime_rl, "switch_on")])
 def test_another_version_is_refused_with_a_way_round(monkeypatch, adapter, start):
     monkeypatch.setattr(adapter, "version", lambda _: "9.1.0")
     with pytest.raises(RuntimeError, match=f"{adapter.ALLOW_UNTESTED}=1 and read the first step's"):

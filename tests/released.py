@@ -1,14 +1,46 @@
-"""Wheels of stacks that are no requirement of the tests, since they have none for every Python here: fetched and unpacked."""
+"""Stacks that are no requirement of the tests, since they have no wheel for every Python here, or none at all: fetched."""
 
+import os
 import subprocess
 import sys
+import types
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
 from tests.peers import without_transport
 
-VERSIONS = {"openrlhf": "0.11.2", "skyrl": "0.3.0"}  # as the support matrix names them
+VERSIONS = {"openrlhf": "0.11.2", "skyrl": "0.3.0", "prime-rl": "0.8.0"}  # as the support matrix names them
+
+
+PRIME_RL = "RLALIGN_PRIME_RL"  # a folder with the released source, where the tests cannot reach its repository
+
+
+@contextmanager
+def prime_rl(folder):
+    """Inside, prime_rl of the released source, which is in no registry, can be imported: its heads without its models."""
+    root = os.environ.get(PRIME_RL)
+    if root is None:
+        root = str(folder)
+        address, tag = "https://github.com/PrimeIntellect-ai/prime-rl", f"v{VERSIONS['prime-rl']}"
+        command = ["git", "clone", "-q", "--depth", "1", "--branch", tag, address, root]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, f"the nightly tests fetch {address}, or set {PRIME_RL}: {done.stderr[-500:]}"
+    said = Path(root, "pyproject.toml").read_text()
+    assert f'version = "{VERSIONS["prime-rl"]}"' in said, f"{root} is another prime-rl than {VERSIONS['prime-rl']}"
+    source = Path(root, "src")
+    models = types.ModuleType("prime_rl.trainer.models")  # whose own __init__ imports every model, and torchtitan
+    models.__path__ = [str(source / "prime_rl" / "trainer" / "models")]
+    sys.path.append(str(source))
+    try:
+        import prime_rl  # noqa: F401
+
+        sys.modules[models.__name__] = models
+        yield
+    finally:
+        sys.path.remove(str(source))
+        for module in [m for m in sys.modules if m.partition(".")[0] == "prime_rl"]:
+            del sys.modules[module]
 
 
 def unpacked(name, folder):

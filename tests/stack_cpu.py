@@ -1,4 +1,4 @@
-"""OpenRLHF's released actors on one CPU process: what stands for Ray, CUDA and NCCL.
+"""OpenRLHF's released actors on one CPU process: what stands for Ray, CUDA and NCCL, for SkyRL's too (skyrl_cpu.py).
 
 Ray: an actor is an object of this process, a reference its value; requests to vLLM that nobody waited for yet run as one batch.
 CUDA: calls that name the device answer "cpu", others do nothing. A push: vLLM's reload in the place of NCCL and CUDA IPC, whose
@@ -174,8 +174,8 @@ class Batching:
 
 
 @contextmanager
-def stack(folder):
-    """Inside, the stack's released package can be imported and runs here."""
+def stack(folder, name="openrlhf", absent=ABSENT, importing=None):
+    """Inside, the stack's released package can be imported and runs here. importing: imports it, given a MonkeyPatch."""
     from vllm import LLM  # noqa: F401 (before the stand-in for Ray, of which it must see nothing)
 
     from rlalign.rollout.engine.embedded import EMBEDDED_ENVIRONMENT
@@ -190,11 +190,11 @@ def stack(folder):
         patch.setattr(dist.device_mesh, "init_device_mesh", lambda _, *args, **kwargs: mesh("cpu", *args, **kwargs))
         patch.setattr(lines, "_ray_get", lambda: ray.get)
 
-        def importing():
+        def with_stand_ins():
             sys.modules["ray"] = ray
-            _import_openrlhf(patch)
+            (importing or _import_openrlhf)(patch)
 
-        with released("openrlhf", folder, absent=ABSENT, importing=importing):
+        with released(name, folder, absent=absent, importing=with_stand_ins):
             start_group()
             yield
     if dist.is_initialized():
@@ -261,6 +261,7 @@ class OpenRLHF:
         self.engines = vllm_engine.create_vllm_engines(
             1, 1, str(folder), 0, False, True, True, 128, shared_pg=object(), logprobs_mode=self.args.logprobs_mode
         )
+        self.llm = self.engines[0].actor.llm.llm
         self.actor = ppo_actor.PolicyModelActor.options(num_gpus=1).remote(1, 0, None, None).actor
         self.actor.init_model_from_pretrained(strategy, str(folder), steps, self.engines)
         tokenizer = get_tokenizer(str(folder), None, "left", strategy)

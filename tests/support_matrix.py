@@ -46,16 +46,22 @@ def rows(tests: Path = HERE) -> list[Row]:
 
 
 def _of_file(file: Path, tests: Path) -> Iterator[Row]:
-    for function in ast.walk(ast.parse(file.read_text())):
+    tree = ast.parse(file.read_text())
+    around = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    of_module = [mark for node in around if "pytestmark" in ast.unparse(node) for mark in _marks(node)]
+    for function in ast.walk(tree):
         if not isinstance(function, ast.FunctionDef):
             continue
-        marks = [node for decorator in function.decorator_list for node in _marks(decorator)]
+        marks = of_module + [node for decorator in function.decorator_list for node in _marks(decorator)]
         proofs = [call for name, call in marks if name == "proves"]
         if not proofs:
             continue
         test = f"{file.relative_to(tests.parent)}::{function.name}"
         called = {
-            ast.unparse(node.func).rpartition(".")[2] for node in ast.walk(function) if isinstance(node, ast.Call)
+            ast.unparse(node.func).rpartition(".")[2]
+            for place in (function, *around)
+            for node in ast.walk(place)
+            if isinstance(node, ast.Call)
         }
         if avoids := ({name for name, _ in marks} | called) & set(AVOIDS):
             raise ValueError(
@@ -71,8 +77,8 @@ def _of_file(file: Path, tests: Path) -> Iterator[Row]:
             yield Row(*words, test, when)
 
 
-def _marks(decorator: ast.expr) -> Iterator[tuple[str, ast.Call | None]]:
-    """(name, call) of every pytest.mark.NAME inside a decorator, those of single parameters included."""
+def _marks(decorator: ast.AST) -> Iterator[tuple[str, ast.Call | None]]:
+    """(name, call) of every pytest.mark.NAME inside a decorator or a pytestmark, those of single parameters included."""
     calls = {id(node.func): node for node in ast.walk(decorator) if isinstance(node, ast.Call)}
     for node in ast.walk(decorator):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pytest.mark":

@@ -183,12 +183,14 @@ def test_samples_take_turns_until_every_tensor_had_its_own(tmp_path, monkeypatch
     import safetensors.torch
 
     handle = rlalign.attach(FakeLLM(), shared=tmp_path)
-    seen = []
+    seen, turns = [], []
     monkeypatch.setattr(safetensors.torch, "save_file", lambda tensors, file: seen.append(set(tensors)))
     weights = [(f"w{i}", torch.zeros(2)) for i in range(7)]
     for _ in range(4):
         handle.verify(weights, sample=2)
+        turns.append(handle.every_tensor_had_its_turn)
     assert [len(names) for names in seen] == [2] * 4 and set().union(*seen) == dict(weights).keys()
+    assert turns == [False, False, False, True]
     assert handle.verify(weights).complete and handle.verify(weights, sample=9).complete
     with pytest.raises(ValueError, match="sample must be a positive number of tensors"):
         handle.verify(weights, sample=0)

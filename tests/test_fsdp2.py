@@ -82,6 +82,18 @@ def mirrored(model: torch.nn.Module, rank: int, scale: float = 1.0) -> dict[str,
     return {"pair": [x.detach() for x in pair], "grads": grads, "dtype": looked.dtype, "calls": mirror.status.calls}
 
 
+def divided_in_place(model: torch.nn.Module, rank: int) -> dict[str, object]:
+    """The same from the mirrored model's logits, which a stack divides in place before it takes logprobs (SkyRL, verl)."""
+    with rlalign.mirror(model):
+        logits_BLV = model(tokens(rank)).logits
+        logits_BLV.div_(TEMPERATURE)
+        logprobs_BLV = logits_BLV[:, :-1].log_softmax(-1)
+        chosen_BL = logprobs_BLV.gather(-1, tokens(rank)[:, 1:, None])[..., 0]
+        pair = [torch.nn.functional.pad(x, (1, 0)) for x in (chosen_BL, -(logprobs_BLV.exp() * logprobs_BLV).sum(-1))]
+        loss_of(*pair).backward()
+    return {"pair": [x.detach() for x in pair], "grads": [p.grad.full_tensor() for p in model.parameters()]}
+
+
 def sharded(name: str) -> torch.nn.Module:
     model = network(tied="tied" in name)
     options = {"mesh": init_device_mesh("cpu", (2,))}
@@ -128,6 +140,7 @@ def worker(rank: int, folder: str) -> None:
     found["float16, small"] = mirrored(sharded("float16"), rank, SMALL)
     found["float16, small, scaled"] = mirrored(sharded("float16"), rank, SMALL * SCALE)
     found["split"] = split_head(rank)
+    found["in place"] = {name: divided_in_place(sharded(name), rank) for name in ("float32", "float32, head apart")}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -160,6 +173,17 @@ def test_two_ranks_score_and_learn_as_the_whole_model_in_float64(name, by_rank):
             assert mine.dtype == torch.float32 and (mine - theirs).abs().max() < CLOSE
         assert off(found["grads"], averaged([e[2:] for e in exact])) < 1e-5
         assert found["dtype"] == "float32" and found["calls"] == 1
+
+
+@pytest.mark.parametrize("name", ["float32", "float32, head apart"])
+def test_logits_divided_in_place_learn_as_float64s(name, by_rank):
+    """FSDP2 hooks its backward gather to the outputs, and loses it where one is a view that changes in place."""
+    exact = [in_float64(network().double(), rank) for rank in (0, 1)]
+    for rank in (0, 1):
+        found = by_rank[rank]["in place"][name]
+        for mine, theirs in zip(found["pair"], exact[rank][:2], strict=True):
+            assert (mine - theirs).abs().max() < CLOSE
+        assert off(found["grads"], averaged([e[2:] for e in exact])) < 1e-5
 
 
 def rounded(dtype: torch.dtype) -> Qwen3ForCausalLM:

@@ -28,6 +28,7 @@ HOMES = {
     "verl": ("integrations",),
     "openrlhf": ("integrations",),
     "skyrl": ("integrations",),
+    "prime_rl": ("integrations",),
     "ray": ("integrations",),
     "fastapi": ("serve",),
     "httpx": ("scoring.http", "rollout.server"),

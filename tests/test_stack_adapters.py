@@ -1,16 +1,16 @@
-"""The adapters of OpenRLHF and SkyRL, as far as they need no wheel: versions, settings, what they put where."""
+"""The adapters of OpenRLHF, SkyRL and prime-rl, as far as they need no wheel: versions, settings, what they put where."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from rlalign.integrations import openrlhf, skyrl
+from rlalign.integrations import openrlhf, prime_rl, skyrl
 from rlalign.integrations.ray_actors import plain, verify_push
 from tests.stack_cpu import ActorClass, openrlhf_settings
 
 
-@pytest.mark.parametrize("adapter, start", [(openrlhf, "switch_on"), (skyrl, "main")])
+@pytest.mark.parametrize("adapter, start", [(openrlhf, "switch_on"), (skyrl, "main"), (prime_rl, "switch_on")])
 def test_another_version_is_refused_with_a_way_round(monkeypatch, adapter, start):
     monkeypatch.setattr(adapter, "version", lambda _: "9.1.0")
     with pytest.raises(RuntimeError, match=f"{adapter.ALLOW_UNTESTED}=1 and read the first step's"):
@@ -90,8 +90,8 @@ def test_the_class_behind_an_actor_class_is_found():
     assert plain(ActorClass(Actor)) is Actor and plain(Actor) is Actor
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_every_rank_gathers_and_the_first_compares(first):
+@pytest.mark.parametrize("first, known, count", [(True, False, 32), (True, True, 8), (False, False, 0)])
+def test_every_rank_gathers_and_the_first_compares(first, known, count):
     gathered, compared = [], []
 
     def weights():
@@ -99,6 +99,9 @@ def test_every_rank_gathers_and_the_first_compares(first):
             gathered.append(i)
             yield str(i), torch.zeros(1)
 
-    engine = SimpleNamespace(verify=lambda weights, sample: compared.extend(next(weights) for _ in range(sample)))
+    engine = SimpleNamespace(
+        verify=lambda weights, sample: compared.extend(next(weights) for _ in range(sample)),
+        every_tensor_had_its_turn=known,
+    )
     verify_push(engine if first else None, weights())
-    assert len(gathered) == 40 and len(compared) == (32 if first else 0)
+    assert len(gathered) == 40 and len(compared) == count

@@ -31,6 +31,18 @@ def test_marks_of_single_parameters_and_nightly_ones_are_found(tmp_path):
     assert support_matrix.rows(tests) == [support_matrix.Row("TRL a", "one", "tests/test_a.py::test_x", "nightly")]
 
 
+def test_a_mark_of_the_whole_file_counts(tmp_path):
+    (tmp_path / "tests").mkdir()
+    file = tmp_path / "tests" / "test_a.py"
+    proof = "@pytest.mark.proves('TRL a', 'one')\ndef test_x(): pass\n"
+    file.write_text(f"pytestmark = pytest.mark.nightly\n{proof}")
+    assert [row.when for row in support_matrix.rows(tmp_path / "tests")] == ["nightly"]
+    for line in ("pytestmark = [pytest.mark.slow, pytest.mark.skipif(True)]", "pytest.importorskip('verl')"):
+        file.write_text(f"{line}\n{proof}")
+        with pytest.raises(ValueError, match="proves something and may (skipif|importorskip)"):
+            support_matrix.rows(tmp_path / "tests")
+
+
 @pytest.mark.parametrize(
     "text, said",
     [

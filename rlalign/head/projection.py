@@ -53,7 +53,8 @@ def project(
     check_operands(hidden_ND, weight_VD, bias_V)
     flat_ND = hidden_ND.reshape(-1, hidden_ND.shape[-1])
     logits_NV = torch.ops.rlalign.project(flat_ND, weight_VD, bias_V, weight_is_bf16_valued)
-    return logits_NV.view(*hidden_ND.shape[:-1], weight_VD.shape[0])
+    # as linear's output, no view: FSDP2 loses its hook, and the weights of the backward pass, where a view is changed in place
+    return torch.ops.aten._unsafe_view(logits_NV, (*hidden_ND.shape[:-1], weight_VD.shape[0]))
 
 
 def check_operands(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> None:

@@ -11,7 +11,10 @@ from rlalign.rollout.attached import AttachedEngine
 
 __all__ = ["plain", "verify_push"]
 
-SAMPLE = 32  # tensors of a push that are compared, other ones each time
+FIRST, LATER = (
+    32,
+    8,
+)  # tensors of a push that are compared, other ones each time: until each had its turn, and afterwards
 
 
 def plain(actor: type) -> type:
@@ -20,11 +23,13 @@ def plain(actor: type) -> type:
 
 
 def verify_push(engine: AttachedEngine | None, weights: Iterator[tuple[str, Tensor]]) -> None:
-    """Compare SAMPLE of the trainer's weights with what the engine computes with. engine: None on every rank but the first.
+    """Compare some of the trainer's weights with what the engine computes with. engine: None on every rank but the first.
 
-    All ranks iterate, since they gather shards together. Raises RuntimeError naming what differs.
+    A name that nobody loads or a kernel that keeps its copy is found in the first pushes, and a push that is lost by any tensor: so
+    FIRST tensors a push until each had its turn, and LATER ones from then on. All ranks iterate, since they gather shards together.
+    Raises RuntimeError naming what differs.
     """
     if engine is not None:
-        engine.verify(weights, sample=SAMPLE)
+        engine.verify(weights, sample=LATER if engine.every_tensor_had_its_turn else FIRST)
     for _ in weights:
         pass

@@ -139,13 +139,19 @@ def mirrored(worker: type) -> type:
 
 
 def aligned(worker: type) -> type:
-    """Its policy worker, mirrored. The first rank attaches to every server before the first push, and compares each push."""
+    """Its policy worker, mirrored. The first rank attaches to every server before the first push, and compares each push.
+
+    Before each later one it asks every server whether the tokens since were made by the head that it was started with.
+    """
 
     class Aligned(mirrored(worker)):
         engine: AttachedEngine | None = None
 
         async def broadcast_to_inference_engines(self, client: object, *args: object, **kwargs: object) -> None:
-            if dist.get_rank() == 0 and self.engine is None:
+            self.mirrored.require_in_place()
+            if self.engine is not None:
+                self.engine.prove()
+            elif dist.get_rank() == 0:
                 self.engine = attach(list(client.server_urls[:: client.data_parallel_size]))
             await super().broadcast_to_inference_engines(client, *args, **kwargs)
             verify_push(self.engine, self.mirrored.named_weights())

@@ -192,6 +192,7 @@ class AttachedEngine:
         with compared_in(self.shared, chosen) as file:
             answers = self.ask("rlalign_unlanded", file, self._turn)
         self._turn += 1
+        self._compared += len(chosen)
         problems = [f"{who(a)}: {problem}" for a in answers for problem in a["problems"]]
         if problems:
             more = f"; and {len(problems) - TOLD} more" if len(problems) > TOLD else ""
@@ -305,6 +306,12 @@ class AttachedEngine:
         return kept, offered
 
     _size = 0  # tensors that the last sampled verification was offered
+    _compared = 0  # by all verifications
+
+    @property
+    def every_tensor_had_its_turn(self) -> bool:
+        """True when sampled verifications have compared, together, as many tensors as the trainer offers."""
+        return 0 < self._size <= self._compared
 
     def _with_master(self, named_weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The weights, and at their end the lm_head once more, unrounded, unless the caller brings it."""

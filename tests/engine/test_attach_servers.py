@@ -18,28 +18,81 @@ def trl():
         yield loaded
 
 
-@pytest.mark.proves("TRL GRPOTrainer, server", "lag-0 k3 below 1e-9 in float32, published over HTTP without NCCL")
-def test_a_server_is_published_to_and_compared_with(trl, two_servers, tmp_path):
-    """Both sides compute in float32 here, so that nothing but a stale weight or another head could part them."""
+@pytest.fixture(scope="module")
+def served(trl, two_servers, tmp_path_factory):
+    """A trainer after three steps with a server, both sides in float32: nothing but a stale weight or a head could part them."""
     _, adapter = trl
-    server = {"vllm_mode": "server", "vllm_server_base_url": two_servers.urls[0]}
+    server = {"vllm_mode": "server", "vllm_server_base_url": two_servers.urls[0], "bf16": False}
     with on_engine(adapter), pytest.MonkeyPatch.context() as patch:
         # without a CUDA device TRL's own push ends here
         with pytest.raises((NotImplementedError, RuntimeError), match="weight-transfer engine"):
-            make(trl, two_servers.launch.model, tmp_path, aligned=False, bf16=False, **server)
+            make(trl, two_servers.launch.model, tmp_path_factory.mktemp("stock"), aligned=False, **server)
         patch.setenv("RLALIGN_HEAD", "float32")
-        trainer = make(trl, two_servers.launch.model, tmp_path, bf16=False, **server)
+        trainer = make(trl, two_servers.launch.model, tmp_path_factory.mktemp("aligned"), **server)
         trainer.train()
-    aligned = trainer.alignment
+    yield trainer
+    trainer.alignment.undo()
+
+
+@pytest.mark.proves("TRL GRPOTrainer, server", "lag-0 k3 below 1e-9 in float32, published over HTTP without NCCL")
+def test_a_server_is_published_to_and_compared_with(served, two_servers):
+    aligned = served.alignment
     assert aligned.engine.engines == [two_servers.urls[0]] and len(aligned.metrics) == 3
     for found in aligned.metrics:
         assert found["mismatch/lag0/k3"] < 1e-9 and found["mismatch/nonfinite"] == 0
     assert len({found["mismatch/nll_rollout"] for found in aligned.metrics}) == 3
     (status,) = aligned.engine.prove()
     assert status["policy_version"] == 2
-    for log, found in zip(trainer.state.log_history, aligned.metrics, strict=False):
+    for log, found in zip(served.state.log_history, aligned.metrics, strict=False):
         assert log["sampling/sampling_logp_difference/mean"] == pytest.approx(found["mismatch/abs_mean"], abs=1e-7)
-    aligned.undo()
+
+
+@pytest.mark.proves("TRL GRPOTrainer, server", "stale weights are named, and the server is not sampled from")
+def test_a_push_that_did_not_arrive_is_named(served, monkeypatch):
+    aligned = served.alignment
+    with torch.no_grad():
+        served.model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    monkeypatch.setattr(aligned, "_sync", aligned._verify)
+    monkeypatch.setattr(aligned, "_stock_sync", lambda: None)
+    with pytest.raises(RuntimeError, match=r"up_proj\.weight: the engine computes with something else"):
+        served.vllm_generation.sync_weights()
+    with pytest.raises(RuntimeError, match="must not generate"):
+        served._generate_and_score_completions([served.train_dataset[0]] * 4)
+    monkeypatch.undo()
+    served.vllm_generation.sync_weights()
+    aligned.engine.require_sound()
+
+
+@pytest.mark.proves(
+    "TRL GRPOTrainer, server", "one-sided head, raw logprobs, another temperature, a penalty: each refused by name"
+)
+def test_other_faults_of_a_server_are_named_before_a_step(trl, served):
+    _, adapter = trl
+    engine = served.alignment.engine
+    (mode,) = {status["mode"] for status in engine.status()}
+    served.alignment.undo()
+
+    def refused(kind, said, *changed):
+        with on_engine(adapter), pytest.MonkeyPatch.context() as patch:
+            for owner, name, value in changed:
+                patch.setattr(owner, name, value)
+            with pytest.raises(kind, match=said):
+                adapter.align(served)
+
+    def raw(url, **given):
+        found = attach(url, **given, after_generation=True, take_over=True)
+        found._identity[0]["logprobs_mode"] = "raw_logprobs"
+        return found
+
+    hotter = r"another temperature: tokens are sampled at 0\.9, .* by 1\.3"
+    refused(ValueError, hotter, (served, "temperature", 1.3))
+    refused(ValueError, r"repetition_penalty=1\.2", (served.vllm_generation, "repetition_penalty", 1.2))
+    refused(ValueError, "raw against processed logprobs", (adapter, "attach", raw))
+    other = attach(served.vllm_generation.vllm_client.base_url, after_generation=True)
+    other.ask("rlalign_set_head", "off")
+    refused(RuntimeError, "runs vLLM's own head .*RLALIGN_HEAD=float32")
+    other.ask("rlalign_set_head", mode)
+    other.detach()
 
 
 @pytest.mark.proves("vLLM serve", "doctor --engine URL: head, settings, weights and agreement from outside")

@@ -28,7 +28,7 @@ from rlalign.head.products import AS_STORED
 from rlalign.head.routes import bits, kernel_name
 from rlalign.rollout import SLOT, exact, versions
 from rlalign.rollout.head.decode import decode_logits
-from rlalign.rollout.head.head_settings import HeadMode, HeadSettings
+from rlalign.rollout.head.head_settings import FIELDS_SPELLING, HeadMode, HeadSettings
 
 log = init_logger("vllm.rlalign")  # under vLLM's name: only its own loggers are shown in workers
 ApplyHead = Callable[["AlignedLogitsProcessor", VocabParallelEmbedding, Tensor, Tensor | None], Tensor]
@@ -159,7 +159,7 @@ class AlignedLogitsProcessor(LogitsProcessor):
     ) -> None:
         super().__init__(vocab_size, org_vocab_size, scale, logits_as_input, soft_cap)
         config = get_current_vllm_config()  # only here: it is out of reach during forward
-        self.settings = HeadSettings.wanted(config.additional_config)
+        self.settings = asked_of(config)
         self.body_dtype: torch.dtype = config.model_config.dtype
         # The checkpoint may have said head_dtype: an engine of ours has the trainer's head, which knows the body's dtype alone.
         own = self.head_dtype
@@ -212,12 +212,30 @@ def require_plain_weight(lm_head: VocabParallelEmbedding, name: str = "lm_head")
     )
 
 
+def asked_of(config: VllmConfig) -> HeadSettings | None:
+    """What an engine asks of us, None for nothing. `fp32_lm_head` under prime-rl's worker extension means that one's own head.
+
+    Raises ValueError for settings that are none, RuntimeError where both were asked.
+    """
+    extension = config.parallel_config.worker_extension_cls
+    if not extension.startswith("prime_rl."):
+        return HeadSettings.wanted(config.additional_config)
+    own = {key: value for key, value in (config.additional_config or {}).items() if key != FIELDS_SPELLING}
+    if HeadSettings.wanted(own) is None:
+        return None
+    raise RuntimeError(
+        f"rlalign's head was asked for, and the worker extension {extension} writes prime-rl's own over vLLM's {SLOT}: only one of "
+        'the two can make the logits. Leave prime-rl its own (unset RLALIGN_HEAD, no "rlalign" in additional_config) and align '
+        "its trainer (rlalign.integrations.prime_rl)"
+    )
+
+
 def mode_of(config: VllmConfig) -> HeadMode:
     """What an engine of this configuration runs; OFF where it asks nothing of us.
 
     Raises ValueError for settings that are none or cannot be here, RuntimeError for a vLLM outside the tested range.
     """
-    settings = HeadSettings.wanted(config.additional_config)
+    settings = asked_of(config)
     if settings is None:
         return HeadMode.OFF
     versions.require_supported(vllm.__version__)
@@ -280,8 +298,8 @@ def require_no_rival() -> None:
     if foreign:
         raise RuntimeError(
             f"rlalign's head was asked for, and something has written over vLLM's {SLOT}: {', '.join(foreign)}. Its logits "
-            f"would be neither's: switch that patch off (prime-rl's comes with its plugin: leave it out of VLLM_PLUGINS), "
-            f"or {nothing}"
+            f"would be neither's: switch that patch off (a plugin's: leave it out of VLLM_PLUGINS; prime-rl's comes with its "
+            f"worker extension), or {nothing}"
         )
 
 

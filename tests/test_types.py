@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from rlalign.rollout.engine.embedded import kv_spans
+from rlalign.rollout.engine.surface import kv_spans
 from rlalign.types import UNKNOWN_VERSION, KeptSets, LogprobSpec, Rollout, Routes, collate
 
 

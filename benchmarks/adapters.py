@@ -81,32 +81,33 @@ def _unmerged(folder: Path, dtype: str, prompts: list, adapter: Path) -> tuple[i
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
+    import rlalign
+    from rlalign.rollout.engine.completions import rollout_of
+
     llm = LLM(
         model=str(folder), dtype=dtype, max_model_len=128, max_num_seqs=64, enforce_eager=True, enable_lora=True,
         max_lora_rank=max(RANKS), logprobs_mode="processed_logprobs", generation_config="vllm",
+        worker_extension_cls="rlalign.rollout.worker.extension.WorkerExtension",
         additional_config={"rlalign": {"head_dtype": "float32"}},
     )  # fmt: skip
+    engine = rlalign.attach(llm)
     began, request = time.perf_counter(), LoRARequest("policy", 1, str(adapter))
     llm.llm_engine.add_lora(request)
+    report = engine.verify_adapter(adapter, 1, version=1)
     seconds, found = time.perf_counter() - began, []
     for seed in SEEDS:
         params = [
-            SamplingParams(max_tokens=TOKENS, temperature=1.0, logprobs=0, seed=1000 * seed + i) for i in range(PROMPTS)
+            SamplingParams(max_tokens=TOKENS, temperature=1.0, logprobs=0, flat_logprobs=True, seed=1000 * seed + i)
+            for i in range(PROMPTS)
         ]
-        inputs = [{"prompt_token_ids": p} for p in prompts]
-        outputs = llm.generate(inputs, params, use_tqdm=False, lora_request=request)
-        found.append([_rollout(i, output) for i, output in enumerate(outputs)])
-    return sum(f.stat().st_size for f in adapter.glob("*.safetensors")), seconds, found
-
-
-def _rollout(number: int, output: object) -> Rollout:
-    prompt, ids = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
-    said = [entry[t].logprob for entry, t in zip(output.outputs[0].logprobs, ids, strict=True)]
-    start, end = len(prompt), len(prompt) + len(ids)
-    return Rollout(
-        token_ids=[*prompt, *ids], loss_mask=[False] * start + [True] * len(ids), rollout_logprobs=[0.0] * start + said,
-        prompt_id=number, group_id=number, finish_reason="length", version_spans=[(start, end, 0)],
-    )  # fmt: skip
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False, lora_request=request)
+        found.append(
+            [
+                rollout_of(prompts[i], output.outputs[0], prompt_id=i, group_id=i, version=1)
+                for i, output in enumerate(outputs)
+            ]
+        )
+    return report.bytes, seconds, found
 
 
 def compared(name: str, folder: Path, dtype: str, rank: int, scratch: Path) -> list[str]:
@@ -174,9 +175,8 @@ def main() -> None:
     head = f"""# LoRA merged and published, LoRA served unmerged
 
 `python -m benchmarks.adapters`: {STEPS} updates at 2e-3, then {PROMPTS} prompts of {TOKENS} tokens at lag 0 for each of
-{len(SEEDS)} seeds; float32 heads. MiB and seconds of bringing the adapters to the engine: a publish is read back on every rank,
-vLLM's loading of peft's files is not. {environment.cpu_model()}, vllm {versions["vllm"]}, torch {versions["torch"]}; shared with
-other work.
+{len(SEEDS)} seeds; float32 heads. MiB and seconds of bringing the adapters to the engine, both read back on every rank (`publish`,
+`verify_adapter`). {environment.cpu_model()}, vllm {versions["vllm"]}, torch {versions["torch"]}; shared with other work.
 
 | policy | way | MiB | seconds | k3 by seed |
 |---|---|--:|--:|---|

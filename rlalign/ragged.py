@@ -36,6 +36,8 @@ class KeptSets:
                 f"KeptSets: ids_E must be int32 [{total}], as the counts (int64) say; got {self.ids_E.dtype} "
                 f"{tuple(self.ids_E.shape)} with counts {self.count_BL.dtype}"
             )
+        if total and min(int(self.count_BL.min()), int(self.ids_E.min())) < 0:
+            raise ValueError("KeptSets: a count or an id is negative; a position without a set has count 0 and no ids")
 
     def at(self, position_N: Tensor) -> tuple[Tensor, Tensor]:
         """(ids_E int32, count_N int64) of flat positions (row * L + column), in their order."""
@@ -46,6 +48,27 @@ class KeptSets:
         before_N = count_N.cumsum(0) - count_N
         entry_E = torch.arange(int(count_N.sum())) + (start_N - before_N).repeat_interleave(count_N)
         return self.ids_E[entry_E], count_N
+
+    def holds(self, token_ids_BL: Tensor) -> Tensor:
+        """[B, L] bool: is each token in its own set? False where there is no set."""
+        import torch
+
+        position_E = torch.arange(token_ids_BL.numel()).repeat_interleave(self.count_BL.flatten())
+        hit_E = self.ids_E == token_ids_BL.cpu().flatten()[position_E]
+        found_N = torch.zeros(token_ids_BL.numel(), dtype=torch.bool)
+        found_N[position_E[hit_E]] = True
+        return found_N.view(token_ids_BL.shape)
+
+    def require_of(self, token_ids_BL: Tensor, scored_BL: Tensor, *, what: str) -> None:
+        """Raise ValueError where a scored token is not in the set that it was sampled from, if there is one."""
+        wrong_BL = scored_BL.cpu() & (self.count_BL > 0) & ~self.holds(token_ids_BL)
+        if bool(wrong_BL.any()):
+            b, t = wrong_BL.nonzero()[0].tolist()
+            raise ValueError(
+                f"{what}: a scored token is not in its own kept set, so it could not have been sampled: the sets belong to other "
+                f"tokens, or are not aligned to token_ids ({int(wrong_BL.sum())} tokens, the first {int(token_ids_BL[b, t])} at "
+                f"sequence {b}, position {t}; entry t of the counts is about token t)"
+            )
 
     def rows(self, index: slice | Tensor, length: int | None = None) -> KeptSets:
         """Of the sequences in `index`, or of their first `length` positions."""

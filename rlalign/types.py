@@ -257,9 +257,17 @@ class RolloutBatch:
         if len(shape) != 2 or 0 in shape:
             raise ValueError(f"RolloutBatch needs at least one sequence and one token; got shape {tuple(shape)}")
         if self.kept is not None and self.kept.count_BL.shape != shape:
-            raise ValueError(f"RolloutBatch.kept: sets of {tuple(self.kept.count_BL.shape)} for tokens {tuple(shape)}")
-        if self.routes is not None and len(self.routes.count_B) != shape[0]:
-            raise ValueError(f"RolloutBatch.routes: of {len(self.routes.count_B)} sequences for {shape[0]}")
+            raise ValueError(
+                f"RolloutBatch.kept: sets of {tuple(self.kept.count_BL.shape)} positions, expected those of token_ids_BL, "
+                f"{tuple(shape)}; cut both with `rows`"
+            )
+        if self.routes is not None and (
+            len(self.routes.count_B) != shape[0] or int(self.routes.count_B.max()) > shape[1]
+        ):
+            raise ValueError(
+                f"RolloutBatch.routes: of {len(self.routes.count_B)} sequences with up to {int(self.routes.count_B.max())} "
+                f"positions, expected {shape[0]} with at most {shape[1]}; the routes belong to another batch"
+            )
         if bool(self.loss_mask_BL[:, 0].any()):
             raise ValueError("RolloutBatch.loss_mask_BL marks token 0, which has no context to be predicted from")
 
@@ -335,7 +343,7 @@ def _kept(rollouts: Sequence[Rollout], loss_mask_BL: Tensor) -> KeptSets | None:
 def spread(spans: Sequence[Sequence[tuple[int, int, int]]], length: int) -> Tensor:
     """The version of every position, [B, L] int64, from each row's (start, end, version) spans; UNKNOWN_VERSION elsewhere.
 
-    Raises ValueError on spans that overlap or leave [0, length).
+    Raises ValueError on spans that overlap or leave [0, length), and on negative versions.
     """
     import torch
 
@@ -343,8 +351,11 @@ def spread(spans: Sequence[Sequence[tuple[int, int, int]]], length: int) -> Tens
     for row, of_row in enumerate(spans):
         reached = 0
         for start, end, version in of_row:
-            if not reached <= start < end <= length:
-                raise ValueError(f"version span ({start}, {end}) overlaps the one before or leaves 0..{length}")
+            if not reached <= start < end <= length or version < 0:
+                raise ValueError(
+                    f"sequence {row}: version span ({start}, {end}, {version}) overlaps the one before or leaves 0..{length}, or "
+                    "has no version from 0 on; spans are (start, end, version) over this sequence's positions, in order"
+                )
             found.append((row * length + start, end - start, version))
             reached = end
     version_BL = torch.full((len(spans), length), UNKNOWN_VERSION)

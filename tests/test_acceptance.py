@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from rlalign.config import load
-from rlalign.run.step import train_step
+from rlalign.run.observation import EVAL_SEED
+from rlalign.run.sampler import PROBE_SEED, step_seed
+from rlalign.run.step import ACCEPT_SEED, train_step
 from tests.fakes import FakeEngine, FakePrompt, FakeTask, FakeTrainer, parties
 
 
@@ -84,6 +86,16 @@ def test_an_update_that_does_not_is_kept(tmp_path):
 def test_without_a_limit_nothing_is_judged(tmp_path):
     trainer, result = run(tmp_path, Drifting([]), accept_k3=0.0)
     assert trainer.version == 1 and not any(name.startswith("accept/") for name in result.metrics)
+
+
+def test_what_judges_an_update_is_drawn_from_seeds_of_its_own():
+    """A hundred thousand steps of three runs: completions of the evaluation, of a probe or of a step judge no update."""
+    base = {"model": {"path": "x"}, "task": {"name": "x"}}
+    first = [step_seed(load(base | {"seed": seed}), 0) for seed in range(3)]
+    judged, probed, trained = (
+        {seed + step + offset for seed in first for step in range(100_000)} for offset in (ACCEPT_SEED, PROBE_SEED, 0)
+    )
+    assert EVAL_SEED not in judged and not judged & probed and not judged & trained
 
 
 def test_where_an_update_cannot_be_taken_back_it_is_refused():

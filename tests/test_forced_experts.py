@@ -237,6 +237,9 @@ def test_a_token_without_a_route_is_an_error_or_the_trainers_own_choice():
 
 def test_routes_of_another_model_or_sequence_are_refused():
     network = network_of("qwen3-moe")
+    with pytest.raises(ValueError, match=r"routes to expert [4-7], the trainer has 4 in a layer"):
+        ForcedExperts(network).require(batch_of(random_experts(2, experts=8), 2))
+    network = network_of("qwen3-moe")
     with pytest.raises(ValueError, match="routes of 3 layers with 2 experts of a token, the trainer has 2 routers"):
         ForcedExperts(network).require(batch_of(random_experts(3), 3))
     with pytest.raises(ValueError, match="no whole positions of 2 layers with 2 experts"):

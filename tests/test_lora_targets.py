@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rlalign.config import LoraConfig
 from rlalign.diagnose.families import building, family_table
 from rlalign.trainer.checkpoint_names import named_weights
-from rlalign.trainer.lora import Adapters
+from rlalign.trainer.lora import FOLDER, Adapters, put_in
 
 LEFT_OUT = {  # family: (what has an adapter, what the log says has none)
     "llama": ({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}, ""),
@@ -66,3 +66,21 @@ def test_a_projection_that_fused_kernels_read_is_refused_by_name(tmp_path):
     Adapters(network, LoraConfig(rank=4), model=tmp_path, seed=0)
     adapted = {name.rpartition(".")[2] for name, m in network.named_modules() if isinstance(m, LoraLayer)}
     assert adapted == {"in_proj", "q_proj", "k_proj", "v_proj", "o_proj", "input_linear", "output_linear"}
+
+
+def test_a_rank_stabilised_adapter_is_scaled_by_the_root_of_its_rank(tmp_path):
+    """Merged, and in what peft reads back: four times alpha / rank at rank 16."""
+    changes = []
+    for stabilised in (False, True):
+        network = network_of("qwen3")
+        adapters = Adapters(network, LoraConfig(rank=16, rank_stabilised=stabilised), model=tmp_path, seed=0)
+        before = dict(network_of("qwen3").named_parameters())
+        for layer in adapters.layers.values():
+            torch.nn.init.constant_(layer.lora_B["default"].weight, 0.01)
+        changes.append({n: w - before[n] for n, w in named_weights(network, network) if "_proj" in n})
+        adapters.save(tmp_path)
+    assert len(changes[0]) == 14 and all(
+        torch.allclose(big, 4.0 * changes[0][n], atol=1e-6) for n, big in changes[1].items()
+    )
+    again = put_in(network_of("qwen3"), tmp_path / FOLDER)
+    assert dict(again.model.layers[0].self_attn.q_proj.scaling) == {"default": 32 / 4}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlalign.head import projection
-from rlalign.logprobs import holds, token_logprobs
+from rlalign.logprobs import token_logprobs
 from rlalign.logprobs.truncation import Truncation, kept_mask, kept_sets
 from rlalign.rollout.engine.completions import kept_sets as kept_sets_of
 from rlalign.types import KeptSets
@@ -78,7 +78,7 @@ def test_every_token_is_scored_over_its_own_set(truncation: Truncation, chunk: i
     assert torch.equal(found.outside_BL, outside & mask) and 0 < found.outside_BL.sum() < mask.sum()
     want = own.scatter(-1, ids[:, 1:, None], True)
     assert torch.equal(found.kept.count_BL[:, 1:], want.sum(-1) * mask[:, 1:])
-    assert bool(holds(found.kept, ids)[mask].all())
+    assert bool(found.kept.holds(ids)[mask].all())
     mass = full.masked_fill(~want, -torch.inf).logsumexp(-1)
     torch.testing.assert_close(found.log_mass_BL[:, 1:].double(), mass * mask[:, 1:], atol=2e-5, rtol=0)
     # without renormalisation a trainer is off by the log of the kept mass: no more, no less
@@ -122,6 +122,11 @@ def test_sets_of_other_tokens_are_refused() -> None:
     kept = kept_sets(hidden, weight, ids, mask=mask, truncation=Truncation(top_k=5)).kept
     with pytest.raises(ValueError, match="belong to other tokens"):
         token_logprobs(hidden, weight, ids.roll(1, 1), mask=mask, kept=kept)
+    captured = {"mask": mask, "truncation": Truncation(top_k=5), "captured": kept}
+    with pytest.raises(ValueError, match=r"kept_sets: a scored token.*belong to other tokens.*sequence 0, position"):
+        kept_sets(hidden, weight, ids.roll(1, 1), **captured)
+    with pytest.raises(ValueError, match="a count or an id is negative"):
+        KeptSets(ids_E=kept.ids_E - V, count_BL=kept.count_BL)
     with pytest.raises(ValueError, match="sets of"):
         token_logprobs(hidden[:2], weight, ids[:2], mask=mask[:2], kept=kept)
     with pytest.raises(ValueError, match="as the counts"):

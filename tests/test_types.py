@@ -5,9 +5,10 @@ from array import array
 from dataclasses import asdict, replace
 
 import pytest
+import torch
 
-from rlalign.rollout.engine.embedded import kv_spans
-from rlalign.types import UNKNOWN_VERSION, LogprobSpec, Rollout, collate
+from rlalign.rollout.engine.surface import kv_spans
+from rlalign.types import UNKNOWN_VERSION, KeptSets, LogprobSpec, Rollout, Routes, collate
 
 
 def rollout(spans, kv=(), prompt=2, length=7) -> Rollout:
@@ -53,10 +54,22 @@ def test_one_unknown_key_makes_the_age_unknown():
     assert batch.kv_version_BL.tolist() == [unknown, unknown, [-1, -1, 3, 3, 3, -1, -1]]
 
 
-@pytest.mark.parametrize("spans", [[(2, 4, 0), (3, 7, 1)], [(2, 9, 0)], [(3, 3, 0)]])
-def test_spans_that_overlap_leave_the_sequence_or_are_empty_are_refused(spans):
-    with pytest.raises(ValueError, match=r"overlaps the one before or leaves 0\.\.7"):
-        batch_of(rollout(spans))
+@pytest.mark.parametrize("spans", [[(2, 4, 0), (3, 7, 1)], [(2, 9, 0)], [(3, 3, 0)], [(2, 7, -2)]])
+def test_spans_that_overlap_leave_the_sequence_are_empty_or_of_no_version_are_refused(spans):
+    for kinds in ((spans,), ([(2, 7, 0)], spans)):
+        with pytest.raises(ValueError, match=r"sequence 1: version span .* overlaps the one before or leaves 0\.\.7"):
+            batch_of(rollout([(2, 7, 0)]), rollout(*kinds))
+
+
+def test_sets_and_routes_of_another_batch_are_refused():
+    batch = batch_of(rollout([(2, 7, 0)]), rollout([(2, 7, 0)]))
+    empty = KeptSets(ids_E=torch.zeros(0, dtype=torch.int32), count_BL=torch.zeros(2, 6, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"sets of \(2, 6\) positions, expected those of token_ids_BL, \(2, 7\)"):
+        replace(batch, kept=empty)
+    for counts in ([3, 3, 3], [8, 1]):
+        experts = torch.zeros(sum(counts), 2, 1, dtype=torch.uint8)
+        with pytest.raises(ValueError, match=r"expected 2 with at most 7; the routes belong to another batch"):
+            replace(batch, routes=Routes(experts_ELK=experts, count_B=torch.tensor(counts)))
 
 
 def test_a_sampled_token_without_a_version_is_refused():

@@ -239,6 +239,7 @@ class MismatchConfig:
 class LoraConfig:
     rank: int = 0  # of each adapter; 0: the whole model is trained
     alpha: float = 32.0  # an adapter's product is scaled by alpha / rank
+    rank_stabilised: bool = False  # by alpha / sqrt(rank) instead, arXiv 2312.03732
     dropout: float = 0.0  # of an adapter's input, in forward_backward alone: scoring has none, so ratios start off 1
     targets: list[str] = field(default_factory=lambda: ["all-linear"])  # endings of module names; all but the lm_head
 

@@ -285,11 +285,8 @@ def _check_values(
             f"token_logprobs: token_ids[{b}, {t}] = {int(token_ids_BL[b, t])} is outside the vocabulary of "
             f"{vocab_size}; mask padding out, or check that the tokenizer belongs to this model"
         )
-    if sets is not None and bool((scored_BL.cpu() & (sets.count_BL > 0) & ~holds(sets, token_ids_BL)).any()):
-        raise ValueError(
-            "token_logprobs: a scored token is not in its own kept set, so it could not have been sampled: the sets "
-            "belong to other tokens, or are not aligned to token_ids"
-        )
+    if sets is not None:
+        sets.require_of(token_ids_BL, scored_BL, what="token_logprobs")
     broken = ~hidden_BLD.detach().isfinite().all(-1)
     broken = scored_BL[:, 1:] & broken[:, :-1]
     if bool(broken.any()):
@@ -299,15 +296,6 @@ def _check_values(
         raise ValueError("token_logprobs: the bias is not finite; leave tokens out with vocab_size instead of -inf")
     if isinstance(temperature, Tensor) and not bool((temperature > 0).all() and temperature.isfinite().all()):
         raise ValueError("token_logprobs: every temperature must be positive and finite; score greedy sequences at 1.0")
-
-
-def holds(sets: KeptSets, token_ids_BL: Tensor) -> Tensor:
-    """[B, L] bool: is each token in its own set? False where there is no set."""
-    position_E = torch.arange(token_ids_BL.numel()).repeat_interleave(sets.count_BL.flatten())
-    hit_E = sets.ids_E == token_ids_BL.cpu().flatten()[position_E]
-    found_N = torch.zeros(token_ids_BL.numel(), dtype=torch.bool)
-    found_N[position_E[hit_E]] = True
-    return found_N.view(token_ids_BL.shape)
 
 
 def from_logits(

@@ -111,7 +111,7 @@ def kept_sets(
     captured: what the engine said it sampled from; it has the last word where it has a set. A sampled token always belongs:
     where rounding puts it just outside, its logprob over the set with it is finite, and the token is counted.
     shard: every rank calls, and gets the same sets; one tile of whole rows is gathered at a time.
-    Raises ValueError for a limit below 1, and for captured sets of another shape.
+    Raises ValueError for a limit below 1, and for captured sets of another shape or of other tokens.
     """
     position_N = mask.flatten().nonzero().squeeze(1)
     n, device = len(position_N), hidden_BLD.device
@@ -177,6 +177,8 @@ def _found(
         raise ValueError(
             f"kept_sets: captured sets of {tuple(captured.count_BL.shape)} tokens for token_ids {tuple(token_ids_BL.shape)}"
         )
+    if captured is not None:
+        captured.require_of(token_ids_BL, mask_BL, what="kept_sets")
     position_N, target_N = mask_BL.flatten().nonzero().squeeze(1), token_ids_BL[mask_BL]
     given = None if captured is None else Kept.of(*captured.at(position_N.cpu()), token_ids_BL.device)
     parts = [_tile(logits(t), target_N[t], given, t, truncation, limit) for t in token_tiles(len(target_N), height)]

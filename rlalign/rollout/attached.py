@@ -89,6 +89,7 @@ class AttachedEngine:
         self.head_dtype, self.shared, self.mode = settings.head_dtype, shared, ""
         self._settings, self._owner = settings, f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._doubt: str | None = None
+        self._doubtful: int | None = None  # the adapter that the doubt is about; None: all weights
         self._turn = 0  # of the rotating samples of `verify`
         self._identity: list[dict] = []
         self.policy_version = 0
@@ -193,18 +194,8 @@ class AttachedEngine:
             answers = self.ask("rlalign_unlanded", file, self._turn)
         self._turn += 1
         self._compared += len(chosen)
-        problems = [f"{who(a)}: {problem}" for a in answers for problem in a["problems"]]
-        if problems:
-            more = f"; and {len(problems) - TOLD} more" if len(problems) > TOLD else ""
-            what = (
-                f"of {len(chosen)} weights compared, the engine does not compute with the trainer's: "
-                f"{'; '.join(problems[:TOLD])}{more}. "
-                "They were not pushed, or under other names, or a kernel kept its packed copy; `publish` moves and "
-                "proves them"
-            )
-            if hold:
-                self.suspend(what)
-            raise RuntimeError(what)
+        remedy = "They were not pushed, or under other names, or a kernel kept its packed copy; `publish` moves and proves them"
+        self._require_landed(answers, f"of {len(chosen)} weights compared, the engine", remedy, hold=hold)
         if version is not None:
             self.acknowledge(version)
         elif len(chosen) == offered and self._doubt is not None:
@@ -212,6 +203,41 @@ class AttachedEngine:
         return VerifyReport(
             tensors=len(chosen), offered=offered, bytes=size, ranks=len(answers), seconds=time.perf_counter() - before
         )
+
+    def verify_adapter(
+        self, folder: Path | str, adapter: int, *, version: int | None = None, hold: bool = True
+    ) -> VerifyReport:
+        """Compare the adapter that every rank holds under an id with the trainer's, layer by layer; loads nothing.
+
+        folder: what peft's `save_pretrained` wrote, where the workers can read it. adapter: vLLM's `lora_int_id`. version: stamp it
+        on what is sampled from now on, and forget keys and values of the adapter before: vLLM's prefix cache knows an adapter by
+        name and path alone. Scaling, shards of tensor parallelism and packing are compared with what vLLM multiplies by.
+        Raises RuntimeError naming rank and layers of an adapter that is not there, is an older one, is scaled otherwise or was
+        dropped; with hold the engine then refuses to generate until this adapter passes. ValueError for files of something else
+        than plain LoRA, and for an engine without adapters.
+        """
+        if self._doubtful != adapter:
+            self.require_sound()
+        before = time.perf_counter()
+        answers = self.ask("rlalign_adapter", str(Path(folder).resolve()), adapter)
+        if unread := [f"{who(a)}: {a['unread']}" for a in answers if "unread" in a]:
+            raise ValueError(f"verify_adapter({str(folder)!r}, {adapter}): {unread[0]}")
+        remedy = (
+            "add_lora of an id that vLLM knows keeps what it has: use LoRARequest(..., load_inplace=True), or a new id for each "
+            "version"
+        )
+        try:
+            self._require_landed(answers, f"adapter {adapter}: the engine", remedy, hold=hold)
+        except RuntimeError:
+            self._doubtful = adapter if hold else self._doubtful
+            raise
+        if version is not None or self._doubt is not None:
+            self.acknowledge(self.policy_version if version is None else version)
+        tensors = int(answers[0]["tensors"])
+        return VerifyReport(
+            tensors=tensors, offered=tensors, bytes=int(answers[0]["bytes"]), ranks=len(answers),
+            seconds=time.perf_counter() - before,
+        )  # fmt: skip
 
     def detach(self) -> None:
         """Give the engine back: it keeps its head and its weights, and can be attached again. Safe to call twice."""
@@ -237,7 +263,7 @@ class AttachedEngine:
 
     def suspend(self, reason: str) -> None:
         """Refuse to generate from now on."""
-        self._doubt = reason
+        self._doubt, self._doubtful = reason, None
         for line in self._lines:
             line.hold(reason)
 
@@ -246,9 +272,20 @@ class AttachedEngine:
         self.ask("rlalign_acknowledge", version)
         for line in self._lines:
             line.release(version)
-        self.policy_version, self._doubt = version, None
+        self.policy_version, self._doubt, self._doubtful = version, None, None
 
     # --- inside ---
+
+    def _require_landed(self, answers: Sequence[dict], what: str, remedy: str, *, hold: bool) -> None:
+        """Raise RuntimeError for the problems that ranks found; with hold, refuse to generate because of them."""
+        problems = [f"{who(a)}: {problem}" for a in answers for problem in a["problems"]]
+        if not problems:
+            return
+        more = f"; and {len(problems) - TOLD} more" if len(problems) > TOLD else ""
+        reason = f"{what} does not compute with the trainer's: {'; '.join(problems[:TOLD])}{more}. {remedy}"
+        if hold:
+            self.suspend(reason)
+        raise RuntimeError(reason)
 
     def _shake_hands(self, *, after_generation: bool, take_over: bool) -> None:
         self._identity = self.ask("rlalign_identity")

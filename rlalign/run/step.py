@@ -21,12 +21,12 @@ from rlalign.reward.mixture import Sample
 from rlalign.run import limits
 from rlalign.run import step_metrics as logged
 from rlalign.run.parties import Collected, Learner, Parties, StepResult, Trainer, verified_of
-from rlalign.run.sampler import Sampler, request, sample_probe
+from rlalign.run.sampler import Sampler, request, sample_probe, step_seed
 from rlalign.tasks import Prompt, Task
 from rlalign.tracking.timeline import Clock, Span
 from rlalign.types import Rollout, RolloutBatch, TrainBatch, collate
 
-ACCEPT_SEED = 2**20  # far from the seeds of steps and probes
+ACCEPT_SEED = 3 * 2**18  # as far from the probes' seeds as from the evaluation's: 262,144 steps
 
 
 def train_step(step: int, parties: Parties, config: RunConfig, sampler: Sampler | None = None) -> StepResult:
@@ -236,7 +236,7 @@ def _candidate(config: RunConfig) -> Path:
 def _judge(step: int, parties: Parties, config: RunConfig) -> tuple[dict[str, float], str | None]:
     """(metrics, why the update is refused or None), with the engine already on the new weights. NaN is refused."""
     prompts = parties.task.eval_prompts()[: config.mismatch.accept_prompts]
-    rollouts = parties.sample(prompts, samples=1, seed=config.seed * 1_000_003 + step + ACCEPT_SEED)
+    rollouts = parties.sample(prompts, samples=1, seed=step_seed(config, step) + ACCEPT_SEED)
     batch = collate(rollouts, pad_token_id=parties.pad_token_id, spec=parties.engine.spec)
     batch, old_BL, *_ = scored(parties.trainer, batch)
     found = mismatch.compare(

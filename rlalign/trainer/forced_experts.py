@@ -80,6 +80,12 @@ class ForcedExperts:
                 f"the rollouts carry routes of {routes.experts_ELK.shape[1]} layers with {routes.experts_ELK.shape[2]} experts of "
                 f"a token, the trainer has {self.layers} routers that choose {sorted(width)}: these are two models"
             )
+        experts = min(router.num_experts for router in routers(self.network).values())
+        if routes is not None and routes.experts_ELK.numel() and int(routes.experts_ELK.max()) >= experts:
+            raise ValueError(
+                f"the rollouts carry routes to expert {int(routes.experts_ELK.max())}, the trainer has {experts} in a layer: these "
+                "are two models"
+            )
         if self.known:
             return
         unknown = Routes(experts_ELK=torch.zeros(0, 1, 1), count_B=torch.zeros(len(batch), dtype=torch.int64))

@@ -43,6 +43,7 @@ class Adapters:
         self._settings = peft.LoraConfig(
             r=config.rank,
             lora_alpha=config.alpha,
+            use_rslora=config.rank_stabilised,
             lora_dropout=config.dropout,
             target_modules=targets,
             fan_in_fan_out=any(type(m) is Conv1D for m in network.modules()),

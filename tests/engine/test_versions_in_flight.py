@@ -7,6 +7,7 @@ import torch
 import vllm
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from rlalign.rollout.engine.completions import rollout_of
 from rlalign.rollout.versions import has_output_spans
 from rlalign.weights import publish
 from tests.engine.conftest import perturbed, start
@@ -25,7 +26,7 @@ def sampled_across_an_update(engine, new_model, shared: Path):
         steps += 1
         if steps == SWITCH:
             publish(new_model.named_parameters(), 1, receiver=engine, shared=shared)
-    return engine._rollout(PROMPT, outputs[-1].outputs[0], prompt_id=0, group_id=0, text="")
+    return rollout_of(PROMPT, outputs[-1].outputs[0], prompt_id=0, group_id=0, version=None)
 
 
 @torch.no_grad()

@@ -275,7 +275,7 @@ def _adapters(case: Case) -> Iterator[Cause]:
     names = [n for n, _ in case.network.named_parameters() if LORA in n]
     if names and case.weights is None:
         why = f"the trainer's model has {len(names)} adapter weights ({names[0]}, ...), the engine serves the base model alone"
-        yield Cause("LoRA not applied", why, "merge the adapter before publishing, or serve it with the engine", 1.0)
+        yield Cause("LoRA not applied", why, "merge the adapter before publishing, or serve it and verify_adapter", 1.0)
 
 
 def _weights(case: Case) -> Iterator[Cause]:

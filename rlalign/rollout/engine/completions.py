@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rlalign.rollout.engine.surface import kv_spans
+from rlalign.types import Rollout
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
+    from vllm import CompletionOutput
     from vllm.logprobs import FlatLogprobs
 
-__all__ = ["RoutedExperts", "UnknownIds", "core_of", "kept_sets", "said", "texts"]
+__all__ = ["RoutedExperts", "UnknownIds", "core_of", "kept_sets", "rollout_of", "said", "texts"]
 
 REPLACEMENT = "\ufffd"  # stands for bytes that are no UTF-8, or not yet
 Ask = Callable[[str], list[dict]]
@@ -95,6 +99,48 @@ def kept_sets(flat: FlatLogprobs, reported: int) -> tuple[array, array]:
     inside_TK = np.asarray(flat.logprobs, dtype=np.float64).reshape(shape)[:, 1:] > -np.inf
     inside_TK &= ~inside_TK.all(1, keepdims=True)
     return array("i", ids_TK[inside_TK].tobytes()), array("q", inside_TK.sum(1, dtype=np.int64).tobytes())
+
+
+def rollout_of(
+    prompt: Sequence[int],
+    completion: CompletionOutput,
+    *,
+    prompt_id: int,
+    group_id: int,
+    version: int | None,
+    text: str = "",
+    reported: int = 0,
+    experts: array | None = None,
+    experts_shape: tuple[int, int] = (0, 0),
+) -> Rollout:
+    """What vLLM sampled behind a prompt, with flat logprobs, as a rollout.
+
+    version: that sampled it whole; None: vLLM says which version sampled which token. reported: ids asked for with each token.
+    Raises RuntimeError where the logprobs are those of other tokens.
+    """
+    tokens, flat, start = list(completion.token_ids), completion.logprobs, len(prompt)
+    if [flat.token_ids[first] for first in flat.start_indices] != tokens:
+        raise RuntimeError(f"vLLM gave logprobs of other tokens than it sampled for prompt {prompt_id}")
+    if version is None:
+        spans = [(start + s.start, start + s.end, int(s.version)) for s in completion.weight_versions]
+    else:
+        spans = [(start, start + len(tokens), version)]
+    kept_ids, kept_counts = kept_sets(flat, reported)
+    return Rollout(
+        token_ids=[*prompt, *tokens],
+        loss_mask=[False] * start + [True] * len(tokens),
+        rollout_logprobs=[0.0] * start + [flat.logprobs[first] for first in flat.start_indices],
+        prompt_id=prompt_id,
+        group_id=group_id,
+        finish_reason=completion.finish_reason,
+        version_spans=spans,
+        kv_spans=kv_spans(spans),
+        text=text,
+        kept_ids=kept_ids,
+        kept_counts=kept_counts,
+        experts=array("B") if experts is None else experts,
+        experts_shape=experts_shape,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,13 +11,12 @@ from typing import TYPE_CHECKING
 from rlalign.config import RolloutConfig
 from rlalign.rollout.engine import handshake, own_process
 from rlalign.rollout.engine.arguments import ENVIRONMENT, Arguments, engine_arguments, engine_environment
-from rlalign.rollout.engine.completions import RoutedExperts, UnknownIds, core_of, kept_sets, said, texts
+from rlalign.rollout.engine.completions import RoutedExperts, UnknownIds, core_of, rollout_of, said, texts
 from rlalign.rollout.engine.surface import (
     EMBEDDED,
     captured_ids,
     forcing,
     group_seed,
-    kv_spans,
     labelled,
     of_prompt,
     require_room,
@@ -32,7 +30,7 @@ from rlalign.types import LogprobSpec, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-    from vllm import LLM, CompletionOutput, RequestOutput, SamplingParams
+    from vllm import LLM, RequestOutput, SamplingParams
 
 # In the trainer's process, on its cores: vLLM would else spawn two more processes that import everything again (15 s).
 EMBEDDED_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"} | ENVIRONMENT
@@ -118,15 +116,19 @@ class VLLMEngine:
         routes = None if self.routed is None else self.routed.take(self.policy_version)
         found = self._texts(prompts, outputs)
         rollouts = [
-            self._rollout(
+            rollout_of(
                 prompts[group],
                 completion,
                 prompt_id=prompt_ids[group],
                 group_id=group,
+                # before vLLM reports spans: the version held, which cannot change while `generate` runs
+                version=None if self._reports_spans else self.policy_version,
                 text=text,
-                routes=None
+                reported=captured_ids(self.config),
+                experts=None
                 if routes is None
                 else routes(params[group].seed + completion.index, len(prompts[group]) + len(completion.token_ids)),
+                experts_shape=(0, 0) if self.routed is None else self.routed.shape,
             )
             for group, (output, of_group) in enumerate(zip(outputs, found, strict=True))
             for completion, text in zip(output.outputs, of_group, strict=True)
@@ -276,46 +278,6 @@ class VLLMEngine:
             return [[completion.text for completion in output.outputs] for output in outputs]
         sampled = [[said(c.token_ids, c.finish_reason) for c in output.outputs] for output in outputs]
         return texts(self._core, prompts, sampled)
-
-    def _rollout(
-        self,
-        prompt: Sequence[int],
-        completion: CompletionOutput,
-        *,
-        prompt_id: int,
-        group_id: int,
-        text: str,
-        routes: array | None = None,
-    ) -> Rollout:
-        tokens, flat = list(completion.token_ids), completion.logprobs
-        if [flat.token_ids[first] for first in flat.start_indices] != tokens:
-            raise RuntimeError(
-                f"vLLM {self.version} gave logprobs of other tokens than it sampled for prompt {prompt_id}"
-            )
-        start = len(prompt)
-        kept_ids, kept_counts = kept_sets(flat, captured_ids(self.config))
-        spans = self._spans(completion, start, len(tokens))
-        return Rollout(
-            token_ids=[*prompt, *tokens],
-            loss_mask=[False] * start + [True] * len(tokens),
-            rollout_logprobs=[0.0] * start + [flat.logprobs[first] for first in flat.start_indices],
-            prompt_id=prompt_id,
-            group_id=group_id,
-            finish_reason=completion.finish_reason,
-            version_spans=spans,
-            kv_spans=kv_spans(spans),
-            text=text,
-            kept_ids=kept_ids,
-            kept_counts=kept_counts,
-            experts=array("B") if routes is None else routes,
-            experts_shape=(0, 0) if self.routed is None else self.routed.shape,
-        )
-
-    def _spans(self, completion: CompletionOutput, start: int, count: int) -> list[tuple[int, int, int]]:
-        """From vLLM where it reports them; before that from the version held, which cannot change while `generate` runs."""
-        if not self._reports_spans:
-            return [(start, start + count, self.policy_version)]
-        return [(start + s.start, start + s.end, int(s.version)) for s in completion.weight_versions]
 
 
 def _start(arguments: Arguments, environment: dict[str, str], *, exact: bool, steady: bool) -> LLM:

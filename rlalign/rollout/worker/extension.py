@@ -25,6 +25,7 @@ from rlalign.rollout.head import logits_processor
 from rlalign.rollout.head.head_settings import HeadMode
 from rlalign.rollout.head.logits_processor import CACHE, AlignedLogitsProcessor, require_plain_weight, route_of
 from rlalign.rollout.worker import cpu, readback
+from rlalign.rollout.worker.adapters import AdapterExtension
 from rlalign.rollout.worker.capture import CaptureExtension
 from rlalign.rollout.worker.expert_routes import RoutesExtension
 from rlalign.rollout.worker.model_identity import IdentityExtension
@@ -33,7 +34,9 @@ from rlalign.rollout.worker.receiving import ReceivingExtension
 from rlalign.weights import MASTER_WEIGHT, digest
 
 
-class WorkerExtension(CaptureExtension, IdentityExtension, OpRecordExtension, ReceivingExtension, RoutesExtension):
+class WorkerExtension(
+    AdapterExtension, CaptureExtension, IdentityExtension, OpRecordExtension, ReceivingExtension, RoutesExtension
+):
     """RPCs of one worker. State: the version acknowledged last."""
 
     rlalign_version: int = 0

@@ -32,7 +32,7 @@ def few(monkeypatch):
 def test_it_measures_what_is_there_says_what_is_not_and_goes_on_where_it_stopped(few, monkeypatch, tmp_path):
     file, table = tmp_path / "gpu.json", tmp_path / "gpu.md"
     asked = ["--json", str(file), "--markdown", str(table), "--device", "cpu"]
-    assert command(monkeypatch, *asked, "--minutes", "0") == 0
+    assert command(monkeypatch, *asked, "--minutes", "0.3") == 0  # less than what is left for what was begun
     assert not file.exists()  # no time, no result
     assert command(monkeypatch, *asked, "--minutes", "5") == 0
     results = json.loads(file.read_text())
@@ -65,13 +65,41 @@ def test_a_head_that_breaks_a_law_is_not_timed(few, monkeypatch):
         raise AssertionError("65 rows differ")
 
     monkeypatch.setattr(gpu_laws, "LAWS", {"a row's bits are its own": (TRITON, broken)})
-    results = {"machine": {}, "laws": [], "rows": []}
+    results = gpu.empty({})
     gpu.run(results, CPU, time.monotonic() + 100, lambda: None)
     assert results["laws"][0]["holds"] is False and "65 rows differ" in results["laws"][0]["found"]
     rows = {(row["what"], row["way"]): row for row in results["rows"]}
     assert rows[gpu.DECODE, "rlalign triton"]["status"] == "RuntimeError: a law does not hold"
     assert "ms" in rows[gpu.DECODE, "mm(out_dtype=float32): rlalign cublas, vLLM native"]
     assert "**no**" in gpu.markdown(results)
+
+
+def test_what_breaks_the_device_is_not_asked_again_and_what_had_no_time_is(few, monkeypatch):
+    def breaks(*_):
+        raise RuntimeError("an illegal memory access")
+
+    def lost(device: torch.device):
+        raise gpu.LostDeviceError("no answer")
+
+    calls, fine = [], gpu_paths.Way("fine", True, lambda: gpu_paths.full_fp32)
+    monkeypatch.setattr(gpu_laws, "LAWS", {})
+    monkeypatch.setattr("benchmarks.gpu_rounding.rows", lambda device: [{"op": "none"}])
+    monkeypatch.setattr(gpu_paths, "SCORING", [gpu_paths.Way("breaks", True, lambda: breaks), fine])
+    monkeypatch.setattr(gpu, "tasks", lambda small: [(gpu.FORWARD, (6, 16, 40))])
+    results = gpu.empty({})
+    with monkeypatch.context() as poisoned, pytest.raises(gpu.LostDeviceError):
+        poisoned.setattr(gpu, "ask_sign_of_life", lambda device: calls.append(1) if not calls else lost(device))
+        gpu.run(results, CPU, time.monotonic() + 100, lambda: None)
+    assert list(results["broken"].values()) == ["RuntimeError: an illegal memory access"] and not results["rows"]
+    with monkeypatch.context() as late:  # the time is up once the first way was looked at
+        late.setattr(gpu.time, "monotonic", iter((0.0, 9.0)).__next__)
+        late.setattr(gpu.Measurement, "ms", lambda *_: 1.0)
+        gpu.run(results, CPU, 5.0, lambda: None)
+    assert {row["way"]: row.get("status") for row in results["rows"]} == {
+        gpu.GEMM: None, "breaks": "RuntimeError: an illegal memory access", "fine": gpu.NO_TIME,
+    }  # fmt: skip
+    gpu.run(results, CPU, time.monotonic() + 100, lambda: None)
+    assert {row["way"]: "ms" in row for row in results["rows"]} == {gpu.GEMM: True, "breaks": False, "fine": True}
 
 
 def test_without_results_the_table_says_so_and_predicts(monkeypatch, tmp_path):

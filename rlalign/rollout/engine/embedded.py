@@ -126,7 +126,9 @@ class VLLMEngine:
                 text=text,
                 routes=None
                 if routes is None
-                else routes(params[group].seed + completion.index, len(prompts[group]) + len(completion.token_ids)),
+                else routes(
+                    completion, params[group].seed + completion.index, len(prompts[group]) + len(completion.token_ids)
+                ),
             )
             for group, (output, of_group) in enumerate(zip(outputs, found, strict=True))
             for completion, text in zip(output.outputs, of_group, strict=True)

@@ -108,5 +108,8 @@ def test_without_results_the_table_says_so_and_predicts(monkeypatch, tmp_path):
     lines = table.read_text().splitlines()
     assert sum("| not run |" in line for line in lines) == len(gpu.tasks(small=False))
     assert gpu.predicted_ms(gpu.BOTH, (8, 4, 2)) == 4 * gpu.predicted_ms(gpu.FORWARD, (8, 4, 2))
+    for shape in gpu.SHAPES:  # memory beyond operands and gradients, whatever the number of tokens and the vocabulary
+        *_, sums, backward = gpu.launches(shape)
+        assert int(sums) + int(backward) <= 512
     weight_read = 2 * 4096 * 131072 / gpu.BANDWIDTH * 1e3
     assert weight_read < gpu.predicted_ms(gpu.DECODE, (1, 4096, 131072)) < 1.01 * weight_read

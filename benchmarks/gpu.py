@@ -4,9 +4,10 @@
 
 Needs torch, triton and this tree; peers are measured where they are installed (pip install --no-deps liger-kernel
 liger-cute-kernels cut-cross-entropy trl verl). Every result is written to FILE as it comes; a second call goes on where the first
-stopped, and begins anew where device or versions differ. A law that does not hold ends with exit code 1, and the rows of the
-Triton head are left out. --device cpu runs the same path in Triton's interpreter on small shapes: its times say nothing.
---markdown without --json writes the times that the roofline predicts, each row "not run".
+stopped, and begins anew where device, versions or kernels differ. A law that does not hold ends with exit code 1, and the rows of
+the head it was asked of are left out. A way that breaks the device is recorded, and the command begins again without it; what still
+runs when the time is up ends with exit code 3, and a second call goes on. --device cpu runs the same path in Triton's interpreter
+on small shapes: its times say nothing. --markdown without --json writes what the roofline predicts, each row "not run".
 Suffixes: N tokens, D hidden, V vocabulary.
 """
 
@@ -15,10 +16,13 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import hashlib
 import json
 import os
 import platform
 import statistics
+import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,8 +42,19 @@ PRODUCTS = {FORWARD: 1, BOTH: 4}  # logits, logits again, two gradients; a path 
 TFLOPS, BANDWIDTH = 750e12, 4.2e12  # of an H200 as cuBLAS reaches them in bf16; bytes a second as copies do
 CHECKED = 64  # rows compared with float64
 ROUNDS = 5
+CALLS = {
+    FORWARD: 2,
+    BOTH: 2,
+    DECODE: 20,
+}  # between two events, so that the host's launches hide behind the device's work
+SPARE = 20.0  # seconds before the end after which nothing is begun: what was begun is finished in them
+NO_TIME = "no time left"
 GEMM = "bf16 products alone"
 ANSWER = {True: "yes", False: "**no**", None: "not here"}
+
+
+class LostDeviceError(RuntimeError):
+    """The device answers no more, as after an illegal access: only another process can go on."""
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -47,7 +62,23 @@ def machine(device: torch.device) -> dict[str, str]:
     import triton
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, Triton interpreted"
-    return {"device": name, "torch": torch.__version__, "triton": triton.__version__}
+    root, digest = Path(__file__).parents[1] / "rlalign", hashlib.sha256()
+    for file in sorted([*root.glob("head/**/*.py"), *root.glob("logprobs/*.py")]):
+        digest.update(file.read_bytes())
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "sources": digest.hexdigest()[:12],
+    }
+
+
+def ask_sign_of_life(device: torch.device) -> None:
+    """Raise LostDeviceError where a product of the device fails."""
+    try:
+        torch.ones(2, 2, device=device).sum().item()
+    except RuntimeError as error:
+        raise LostDeviceError(str(error).splitlines()[0]) from error
 
 
 def tasks(small: bool) -> list[tuple[str, tuple[int, int, int]]]:
@@ -87,9 +118,8 @@ class Measurement:
         n, d, v = shape
         g = torch.Generator(device=device).manual_seed(0)
         self.what, self.device = what, device
-        scale = 12.0 / d**0.5  # logits up to 60
         self.hidden_ND = torch.randn(n, d, generator=g, device=device).bfloat16()
-        self.weight_VD = (scale / 4 * torch.randn(v, d, generator=g, device=device)).bfloat16()
+        self.weight_VD = (3 / d**0.5 * torch.randn(v, d, generator=g, device=device)).bfloat16()
         self.target_N = torch.randint(0, v, (n,), generator=g, device=device)
         self.exact_C = self._exact()
 
@@ -134,14 +164,18 @@ class Measurement:
             return 1e3 * (time.perf_counter() - start)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        self.once(score)
+        for _ in range(CALLS[self.what]):
+            self.once(score)
         end.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(end)
+        return start.elapsed_time(end) / CALLS[self.what]
 
 
 def run(results: dict, device: torch.device, deadline: float, save: Callable[[], None]) -> None:
-    """Laws, the body's roundings, then rows, each saved as it comes; what is there already is left alone."""
+    """Laws, the body's roundings, then rows, each saved as it comes; what is there already is left alone.
+
+    Raises LostDeviceError where the device is gone; what broke it is saved, and is not asked again.
+    """
     from benchmarks import gpu_rounding
     from benchmarks.gpu_laws import LAWS, check
 
@@ -150,14 +184,20 @@ def run(results: dict, device: torch.device, deadline: float, save: Callable[[],
             results["laws"].append(check(name, device))
             print(results["laws"][-1], flush=True)
             save()
+            ask_sign_of_life(device)
     if not results.get("rounding") and time.monotonic() < deadline:
-        results["rounding"] = list(gpu_rounding.rows(device))
+        try:
+            results["rounding"] = list(gpu_rounding.rows(device))
+        except Exception as error:  # the head's rows do not wait for the body's
+            results["rounding"] = [{"op": "all", "kernel": "all", "status": said(error)}]
         save()
+        ask_sign_of_life(device)
     for what, shape in tasks(device.type == "cpu"):
-        done = {(row["what"], tuple(row["shape"])) for row in results["rows"]}
-        if (what, shape) in done or time.monotonic() > deadline:
+        found = [row for row in results["rows"] if (row["what"], tuple(row["shape"])) == (what, shape)]
+        if time.monotonic() > deadline or (found and not any(row.get("status") == NO_TIME for row in found)):
             continue
-        results["rows"] += measured(what, shape, device, results["laws"])
+        made = measured(what, shape, device, results, deadline, save)
+        results["rows"] = [row for row in results["rows"] if row not in found] + made
         save()
 
 
@@ -166,29 +206,48 @@ def _loaded(way: Way) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return way.load()
 
 
-def measured(what: str, shape: tuple[int, int, int], device: torch.device, laws: list[dict]) -> list[dict]:
-    """Rows of one task, every way interleaved."""
-    from benchmarks.gpu_paths import DECODING, SCORING, asking, head
-    from rlalign.head.triton import TRITON
+def said(error: Exception) -> str:
+    """Kind and first line."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
 
-    sound = not any(law["holds"] is False for law in laws)
+
+def measured(
+    what: str,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    results: dict,
+    deadline: float,
+    save: Callable[[], None],
+) -> list[dict]:
+    """Rows of one task, every way interleaved. results["broken"]: what is said of ways that an earlier process fell over."""
+    from benchmarks.gpu_laws import unsound
+    from benchmarks.gpu_paths import DECODING, SCORING, asking, head
+
     task, bare = Measurement(what, shape, device), products_alone(what)
     bare.bare = True
     scores, rows = {GEMM: bare}, {GEMM: {"float32": False}}
     for way in DECODING if what == DECODE else SCORING:
+        key = f"{what} {shape} {way.name}"
         rows[way.name] = {"float32": way.float32}
         try:
-            scores[way.name] = _loaded(way)
-            if asking(scores[way.name]) == TRITON and not sound:
+            if key in results["broken"] or time.monotonic() > deadline:
+                raise TimeoutError(results["broken"].get(key, NO_TIME))
+            score = _loaded(way)
+            if asking(score) in unsound(results["laws"]):
                 raise RuntimeError("a law does not hold")
-            with head(asking(scores[way.name])):
-                rows[way.name] |= task.first(scores[way.name])
+            results["running"] = (key, time.monotonic())
+            with head(asking(score)):
+                rows[way.name] |= task.first(score)
+            scores[way.name] = score
+        except TimeoutError as why:
+            rows[way.name]["status"] = str(why)
         except Exception as error:  # a peer that is missing, or fails here, is a row that says so
-            scores.pop(way.name, None)
-            rows[way.name]["status"] = (
-                f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
-            )
+            results["broken"][key] = rows[way.name]["status"] = said(error)
             gc.collect()
+            save()
+            ask_sign_of_life(device)
+            results["broken"].pop(key)
+        results.pop("running", None)
     task.ms(bare)
     times: dict[str, list[float]] = {name: [] for name in scores}
     for _ in range(ROUNDS if device.type == "cuda" else 1):
@@ -283,6 +342,40 @@ def markdown(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def empty(where: dict[str, str]) -> dict:
+    """Results of a machine, before any."""
+    return {"machine": where, "laws": [], "rows": [], "broken": {}}
+
+
+def write(results: dict, file: Path | None, table: Path | None = None) -> None:
+    """The results, whole or not at all, and their table."""
+    if file is not None:
+        part = file.with_suffix(f".{threading.get_ident()}")
+        part.write_text(json.dumps({key: value for key, value in results.items() if key != "running"}, indent=1))
+        part.replace(file)
+    if table is not None:
+        table.write_text(markdown(results))
+
+
+def end_at(moment: float, results: dict, finish: Callable[[], None]) -> threading.Timer:
+    """End this process then, whatever it waits for; a way that has had a minute by then is not asked again."""
+
+    def end() -> None:
+        key, since = results.get("running") or ("", moment)
+        if moment - since > 60:
+            results["broken"][key] = f"not done after {moment - since:.0f} s"
+        try:
+            finish()
+            print(f"time is up{key and ' in '}{key}; a second call goes on", flush=True)
+        finally:
+            os._exit(3)
+
+    timer = threading.Timer(max(moment - time.monotonic(), 0), end)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
 def main() -> int:
     """Run, or write the table alone; 1 where a law does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -291,9 +384,9 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--minutes", type=float, default=8.0)
     arguments = parser.parse_args()
-    results: dict = {"machine": {}, "laws": [], "rows": []}
+    results, files = empty({}), (arguments.json, arguments.markdown)
     if arguments.json is not None:
-        deadline = time.monotonic() + 60 * arguments.minutes - 20  # no task takes longer once its ways are compiled
+        begun = time.monotonic()
         if arguments.device == "cpu":
             os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined
         elif not torch.cuda.is_available():
@@ -302,10 +395,19 @@ def main() -> int:
         if arguments.json.exists():
             results = json.loads(arguments.json.read_text())
         if results["machine"] != machine(device):
-            results = {"machine": machine(device), "laws": [], "rows": []}
-        run(results, device, deadline, lambda: arguments.json.write_text(json.dumps(results, indent=1)))
-    if arguments.markdown is not None:
-        arguments.markdown.write_text(markdown(results))
+            results = empty(machine(device))
+        save = functools.partial(write, results, arguments.json)
+        timer = end_at(begun + 60 * arguments.minutes, results, functools.partial(write, results, *files))
+        try:
+            run(results, device, begun + 60 * arguments.minutes - SPARE, save)
+        except LostDeviceError as error:
+            left = arguments.minutes - (time.monotonic() - begun) / 60
+            print(f"the device is lost ({error}); again, without what broke it, for {left:.1f} minutes", flush=True)
+            again = [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:], "--minutes", f"{left:.2f}"]
+            os.execv(sys.executable, again)
+        finally:
+            timer.cancel()
+    write(results, None, arguments.markdown)
     return 1 if any(law["holds"] is False for law in results["laws"]) else 0
 
 

@@ -63,6 +63,11 @@ def _product(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
     return project(hidden_ND, weight_VD)  # on CUDA mm(out_dtype=float32)
 
 
+def _compiled_bf16() -> Score:
+    torch._dynamo.config.recompile_limit = 64  # beyond it torch would run eagerly, in silence
+    return torch.compile(full_bf16, dynamic=False)
+
+
 def full_fp32(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
     """All logits at once, float32."""
     return _product(hidden_ND, weight_VD).log_softmax(-1).gather(-1, target_N[:, None])[:, 0]
@@ -123,7 +128,7 @@ SCORING = (
     Way("rlalign cublas_one_pass, chunk 512", True, lambda: ours(ONE_PASS, chunk=512)),
     Way("full logits float32", True, lambda: full_fp32),
     Way("full logits bf16", False, lambda: full_bf16),
-    Way("torch.compile bf16", False, lambda: torch.compile(full_bf16, dynamic=False)),
+    Way("torch.compile bf16", False, _compiled_bf16),
     Way("Liger CuTe (fp16-staged)", False, _liger_cute),
     Way("Liger fused linear PPO", False, _liger_ppo),
     Way("cut-cross-entropy", False, _cce),

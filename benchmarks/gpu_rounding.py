@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,27 +61,26 @@ def inputs(n: int, d: int, e: int = 64) -> Inputs:
     return Inputs(*(x.bfloat16() for x in made))
 
 
-def block_sum(terms_NT: np.ndarray) -> np.ndarray:
+def block_sum(terms_NT: Tensor) -> Tensor:
     """[N] float32 sums of one term a thread, as cub::BlockReduce adds them: in a warp by shuffles of 1, 2, 4, 8, 16, then the
     warps one after the other. Thread counts are filled up with zeros to whole warps."""
-    missing = -terms_NT.shape[1] % WARP
-    lanes = np.pad(terms_NT, ((0, 0), (0, missing))).astype(np.float32).reshape(len(terms_NT), -1, WARP)
+    lanes = torch.nn.functional.pad(terms_NT, (0, -terms_NT.shape[1] % WARP)).view(len(terms_NT), -1, WARP)
     for offset in (1, 2, 4, 8, 16):
-        lanes = lanes + np.concatenate([lanes[..., offset:], np.zeros_like(lanes[..., :offset])], axis=-1)
+        lanes = lanes + torch.nn.functional.pad(lanes[..., offset:], (0, offset))
     total = lanes[:, 0, 0]
     for warp in range(1, lanes.shape[1]):
         total = total + lanes[:, warp, 0]
     return total
 
 
-def sums_of_squares(rounded_ND: np.ndarray, threads: int) -> np.ndarray:
+def sums_of_squares(rounded_ND: Tensor, threads: int) -> Tensor:
     """[N] float32: a thread takes every `threads`-th vector of eight; it adds pairs of squares, then the vector to what it has."""
     n, d = rounded_ND.shape
-    vectors = (rounded_ND.reshape(n, d // WIDTH, WIDTH) ** 2).astype(np.float32)
-    each = np.zeros((n, d // WIDTH), np.float32)
+    vectors = rounded_ND.view(n, d // WIDTH, WIDTH).square()
+    each = torch.zeros(n, d // WIDTH)
     for pair in range(0, WIDTH, 2):
         each = each + (vectors[..., pair] + vectors[..., pair + 1])
-    held = np.zeros((n, threads), np.float32)
+    held = torch.zeros(n, threads)
     for start in range(0, d // WIDTH, threads):
         part = each[:, start : start + threads]
         held[:, : part.shape[1]] += part
@@ -91,13 +89,12 @@ def sums_of_squares(rounded_ND: np.ndarray, threads: int) -> np.ndarray:
 
 def vllm_add_and_norm(given: Inputs, units: int = 0) -> Tensor:
     """vLLM's fused_add_rms_norm: the sum rounded, its squares added in the kernel's order, rounded after scale and weight."""
-    rounded = given.stream + given.branch  # a packed addition: one rounding
-    rounded_ND = rounded.float().numpy()
+    rounded_ND = (given.stream + given.branch).float()  # a packed addition: one rounding
     n, d = rounded_ND.shape
     squares_N = sums_of_squares(rounded_ND, min(d, 1024 if n < BUSY else 256))
-    scale_N = (1 / np.sqrt((squares_N / np.float32(d) + np.float32(EPSILON)).astype(np.float64))).astype(np.float32)
-    scale_N = (scale_N.view(np.int32) + units).view(np.float32)
-    return torch.from_numpy(rounded_ND * scale_N[:, None]).bfloat16() * given.weight
+    scale_N = (squares_N / d + EPSILON).double().rsqrt().float()
+    scale_N = (scale_N.view(torch.int32) + units).view(torch.float32)
+    return (rounded_ND * scale_N[:, None]).bfloat16() * given.weight
 
 
 def flashinfer_add_and_norm(given: Inputs) -> Tensor:

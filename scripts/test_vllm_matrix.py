@@ -65,11 +65,19 @@ def run_engine(version: str, home: Path) -> tuple[bool, str]:
     python = environment(version, home)
     command = [python, "-m", "pytest", "-p", "no:cacheprovider", *(str(ROOT / t) for t in TESTS)]
     done = subprocess.run(command, cwd=ROOT, env=variables(), capture_output=True, text=True)
-    log = home / f"{version}.log"
+    return said_of(done, home / f"{version}.log")
+
+
+def said_of(done: subprocess.CompletedProcess[str], log: Path) -> tuple[bool, str]:
+    """(passed, counts and the first failures) of a pytest run, whose output goes to the log."""
     log.write_text(done.stdout + done.stderr)
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-    counts = re.findall(r"^(?:\d+ (?:passed|failed|errors?|warnings?),? ?)+in", done.stdout, re.MULTILINE)
-    said = re.sub(r",? ?\d+ warnings?|, in| in$", "", counts[-1]).strip() if counts else f"did not start, see {log}"
+    counts = re.findall(r"^(?:\d+ (?:passed|failed|errors?|warnings?|deselected),? ?)+in", done.stdout, re.MULTILINE)
+    said = (
+        re.sub(r",? ?\d+ (?:warnings?|deselected)|,? in$", "", counts[-1]).strip()
+        if counts
+        else f"did not start, see {log}"
+    )
     names = "; ".join(name.split("::", 1)[-1] for name in failed[:5])
     return done.returncode == 0, f"{said}: {names}" if failed else said
 

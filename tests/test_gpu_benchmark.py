@@ -32,7 +32,7 @@ def few(monkeypatch):
 def test_it_measures_what_is_there_says_what_is_not_and_goes_on_where_it_stopped(few, monkeypatch, tmp_path):
     file, table = tmp_path / "gpu.json", tmp_path / "gpu.md"
     asked = ["--json", str(file), "--markdown", str(table), "--device", "cpu"]
-    assert command(monkeypatch, *asked, "--minutes", "0") == 0
+    assert command(monkeypatch, *asked, "--minutes", "0.3") == 0  # less than what is left for what was begun
     assert not file.exists()  # no time, no result
     assert command(monkeypatch, *asked, "--minutes", "5") == 0
     results = json.loads(file.read_text())
@@ -65,7 +65,7 @@ def test_a_head_that_breaks_a_law_is_not_timed(few, monkeypatch):
         raise AssertionError("65 rows differ")
 
     monkeypatch.setattr(gpu_laws, "LAWS", {"a row's bits are its own": (TRITON, broken)})
-    results = {"machine": {}, "laws": [], "rows": []}
+    results = gpu.empty({})
     gpu.run(results, CPU, time.monotonic() + 100, lambda: None)
     assert results["laws"][0]["holds"] is False and "65 rows differ" in results["laws"][0]["found"]
     rows = {(row["what"], row["way"]): row for row in results["rows"]}
@@ -74,11 +74,42 @@ def test_a_head_that_breaks_a_law_is_not_timed(few, monkeypatch):
     assert "**no**" in gpu.markdown(results)
 
 
+def test_what_breaks_the_device_is_not_asked_again_and_what_had_no_time_is(few, monkeypatch):
+    def breaks(*_):
+        raise RuntimeError("an illegal memory access")
+
+    def lost(device: torch.device):
+        raise gpu.LostDeviceError("no answer")
+
+    calls, fine = [], gpu_paths.Way("fine", True, lambda: gpu_paths.full_fp32)
+    monkeypatch.setattr(gpu_laws, "LAWS", {})
+    monkeypatch.setattr("benchmarks.gpu_rounding.rows", lambda device: [{"op": "none"}])
+    monkeypatch.setattr(gpu_paths, "SCORING", [gpu_paths.Way("breaks", True, lambda: breaks), fine])
+    monkeypatch.setattr(gpu, "tasks", lambda small: [(gpu.FORWARD, (6, 16, 40))])
+    results = gpu.empty({})
+    with monkeypatch.context() as poisoned, pytest.raises(gpu.LostDeviceError):
+        poisoned.setattr(gpu, "ask_sign_of_life", lambda device: calls.append(1) if not calls else lost(device))
+        gpu.run(results, CPU, time.monotonic() + 100, lambda: None)
+    assert list(results["broken"].values()) == ["RuntimeError: an illegal memory access"] and not results["rows"]
+    with monkeypatch.context() as late:  # the time is up once the first way was looked at
+        late.setattr(gpu.time, "monotonic", iter((0.0, 9.0)).__next__)
+        late.setattr(gpu.Measurement, "ms", lambda *_: 1.0)
+        gpu.run(results, CPU, 5.0, lambda: None)
+    assert {row["way"]: row.get("status") for row in results["rows"]} == {
+        gpu.GEMM: None, "breaks": "RuntimeError: an illegal memory access", "fine": gpu.NO_TIME,
+    }  # fmt: skip
+    gpu.run(results, CPU, time.monotonic() + 100, lambda: None)
+    assert {row["way"]: "ms" in row for row in results["rows"]} == {gpu.GEMM: True, "breaks": False, "fine": True}
+
+
 def test_without_results_the_table_says_so_and_predicts(monkeypatch, tmp_path):
     table = tmp_path / "gpu.md"
     assert command(monkeypatch, "--markdown", str(table)) == 0
     lines = table.read_text().splitlines()
     assert sum("| not run |" in line for line in lines) == len(gpu.tasks(small=False))
     assert gpu.predicted_ms(gpu.BOTH, (8, 4, 2)) == 4 * gpu.predicted_ms(gpu.FORWARD, (8, 4, 2))
+    for shape in gpu.SHAPES:  # memory beyond operands and gradients, whatever the number of tokens and the vocabulary
+        *_, sums, backward = gpu.launches(shape)
+        assert int(sums) + int(backward) <= 512
     weight_read = 2 * 4096 * 131072 / gpu.BANDWIDTH * 1e3
     assert weight_read < gpu.predicted_ms(gpu.DECODE, (1, 4096, 131072)) < 1.01 * weight_read

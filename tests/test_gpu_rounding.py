@@ -38,8 +38,8 @@ def test_a_fused_multiply_add_changes_no_sum_of_squares():
 
 @pytest.mark.parametrize("threads", [40, 256])
 def test_squares_are_added_thread_by_thread_then_by_shuffles_then_warp_by_warp(threads):
-    rounded = (GIVEN.stream + GIVEN.branch).float().numpy()
-    for row, found in zip(rounded, gpu_rounding.sums_of_squares(rounded, threads), strict=True):
+    rounded = (GIVEN.stream + GIVEN.branch).float()
+    for row, found in zip(rounded.numpy(), gpu_rounding.sums_of_squares(rounded, threads).numpy(), strict=True):
         held = [np.float32(0)] * -(-threads // 32) * 32
         for vector in range(len(row) // 8):
             inner = np.float32(0)

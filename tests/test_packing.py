@@ -142,10 +142,13 @@ def test_packed_scores_are_those_of_items_alone(kind, count):
 @pytest.mark.parametrize("kind", ["one_label", "gemma", "mistral"])
 def test_packed_scores_are_transformers_own(kind):
     query, items = words(6, 1), [words(3, 2), words(10, 3), words(1, 4)]  # within the sliding window of 16
-    packed, tokens = run_of(scorer_of(kind), query, items)
+    scorer = scorer_of(kind)
+    packed, tokens = run_of(scorer, query, items)
     for item, score in zip(items, packed.scores, strict=True):
         close(score, reference(kind, query + item).logits[0])
-    assert tokens == 20
+    # transformers 5.24 computes Gemma's attention eagerly, which takes no block mask: each item is then read with its own query
+    assert scorer.info.packs or (kind == "gemma" and "'eager'" in scorer.info.packing_reason)
+    assert tokens == (20 if scorer.info.packs else 32)
 
 
 @pytest.mark.parametrize("kind", ["gemma", "mistral"])

@@ -248,6 +248,21 @@ def test_prompts_are_cut_into_chunks_on_cpu_only_where_that_is_asked_for(model, 
     assert ("--no-enable-chunked-prefill" in as_options(arguments)) is (chunked is False)
 
 
+@pytest.mark.parametrize(
+    "on_gpu, asked, returned", [(True, None, True), (True, "0", False), (False, None, False), (False, "1", True)]
+)
+def test_routed_experts_are_asked_of_the_runner_that_returns_them(model, monkeypatch, on_gpu, asked, returned):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: on_gpu)
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", asked)
+    options = {"dtype": "float32", "head_dtype": "float32", "seed": 3, "exact": False}
+    config = RolloutConfig(max_model_len=99, max_tokens=9, enforce_eager=True, replay_experts="all")
+    assert engine_arguments(model, config, **options).get("enable_return_routed_experts", False) is returned
+    found = engine_arguments(model, RolloutConfig(max_model_len=99, max_tokens=9), **options)
+    assert "enable_return_routed_experts" not in found
+
+
 def test_servers_take_the_last_devices_and_leave_the_first_to_the_trainer(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4,5,6,7")
     assert [devices_of(i, 2, 2) for i in range(2)] == ["4,5", "6,7"]

@@ -1,11 +1,14 @@
-"""The text of a completion: what follows the prompt's own text, whole characters only, whatever the tokenizer."""
+"""What is read off a completion. Its text: what follows the prompt's own text, whole characters only, whatever the tokenizer."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from rlalign.rollout.engine.completions import said, texts
+from rlalign.rollout.engine.completions import RoutedExperts, said, texts
 from rlalign.tiny_policy.tokenizer import byte_tokenizer
 
 TOKENIZER = byte_tokenizer(64)
@@ -65,3 +68,19 @@ def test_a_character_that_was_whole_stays_when_the_next_byte_is_none(sentencepie
     whole, first, both = [1, *euro], [1, *euro[:2]], [1, *euro, wrong, 3]
     assert sentencepiece_like.decode(both) == "sum" + 4 * "\ufffd" + "!"
     assert texts(sentencepiece_like, [[2]], [[whole, first, both]]) == [[" sum\u20ac", " sum", " sum\u20ac!"]]
+
+
+def test_routes_that_the_engine_returns_are_those_of_the_mixtures_and_all_positions_or_an_error():
+    about = {"layers": [1, 3], "k": 2, "wide": False, "returned": True}
+    asked = []
+    routed = RoutedExperts(lambda method: asked.append(method) or [about])
+    rows = np.arange(5 * 4 * 2, dtype=np.uint8).reshape(
+        5, 4, 2
+    )  # [positions, decoder layers, K]; the first layer is dense
+    routed.forget()
+    found = routed.take(0)(SimpleNamespace(routed_experts=rows), 7, 6)
+    assert found.tolist() == rows[:, [1, 3]].flatten().tolist() and routed.bytes_per_token == 4
+    for short in (None, rows[:4]):
+        with pytest.raises(RuntimeError, match=r"recorded [04] positions of a completion of 6 tokens; expected 5"):
+            routed.take(0)(SimpleNamespace(routed_experts=short), 7, 6)
+    assert asked == ["rlalign_routes_start"]  # nothing is asked of the workers again

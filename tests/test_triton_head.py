@@ -14,7 +14,7 @@ from rlalign.head import triton as gpu_head
 from rlalign.head.products import Route
 from rlalign.head.projection import project, route
 from rlalign.logprobs import token_logprobs
-from rlalign.logprobs.blocks import Tile
+from rlalign.logprobs.blocks import Tile, columns_of
 from rlalign.logprobs.forward import Problem, Transform, forward_sums
 from rlalign.rollout.head.decode import decode_logits
 from rlalign.rollout.head.head_settings import HeadMode, HeadSettings
@@ -230,3 +230,13 @@ def test_both_sides_of_a_run_prove_the_same_bits_and_take_the_same_kernel(monkey
     assert engine.resolve(device="cuda") is HeadMode.CACHED
     monkeypatch.delenv(gpu_head.VARIABLE)
     assert engine.resolve(device="cuda") is HeadMode.NATIVE
+
+
+@pytest.mark.parametrize("vocab", [0, 1, 257, 8192, 8193, 16383, 16385, 32003, 131072, 151936, 262144])
+def test_a_gpus_blocks_of_the_vocabulary_are_whole_tiles_but_the_last(vocab):
+    width = Tile.of(torch.device("meta"), None).vocab
+    blocks = columns_of(vocab, width)
+    assert [i for block in blocks for i in (block.start, block.stop)][1:-1:2] == [block.start for block in blocks[1:]]
+    assert sum(block.stop - block.start for block in blocks) == vocab
+    assert all(block.start % WIDTH == 0 and 0 < block.stop - block.start <= width for block in blocks)
+    assert vocab == 1 or all(block.stop - block.start > 1 for block in blocks)

@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlalign.head.triton import softmax_plan
+
 # Rows a multiple of 4096 bytes apart collide in the caches: without the padding the products take a third longer (AMX).
 PAD = 32
 
 
 # Rows of a strip, which the passes after a product find in the L2 cache: on CPU 1 MiB a thread, elsewhere 32 MiB.
 _STRIP, _DEVICE_STRIP = 128, 512
+_DEVICE_BLOCK = 8192  # columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +35,17 @@ class Tile:
     @staticmethod
     def of(device: torch.device, chunk: int | None) -> Tile:
         """16 MiB of logits on CPU, 128 MiB elsewhere; `chunk` overrides the number of tokens."""
-        tokens, vocab = (2048, 2048) if device.type == "cpu" else (4096, 8192)
+        tokens, vocab = (2048, 2048) if device.type == "cpu" else (4096, _DEVICE_BLOCK)
         return Tile(chunk or tokens, vocab)
 
 
 def columns_of(vocab: int, width: int) -> list[slice]:
-    """The columns 0..vocab in nearly equal blocks of at most `width`; no block is a single column unless all are."""
-    count = -(-vocab // width)
-    bounds = [vocab * i // count for i in range(count + 1)] if count else []
+    """The columns 0..vocab in nearly equal blocks of at most `width`; no block is a single column unless all are.
+
+    A GPU's begin at whole tiles of its kernels, which would otherwise write the rows of a block number by number.
+    """
+    count, step = -(-vocab // width), softmax_plan().columns if width == _DEVICE_BLOCK else 1
+    bounds = [min(-(-(vocab * i // count) // step) * step, vocab) for i in range(count + 1)] if count else []
     return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 

@@ -11,15 +11,21 @@ import torch
 
 from rlalign.logprobs.truncation import Truncation, kept_mask
 from tests.engine.conftest import perturbed
+from tests.engine.test_routed_experts import build
 
 pytestmark = pytest.mark.nightly
 
 
 @pytest.fixture(scope="module")
-def found(untied, tmp_path_factory) -> dict:
+def mixture(tmp_path_factory) -> Path:
+    return build(tmp_path_factory.mktemp("mixture"))
+
+
+@pytest.fixture(scope="module")
+def found(untied, mixture, tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("v2") / "found.json"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.v2_runner", str(untied), str(out)], cwd=Path(__file__).parents[2],
+        [sys.executable, "-m", "tests.engine.v2_runner", str(untied), str(mixture), str(out)], cwd=Path(__file__).parents[2],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
@@ -66,6 +72,36 @@ def test_its_sampling_masks_are_the_sets_that_we_read_off_its_logprobs_and_that_
         for mask, logprob, computed in zip(output["mask"], output["logprobs"], kept, strict=True):
             assert mask == sorted(int(i) for i, value in logprob.items() if value > -torch.inf)
             assert mask == computed.nonzero()[:, 0].tolist()
+
+
+@torch.no_grad()
+def chosen(model, token_ids) -> torch.Tensor:
+    """[L, layers, K]: experts that transformers' own gates choose, ascending."""
+    found = []
+    hooks = [
+        layer.mlp.gate.register_forward_hook(lambda m, a, out: found.append(out[-1])) for layer in model.model.layers
+    ]
+    model(torch.tensor([token_ids]))
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found, 1).sort(-1).values
+
+
+def test_its_routed_experts_are_those_of_transformers_gates_from_the_prefix_cache_and_after_a_publish_too(
+    found, mixture
+):
+    routed = found["routed"]
+    for key, change in (("cold", 0.0), ("warm", 0.0), ("published", 0.02)):
+        model, differ, total = perturbed(mixture, seed=1, size=change).float().eval(), 0, 0
+        for rollout in routed[key]:
+            ids = rollout["token_ids"]
+            assert rollout["shape"] == [4, 2] and len(rollout["experts"]) == 8 * (len(ids) - 1)
+            got = torch.tensor(rollout["experts"]).view(-1, 4, 2).sort(-1).values
+            differ += int((got != chosen(model, ids)[:-1]).sum())
+            total += got.numel()
+        assert differ < 2e-3 * total, key  # two float32 forwards; a gate may be undecided
+    first = [[r["experts"][: 8 * r["prompt_length"]] for r in routed[key]] for key in ("cold", "published")]
+    assert first[0] != first[1]  # the prompts' too: nothing outlived its weights
 
 
 def test_capture_refuses_it_by_name(found):

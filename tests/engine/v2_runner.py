@@ -1,4 +1,6 @@
-"""vLLM's V2 model runner, GPUs' default, on a CPU: its Triton kernels run in Triton's interpreter. `python -m ... MODEL OUT.json`.
+"""vLLM's V2 model runner, GPUs' default, on a CPU: its Triton kernels run in Triton's interpreter.
+
+    python -m tests.engine.v2_runner MODEL MIXTURE OUT.json
 
 The runner asks for a Triton with a CPU backend, which no wheel has; one that does nothing is put in its place, since the
 interpreter never compiles.
@@ -31,7 +33,7 @@ from tests.engine.conftest import (  # noqa: E402 (Triton must know first that i
 TRUNCATED = {"top_p": 0.9, "top_k": 30, "min_p": 0.01}
 
 
-def main(model: Path, out: Path) -> None:
+def main(model: Path, mixture: Path, out: Path) -> None:
     from vllm import SamplingParams
 
     from rlalign.weights import publish
@@ -75,7 +77,28 @@ def main(model: Path, out: Path) -> None:
         }
         for o in outputs
     ]
+    del llm
+    found["routed"] = routed(mixture, out.parent)
     out.write_text(json.dumps(found, default=str))
+
+
+def routed(mixture: Path, folder: Path) -> dict[str, object]:
+    """Rollouts of a mixture of experts: cold, with its prompts cached, and after a publish."""
+    from rlalign.weights import publish
+
+    config = replace(ROLLOUT, replay_experts="all", prefix_caching=True, max_num_batched_tokens=256, max_num_seqs=8)
+    engine = start(mixture, dtype="float32", rollout=config)
+    prompts = [[1, *range(40, 190)], [1, *range(40, 180), 7], [1, 40, 41]]  # beyond a block of the KV cache
+
+    def sampled() -> list[dict[str, object]]:
+        rollouts = engine.generate(prompts, prompt_ids=range(3), samples=2, seed=3)
+        return [{**vars_of(r), "experts": list(r.experts), "shape": list(r.experts_shape)} for r in rollouts]
+
+    cold, warm = sampled(), sampled()
+    publish(perturbed(mixture, seed=1).float().named_parameters(), 1, receiver=engine, shared=folder)
+    found = {"cold": cold, "warm": warm, "published": sampled(), "layers": engine.routed.layers}
+    engine.close()
+    return found
 
 
 def vars_of(rollout) -> dict[str, object]:
@@ -84,4 +107,4 @@ def vars_of(rollout) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))

@@ -1,6 +1,7 @@
 """The kernels: logits, the softmax's sums over the vocabulary, the gradient of the logits; products in them or read from memory.
 
-A program takes one tile after the other, `programs` apart: as many programs as tiles, or one for each multiprocessor.
+A program takes one tile after the other, `programs` apart: as many programs as tiles, or one for each multiprocessor. What varies
+from call to call and aligns nothing, rows and first id, is no reason to compile again.
 N tokens, D hidden, V vocabulary.
 """
 
@@ -21,7 +22,7 @@ def put_logits(x, bias, out, row, column, rows, columns, out_n):
     tl.store(place_of, x, mask=(row < rows)[:, None] & (column < columns)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def logits_kernel(
     hidden, weight, bias, out, rows, columns, size,
     hidden_n, hidden_d, weight_v, weight_d, out_n,
@@ -75,7 +76,7 @@ def sum_part(
     return part_sums(tl.where((column < columns)[None, :], x, float("-inf")), MEAN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "first_id"])
 def sums_kernel(
     hidden, weight, made, kept, bias, temperature, target, peaks, totals, weights, target_logit,
     rows, columns, size, first_id, soft_cap, logit_scale,
@@ -131,7 +132,7 @@ def sums_kernel(
             tl.store(weights + of_tile, w, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def merge_kernel(
     peaks, totals, weights, lse, mean, rows, tiles, sums_t,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, MEAN: tl.constexpr,
@@ -175,7 +176,7 @@ def gradient_part(
         tl.store(down + column, tl.sum(tl.where((row < rows)[:, None], slopes, 0.0), 0), mask=column < columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "first_id"])
 def gradient_kernel(
     hidden, weight, made, bias, temperature, target, lse, logprob_grad, entropy, entropy_grad, out, bias_grad,
     rows, columns, size, first_id, soft_cap, logit_scale,

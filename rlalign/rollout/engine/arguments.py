@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,15 @@ def engine_arguments(
         "generation_config": "vllm",  # sampling defaults come from our config, never from a file beside the model
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
-    }
+    } | ({"enable_return_routed_experts": True} if _returns_routes(config) else {})
+
+
+def _returns_routes(config: RolloutConfig) -> bool:
+    """Whether vLLM's V2 runner is asked for routed experts: GPUs' default runner, or by its variable. The V1 runner has none."""
+    import torch
+
+    asked = os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "1" if torch.cuda.is_available() else "0")
+    return config.replay_experts != "off" and asked.lower() in ("1", "true")
 
 
 def _must_not_chunk(config: RolloutConfig) -> bool:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from vllm import CompletionOutput
     from vllm.logprobs import FlatLogprobs
+    from vllm.outputs import CompletionOutput
 
 __all__ = ["RoutedExperts", "UnknownIds", "core_of", "kept_sets", "rollout_of", "said", "texts"]
 
@@ -178,34 +179,33 @@ class UnknownIds:
 
 
 class RoutedExperts:
-    """What the workers recorded. bytes_per_token: of every position that a rollout carries."""
+    """What the workers recorded, or vLLM's V2 runner returned. bytes_per_token: of every position that a rollout carries."""
 
     def __init__(self, ask: Ask) -> None:
         """Start recording on every rank. Raises what the workers raise: a model without experts, a runner that hides them."""
         about = ask("rlalign_routes_start")[0]
-        self._ask, self._code = ask, "H" if about["wide"] else "B"
+        self._ask, self._code, self._returned = ask, "H" if about["wide"] else "B", about["returned"]
         self.layers: list[int] = about["layers"]
         self.shape = (len(self.layers), about["k"])
         self.bytes_per_token = self.shape[0] * self.shape[1] * array(self._code).itemsize
 
     def forget(self) -> None:
         """Drop what was recorded so far: of requests that failed, or that were scored and not sampled."""
-        self._ask("rlalign_routes_take")
+        if not self._returned:
+            self._ask("rlalign_routes_take")
 
-    def take(self, version: int) -> Callable[[int, int], array]:
-        """A function from (seed of a completion, its tokens) to its entries: of all positions but the last, which was only sampled.
+    def take(self, version: int) -> Callable[[CompletionOutput, int, int], array]:
+        """A function from (a completion, its seed, its tokens) to its entries: of all positions but the last, only sampled.
 
         Raises RuntimeError for a completion without all of them, or with routes that another version's gates made.
         """
+        if self._returned:
+            return self._from_engine
         found = {int(seed): entry for seed, entry in self._ask("rlalign_routes_take")[0]["routes"].items()}
 
-        def of(seed: int, tokens: int) -> array:
+        def of(completion: CompletionOutput, seed: int, tokens: int) -> array:
             entry = found.get(seed, {"positions": 0, "versions": [], "data": b""})
-            if entry["positions"] < tokens - 1:
-                raise RuntimeError(
-                    f"routed experts: the engine recorded {entry['positions']} positions of a completion of {tokens} tokens; "
-                    f"expected {tokens - 1}. Report it with the model's name; rollout.replay_experts=off runs without"
-                )
+            self._require(entry["positions"], tokens)
             if entry["versions"] != [version]:
                 raise RuntimeError(
                     f"routed experts: made by the gates of versions {entry['versions']} for a completion of version {version}: a "
@@ -215,3 +215,16 @@ class RoutedExperts:
             return entries[: (tokens - 1) * self.shape[0] * self.shape[1]]
 
         return of
+
+    def _from_engine(self, completion: CompletionOutput, seed: int, tokens: int) -> array:
+        """vLLM's own [positions, decoder layers, K]. It keeps those of cached prompts beside the cache, and drops both together."""
+        rows = completion.routed_experts
+        self._require(0 if rows is None else len(rows), tokens)
+        return array(self._code, rows[: tokens - 1, self.layers].tobytes())
+
+    def _require(self, positions: int, tokens: int) -> None:
+        if positions < tokens - 1:
+            raise RuntimeError(
+                f"routed experts: the engine recorded {positions} positions of a completion of {tokens} tokens; expected "
+                f"{tokens - 1}. Report it with the model's name; rollout.replay_experts=off runs without"
+            )

@@ -127,7 +127,9 @@ class VLLMEngine:
                 reported=captured_ids(self.config),
                 experts=None
                 if routes is None
-                else routes(params[group].seed + completion.index, len(prompts[group]) + len(completion.token_ids)),
+                else routes(
+                    completion, params[group].seed + completion.index, len(prompts[group]) + len(completion.token_ids)
+                ),
                 experts_shape=(0, 0) if self.routed is None else self.routed.shape,
             )
             for group, (output, of_group) in enumerate(zip(outputs, found, strict=True))

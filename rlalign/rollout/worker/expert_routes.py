@@ -1,8 +1,9 @@
 """Worker side of routed experts: which experts each token went through, of every request, prefix-cached prompts included.
 
-vLLM 0.32 returns routes only from its V2 runner, on GPU. Here its own capturer is bound to the routers of a V1 runner, and what it
-saw is kept twice: by request, and by the slot of the KV cache a token's keys went to. A prompt that comes from the prefix cache is
-not computed again; its routes are those of the slots it is read from, as its keys are.
+vLLM's V2 runner, GPUs' default, returns routes with its completions; nothing is recorded here. The V1 runner returns none: vLLM's
+own capturer is bound to its routers, and what it saw is kept twice: by request, and by the slot of the KV cache a token's keys went
+to. A prompt that comes from the prefix cache is not computed again; its routes are those of the slots it is read from, as its keys
+are.
 """
 
 from __future__ import annotations
@@ -49,7 +50,6 @@ class RouteRecorder:
 
     def __init__(self, runner: GPUModelRunner, vllm_config: VllmConfig) -> None:
         """Bind vLLM's capturer. Raises ValueError for a model without experts or a kernel that hides its routes."""
-        from vllm.model_executor.layers.fused_moe.layer import MoERunner
         from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
             RoutedExpertsCapturer,
             bind_routed_experts_capturer,
@@ -57,12 +57,7 @@ class RouteRecorder:
         from vllm.v1.kv_cache_interface import FullAttentionSpec
 
         model = runner.get_model()
-        found = {m.layer_id for m in model.modules() if isinstance(m, MoERunner)}
-        if not found:
-            raise ValueError(
-                f"rollout.replay_experts: vLLM's {type(model).__name__} has no mixture of experts; use rollout.replay_experts=off"
-            )
-        self.layers, self.runner, self.version = sorted(found), runner, 0
+        self.layers, self.runner, self.version = mixture_layers(model), runner, 0
         self._seen: set[int] = set()
         self._capturer = RoutedExpertsCapturer(runner.max_num_tokens, vllm_config)
         bind_routed_experts_capturer(model, self)
@@ -132,24 +127,43 @@ class RouteRecorder:
         kept.put(at_N, self._slots.routes[slot_N], self._slots.version_N[slot_N])
 
 
+def mixture_layers(model: nn.Module) -> list[int]:
+    """Numbers of the decoder layers that are mixtures of experts. Raises ValueError where there is none."""
+    from vllm.model_executor.layers.fused_moe.layer import MoERunner
+
+    found = sorted({m.layer_id for m in model.modules() if isinstance(m, MoERunner)})
+    if not found:
+        raise ValueError(
+            f"rollout.replay_experts: vLLM's {type(model).__name__} has no mixture of experts; use rollout.replay_experts=off"
+        )
+    return found
+
+
 class RoutesExtension:
     """RPCs of one worker around routed experts."""
 
     rlalign_routes: RouteRecorder | None = None
 
     def rlalign_routes_start(self) -> dict[str, object]:
-        """Record from now on; "layers": decoder layers that are mixtures, "k": experts of a token, "wide": two bytes an id."""
+        """Record from now on, or leave it to the V2 runner ("returned").
+
+        "layers": decoder layers that are mixtures, "k": experts of a token, "wide": two bytes an id.
+        """
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-        if not isinstance(self.model_runner, GPUModelRunner):
-            raise RuntimeError(
-                f"routed experts are read off vLLM's V1 model runner; this one is {type(self.model_runner).__qualname__}. Start "
-                "it with VLLM_USE_V2_MODEL_RUNNER=0"
-            )
-        if self.rlalign_routes is None:
-            self.rlalign_routes = RouteRecorder(self.model_runner, self.vllm_config)
-        recorder = self.rlalign_routes
-        return {"layers": recorder.layers, "k": recorder.shape[1], "wide": recorder.wide}
+        runner, model = self.model_runner, self.vllm_config.model_config
+        layers = mixture_layers(runner.get_model())
+        if returned := not isinstance(runner, GPUModelRunner):
+            if getattr(runner, "aux_output_connector", None) is None:
+                raise RuntimeError(
+                    f"routed experts: vLLM's {type(runner).__module__}.{type(runner).__qualname__} was started without "
+                    "enable_return_routed_experts (vLLM 0.32 and later, with a prefix cache); VLLM_USE_V2_MODEL_RUNNER=0 starts "
+                    "the runner that is recorded here"
+                )
+        elif self.rlalign_routes is None:
+            self.rlalign_routes = RouteRecorder(runner, self.vllm_config)
+        wide, k = model.get_num_experts() > 256, model.get_num_experts_per_tok()
+        return {"layers": layers, "k": k, "wide": wide, "returned": returned}
 
     def rlalign_routes_take(self) -> dict[str, object]:
         """ "routes" of every request with a seed since the last call; from the first tensor-parallel rank alone."""

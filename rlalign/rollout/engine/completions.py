@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from vllm import CompletionOutput
     from vllm.logprobs import FlatLogprobs
-    from vllm.outputs import CompletionOutput
 
 __all__ = ["RoutedExperts", "UnknownIds", "core_of", "kept_sets", "rollout_of", "said", "texts"]
 

@@ -37,6 +37,7 @@ def kind(request) -> str:
     return request.param
 
 
+@pytest.mark.slow
 def test_children_see_the_lesser_processor_and_nothing_more(kind):
     # a shell between, so that what is hidden is also hidden from grandchildren
     done = as_host(kind, "sh", "-c", '"$0" -c "$1"', sys.executable, SEEN)

@@ -66,6 +66,7 @@ def pages(full, tmp_path_factory) -> dict[str, str]:
     return {name: path.read_text(encoding="utf-8") for name, path in written.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["run", "runs"])
 def test_every_chart_of_the_table_is_drawn_with_its_note_and_legend(pages, page):
     found = re.findall(r"<figure><figcaption><b>(.*?)</b>(.*?)</figcaption>", pages[page], re.DOTALL)
@@ -95,6 +96,7 @@ def test_every_chart_of_the_table_is_a_panel_with_its_metrics_and_scale():
             assert config.get("yLogScale", False) == chart.log and config.get("metricRegex", "") == chart.regex
 
 
+@pytest.mark.slow
 def test_what_the_dashboard_alone_draws_is_a_table_on_the_page(pages):
     page = Page(pages["run"])
     assert {chart.title for chart in charts.every() if chart.in_table} == TABLED
@@ -102,6 +104,7 @@ def test_what_the_dashboard_alone_draws_is_a_table_on_the_page(pages):
         assert any(heading in row for row in page.rows), heading
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["run", "runs", "attribution"])
 def test_pages_load_nothing_and_escape_names(pages, page):
     text, found = pages[page], Page(pages[page])

@@ -64,6 +64,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_read_is_what_transformers_own_forward_does(name):
     kind, fields = FAMILIES[name]

@@ -159,6 +159,7 @@ def test_ids_in_the_page_are_unique_and_every_reference_has_one(pages):
     assert len(ids) == len(set(ids)) and set(references) <= set(ids)
 
 
+@pytest.mark.slow
 def test_text_of_a_run_never_becomes_markup(tmp_path):
     evil = make_run(tmp_path / "run", evil=EVIL)
     for runs in ([evil], [evil, evil]):
@@ -238,6 +239,7 @@ def test_ranks_that_disagree_are_a_problem(tmp_path):
     assert "The ranks do not have the same head: mode is cached and native." in page.text
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_page(pair, pages, tmp_path):
     assert write_report([pair[0]], tmp_path / "again.html").read_text(encoding="utf-8") == pages["one"]
 

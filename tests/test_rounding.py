@@ -159,6 +159,7 @@ def native():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KNOWN)
 @torch.no_grad()
 def test_a_mirrored_body_is_as_near_to_float32_as_the_model_and_is_not_the_model(name, native):

@@ -47,6 +47,7 @@ class Variant:
     described: bool = False
     from_memory: bool = False
     capped: bool = False
+    barred: bool = False
     dtype: str = "bf16"
 
     @property
@@ -56,7 +57,14 @@ class Variant:
         if self.plan is not None:
             words.append(f"{self.plan.rows} x {self.plan.columns}")
         words += [
-            word for word, there in (("TMA", self.described), ("read", self.from_memory), ("cap", self.capped)) if there
+            word
+            for word, there in (
+                ("TMA", self.described),
+                ("read", self.from_memory),
+                ("cap", self.capped),
+                ("kept sets", self.barred),
+            )
+            if there
         ]
         return ", ".join(words if self.dtype == "bf16" else [*words, self.dtype])
 
@@ -80,6 +88,7 @@ def variants(target: int) -> Iterator[Variant]:
         for kernel in ("sums_kernel", "gradient_kernel"):
             yield Variant(kernel, PLANS[128], described)
             yield Variant(kernel, PLANS[128], described, capped=True)
+            yield Variant(kernel, PLANS[128], described, barred=True)
     for kernel in ("sums_kernel", "gradient_kernel"):
         yield Variant(kernel, PLANS[128], from_memory=True)
     yield Variant("logits_kernel", PLANS[64], dtype="fp16")
@@ -109,6 +118,8 @@ def _arguments(variant: Variant) -> tuple[dict[str, str], dict[str, object], dic
         constants |= {"BLOCK_N": plan.rows, "BLOCK_V": plan.columns, "BLOCK_K": plan.inner, "GROUP": plan.group}
         constants |= {"hidden_d": 1, "weight_d": 1}
         constants["kept"] = None
+        if not variant.barred:
+            constants["allowed"] = None
         if not variant.from_memory:
             constants["made"] = None
         if variant.kernel == "logits_kernel":
@@ -132,6 +143,8 @@ def _kind(name: str, variant: Variant) -> str:
         return f"*{variant.dtype}"
     if name == "out":
         return "*fp32" if variant.kernel == "logits_kernel" else f"*{variant.dtype}"
+    if name == "allowed":
+        return "*u8"
     if name in POINTERS:
         return POINTERS[name]
     if name in FLOATS:

@@ -191,10 +191,26 @@ def test_what_is_kept_between_the_passes_changes_no_bit():
         assert torch.equal(value, wanted)
 
 
-def test_kept_sets_and_float16():
-    got, exact = scored({}, kept=True, dtype=torch.float16)
-    for value, wanted in zip(got, exact, strict=True):
-        torch.testing.assert_close(value.double(), wanted, atol=2e-3 * float(wanted.abs().max()) + 5e-6, rtol=0)
+@pytest.mark.parametrize("way", [gpu_head.TRITON, gpu_head.ONE_PASS])
+@pytest.mark.parametrize(("name", "dtype"), [("plain", torch.float16), ("all", torch.bfloat16)])
+def test_over_kept_sets_too(name, dtype, way, monkeypatch):
+    monkeypatch.setenv(gpu_head.VARIABLE, way)
+    got, exact = scored(OPTIONS[name], kept=True, dtype=dtype)
+    for value, wanted in zip(got[:2], exact[:2], strict=True):
+        torch.testing.assert_close(value.double(), wanted, atol=5e-6, rtol=0)
+    for value, wanted in zip(got[2:], exact[2:], strict=True):
+        assert float((value.double() - wanted).abs().max()) <= 1e-2 * float(wanted.abs().max())
+
+
+def test_over_kept_sets_what_is_kept_and_what_is_mirrored_have_the_same_gradients():
+    kept, fresh = scored(OPTIONS["all"], keep_mib=1, kept=True)[0], scored(OPTIONS["all"], kept=True)[0]
+    for value, wanted in zip(kept, fresh, strict=True):
+        assert torch.equal(value, wanted)
+    mirrored, exact = scored(OPTIONS["all"] | {"mode": "exact_mirror"}, keep_mib=1, kept=True)
+    for value, wanted in zip(mirrored[:2], exact[:2], strict=True):
+        torch.testing.assert_close(value.double(), wanted, atol=5e-6, rtol=0)
+    for value, wanted in zip(mirrored[2:], fresh[2:], strict=True):
+        torch.testing.assert_close(value, wanted, atol=2.0**-7 * float(wanted.abs().max()), rtol=0)
 
 
 def test_the_mirror_carries_the_bits_of_the_engines_logits():

@@ -314,7 +314,7 @@ def from_logits(
     if kept is not None:
         sets = Kept.of(kept.ids_E, kept.count_BL[:, 1:].flatten(), x_BLV.device)
         n, vocab = x_BLV.shape[0] * x_BLV.shape[1], x_BLV.shape[2]
-        x_BLV = x_BLV + torch.where(sets.mask(slice(0, n), vocab), 0.0, BARRED).view(x_BLV.shape)
+        x_BLV = x_BLV + torch.where(sets.mask(slice(0, n), slice(0, vocab)), 0.0, BARRED).view(x_BLV.shape)
     logprobs_BLV = x_BLV.log_softmax(-1)
     chosen_BL = logprobs_BLV.gather(-1, token_ids_BL[:, 1:, None])[..., 0]
     probs_BLV = logprobs_BLV.exp()

@@ -72,11 +72,12 @@ class Kept:
         barred[self.cells(rows, columns)] = 0.0
         return x_TS.add_(barred[:-1].view(x_TS.shape))
 
-    def mask(self, rows: slice, vocab: int) -> Tensor:
-        """[T, V] bool of the sets of these tokens."""
-        flat = torch.zeros((rows.stop - rows.start) * vocab + 1, dtype=torch.bool, device=self.ids_E.device)
-        flat[self.cells(rows, slice(0, vocab))] = True
-        return flat[:-1].view(-1, vocab)
+    def mask(self, rows: slice, columns: slice) -> Tensor:
+        """[T, S] bool: which of these columns are in the sets of these tokens."""
+        width = columns.stop - columns.start
+        flat = torch.zeros((rows.stop - rows.start) * width + 1, dtype=torch.bool, device=self.ids_E.device)
+        flat[self.cells(rows, columns)] = True
+        return flat[:-1].view(-1, width)
 
 
 # Hidden states of up to this many numbers are widened once, larger ones tile by tile.
@@ -162,7 +163,7 @@ class Problem:
     @property
     def one_pass(self) -> bool:
         """Whether kernels of rlalign/head/triton sum a tile and differentiate it, each in one pass over its products."""
-        return self.kept is None and gpu_head.sums_on(self.hidden_ND.device)
+        return gpu_head.sums_on(self.hidden_ND.device)
 
     def products(self, rows: slice, weight_SD: Tensor, out_TS: Tensor) -> Tensor:
         """Logits of a tile before bias and transform, written into `out_TS`."""
@@ -191,6 +192,7 @@ class Problem:
             first_id=columns.start,
             soft_cap=transform.soft_cap,
             logit_scale=transform.logit_scale,
+            allowed_NV=None if self.kept is None else self.kept.mask(rows, columns),
         )
 
     def target_columns(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:

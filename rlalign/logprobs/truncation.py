@@ -204,7 +204,7 @@ def _tile(
     differ_mass_T = torch.zeros(len(x_TV), device=x_TV.device)
     if given is not None:
         compared_T = given.start_M.diff()[rows].to(x_TV.device) > 0
-        theirs_TV = given.mask(rows, x_TV.shape[1])
+        theirs_TV = given.mask(rows, slice(0, x_TV.shape[1]))
         only_TV = (own_TV ^ theirs_TV) & compared_T.unsqueeze(1)
         differ_T, differ_mass_T = only_TV.any(1), (logprob_TV.exp() * only_TV).sum(1)
         chosen_TV = torch.where(compared_T.unsqueeze(1), theirs_TV, chosen_TV)

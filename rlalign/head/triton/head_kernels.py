@@ -62,14 +62,25 @@ def read_quarters(made, row, column, rows, columns, made_n, QUARTER: tl.constexp
 
 
 @triton.jit
+def barred(x, allowed, row, column, rows, columns, allowed_n):
+    """A part of a tile of logits without the ids that a token's kept set leaves out: probability exactly 0, and no NaN from it."""
+    if allowed is not None:
+        there = (row < rows)[:, None] & (column < columns)[None, :]
+        keeps = tl.load(allowed + row[:, None].to(tl.int64) * allowed_n + column[None, :], mask=there, other=0)
+        x = tl.where(keeps != 0, x, -1e30)
+    return x
+
+
+@triton.jit
 def sum_part(
-    x, bias, heat, wanted, target_logit, kept, row, column, rows, columns, kept_n, soft_cap, logit_scale,
+    x, bias, heat, allowed, wanted, target_logit, kept, row, column, rows, columns, allowed_n, kept_n, soft_cap, logit_scale,
     CAPPED: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
     """The three sums of a part of a tile; its products into `kept`, unless that is None, and the logit of the wanted column."""
     if kept is not None:
         put_logits(x, None, kept, row, column, rows, columns, kept_n)
     x, _ = transformed(x, bias, heat, column, columns, soft_cap, logit_scale, CAPPED)
+    x = barred(x, allowed, row, column, rows, columns, allowed_n)
     hit = column[None, :] == wanted[:, None]
     inside = (wanted >= tl.min(column, 0)) & (wanted <= tl.max(column, 0)) & (wanted < columns) & (row < rows)
     tl.store(target_logit + row, tl.sum(tl.where(hit, x, 0.0), 1), mask=inside)
@@ -78,16 +89,17 @@ def sum_part(
 
 @triton.jit(do_not_specialize=["rows", "first_id"])
 def sums_kernel(
-    hidden, weight, made, kept, bias, temperature, target, peaks, totals, weights, target_logit,
+    hidden, weight, made, kept, bias, temperature, allowed, target, peaks, totals, weights, target_logit,
     rows, columns, size, first_id, soft_cap, logit_scale,
-    hidden_n, hidden_d, weight_v, weight_d, made_n, kept_n, sums_t,
+    hidden_n, hidden_d, weight_v, weight_d, made_n, allowed_n, kept_n, sums_t,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     EVEN: tl.constexpr, DESCRIBED: tl.constexpr, WIDEN: tl.constexpr, CAPPED: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
     """peaks, totals, weights [tiles of the vocabulary, N]: the three sums of each tile; target_logit [N] where it lies in one.
 
     made: products [N, V] that exist already, or None: they are formed here and never leave the registers, unless `kept` [N, V]
-    wants them. first_id: the id of column 0; sums_t: from one tile's sums to the next.
+    wants them. allowed [N, V] bytes or None: zero where a token's softmax leaves an id out. first_id: the id of column 0; sums_t:
+    from one tile's sums to the next.
     """
     tiles = tl.cdiv(rows, BLOCK_N) * tl.cdiv(columns, BLOCK_V)
     QUARTER: tl.constexpr = BLOCK_V // 4
@@ -107,22 +119,22 @@ def sums_kernel(
         if temperature is not None:
             heat = tl.load(temperature + row, mask=row < rows, other=1.0)
         p, t, w = sum_part(
-            first, bias, heat, wanted, target_logit, kept, row, column, rows, columns, kept_n, soft_cap, logit_scale,
-            CAPPED, MEAN,
+            first, bias, heat, allowed, wanted, target_logit, kept, row, column, rows, columns, allowed_n,
+            kept_n, soft_cap, logit_scale, CAPPED, MEAN,
         )  # fmt: skip
         p2, t2, w2 = sum_part(
-            second, bias, heat, wanted, target_logit, kept, row, column + QUARTER, rows, columns, kept_n, soft_cap,
-            logit_scale, CAPPED, MEAN,
-        )  # fmt: skip
-        p, t, w = joined(p, t, w, p2, t2, w2, MEAN)
-        p2, t2, w2 = sum_part(
-            third, bias, heat, wanted, target_logit, kept, row, column + 2 * QUARTER, rows, columns, kept_n, soft_cap,
-            logit_scale, CAPPED, MEAN,
+            second, bias, heat, allowed, wanted, target_logit, kept, row, column + QUARTER, rows, columns, allowed_n,
+            kept_n, soft_cap, logit_scale, CAPPED, MEAN,
         )  # fmt: skip
         p, t, w = joined(p, t, w, p2, t2, w2, MEAN)
         p2, t2, w2 = sum_part(
-            fourth, bias, heat, wanted, target_logit, kept, row, column + 3 * QUARTER, rows, columns, kept_n, soft_cap,
-            logit_scale, CAPPED, MEAN,
+            third, bias, heat, allowed, wanted, target_logit, kept, row, column + 2 * QUARTER, rows, columns, allowed_n,
+            kept_n, soft_cap, logit_scale, CAPPED, MEAN,
+        )  # fmt: skip
+        p, t, w = joined(p, t, w, p2, t2, w2, MEAN)
+        p2, t2, w2 = sum_part(
+            fourth, bias, heat, allowed, wanted, target_logit, kept, row, column + 3 * QUARTER, rows, columns, allowed_n,
+            kept_n, soft_cap, logit_scale, CAPPED, MEAN,
         )  # fmt: skip
         p, t, w = joined(p, t, w, p2, t2, w2, MEAN)
         of_tile = (first_column // BLOCK_V).to(tl.int64) * sums_t + row
@@ -164,11 +176,13 @@ def merge_kernel(
 
 @triton.jit
 def gradient_part(
-    x, bias, heat, wanted, of_lse, grad, level, fall, out, down, row, column, rows, columns, out_n, soft_cap, logit_scale,
+    x, bias, heat, allowed, wanted, of_lse, grad, level, fall, out, down, row, column, rows, columns, allowed_n, out_n,
+    soft_cap, logit_scale,
     CAPPED: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """Store the gradient for a part of a tile of products; its sum over the rows into `down`, unless that is None."""
     x, slope = transformed(x, bias, heat, column, columns, soft_cap, logit_scale, CAPPED)
+    x = barred(x, allowed, row, column, rows, columns, allowed_n)
     slopes = logit_gradient(x, slope, column[None, :] == wanted[:, None], of_lse, grad, level, fall, ENTROPY)
     place_of = out + row[:, None].to(tl.int64) * out_n + column[None, :]
     tl.store(place_of, slopes.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
@@ -178,9 +192,9 @@ def gradient_part(
 
 @triton.jit(do_not_specialize=["rows", "first_id"])
 def gradient_kernel(
-    hidden, weight, made, bias, temperature, target, lse, logprob_grad, entropy, entropy_grad, out, bias_grad,
+    hidden, weight, made, bias, temperature, allowed, target, lse, logprob_grad, entropy, entropy_grad, out, bias_grad,
     rows, columns, size, first_id, soft_cap, logit_scale,
-    hidden_n, hidden_d, weight_v, weight_d, made_n, out_n, bias_grad_n,
+    hidden_n, hidden_d, weight_v, weight_d, made_n, allowed_n, out_n, bias_grad_n,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     EVEN: tl.constexpr, DESCRIBED: tl.constexpr, WIDEN: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
@@ -215,18 +229,18 @@ def gradient_kernel(
         if bias_grad is not None:
             down = bias_grad + (first_row // BLOCK_N).to(tl.int64) * bias_grad_n
         gradient_part(
-            first, bias, heat, wanted, of_lse, grad, level, fall, out, down, row, column, rows, columns, out_n,
-            soft_cap, logit_scale, CAPPED, ENTROPY,
+            first, bias, heat, allowed, wanted, of_lse, grad, level, fall, out, down, row, column, rows, columns,
+            allowed_n, out_n, soft_cap, logit_scale, CAPPED, ENTROPY,
         )  # fmt: skip
         gradient_part(
-            second, bias, heat, wanted, of_lse, grad, level, fall, out, down, row, column + QUARTER, rows, columns, out_n,
-            soft_cap, logit_scale, CAPPED, ENTROPY,
+            second, bias, heat, allowed, wanted, of_lse, grad, level, fall, out, down, row, column + QUARTER, rows, columns,
+            allowed_n, out_n, soft_cap, logit_scale, CAPPED, ENTROPY,
         )  # fmt: skip
         gradient_part(
-            third, bias, heat, wanted, of_lse, grad, level, fall, out, down, row, column + 2 * QUARTER, rows, columns,
-            out_n, soft_cap, logit_scale, CAPPED, ENTROPY,
+            third, bias, heat, allowed, wanted, of_lse, grad, level, fall, out, down, row, column + 2 * QUARTER, rows, columns,
+            allowed_n, out_n, soft_cap, logit_scale, CAPPED, ENTROPY,
         )  # fmt: skip
         gradient_part(
-            fourth, bias, heat, wanted, of_lse, grad, level, fall, out, down, row, column + 3 * QUARTER, rows, columns,
-            out_n, soft_cap, logit_scale, CAPPED, ENTROPY,
+            fourth, bias, heat, allowed, wanted, of_lse, grad, level, fall, out, down, row, column + 3 * QUARTER, rows, columns,
+            allowed_n, out_n, soft_cap, logit_scale, CAPPED, ENTROPY,
         )  # fmt: skip

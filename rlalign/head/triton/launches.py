@@ -26,7 +26,8 @@ OPTIONS = {"enable_fp_fusion": False}
 class Softmax(NamedTuple):
     """What stands between a product and the softmax: bias_V, temperature_N (each may be None), cap, scale; and the targets.
 
-    target_N counts from the first row of the whole weight, first_id is the row at which the tile's columns begin.
+    target_N counts from the first row of the whole weight, first_id is the row at which the tile's columns begin. allowed_NV: bool,
+    the ids that each token's softmax runs over; None means all.
     """
 
     bias_V: Tensor | None
@@ -35,6 +36,7 @@ class Softmax(NamedTuple):
     first_id: int
     soft_cap: float | None
     logit_scale: float
+    allowed_NV: Tensor | None = None
 
 
 def logits(
@@ -82,11 +84,13 @@ def softmax_sums(
             _columns_contiguous(x)
     grid = _grid(len(hidden_ND), len(weight_VD), plan, tiling["DESCRIBED"], hidden_ND.device)
     if grid[0]:
-        lines = (0 if x is None else x.stride(0) for x in (made_NV, kept_NV))
+        allowed_NV = _bytes(softmax.allowed_NV)
+        lines = (0 if x is None else x.stride(0) for x in (made_NV, allowed_NV, kept_NV))
         strides = (*hidden_ND.stride(), *weight_VD.stride(), *lines)
         with _on(hidden_ND):
             head_kernels.sums_kernel[grid](
-                *operands, made_NV, kept_NV, softmax.bias_V, softmax.temperature_N, softmax.target_N, *sums_3TN, target_logit_N,
+                *operands, made_NV, kept_NV, softmax.bias_V, softmax.temperature_N, allowed_NV, softmax.target_N, *sums_3TN,
+                target_logit_N,
                 *_sizes(hidden_ND, weight_VD), softmax.first_id, softmax.soft_cap or 1.0, softmax.logit_scale,
                 *strides, sums_3TN.stride(1), CAPPED=softmax.soft_cap is not None, MEAN=mean, **tiling, **_meta(plan),
             )  # fmt: skip
@@ -133,10 +137,12 @@ def logit_gradients(
     down_BV = None
     if bias_grad_V is not None:
         down_BV = torch.empty(triton.cdiv(n, plan.rows), v, dtype=torch.float32, device=hidden_ND.device)
-    strides = (*hidden_ND.stride(), *weight_VD.stride(), 0 if made_NV is None else made_NV.stride(0), out_NV.stride(0))
+    allowed_NV = _bytes(softmax.allowed_NV)
+    lines = (0 if x is None else x.stride(0) for x in (made_NV, allowed_NV, out_NV))
+    strides = (*hidden_ND.stride(), *weight_VD.stride(), *lines)
     with _on(hidden_ND):
         head_kernels.gradient_kernel[grid](
-            *operands, made_NV, softmax.bias_V, softmax.temperature_N, softmax.target_N,
+            *operands, made_NV, softmax.bias_V, softmax.temperature_N, allowed_NV, softmax.target_N,
             lse_N, logprob_grad_N, entropy_N, entropy_grad_N, out_NV, down_BV,
             *_sizes(hidden_ND, weight_VD), softmax.first_id, softmax.soft_cap or 1.0, softmax.logit_scale,
             *strides, v, CAPPED=softmax.soft_cap is not None, **tiling, **_meta(plan),
@@ -166,7 +172,8 @@ def _describable(x: Tensor) -> bool:
     """Whether the device's tensor memory accelerator can read this matrix (compute capability 9 on)."""
     if x.device.type != "cuda" or torch.cuda.get_device_capability(x.device)[0] < 9 or x.numel() == 0:
         return False
-    return x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    pitch = x.stride(0) * x.element_size()
+    return x.stride(1) == 1 and pitch > 0 and pitch % 16 == 0 and x.data_ptr() % 16 == 0
 
 
 def _grid(rows: int, columns: int, plan: Plan, described: bool, device: torch.device) -> tuple[int]:
@@ -183,6 +190,10 @@ def _sizes(hidden_ND: Tensor, weight_VD: Tensor) -> tuple[int, int, int]:
 def _meta(plan: Plan) -> dict[str, object]:
     blocks = {"BLOCK_N": plan.rows, "BLOCK_V": plan.columns, "BLOCK_K": plan.inner, "GROUP": plan.group}
     return {**blocks, "num_warps": plan.warps, "num_stages": plan.stages, **OPTIONS}
+
+
+def _bytes(allowed_NV: Tensor | None) -> Tensor | None:
+    return None if allowed_NV is None else allowed_NV.view(torch.uint8)
 
 
 def _columns_contiguous(x: Tensor) -> None:

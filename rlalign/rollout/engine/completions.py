@@ -15,7 +15,6 @@ from rlalign.types import Rollout
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
-    from vllm import CompletionOutput
     from vllm.logprobs import FlatLogprobs
     from vllm.outputs import CompletionOutput
 

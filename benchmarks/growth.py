@@ -18,7 +18,7 @@ OUT = Path(__file__).parent / "results" / "growth.md"
 SHOWN = 8  # strongest series of each run
 K3 = "mismatch/lag0/k3"
 ABOUT = """\
-# Why a mismatch grows: what k3 follows in two runs
+# Why a mismatch grows: what k3 follows
 
 `rlalign train ... tracking.trace_every=N`, then `python -m benchmarks.growth NAME=RUN ...`. **changes**: Spearman's correlation of
 the changes from row to row of a series with those of log k3, at the **lead** (rows) that fits best; **levels**: of the series

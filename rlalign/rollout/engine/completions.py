@@ -15,7 +15,6 @@ from rlalign.types import Rollout
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
-    from vllm import CompletionOutput
     from vllm.logprobs import FlatLogprobs
 
 __all__ = ["RoutedExperts", "UnknownIds", "core_of", "kept_sets", "rollout_of", "said", "texts"]

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ def write_everywhere(root: Path) -> None:
         for step in range(3):
             run.log(step, metrics(step, 10.0))
         run.event("alert/warn", "k3 <b>rose</b>")
+        time.sleep(1)  # ten samples of the machine, on a busy one at least one
         run.finish({})
     with Run(root / "run", resume=True, **given) as run:
         run.rewind(0)

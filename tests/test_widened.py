@@ -233,9 +233,10 @@ def test_the_measurement_is_one_threads_whatever_the_process_has(monkeypatch):
     own, seen, threads = torch.mm, set(), torch.get_num_threads()
     monkeypatch.setattr(torch, "mm", lambda a, b: (seen.add(torch.get_num_threads()), own(a, b))[1])
     torch.set_num_threads(2)
+    given = torch.get_num_threads()  # one in a process whose threads an engine has bound
     try:
         widened._measured(torch.bfloat16)
-        assert seen == {1} and torch.get_num_threads() == 2
+        assert seen == {1} and torch.get_num_threads() == given
     finally:
         torch.set_num_threads(threads)
 

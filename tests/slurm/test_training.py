@@ -14,9 +14,9 @@ def test_ranks_and_a_server_on_three_nodes_are_requeued_in_the_middle_and_go_on_
     """Six steps in two lives of the job; the servers of the second are others, and get the weights of the checkpoint."""
     site.environment |= {"RLALIGN_VENV": str(Path(sys.executable).parents[1])}
     job = site.submit("--nodes=3", "slurm/multi_node.sbatch", *SHORT, "steps=6", "trainer.zero_stage=3")
-    folder = site.wait_for("runs/*/tokens/step-000000.parquet", timeout=240).parents[1]
+    folder = site.wait_for("runs/*/tokens/step-000000.parquet", timeout=600).parents[1]
     site.call("scancel", "--batch", "--signal=USR1", job)
-    assert site.end(job, timeout=300) == "COMPLETED", site.output()
+    assert site.end(job, timeout=600) == "COMPLETED", site.output()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(6))
     assert max(row["mismatch/lag0/k3"] for row in rows) < 1e-3, "the second server samples with other weights"

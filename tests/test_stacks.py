@@ -1,4 +1,4 @@
-"""OpenRLHF's and SkyRL's released model wrappers with a mirrored head, and their own metrics beside ours."""
+"""Released model wrappers of OpenRLHF and SkyRL, and a model patched by Liger, with a mirrored head; their metrics beside ours."""
 
 import typing
 from functools import partial
@@ -139,3 +139,26 @@ def test_skyrls_wrapper_scores_through_the_mirrored_head(skyrl, folder):
 def test_skyrls_bf16_log_probs_are_rounded_no_more(skyrl, folder):
     wrapper = skyrl(str(folder), bf16=True)
     assert rounded_no_more(wrapper.model, lambda: scored(wrapper)[0]).dtype == torch.bfloat16
+
+
+@pytest.mark.nightly
+def test_a_model_that_liger_has_patched_is_mirrored(tmp_path, folder):
+    """Its forward of a causal LM, which makes logits where no labels are given; its other kernels are for GPUs."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    mask = torch.ones_like(IDS, dtype=torch.bool).index_fill(1, torch.tensor([0]), False)
+    with released("liger_kernel", tmp_path, absent=()), torch.no_grad():
+        from liger_kernel.transformers import apply_liger_kernel_to_qwen3
+
+        off = dict.fromkeys(("rope", "rms_norm", "swiglu", "cross_entropy"), False)
+        apply_liger_kernel_to_qwen3(model=model, fused_linear_cross_entropy=True, **off)
+        exact = model.model(IDS).last_hidden_state.double() @ model.lm_head.weight.double().T
+        theirs = model(IDS).logits
+        with rlalign.mirror(model) as mirrored:
+            ours = model(IDS).logits
+            logprobs, _ = mirrored.token_logprobs({"input_ids": IDS}, mask)
+        again = model(IDS).logits
+    assert model.forward.__func__.__module__.startswith("liger_kernel.")
+    assert ours.dtype == torch.float32 and (ours - exact).abs().max() < 2e-5 < (theirs - exact).abs().max()
+    wanted = exact[:, :-1].log_softmax(-1).gather(2, IDS[:, 1:, None])[..., 0]
+    torch.testing.assert_close(logprobs[:, 1:].double(), wanted, rtol=0, atol=2e-5)
+    assert torch.equal(again, theirs), "given back"

@@ -24,7 +24,7 @@ from rlalign.logprobs.op import flat_logprobs
 from rlalign.logprobs.vocab_parallel import VocabShard, sharded_logprobs
 from rlalign.types import KeptSets
 
-__all__ = ["from_logits", "holds", "token_logprobs", "token_values"]
+__all__ = ["from_logits", "token_logprobs", "token_values"]
 
 Mode = Literal["fast", "exact_mirror"]
 

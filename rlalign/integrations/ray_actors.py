@@ -14,7 +14,7 @@ __all__ = ["plain", "verify_push"]
 FIRST, LATER = (
     32,
     8,
-)  # tensors of a push that are compared, other ones each time: until each had its turn, and afterwards
+)  # tensors of a push that are compared, other ones each time: until each had its turn, and after that
 
 
 def plain(actor: type) -> type:

@@ -11,10 +11,8 @@ from rlalign.rollout.attached import AttachedEngine
 
 __all__ = ["plain", "verify_push"]
 
-FIRST, LATER = (
-    32,
-    8,
-)  # tensors of a push that are compared, other ones each time: until each had its turn, and after that
+# Tensors of a push that are compared, other ones each time: until each had its turn, and afterwards
+FIRST, LATER = 32, 8
 
 
 def plain(actor: type) -> type:

@@ -14,6 +14,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
@@ -171,8 +172,14 @@ def _switch(dtype: torch.dtype, products: str) -> None:
 def _measured(dtype: torch.dtype) -> tuple[float, float]:
     """Milliseconds of a product and its two gradients: torch's own, and widened. The fastest of a few of each, in turn.
 
-    On one thread, in its own processor time: on a busy host several threads wait for each other, and the ratio is then any.
+    On one thread, in its own processor time: on a busy host several threads wait for each other, and the ratio is then any. The
+    thread is a new one, so that the threads of this process, which an engine may have bound to cores, stay as they are.
     """
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(_timed, dtype).result()
+
+
+def _timed(dtype: torch.dtype) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(0)
     input_NK, grad_NM, weight_MK = (
         torch.randn(rows, SIZE, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
@@ -180,27 +187,22 @@ def _measured(dtype: torch.dtype) -> tuple[float, float]:
     )
     pairs = ((input_NK, weight_MK.t()), (grad_NM, weight_MK), (grad_NM.t(), input_NK))
     times: tuple[list[float], list[float]] = ([], [])
-    with torch.inference_mode(), using(NATIVE, dtype), _one_thread():
-        for _ in range(TRIES):
-            for (a, b), found in ((pair, times) for pair in pairs):
-                start = time.thread_time()
-                torch.mm(a, b)
-                middle = time.thread_time()
-                torch.mm(a.float(), b.float()).to(dtype)
-                found[0].append(middle - start)
-                found[1].append(time.thread_time() - middle)
+    threads = torch.get_num_threads()
+    torch._C.set_num_threads(1)  # torch's own name for it does nothing after vLLM's CPU worker has started
+    try:
+        with torch.inference_mode(), using(NATIVE, dtype):
+            for _ in range(TRIES):
+                for (a, b), found in ((pair, times) for pair in pairs):
+                    start = time.thread_time()
+                    torch.mm(a, b)
+                    middle = time.thread_time()
+                    torch.mm(a.float(), b.float()).to(dtype)
+                    found[0].append(middle - start)
+                    found[1].append(time.thread_time() - middle)
+    finally:
+        torch._C.set_num_threads(threads)
     native, widened = (1e3 * sum(min(of_way[i :: len(pairs)]) for i in range(len(pairs))) for of_way in times)
     return native, widened
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _install() -> None:

@@ -10,12 +10,8 @@ from pathlib import Path
 
 from tests.peers import without_transport
 
-VERSIONS = {
-    "openrlhf": "0.11.2",
-    "skyrl": "0.3.0",
-    "prime-rl": "0.8.0",
-    "liger_kernel": "0.8.5",
-}  # as the support matrix names them
+# As the support matrix names them
+VERSIONS = {"openrlhf": "0.11.2", "skyrl": "0.3.0", "prime-rl": "0.8.0", "liger_kernel": "0.8.5"}
 
 
 PRIME_RL = "RLALIGN_PRIME_RL"  # a folder with the released source, where the tests cannot reach its repository

@@ -198,8 +198,9 @@ def test_over_kept_sets_too(name, dtype, way, monkeypatch):
     got, exact = scored(OPTIONS[name], kept=True, dtype=dtype)
     for value, wanted in zip(got[:2], exact[:2], strict=True):
         torch.testing.assert_close(value.double(), wanted, atol=5e-6, rtol=0)
+    rounding = {torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
     for value, wanted in zip(got[2:], exact[2:], strict=True):
-        assert float((value.double() - wanted).abs().max()) <= 1e-2 * float(wanted.abs().max())
+        assert float((value.double() - wanted).abs().max()) <= rounding * float(wanted.abs().max())
 
 
 def test_over_kept_sets_what_is_kept_and_what_is_mirrored_have_the_same_gradients():

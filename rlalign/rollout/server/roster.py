@@ -19,9 +19,8 @@ from rlalign.rollout.server.dispatch import ALIVE, Member, State
 from rlalign.rollout.server.greeting import Greeting, Launch, greet, require_same_numbers
 
 SUFFIX = ".server.json"
-PATIENCE = (
-    20.0  # seconds for a sign of life: a server on a busy host is slow before it is dead; a dead one refuses at once
-)
+# Seconds for a sign of life: a server on a busy host is slow before it is dead; a dead one refuses at once
+PATIENCE = 20.0
 MISSED = 3  # health checks in a row without an answer: down
 EXAMINED = 3  # attempts of an examination, at most a second apart
 TOLD_EVERY = 30.0  # seconds of waiting for servers at the start
